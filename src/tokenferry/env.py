@@ -1,0 +1,129 @@
+"""The one table of environment variables: every variable that tokenferry reads, and the only file that reads them.
+
+Each concern is a frozen dataclass; each of its fields names its variable and says in a line what it does. The functions
+read the environment when they are called, never at import, so a test or a program may set a variable at any time.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from tokenferry.errors import ConfigError
+
+ENTER_ENVIRONMENT: Final = "import os; os.environ.clear(); os.environ.update(environment)"
+"""What a fresh rank process runs before its first import: a fork server still has the environment of its own start."""
+
+
+def _flag(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("", "0", "false", "no", "off"):
+        return False
+    raise ValueError("write 1 or 0")
+
+
+def _variable(name: str, doc: str, parse: Callable[[str], Any], default: Any = None) -> Any:
+    return field(default=default, metadata={"name": name, "doc": doc, "parse": parse})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebugSettings:
+    """How much tokenferry checks itself."""
+
+    enabled: bool = _variable(
+        "TOKENFERRY_DEBUG", "1: check what costs time, such as users' writes to a step's tensors", _flag, False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """Where files that outlive a process are kept."""
+
+    folder: str = _variable(
+        "TOKENFERRY_CACHE_DIR", "folder of the demo checkpoint; ~/.cache/tokenferry if unset", str, "~/.cache/tokenferry"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchrunSettings:
+    """This process's place among those that torchrun started; every field is None elsewhere."""
+
+    rank: int | None = _variable("RANK", "torchrun: number of this process among all", int)
+    world_size: int | None = _variable("WORLD_SIZE", "torchrun: number of processes", int)
+    local_rank: int | None = _variable("LOCAL_RANK", "torchrun: number of this process on its machine, hence its GPU", int)
+    local_world_size: int | None = _variable("LOCAL_WORLD_SIZE", "torchrun: number of processes on this machine", int)
+    master_addr: str | None = _variable("MASTER_ADDR", "torchrun: host of the rendezvous store", str)
+    master_port: int | None = _variable("MASTER_PORT", "torchrun: port of the rendezvous store", int)
+
+    @property
+    def active(self) -> bool:
+        """Whether torchrun (or anything that sets the same variables) started this process."""
+        return None not in (self.rank, self.world_size, self.master_addr, self.master_port)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TritonSettings:
+    """How Triton runs kernels."""
+
+    interpret: bool = _variable("TRITON_INTERPRET", "1: run kernels in Triton's interpreter, without a GPU", _flag, False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankProcessSettings:
+    """What `launch` gives to the rank processes that it starts; other values in the environment are overridden."""
+
+    num_threads: int = _variable("OMP_NUM_THREADS", "torch threads of a rank process; launch sets 1", int, 1)
+    gloo_interface: str | None = _variable("GLOO_SOCKET_IFNAME", "network interface of gloo; launch sets the loopback", str)
+
+
+Settings = TypeVar("Settings", DebugSettings, CacheSettings, TorchrunSettings, TritonSettings, RankProcessSettings)
+CONCERNS: Final = (DebugSettings, CacheSettings, TorchrunSettings, TritonSettings, RankProcessSettings)
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One row of the table: its name, what it does, and the text that it has now (None: not set)."""
+
+    name: str
+    doc: str
+    value: str | None
+
+
+def read(concern: type[Settings]) -> Settings:
+    """The settings of one concern as the environment has them now; a variable that is not set keeps its default.
+
+    Raises:
+        ConfigError: a variable holds a text that it does not take.
+    """
+    values: dict[str, Any] = {}
+    for entry in fields(concern):
+        text = os.environ.get(entry.metadata["name"])
+        if text is None:
+            continue
+        try:
+            values[entry.name] = entry.metadata["parse"](text)
+        except ValueError as error:
+            raise ConfigError(f"environment variable {entry.metadata['name']} is {text!r}: {error}") from error
+    return concern(**values)
+
+
+def table() -> tuple[Variable, ...]:
+    """Every variable that tokenferry reads, for `tokenferry doctor`."""
+    rows = [entry.metadata for concern in CONCERNS for entry in fields(concern)]
+    return tuple(Variable(row["name"], row["doc"], os.environ.get(row["name"])) for row in rows)
+
+
+def cache_folder() -> Path:
+    """The cache folder, `~` expanded. It need not exist."""
+    return Path(read(CacheSettings).folder).expanduser()
+
+
+def for_rank_process(overrides: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The whole environment for a rank process on this machine: this process's, one thread, loopback only, then `overrides`."""
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback, **(overrides or {})}

@@ -1,0 +1,181 @@
+"""The supervisor of rank processes: who is blamed, when, and what is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenferry.errors import ConfigError, RankFailedError
+from tokenferry.launch import run_processes
+
+pytestmark = pytest.mark.ranks
+
+
+def add_rank(rank, world_size, store_path, offset):
+    return rank + offset, world_size, torch.get_num_threads()
+
+
+def meet_through_store(rank, world_size, store_path):
+    store = torch.distributed.FileStore(store_path, world_size)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    total = torch.tensor([rank + 1])
+    torch.distributed.all_reduce(total)
+    torch.distributed.destroy_process_group()
+    return total.item(), oct(Path(store_path).parent.stat().st_mode)[-3:], str(Path(store_path).parent)
+
+
+def fail_in_a_race(rank, world_size, store_path, first):
+    """Rank `first` fails, and the others as soon as they can see that it is about to."""
+    failing = Path(store_path + ".failing")
+    if rank == first:
+        failing.touch()
+    while not failing.exists():
+        time.sleep(0.001)
+    if rank != first:
+        time.sleep(0.002)
+    raise ValueError(f"rank {rank} says no")
+
+
+def die(rank, world_size, store_path, signum):
+    """Rank 1 dies; the others notice and raise, as peers do whose connection breaks."""
+    store = torch.distributed.FileStore(store_path, world_size)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    if rank == 1:
+        os.kill(os.getpid(), signum)
+    torch.distributed.all_reduce(torch.zeros(1))
+
+
+def hang(rank, world_size, store_path, stuck):
+    while rank in stuck:
+        time.sleep(0.05)
+
+
+def leave(rank, world_size, store_path):
+    sys.exit(3) if rank == 0 else os._exit(0)
+
+
+def read_environment(rank, world_size, store_path):
+    return os.environ.get("TOKENFERRY_TEST"), "triton" in sys.modules
+
+
+def report(rank, world_size, store_path, send):
+    for step in range(3):
+        send({"rank": rank, "step": step})
+    return "done"
+
+
+def test_results_come_back_in_rank_order():
+    assert run_processes(add_rank, 3, (10,), timeout_s=30) == [(10, 3, 1), (11, 3, 1), (12, 3, 1)]
+
+
+def test_ranks_meet_in_a_private_folder_that_is_removed():
+    results = run_processes(meet_through_store, 2, timeout_s=30)
+    assert [(total, mode) for total, mode, _ in results] == [(3, "700"), (3, "700")]
+    assert not Path(results[0][2]).exists()
+
+
+def test_first_failure_is_blamed_20_times_of_20():
+    for attempt in range(20):
+        with pytest.raises(RankFailedError, match=f"rank {attempt % 3} says no") as failed:
+            run_processes(fail_in_a_race, 3, (attempt % 3,), timeout_s=30)
+        assert failed.value.rank == attempt % 3
+        assert "ValueError" in failed.value.traceback
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM], ids=lambda s: s.name)
+def test_killed_rank_is_blamed_by_its_signal(signum):
+    with pytest.raises(RankFailedError, match=f"killed by {signum.name}") as failed:
+        run_processes(die, 3, (signum,), timeout_s=30)
+    assert failed.value.rank == 1
+
+
+def test_deadline_names_the_stuck_ranks_and_shows_where_they_stand():
+    start = time.monotonic()
+    with pytest.raises(RankFailedError, match=r"not finished within 1.0 s: ranks \[0, 2\] of 3") as failed:
+        run_processes(hang, 3, ((0, 2),), timeout_s=1.0)
+    assert time.monotonic() - start < 5
+    assert failed.value.traceback.count("in hang") == 2
+
+
+def test_rank_that_leaves_without_a_result_has_failed():
+    with pytest.raises(RankFailedError, match=r"SystemExit: 3|exited with code 0 before it returned"):
+        run_processes(leave, 2, timeout_s=30)
+
+
+def test_environment_is_given_not_inherited_from_the_fork_server(monkeypatch):
+    for value in ("first", "second"):
+        monkeypatch.setenv("TOKENFERRY_TEST", value)
+        assert run_processes(read_environment, 1, timeout_s=30)[0][0] == value
+    assert run_processes(read_environment, 1, timeout_s=30, env={"TOKENFERRY_TEST": "over"})[0][0] == "over"
+
+
+def test_messages_arrive_in_order_before_the_result():
+    seen = []
+    assert run_processes(report, 2, timeout_s=30, on_message=lambda rank, message: seen.append((rank, message))) == ["done"] * 2
+    assert [message["step"] for rank, message in seen if rank == 1] == [0, 1, 2]
+    assert len(seen) == 6
+
+
+def test_an_error_in_on_message_ends_all_ranks():
+    def fail(rank, message):
+        raise LookupError("no such bar")
+
+    with pytest.raises(LookupError, match="no such bar"):
+        run_processes(report, 2, timeout_s=30, on_message=fail)
+
+
+@pytest.mark.parametrize(("target", "world_size"), [(add_rank, 0), (lambda rank, world_size, store_path: None, 1)])
+def test_wrong_use_raises_before_anything_starts(target, world_size):
+    with pytest.raises(ConfigError):
+        run_processes(target, world_size, timeout_s=30)
+
+
+SUPERVISOR = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_launch import hold
+from tokenferry.launch import run_processes
+if __name__ == "__main__":
+    run_processes(hold, 2, ({folder!r},), timeout_s=60, store_dir={folder!r})
+"""
+
+
+def hold(rank, world_size, store_path, folder):
+    Path(folder, f"pid{rank}").write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_no_orphan_when_the_supervisor_dies(tmp_path, signum):
+    script = tmp_path / "supervisor.py"
+    script.write_text(SUPERVISOR.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    supervisor = subprocess.Popen([sys.executable, str(script)], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    pids = []
+    while len(pids) < 2 and time.monotonic() < deadline:
+        pids = [path.read_text() for path in tmp_path.glob("pid?") if path.read_text()]
+        time.sleep(0.05)
+    # Ctrl-C reaches the whole foreground group, the ranks too; the other signals reach the supervisor only.
+    os.killpg(supervisor.pid, signum) if signum == signal.SIGINT else os.kill(supervisor.pid, signum)
+    _, stderr = supervisor.communicate(timeout=10)
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(pids) == 2
+    assert not any(alive(pid) for pid in pids)
+    assert not list(tmp_path.glob("tokenferry-*"))
+    assert stderr.count("KeyboardInterrupt") == (1 if signum == signal.SIGINT else 0)
