@@ -1,0 +1,189 @@
+"""One MoE layer's view of a workspace: checks arguments, keeps the order, and hands rows to the transport."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from tokenferry.config import HIDDEN_DTYPES, MoEConfig
+from tokenferry.dispatched import Dispatched
+from tokenferry.errors import CapacityError, DeviceError, DtypeError, LayoutError, PeerError, ShapeError, StateError, UsageError
+from tokenferry.lifecycle import Lifecycle
+from tokenferry.step import Step
+from tokenferry.transports.base import Transport
+
+INDEX_DTYPES = (torch.int32, torch.int64)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class WorkspaceView(Protocol):
+    """What a dispatcher sees of its workspace."""
+
+    lifecycle: Lifecycle
+
+    @property
+    def config(self) -> MoEConfig: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def step(self) -> Step: ...
+    @property
+    def active_transport(self) -> Transport: ...
+    def record_failure(self, error: PeerError) -> None: ...
+
+
+class Dispatcher:
+    """Dispatch and combine for one MoE layer. Cheap: it holds no buffers. Get it from `Workspace.dispatcher()`.
+
+    Every rank calls the same layers in the same order, with zero rows too. Inference only: results carry no gradient.
+    """
+
+    def __init__(self, workspace: WorkspaceView, layer: int) -> None:
+        self._workspace, self.layer = workspace, layer
+        self._gathered_rows = 0
+
+    def dispatch(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Dispatched:
+        """Sends this rank's rows to every rank and returns everybody's.
+
+        Args:
+            hidden: [T', H] in the configuration's dtype, contiguous. T' <= T of the step; rows [T', T) travel as zeros with id -1.
+            topk_idx: [T', K] int32 or int64 global expert numbers, -1 = no expert, contiguous.
+            topk_weights: [T', K] float32, bfloat16 or float16, contiguous.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError, LayoutError, CapacityError, UsageError: before anything is launched.
+            StateError: no step, a dispatch whose combine has not come, or a closed workspace.
+            PeerTimeoutError, PeerFailedError: another rank is the cause.
+        """
+        self.dispatch_begin(hidden, topk_idx, topk_weights)
+        return self.dispatch_end()
+
+    def dispatch_begin(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        """The sending half of `dispatch`: returns at once, so that other work can overlap."""
+        workspace = self._workspace
+        workspace.lifecycle.require("dispatch_begin", self.layer)
+        self._check_rows(hidden, topk_idx, topk_weights)
+        workspace.lifecycle.advance("dispatch_begin", self.layer)
+        with torch.no_grad(), _Recorded(workspace):
+            workspace.active_transport.dispatch_begin(self.layer, hidden, topk_idx, topk_weights)
+
+    def dispatch_end(self) -> Dispatched:
+        """The receiving half of `dispatch`."""
+        workspace = self._workspace
+        workspace.lifecycle.require("dispatch_end", self.layer)
+        with torch.no_grad(), _Recorded(workspace):
+            gathered = workspace.active_transport.dispatch_end()
+        workspace.lifecycle.advance("dispatch_end", self.layer)
+        self._gathered_rows = gathered.hidden_RH.shape[0]
+        return Dispatched(
+            hidden=gathered.hidden_RH,
+            topk_idx=gathered.topk_idx_RK,
+            topk_weights=gathered.topk_weights_RK,
+            valid_tokens=workspace.step.valid_tokens,
+            ticket=workspace.lifecycle.ticket,
+        )
+
+    def combine_input(self) -> torch.Tensor:
+        """[R, H] in `combine_dtype`: experts that write their partial rows here save a copy. Valid until `combine_begin`."""
+        self._workspace.lifecycle.require("combine_begin", self.layer)
+        return self._workspace.active_transport.combine_input()
+
+    def combine(self, partial: torch.Tensor, dispatched: Dispatched | None = None) -> torch.Tensor:
+        """Sums every rank's partial rows at the rank that owns the token.
+
+        Args:
+            partial: [R, H] bfloat16, float16 or float32, contiguous: for each gathered row the weighted sum over this rank's
+                experts. Rows >= V are not read. May be `combine_input()`.
+            dispatched: the dispatch that this answers, to have the pairing checked.
+
+        Returns:
+            [T', H] in the configuration's dtype, the caller's own.
+
+        Raises:
+            As `dispatch`; StateError also if `dispatched` is another dispatch's, or was combined already.
+        """
+        self.combine_begin(partial, dispatched)
+        return self.combine_end()
+
+    def combine_begin(self, partial: torch.Tensor, dispatched: Dispatched | None = None) -> None:
+        """The sending half of `combine`."""
+        workspace = self._workspace
+        if dispatched is not None and dispatched.ticket is not workspace.lifecycle.ticket:
+            workspace.lifecycle.require_usable("combine_begin")
+            raise StateError(
+                "combine: `dispatched` was combined already, or belongs to another dispatch or workspace; "
+                "pass what this layer's last dispatch returned"
+            )
+        workspace.lifecycle.require("combine_begin", self.layer)
+        self._check_partial(partial)
+        workspace.lifecycle.advance("combine_begin", self.layer)
+        with torch.no_grad(), _Recorded(workspace):
+            workspace.active_transport.combine_begin(partial)
+
+    def combine_end(self) -> torch.Tensor:
+        """The receiving half of `combine`."""
+        workspace = self._workspace
+        workspace.lifecycle.require("combine_end", self.layer)
+        with torch.no_grad(), _Recorded(workspace):
+            combined = workspace.active_transport.combine_end()
+        workspace.lifecycle.advance("combine_end", self.layer)
+        return combined
+
+    def _check_rows(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        config, step = self._workspace.config, self._workspace.step
+        _check_tensor("hidden", hidden, config.hidden_size, (config.dtype,), self._workspace.device)
+        _check_tensor("topk_idx", topk_idx, config.topk, INDEX_DTYPES, self._workspace.device)
+        _check_tensor("topk_weights", topk_weights, config.topk, WEIGHT_DTYPES, self._workspace.device)
+        num_rows = hidden.shape[0]
+        for name, tensor in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
+            if tensor.shape[0] != num_rows:
+                raise ShapeError(f"{name} has {tensor.shape[0]} rows but hidden has {num_rows}; they must be equal")
+        if num_rows > step.num_tokens:
+            raise CapacityError(
+                f"hidden has {num_rows} rows but begin_step announced {step.num_tokens}; begin a step with at least {num_rows}"
+            )
+        if topk_idx.device.type == "cpu" and topk_idx.numel():  # on CUDA a look at the values would wait for the device
+            low, high = int(topk_idx.min()), int(topk_idx.max())
+            if low < -1 or high >= config.num_experts:
+                raise UsageError(
+                    f"topk_idx holds {low if low < -1 else high}, but expert numbers are -1 (none) "
+                    f"to {config.num_experts - 1} (num_experts is {config.num_experts})"
+                )
+
+    def _check_partial(self, partial: torch.Tensor) -> None:
+        _check_tensor("partial", partial, self._workspace.config.hidden_size, HIDDEN_DTYPES, self._workspace.device)
+        if partial.shape[0] != self._gathered_rows:
+            raise ShapeError(
+                f"partial has {partial.shape[0]} rows but dispatch returned {self._gathered_rows}; "
+                "give one partial row for each gathered row"
+            )
+
+
+class _Recorded:
+    """Remembers a peer error in the workspace, so that every later call raises it too."""
+
+    __slots__ = ("_workspace",)
+
+    def __init__(self, workspace: WorkspaceView) -> None:
+        self._workspace = workspace
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, PeerError):
+            self._workspace.record_failure(error)
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, columns: int, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise UsageError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dim() != 2 or tensor.shape[1] != columns:
+        raise ShapeError(f"{name} must have shape [rows, {columns}], got {list(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        raise DtypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}; convert it with .to()")
+    if tensor.device != device:
+        raise DeviceError(f"{name} is on {tensor.device} but the workspace is on {device}; move it there")
+    if not tensor.is_contiguous():
+        raise LayoutError(f"{name} must be contiguous, got strides {list(tensor.stride())}; call .contiguous()")

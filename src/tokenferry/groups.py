@@ -1,0 +1,161 @@
+"""The expert-parallel group: who takes part, and a small channel for the words exchanged outside the data path.
+
+The channel carries JSON over a `torch.distributed` store (never pickles: a peer's bytes are data, not code). A store names
+the rank that is missing, which a collective call does not, and it still works when a communicator is broken.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from tokenferry.errors import ConfigError, PeerTimeoutError, Phase
+
+_POLL_FIRST_S = 0.0005
+_POLL_LAST_S = 0.02
+
+
+class Channel(Protocol):
+    """Small objects between the ranks of a group. Values are what JSON can hold."""
+
+    def exchange(self, name: str, value: Any, timeout_s: float, *, phase: Phase = "open", step: int = 0) -> list[Any]:
+        """Every rank's value under `name`, in rank order. Raises `PeerTimeoutError` naming the first rank that is missing."""
+
+    def barrier(self, name: str, timeout_s: float, *, phase: Phase = "open", step: int = 0) -> None:
+        """Returns when every rank has come."""
+
+    def claim(self, name: str, value: Any) -> Any:
+        """Writes `value` under `name` unless somebody has; returns what stands there now."""
+
+    def peek(self, name: str) -> Any | None:
+        """What stands under `name`, or None, without waiting."""
+
+
+class StoreChannel:
+    """A channel over any c10d store: TCPStore and FileStore between processes, HashStore between threads."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        self._store, self._rank, self._size = store, rank, size
+
+    def exchange(self, name: str, value: Any, timeout_s: float, *, phase: Phase = "open", step: int = 0) -> list[Any]:
+        """See `Channel.exchange`. A name is used once."""
+        self._store.set(f"{name}/{self._rank}", json.dumps(value))
+        start = time.monotonic()
+        poll_s = _POLL_FIRST_S
+        for rank in range(self._size):
+            while not self._store.check([f"{name}/{rank}"]):
+                waited_s = time.monotonic() - start
+                if waited_s > timeout_s:
+                    raise PeerTimeoutError(rank, phase, step, -1, waited_s, detail=f"nothing under {name!r}")
+                time.sleep(poll_s)
+                poll_s = min(poll_s * 1.5, _POLL_LAST_S)
+        return [json.loads(self._store.get(f"{name}/{rank}")) for rank in range(self._size)]
+
+    def barrier(self, name: str, timeout_s: float, *, phase: Phase = "open", step: int = 0) -> None:
+        """See `Channel.barrier`."""
+        self.exchange(name, None, timeout_s, phase=phase, step=step)
+
+    def claim(self, name: str, value: Any) -> Any:
+        """See `Channel.claim`."""
+        return json.loads(self._store.compare_set(name, "", json.dumps(value)))
+
+    def peek(self, name: str) -> Any | None:
+        """See `Channel.peek`."""
+        return json.loads(self._store.get(name)) if self._store.check([name]) else None
+
+
+class EPGroup:
+    """The ranks that share a model's experts.
+
+    Args:
+        process_group: a `torch.distributed` process group (`torch.distributed.group.WORLD` for all ranks). None makes a
+            group of one; the default group is never taken without being asked for.
+        device: where this rank's tensors live. Default: the current CUDA device if the process group speaks NCCL (or, for a
+            group of one, if there is CUDA), else the CPU.
+
+    Attributes:
+        rank, size: this rank's number and how many there are.
+        device: a `torch.device` with an index if it is CUDA.
+        channel: the `Channel` between the ranks.
+        process_group: as given, or None.
+
+    Raises:
+        ConfigError: this process is not a member of `process_group`.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None, device: torch.device | str | None = None) -> None:
+        if process_group is None:
+            self._setup(dist.HashStore(), 0, 1, _device(device, prefer_cuda=torch.cuda.is_available()), None)
+            return
+        rank = dist.get_rank(process_group)
+        if rank < 0:
+            raise ConfigError("this process is not a member of process_group; open the workspace on its members only")
+        prefer_cuda = "nccl" in str(dist.get_backend(process_group))
+        store = dist.distributed_c10d._get_process_group_store(process_group)
+        self._setup(
+            dist.PrefixStore("tokenferry", store),
+            rank,
+            dist.get_world_size(process_group),
+            _device(device, prefer_cuda=prefer_cuda),
+            process_group,
+        )
+
+    @classmethod
+    def from_store(cls, store: dist.Store, rank: int, size: int, device: torch.device | str | None = None) -> EPGroup:
+        """A group of `size` ranks that meet in `store` (no process group needed). `device` defaults to the CPU."""
+        if not 0 <= rank < size:
+            raise ConfigError(f"rank must lie in [0, {size}), got {rank}")
+        group = cls.__new__(cls)
+        group._setup(store, rank, size, _device(device, prefer_cuda=False), None)
+        return group
+
+    def _setup(
+        self, store: dist.Store, rank: int, size: int, device: torch.device, process_group: dist.ProcessGroup | None
+    ) -> None:
+        self.rank, self.size, self.device, self.process_group = rank, size, device, process_group
+        self.store = store
+        self.channel: Channel = StoreChannel(store, rank, size)
+        self._names_given: dict[str, int] = {}
+
+    def subset(self, ranks: Sequence[int]) -> EPGroup:
+        """The group of those `ranks` (numbered in this group), for `Workspace.reset(group=...)`. Called by its members only,
+        with the same list; a second call with the same list is another group."""
+        chosen = sorted(set(ranks))
+        if self.rank not in chosen or chosen[0] < 0 or chosen[-1] >= self.size:
+            raise ConfigError(f"ranks must be a part of 0..{self.size - 1} that holds this rank, {self.rank}; got {list(ranks)}")
+        name = self.unique_name("subset/" + "-".join(map(str, chosen)))
+        return EPGroup.from_store(dist.PrefixStore(name, self.store), chosen.index(self.rank), len(chosen), self.device)
+
+    def unique_name(self, kind: str) -> str:
+        """`kind` and a running number, equal on all ranks if they ask in the same order."""
+        number = self._names_given.get(kind, 0)
+        self._names_given[kind] = number + 1
+        return f"{kind}.{number}"
+
+    def expert_range(self, num_experts: int, rank: int | None = None) -> range:
+        """The experts of `rank` (this rank by default): contiguous blocks, the first `num_experts % size` ranks hold one more.
+
+        Raises:
+            ConfigError: fewer experts than ranks.
+        """
+        if num_experts < self.size:
+            raise ConfigError(f"{num_experts} experts cannot be spread over {self.size} ranks; use at most {num_experts} ranks")
+        rank = self.rank if rank is None else rank
+        share, extra = divmod(num_experts, self.size)
+        start = rank * share + min(rank, extra)
+        return range(start, start + share + (rank < extra))
+
+    def __repr__(self) -> str:
+        return f"EPGroup(rank={self.rank}, size={self.size}, device={str(self.device)!r})"
+
+
+def _device(device: torch.device | str | None, *, prefer_cuda: bool) -> torch.device:
+    chosen = torch.device(device if device is not None else ("cuda" if prefer_cuda else "cpu"))
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", torch.cuda.current_device())
+    return chosen

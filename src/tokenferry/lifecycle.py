@@ -1,0 +1,96 @@
+"""What a workspace may be asked next: one small state machine that every transport shares."""
+
+from __future__ import annotations
+
+import enum
+
+from tokenferry.errors import PeerError, StateError
+
+
+class Stage(enum.Enum):
+    """Where a workspace stands."""
+
+    NO_STEP = "no step has begun"
+    READY = "ready for a dispatch"
+    DISPATCHING = "between dispatch_begin and dispatch_end"
+    DISPATCHED = "between a dispatch and its combine"
+    COMBINING = "between combine_begin and combine_end"
+    CLOSED = "closed"
+
+
+_NEXT = {
+    "dispatch_begin": (Stage.READY, Stage.DISPATCHING),
+    "dispatch_end": (Stage.DISPATCHING, Stage.DISPATCHED),
+    "combine_begin": (Stage.DISPATCHED, Stage.COMBINING),
+    "combine_end": (Stage.COMBINING, Stage.READY),
+}
+_REMEDY = {
+    Stage.NO_STEP: "call begin_step() once per model forward, first",
+    Stage.READY: "call dispatch_begin() or dispatch() first",
+    Stage.DISPATCHING: "call dispatch_end() of the same dispatcher",
+    Stage.DISPATCHED: "call combine() of the same dispatcher, on every rank",
+    Stage.COMBINING: "call combine_end() of the same dispatcher",
+    Stage.CLOSED: "open a new Workspace",
+}
+
+
+class Ticket:
+    """Identifies one dispatch; compared by identity."""
+
+    __slots__ = ("layer",)
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+
+
+class Lifecycle:
+    """Stages NO_STEP -> READY -> DISPATCHING -> DISPATCHED -> COMBINING -> READY ..., and an error that stays until a reset."""
+
+    def __init__(self) -> None:
+        self.stage = Stage.NO_STEP
+        self.layer = -1
+        self.ticket: Ticket | None = None
+        self.error: PeerError | None = None
+
+    def require_usable(self, what: str) -> None:
+        """Raises StateError if closed, or the peer error that broke the workspace."""
+        if self.stage is Stage.CLOSED:
+            raise StateError(f"{what}: the workspace is closed; {_REMEDY[Stage.CLOSED]}")
+        if self.error is not None:
+            raise self.error
+
+    def begin_step(self) -> None:
+        """NO_STEP or READY -> READY."""
+        self.require_usable("begin_step")
+        if self.stage not in (Stage.NO_STEP, Stage.READY):
+            raise StateError(f"begin_step: the workspace is {self.stage.value} in layer {self.layer}; {_REMEDY[self.stage]}")
+
+    def enter_ready(self) -> None:
+        """A step's counts are known."""
+        self.stage, self.layer, self.ticket = Stage.READY, -1, None
+
+    def require(self, operation: str, layer: int) -> None:
+        """Whether `operation` of dispatcher `layer` may come now; changes nothing."""
+        self.require_usable(operation)
+        expected, _ = _NEXT[operation]
+        if self.stage is not expected:
+            owner = f" in layer {self.layer}" if self.layer >= 0 else ""
+            raise StateError(f"{operation} in layer {layer}: the workspace is {self.stage.value}{owner}; {_REMEDY[self.stage]}")
+        if operation != "dispatch_begin" and layer != self.layer:
+            raise StateError(
+                f"{operation} was called on the dispatcher of layer {layer}, but the dispatch under way is layer {self.layer}'s; "
+                "use one dispatcher for a layer's dispatch and combine, or a second workspace for two layers in flight"
+            )
+
+    def advance(self, operation: str, layer: int) -> None:
+        """Takes the step that `require` allowed."""
+        _, self.stage = _NEXT[operation]
+        if operation == "dispatch_begin":
+            self.layer, self.ticket = layer, Ticket(layer)
+        elif operation == "combine_begin":
+            self.ticket = None
+
+    def fail(self, error: PeerError) -> None:
+        """Every call raises `error` from now on, until the workspace is reset."""
+        if self.error is None:
+            self.error = error

@@ -1,0 +1,98 @@
+"""The counts of one step: how many rows every rank brings, as device tensors at fixed addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+FLAG_DONE = 1
+"""This rank has no work of its own left; it takes part for the others' sake."""
+FLAG_FAILED = 2
+"""This rank gave up in this step."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """One model forward. The tensors are int32, shared by all steps of a workspace, and not to be written.
+
+    Attributes:
+        index: the step's number, from 1.
+        num_tokens: T, this rank's rows.
+        num_real_tokens: rows of T that carry tokens: an int, or a device int32[1] read when the kernels run.
+        valid_tokens: [1] V, all ranks' rows.
+        rank_token_offset: [1] where this rank's rows start among the V.
+        max_tokens: [1] the largest T of a rank.
+        tokens_per_rank: [EP] every rank's T.
+        flags_per_rank: [EP] bit 0: done, bit 1: failed.
+    """
+
+    index: int
+    num_tokens: int
+    num_real_tokens: int | torch.Tensor
+    valid_tokens: torch.Tensor
+    rank_token_offset: torch.Tensor
+    max_tokens: torch.Tensor
+    tokens_per_rank: torch.Tensor
+    flags_per_rank: torch.Tensor
+
+    def all_done(self) -> bool:
+        """Whether every rank had set its done flag. Waits for the device: for idle ranks, not for the hot path."""
+        return bool((self.flags_per_rank & FLAG_DONE).bool().all().item())
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """What one rank brings to `begin_step`."""
+
+    index: int
+    num_tokens: int
+    num_real_tokens: int | torch.Tensor
+    done: bool = False
+
+    @property
+    def flags(self) -> int:
+        """The flag bits of the packet."""
+        return FLAG_DONE if self.done else 0
+
+
+class StepTensors:
+    """The one int32 tensor behind all `Step`s of a workspace: [V, offset, max, T_0 .. T_EP-1, flags_0 .. flags_EP-1]."""
+
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        self._rank, self._size = rank, size
+        self.packed = torch.zeros(3 + 2 * size, dtype=torch.int32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        return self.packed.nbytes
+
+    def publish(self, tokens_per_rank: Sequence[int], flags_per_rank: Sequence[int]) -> None:
+        """Writes host-known counts. One copy, in stream order."""
+        offset = sum(tokens_per_rank[: self._rank])
+        values = [sum(tokens_per_rank), offset, max(tokens_per_rank), *tokens_per_rank, *flags_per_rank]
+        self.packed.copy_(torch.tensor(values, dtype=torch.int32), non_blocking=True)
+
+    def publish_equal(self, num_tokens: int, flags: int) -> None:
+        """Writes equal counts by fills alone: nothing comes from host memory, so that a graph may capture it."""
+        size = self._size
+        self.packed[0].fill_(num_tokens * size)
+        self.packed[1].fill_(num_tokens * self._rank)
+        self.packed[2 : 3 + size].fill_(num_tokens)
+        self.packed[3 + size :].fill_(flags)
+
+    def view(self, request: StepRequest) -> Step:
+        """The step as users see it."""
+        size = self._size
+        return Step(
+            index=request.index,
+            num_tokens=request.num_tokens,
+            num_real_tokens=request.num_real_tokens,
+            valid_tokens=self.packed[0:1],
+            rank_token_offset=self.packed[1:2],
+            max_tokens=self.packed[2:3],
+            tokens_per_rank=self.packed[3 : 3 + size],
+            flags_per_rank=self.packed[3 + size :],
+        )

@@ -1,0 +1,82 @@
+"""Inputs for tests: every rank regenerates all ranks' inputs from a seed, so that expectations need no communication."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from tokenferry.config import MoEConfig
+
+Payload = Literal["normal", "hostile"]
+Routing = Literal["uniform", "skewed", "none", "repeated"]
+
+HOSTILE = (float("nan"), float("inf"), float("-inf"), -0.0, 0.0, 1e-40, -1e-40, 1.0)
+"""Values that a careless copy or sum changes: NaNs, infinities, signed zeros, subnormals."""
+
+
+@dataclass(frozen=True)
+class RankInputs:
+    """One rank's arguments of dispatch, and its partial rows for all ranks' tokens."""
+
+    hidden: torch.Tensor
+    topk_idx: torch.Tensor
+    topk_weights: torch.Tensor
+    partial: torch.Tensor
+
+
+def make_inputs(
+    config: MoEConfig,
+    tokens_per_rank: Sequence[int],
+    *,
+    seed: int,
+    routing: Routing = "uniform",
+    payload: Payload = "normal",
+    index_dtype: torch.dtype = torch.int64,
+    weight_dtype: torch.dtype = torch.float32,
+    partial_dtype: torch.dtype | None = None,
+    supplied: Sequence[int] | None = None,
+) -> list[RankInputs]:
+    """Every rank's inputs, the same on every rank. CPU tensors.
+
+    `supplied` gives T' for each rank (default T): hidden, ids and weights have T' rows; partials always have V rows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    partial_dtype = config.dtype if partial_dtype is None else partial_dtype
+    rows = tokens_per_rank if supplied is None else supplied
+    num_valid = sum(tokens_per_rank)
+    return [
+        RankInputs(
+            hidden=_payload((count, config.hidden_size), config.dtype, payload, generator),
+            topk_idx=_routing((count, config.topk), config.num_experts, routing, generator).to(index_dtype),
+            topk_weights=torch.rand((count, config.topk), generator=generator).to(weight_dtype),
+            partial=_payload((num_valid, config.hidden_size), partial_dtype, payload, generator),
+        )
+        for count in rows
+    ]
+
+
+def _payload(shape: tuple[int, int], dtype: torch.dtype, payload: Payload, generator: torch.Generator) -> torch.Tensor:
+    values = torch.randn(shape, generator=generator)
+    if payload == "hostile":
+        special = torch.tensor(HOSTILE)[torch.randint(len(HOSTILE), shape, generator=generator)]
+        values = torch.where(torch.rand(shape, generator=generator) < 0.5, special, values)
+        bits = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).to(torch.int32)
+        values = torch.where(torch.rand(shape, generator=generator) < 0.2, bits.view(torch.float32), values)
+        values = torch.where(
+            torch.rand(shape, generator=generator) < 0.1, torch.tensor(-1, dtype=torch.int32).view(torch.float32), values
+        )
+    return values.to(dtype)
+
+
+def _routing(shape: tuple[int, int], num_experts: int, routing: Routing, generator: torch.Generator) -> torch.Tensor:
+    if routing == "none":
+        return torch.full(shape, -1)
+    if routing == "repeated":
+        return torch.randint(num_experts, (shape[0], 1), generator=generator).expand(shape).contiguous()
+    if routing == "skewed":
+        return torch.zeros(shape, dtype=torch.int64)
+    ids = torch.randint(num_experts, shape, generator=generator)
+    return torch.where(torch.rand(shape, generator=generator) < 0.1, torch.tensor(-1), ids)

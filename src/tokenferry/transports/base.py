@@ -1,0 +1,148 @@
+"""The seam between a workspace and what moves its rows.
+
+A transport gets arguments that the dispatcher has checked, in an order that the workspace has checked. Shape suffixes:
+T rows of this rank (T' of them supplied), R gathered rows, H hidden, K top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from tokenferry.config import MoEConfig
+from tokenferry.errors import PeerError, PeerFailedError, PeerTimeoutError
+from tokenferry.groups import EPGroup
+from tokenferry.step import StepRequest, StepTensors
+
+CombineOrder = Literal["rank", "any"]
+Counts = Literal["uneven", "equal"]
+
+PROTOCOL_VERSION = 1
+"""Raised when ranks of an older release could not understand this one; compared when a workspace opens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransportSettings:
+    """All that a transport is opened with. `name` is agreed between the ranks and unique to this workspace and generation."""
+
+    config: MoEConfig
+    group: EPGroup
+    max_tokens_per_rank: int
+    combine_dtype: torch.dtype
+    combine_order: CombineOrder
+    counts: Counts
+    timeout_s: float
+    open_timeout_s: float
+    max_ctas: int | None
+    name: str
+    generation: int
+    debug: bool = False
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All ranks' rows, as in `Dispatched`."""
+
+    hidden_RH: torch.Tensor
+    topk_idx_RK: torch.Tensor
+    topk_weights_RK: torch.Tensor
+
+
+class Transport(Protocol):
+    """Moves rows. One step at a time; within it, dispatch and combine alternate strictly."""
+
+    name: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds for as long as it is open."""
+
+    def begin_step(self, request: StepRequest, layer: int) -> None:
+        """Exchanges counts and publishes them in the step tensors."""
+
+    def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        """Starts to send [T', H], [T', K] int32 or int64, [T', K] float; T' <= T."""
+
+    def dispatch_end(self) -> Gathered:
+        """Everybody's rows."""
+
+    def combine_input(self) -> torch.Tensor:
+        """[R, H] in `combine_dtype`, to be filled by the experts; the same tensor until the next step."""
+
+    def combine_begin(self, partial: torch.Tensor) -> None:
+        """Starts to send the partial rows [R, H] to their owners."""
+
+    def combine_end(self) -> torch.Tensor:
+        """The combined [T', H], a new tensor."""
+
+    def check(self) -> None:
+        """Raises the `PeerError` that has occurred, if any."""
+
+    def solo(self) -> Transport:
+        """The same shapes, without communication."""
+
+    def fail(self, reason: str) -> None:
+        """Tells the peers that this rank gives up."""
+
+    def close(self) -> None:
+        """Releases everything; never waits for a peer."""
+
+
+@dataclass(frozen=True)
+class AbortRecord:
+    """Why a group gave up: written once, by the first who noticed, and believed by all."""
+
+    rank: int
+    reporter: int
+    phase: str
+    step: int
+    layer: int
+    waited_s: float
+    reason: str = ""
+    """Empty for a rank that is late; else what it failed with."""
+
+    def error_for(self, rank: int) -> PeerError:
+        """What `rank` raises: the blamed rank itself learns that it was given up."""
+        phase = self.phase
+        if rank == self.rank and rank != self.reporter:
+            reason = self.reason or f"rank {self.reporter} waited {self.waited_s:.1f} s for this rank ({phase}) and gave up"
+            return PeerFailedError(self.rank, reason, self.step, phase)  # type: ignore[arg-type]
+        if self.reason:
+            return PeerFailedError(self.rank, self.reason, self.step, phase)  # type: ignore[arg-type]
+        return PeerTimeoutError(self.rank, phase, self.step, self.layer, self.waited_s)  # type: ignore[arg-type]
+
+
+def empty_like_routing(settings: TransportSettings, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of -1 and weights of zero for rows that carry nothing."""
+    topk, device = settings.config.topk, settings.group.device
+    return (
+        torch.full((num_rows, topk), -1, dtype=torch.int32, device=device),
+        torch.zeros((num_rows, topk), dtype=torch.float32, device=device),
+    )
+
+
+def mask_padding(topk_idx: torch.Tensor, num_real_tokens: int | torch.Tensor) -> torch.Tensor:
+    """`topk_idx` as a new int32 tensor with -1 in the padding rows. Reads a device scalar on the device."""
+    masked = topk_idx.to(torch.int32, copy=True)
+    if isinstance(num_real_tokens, int):
+        masked[num_real_tokens:] = -1
+        return masked
+    rows = torch.arange(masked.shape[0], device=masked.device, dtype=torch.int32)
+    return masked.masked_fill_((rows >= num_real_tokens).unsqueeze(1), -1)
+
+
+__all__ = [
+    "PROTOCOL_VERSION",
+    "AbortRecord",
+    "CombineOrder",
+    "Counts",
+    "Gathered",
+    "StepRequest",
+    "StepTensors",
+    "Transport",
+    "TransportSettings",
+    "empty_like_routing",
+    "mask_padding",
+]

@@ -1,0 +1,226 @@
+"""`torch.distributed` as transport: gloo on CPUs, NCCL on GPUs, within a node or across nodes.
+
+Two messages a layer each way at most: the hidden rows, and the ids and weights packed in one. Combine is an exchange (each
+rank sends every owner its rows) and a float32 sum in rank order, because a library's reduce-scatter has an order of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+
+from tokenferry.errors import PeerError
+from tokenferry.reference import pad_rows, sum_in_rank_order
+from tokenferry.step import StepRequest, StepTensors
+from tokenferry.transports.base import AbortRecord, Gathered, TransportSettings, mask_padding
+from tokenferry.transports.communicator import CommunicationError, Communicator, GlooCommunicator, Header, Pending
+from tokenferry.transports.local import LocalTransport
+
+STEP, DISPATCH, COMBINE = 0, 1, 2
+"""Operations, in the order in which a rank goes through them within a layer."""
+
+RECORD_GRACE_S = 0.3
+"""How long a broken connection waits for the abort record that explains it: the reporter writes it just after it closes."""
+
+
+@dataclass
+class _Dispatch:
+    """A dispatch under way."""
+
+    pending: Pending
+    hidden_RH: torch.Tensor
+    routing_R2K: torch.Tensor
+
+
+@dataclass
+class _Combine:
+    """A combine under way: `terms[r]` are rank r's rows for this rank."""
+
+    pending: Pending
+    terms: list[torch.Tensor]
+    reduced: torch.Tensor | None = None
+
+
+class CollectiveTransport:
+    """See `Transport`. R = V with uneven counts (known to the host, once a step), EP·T with equal counts."""
+
+    name = "collective"
+
+    def __init__(self, settings: TransportSettings, step_tensors: StepTensors) -> None:
+        self._settings, self._step_tensors = settings, step_tensors
+        self._request = StepRequest(0, 0, 0)
+        self._counts = [0] * settings.group.size
+        self._layer, self._operation, self._num_supplied = -1, STEP, 0
+        self._dispatch: _Dispatch | None = None
+        self._combine: _Combine | None = None
+        self._combine_input: torch.Tensor | None = None
+        self._communicator = _open_communicator(settings)
+
+    @property
+    def nbytes(self) -> int:
+        return self._step_tensors.nbytes
+
+    @staticmethod
+    def required_bytes(ep_size: int) -> int:
+        """Only the step's counts are kept; rows live in tensors of the call."""
+        return (3 + 2 * ep_size) * 4
+
+    # --- step -------------------------------------------------------------------------------------------------------
+
+    def begin_step(self, request: StepRequest, layer: int) -> None:
+        self._request, self._layer, self._operation = request, layer, STEP
+        self._combine_input = None
+        if self._settings.counts == "equal":
+            self._counts = [request.num_tokens] * self._settings.group.size
+            self._step_tensors.publish_equal(request.num_tokens, request.flags)
+            return
+        try:
+            headers = self._communicator.exchange_headers(self._header())
+        except CommunicationError as error:
+            raise self._peer_error(error) from error
+        self._compare(headers)
+        self._counts = [header.num_tokens for header in headers]
+        self._step_tensors.publish(self._counts, [header.flags for header in headers])
+
+    # --- dispatch ---------------------------------------------------------------------------------------------------
+
+    def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        self._layer, self._operation = layer, DISPATCH
+        self._num_supplied = hidden.shape[0]
+        if self._num_supplied < self._request.num_tokens:
+            hidden, topk_idx, topk_weights = pad_rows(hidden, topk_idx, topk_weights, self._request.num_tokens)
+        routing = pack_routing(mask_padding(topk_idx, self._request.num_real_tokens), topk_weights)
+        gathered_hidden = hidden.new_empty((sum(self._counts), hidden.shape[1]))
+        gathered_routing = routing.new_empty((sum(self._counts), routing.shape[1]))
+        hidden_parts, routing_parts = gathered_hidden.split(self._counts), gathered_routing.split(self._counts)
+        rank, size = self._settings.group.rank, self._settings.group.size
+        pending = self._start([(hidden, routing)] * size, list(zip(hidden_parts, routing_parts, strict=True)))
+        hidden_parts[rank].copy_(hidden)
+        routing_parts[rank].copy_(routing)
+        self._dispatch = _Dispatch(pending, gathered_hidden, gathered_routing)
+
+    def dispatch_end(self) -> Gathered:
+        dispatch, self._dispatch = self._dispatch, None
+        assert dispatch is not None, "the workspace orders the halves"
+        self._finish(dispatch.pending)
+        idx, weights = unpack_routing(dispatch.routing_R2K)
+        return Gathered(dispatch.hidden_RH, idx, weights)
+
+    # --- combine ----------------------------------------------------------------------------------------------------
+
+    def combine_input(self) -> torch.Tensor:
+        if self._combine_input is None:
+            shape = (sum(self._counts), self._settings.config.hidden_size)
+            self._combine_input = torch.empty(shape, dtype=self._settings.combine_dtype, device=self._settings.group.device)
+        return self._combine_input
+
+    def combine_begin(self, partial: torch.Tensor) -> None:
+        self._operation = COMBINE
+        rank, size = self._settings.group.rank, self._settings.group.size
+        outgoing = partial.to(self._settings.combine_dtype).split(self._counts)
+        own_rows = self._counts[rank]
+        terms = [
+            outgoing[rank] if peer == rank else outgoing[rank].new_empty((own_rows, partial.shape[1])) for peer in range(size)
+        ]
+        pending = self._start([(rows,) for rows in outgoing], [(term,) for term in terms])
+        self._combine = _Combine(pending, terms)
+
+    def combine_end(self) -> torch.Tensor:
+        combine, self._combine = self._combine, None
+        assert combine is not None, "the workspace orders the halves"
+        self._finish(combine.pending)
+        terms = [term[: self._num_supplied] for term in combine.terms]
+        return sum_in_rank_order(terms).to(self._settings.config.dtype)
+
+    # --- peers ------------------------------------------------------------------------------------------------------
+
+    def _header(self) -> Header:
+        request = self._request
+        generation = self._settings.generation
+        return Header(self._operation, request.index, self._layer, generation, request.num_tokens, request.flags)
+
+    def _start(self, outgoing: list[tuple[torch.Tensor, ...]], incoming: list[tuple[torch.Tensor, ...]]) -> Pending:
+        try:
+            return self._communicator.start(self._header(), outgoing, incoming)
+        except CommunicationError as error:
+            raise self._peer_error(error) from error
+
+    def _finish(self, pending: Pending) -> None:
+        try:
+            headers = pending.headers()
+            if headers is not None:
+                self._compare(headers)
+            pending.finish()
+        except CommunicationError as error:
+            raise self._peer_error(error) from error
+
+    def _compare(self, headers: list[Header]) -> None:
+        """Raises if a rank is at another place than this one: the rank that stands alone is blamed, of two the one behind."""
+        positions = [header.position() for header in headers]
+        if len(set(positions)) == 1:
+            return
+        rank = self._settings.group.rank
+        odd = min(range(len(positions)), key=lambda r: (positions.count(positions[r]), positions[r]))
+        names = ("begin_step", "dispatch", "combine")
+        told = "; ".join(f"rank {r} is in {names[h.operation]} of step {h.step}, layer {h.layer}" for r, h in enumerate(headers))
+        record = AbortRecord(odd, rank, "counts-disagree", self._request.index, self._layer, 0.0, f"counts disagree: {told}")
+        raise self._settle(record)
+
+    def _peer_error(self, error: CommunicationError) -> PeerError:
+        """Turns what the communicator noticed into the error that the whole group agrees on."""
+        phase = "not-entered" if self._operation == STEP else "data-missing"
+        reason = "its connection is gone (the process ended, or closed its workspace)" if error.closed else ""
+        rank = self._settings.group.rank
+        record = AbortRecord(error.rank, rank, phase, self._request.index, self._layer, error.waited_s, reason)
+        return self._settle(record, grace_s=RECORD_GRACE_S if error.closed else 0.0)
+
+    def _settle(self, record: AbortRecord, grace_s: float = 0.0) -> PeerError:
+        channel, name = self._settings.group.channel, f"{self._settings.name}/abort"
+        give_up = time.monotonic() + grace_s
+        while channel.peek(name) is None and time.monotonic() < give_up:
+            time.sleep(0.01)
+        agreed = AbortRecord(**channel.claim(name, asdict(record)))
+        self._communicator.abort()
+        return agreed.error_for(self._settings.group.rank)
+
+    def fail(self, reason: str) -> None:
+        rank = self._settings.group.rank
+        phase = "not-entered" if self._operation == STEP else "data-missing"
+        self._settle(AbortRecord(rank, rank, phase, self._request.index, self._layer, 0.0, reason))
+
+    def check(self) -> None:
+        known = self._settings.group.channel.peek(f"{self._settings.name}/abort")
+        if known is not None:
+            self._communicator.abort()
+            raise AbortRecord(**known).error_for(self._settings.group.rank)
+
+    def solo(self) -> LocalTransport:
+        return LocalTransport(self._settings, self._step_tensors)
+
+    def close(self) -> None:
+        self._communicator.abort()
+        self._dispatch = self._combine = self._combine_input = None
+
+
+def pack_routing(topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+    """[T, K] int32 ids and [T, K] weights -> one int32 [T, 2K] message, the weights as the bits of float32."""
+    return torch.cat([topk_idx, topk_weights.to(torch.float32).view(torch.int32)], dim=1)
+
+
+def unpack_routing(routing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `pack_routing`, contiguous."""
+    idx, weights = routing.chunk(2, dim=1)
+    return idx.contiguous(), weights.contiguous().view(torch.float32)
+
+
+def _open_communicator(settings: TransportSettings) -> Communicator:
+    group = settings.group
+    store = dist.PrefixStore(f"{settings.name}/communicator", group.store)
+    if group.device.type == "cpu":
+        return GlooCommunicator(store, group.rank, group.size, settings.timeout_s, settings.open_timeout_s)
+    from tokenferry.transports.nccl import NcclCommunicator  # a CPU build of torch has no NCCL
+
+    return NcclCommunicator(store, group, settings)

@@ -1,0 +1,396 @@
+"""A workspace: one group, one transport, the buffers and counts of one shape of MoE layer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from tokenferry import env
+from tokenferry.config import HIDDEN_DTYPES, MoEConfig
+from tokenferry.dispatcher import Dispatcher
+from tokenferry.errors import (
+    CapacityError,
+    ConfigError,
+    DeviceError,
+    DtypeError,
+    PeerError,
+    PeerFailedError,
+    ShapeError,
+    StateError,
+    TransportUnavailableError,
+)
+from tokenferry.groups import EPGroup
+from tokenferry.lifecycle import Lifecycle, Stage
+from tokenferry.step import Step, StepRequest, StepTensors
+from tokenferry.transports import select
+from tokenferry.transports.base import PROTOCOL_VERSION, CombineOrder, Counts, Transport, TransportSettings
+from tokenferry.transports.open import open_transport, required_bytes
+
+_log = logging.getLogger(__name__)
+
+
+class Workspace:
+    """Moves rows for all MoE layers of one shape. Opened by all ranks of the group together; a context manager.
+
+    Args:
+        config: shape of the layer.
+        group: the expert-parallel group.
+        max_tokens_per_rank: C, the most rows a rank may bring to a step, padding included.
+        transport: "auto", or one of `transports.select.TRANSPORTS`.
+        combine_dtype: of the partial rows on the wire. Default: `config.dtype`.
+        combine_order: "rank": terms are summed in rank order, the same bits on every transport. "any": the library's or the
+            hardware's own order where that is faster, outside every promise of equal bits.
+        counts: "uneven": ranks bring different numbers of rows. "equal": all ranks promise the same number in every step, and
+            the collective transport exchanges no counts. Symmetric transports exchange them either way.
+        timeout_s: how long a peer may be late before it is given up.
+        open_timeout_s: the same while opening, when ranks still load models and compile.
+        max_ctas: bound on the thread blocks of a kernel, for workspaces that share a GPU; None: chosen from shape and group.
+
+    Raises:
+        ConfigError: a setting is wrong, differs between ranks, or there are fewer experts than ranks.
+        TransportUnavailableError: no transport fits; `.decisions` has the reason for each.
+        PeerTimeoutError: a rank did not come to open within `open_timeout_s`.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        group: EPGroup,
+        *,
+        max_tokens_per_rank: int,
+        transport: str = "auto",
+        combine_dtype: torch.dtype | None = None,
+        combine_order: CombineOrder = "rank",
+        counts: Counts = "uneven",
+        timeout_s: float = 30.0,
+        open_timeout_s: float = 300.0,
+        max_ctas: int | None = None,
+    ) -> None:
+        self._settings = TransportSettings(
+            config=config,
+            group=group,
+            max_tokens_per_rank=max_tokens_per_rank,
+            combine_dtype=config.dtype if combine_dtype is None else combine_dtype,
+            combine_order=combine_order,
+            counts=counts,
+            timeout_s=timeout_s,
+            open_timeout_s=open_timeout_s,
+            max_ctas=max_ctas,
+            name=group.unique_name("workspace"),
+            generation=0,
+            debug=env.read(env.DebugSettings).enabled,
+        )
+        _check_settings(self._settings)
+        self._base_name = self._settings.name
+        self._requested = transport
+        self.lifecycle = Lifecycle()
+        self._num_layers = 0
+        self._step: Step | None = None
+        self._solo = False
+        self._open()
+
+    def _open(self) -> None:
+        settings = self._settings
+        self.decisions, self.transport = _agree_to_open(settings, self._requested)
+        self._step_tensors = StepTensors(settings.group.rank, settings.group.size, settings.group.device)
+        self._transport = _open_together(self.transport, settings, self._step_tensors)
+        _log.info("workspace %s: transport %s", settings.name, self.transport)
+        for decision in self.decisions:
+            _log.debug("workspace %s: %s", settings.name, decision)
+
+    # --- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> MoEConfig:
+        """The configuration it was opened with."""
+        return self._settings.config
+
+    @property
+    def group(self) -> EPGroup:
+        """The group that it serves now; `reset(group=...)` may have made it smaller."""
+        return self._settings.group
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors live."""
+        return self._settings.group.device
+
+    @property
+    def max_tokens_per_rank(self) -> int:
+        """C."""
+        return self._settings.max_tokens_per_rank
+
+    @property
+    def combine_dtype(self) -> torch.dtype:
+        """Of the partial rows on the wire."""
+        return self._settings.combine_dtype
+
+    @property
+    def timeout_s(self) -> float:
+        """How long a peer may be late."""
+        return self._settings.timeout_s
+
+    @property
+    def generation(self) -> int:
+        """Number of resets."""
+        return self._settings.generation
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this rank holds for as long as the workspace is open; rows of a call are extra on `local` and `collective`."""
+        return self._transport.nbytes
+
+    @staticmethod
+    def required_bytes(
+        config: MoEConfig,
+        ep_size: int,
+        max_tokens_per_rank: int,
+        *,
+        transport: str,
+        combine_dtype: torch.dtype | None = None,
+    ) -> int:
+        """What `nbytes` would be, without opening anything. `transport` is a name, not "auto"."""
+        if transport not in select.TRANSPORTS:
+            raise ConfigError(f"transport must be one of {', '.join(select.TRANSPORTS)}, got {transport!r}")
+        return required_bytes(transport, config, ep_size, max_tokens_per_rank, combine_dtype or config.dtype)
+
+    # --- step -------------------------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> Step:
+        """The step that was begun last."""
+        if self._step is None:
+            raise StateError("no step has begun; call begin_step() once per model forward, first")
+        return self._step
+
+    def begin_step(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None = None, *, done: bool = False) -> Step:
+        """Publishes all ranks' counts, once per model forward. Every rank calls it, with 0 tokens too.
+
+        Args:
+            num_tokens: T, this rank's rows, padding included; 0 <= T <= C.
+            num_real_tokens: rows that carry real tokens: an int <= T, or an int32[1] tensor on the workspace's device, read when
+                the kernels run. The rows after them get id -1 everywhere. Default: T.
+            done: this rank has no work of its own left. `Step.all_done()` tells when every rank says so.
+
+        Raises:
+            CapacityError: T > C, or num_real_tokens > T.
+            StateError: a dispatch waits for its combine, or the workspace is closed.
+            PeerTimeoutError, PeerFailedError: another rank is the cause.
+        """
+        self.lifecycle.begin_step()
+        request = StepRequest(
+            (self._step.index if self._step else 0) + 1, num_tokens, self._check_counts(num_tokens, num_real_tokens), done
+        )
+        try:
+            with torch.no_grad():
+                self.active_transport.begin_step(request, -1)
+        except PeerError as error:
+            self.record_failure(error)
+            raise
+        self._step = self._step_tensors.view(request)
+        self.lifecycle.enter_ready()
+        return self._step
+
+    def _check_counts(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None) -> int | torch.Tensor:
+        if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 0:
+            raise ShapeError(f"num_tokens must be an int >= 0, got {num_tokens!r}")
+        if num_tokens > self.max_tokens_per_rank:
+            raise CapacityError(
+                f"num_tokens is {num_tokens} but the workspace was opened for {self.max_tokens_per_rank}; "
+                f"open it with max_tokens_per_rank={num_tokens} or split the step"
+            )
+        if num_real_tokens is None:
+            return num_tokens
+        if isinstance(num_real_tokens, torch.Tensor):
+            if num_real_tokens.dtype != torch.int32:
+                raise DtypeError(f"num_real_tokens must be an int or torch.int32, got {num_real_tokens.dtype}")
+            if num_real_tokens.numel() != 1:
+                raise ShapeError(f"num_real_tokens must have one element, got {num_real_tokens.numel()}")
+            if num_real_tokens.device != self.device:
+                raise DeviceError(f"num_real_tokens is on {num_real_tokens.device} but the workspace is on {self.device}")
+            return num_real_tokens
+        if not isinstance(num_real_tokens, int) or not 0 <= num_real_tokens <= num_tokens:
+            raise CapacityError(f"num_real_tokens must lie between 0 and num_tokens, {num_tokens}; got {num_real_tokens!r}")
+        return num_real_tokens
+
+    def dispatcher(self) -> Dispatcher:
+        """A dispatcher for the next MoE layer. All ranks ask in the same order; the number names the layer in errors."""
+        layer, self._num_layers = self._num_layers, self._num_layers + 1
+        return Dispatcher(self, layer)
+
+    # --- peers ------------------------------------------------------------------------------------------------------
+
+    @property
+    def active_transport(self) -> Transport:
+        """What dispatchers use: the transport, or its stand-in under `solo()`."""
+        return self._transport.solo() if self._solo else self._transport
+
+    def check(self) -> None:
+        """Raises what a peer, or this rank, has failed with. Call it after your own synchronisation, before trusting results."""
+        self.lifecycle.require_usable("check")
+        try:
+            self._transport.check()
+        except PeerError as error:
+            self.record_failure(error)
+            raise
+
+    def fail(self, reason: str) -> None:
+        """Tells the peers that this rank gives up: they raise `PeerFailedError(rank, reason)` at once, this rank too from now on."""
+        if self.lifecycle.stage is Stage.CLOSED or self.lifecycle.error is not None:
+            return
+        self._transport.fail(reason)
+        self.record_failure(PeerFailedError(self.group.rank, reason, self._step.index if self._step else 0))
+
+    def record_failure(self, error: PeerError) -> None:
+        """Breaks the workspace: every later call raises `error`, until a reset."""
+        self.lifecycle.fail(error)
+
+    def reset(self, group: EPGroup | None = None, timeout_s: float | None = None) -> None:
+        """Starts anew after a failure, collectively over the ranks that go on: new communicator, new buffers, no step.
+
+        Args:
+            group: the ranks that go on, e.g. `ws.group.subset([0, 2])`. Default: the same group.
+            timeout_s: how long to wait for them. Default: `open_timeout_s`.
+
+        Graphs captured before a reset must not be replayed. Dispatchers stay valid.
+
+        Raises:
+            PeerTimeoutError: a rank did not come; phase "reset". Call it again with the ranks that are left.
+        """
+        if self.lifecycle.stage is Stage.CLOSED:
+            raise StateError("reset: the workspace is closed; open a new Workspace")
+        old = self._settings
+        self._transport.close()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        generation = old.generation + 1
+        # Counted up before the ranks meet: a rank that comes too late finds a generation that the others have left.
+        self._settings = dataclasses.replace(
+            old,
+            group=group if group is not None else old.group,
+            generation=generation,
+            name=f"{self._base_name}/{generation}",
+            open_timeout_s=timeout_s if timeout_s is not None else old.open_timeout_s,
+        )
+        settings = self._settings
+        try:
+            settings.group.channel.barrier(f"{settings.name}/reset", settings.open_timeout_s, phase="reset")
+            self._open()
+        except PeerError as error:
+            self.lifecycle.error = error
+            raise
+        finally:
+            self._settings = dataclasses.replace(self._settings, open_timeout_s=old.open_timeout_s)
+        self._step = None
+        self.lifecycle = Lifecycle()
+
+    @contextlib.contextmanager
+    def solo(self) -> Iterator[None]:
+        """Within it, steps involve this rank alone: the same calls and shapes without communication, for warm-up and capture.
+
+        Counts outside are not disturbed: a step begun inside is over when the block ends.
+        """
+        self.lifecycle.begin_step()
+        if self._solo:
+            raise StateError("solo: already inside solo()")
+        before, self._solo = self._step, True
+        try:
+            yield
+        finally:
+            self._solo, self._step = False, before
+            if self.lifecycle.stage is not Stage.CLOSED and self.lifecycle.error is None:
+                self.lifecycle.stage = Stage.NO_STEP
+
+    def close(self) -> None:
+        """Releases everything. Never waits for a peer; calling it again does nothing."""
+        if self.lifecycle.stage is Stage.CLOSED:
+            return
+        self.lifecycle.stage = Stage.CLOSED
+        self._transport.close()
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if error is not None and not isinstance(error, PeerError):
+            self.fail(f"{type(error).__name__}: {error}")
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Workspace(transport={self.transport!r}, {self.group!r}, max_tokens_per_rank={self.max_tokens_per_rank})"
+
+
+def _check_settings(settings: TransportSettings) -> None:
+    if not isinstance(settings.max_tokens_per_rank, int) or settings.max_tokens_per_rank < 1:
+        raise ConfigError(f"max_tokens_per_rank must be a positive int, got {settings.max_tokens_per_rank!r}")
+    if settings.combine_dtype not in HIDDEN_DTYPES:
+        raise ConfigError(f"combine_dtype must be one of {', '.join(map(str, HIDDEN_DTYPES))}, got {settings.combine_dtype}")
+    if settings.combine_order not in ("rank", "any"):
+        raise ConfigError(f"combine_order must be 'rank' or 'any', got {settings.combine_order!r}")
+    if settings.counts not in ("uneven", "equal"):
+        raise ConfigError(f"counts must be 'uneven' or 'equal', got {settings.counts!r}")
+    for name in ("timeout_s", "open_timeout_s"):
+        if not getattr(settings, name) > 0:
+            raise ConfigError(f"{name} must be positive, got {getattr(settings, name)!r}")
+    settings.group.expert_range(settings.config.num_experts)  # raises if there are fewer experts than ranks
+
+
+def _open_together(name: str, settings: TransportSettings, step_tensors: StepTensors) -> Transport:
+    """Opens the transport; if that fails on one rank, all ranks raise and name it."""
+    transport, failure = None, None
+    try:
+        transport = open_transport(name, settings, step_tensors)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the peers must hear of it and not wait
+        failure = error
+    told = None if failure is None else f"{type(failure).__name__}: {failure}"
+    answers = settings.group.channel.exchange(f"{settings.name}/opened", told, settings.open_timeout_s)
+    failed = [(rank, text) for rank, text in enumerate(answers) if text is not None]
+    if not failed and transport is not None:
+        return transport
+    if transport is not None:
+        transport.close()
+    rank, text = failed[0]
+    raise TransportUnavailableError(f"transport {name!r} could not be opened on rank {rank}: {text}") from failure
+
+
+def _agree_to_open(settings: TransportSettings, requested: str) -> tuple[tuple[select.Decision, ...], str]:
+    """Compares what the ranks bring, so that a difference is an error here and not a hang later."""
+    config = settings.config
+    own = select.decide(settings.group)
+    offer: dict[str, Any] = {
+        "protocol version": PROTOCOL_VERSION,
+        "group size": settings.group.size,
+        "hidden_size": config.hidden_size,
+        "num_experts": config.num_experts,
+        "topk": config.topk,
+        "dtype": str(config.dtype),
+        "max_tokens_per_rank": settings.max_tokens_per_rank,
+        "combine_dtype": str(settings.combine_dtype),
+        "combine_order": settings.combine_order,
+        "counts": settings.counts,
+        "transport": requested,
+        "device type": settings.group.device.type,
+    }
+    decisions = [[isinstance(d, select.Accepted), d.name, d.reason] for d in own]
+    answers = settings.group.channel.exchange(
+        f"{settings.name}/open", {"offer": offer, "decisions": decisions}, settings.open_timeout_s
+    )
+    for rank, answer in enumerate(answers):
+        for key, value in offer.items():
+            if answer["offer"].get(key) != value:
+                raise ConfigError(
+                    f"{key} differs between ranks: rank {settings.group.rank} has {value!r}, "
+                    f"rank {rank} has {answer['offer'].get(key)!r}; open the workspace with equal settings"
+                )
+    per_rank = [
+        [select.Accepted(name, reason) if ok else select.Rejected(name, reason) for ok, name, reason in answer["decisions"]]
+        for answer in answers
+    ]
+    agreed = select.agree(per_rank)
+    return agreed, select.choose(requested, agreed)
