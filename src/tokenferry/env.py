@@ -6,9 +6,10 @@ read the environment when they are called, never at import, so a test or a progr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -127,3 +128,22 @@ def for_rank_process(overrides: Mapping[str, str] | None = None) -> dict[str, st
     """The whole environment for a rank process on this machine: this process's, one thread, loopback only, then `overrides`."""
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback, **(overrides or {})}
+
+
+@contextlib.contextmanager
+def nccl_errors_stay_ours() -> Iterator[None]:
+    """While a NCCL communicator of our own is made: torch's watchdog shall not end the process when a peer is late or dies.
+
+    torch reads both variables in the constructor, so they are put back at once and other communicators are not touched.
+    """
+    ours = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, text in before.items():
+            if text is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = text

@@ -92,7 +92,7 @@ class Workspace:
         self.lifecycle = Lifecycle()
         self._num_layers = 0
         self._step: Step | None = None
-        self._solo = False
+        self._stand_in: Transport | None = None
         self._open()
 
     def _open(self) -> None:
@@ -143,7 +143,7 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this rank holds for as long as the workspace is open; rows of a call are extra on `local` and `collective`."""
+        """Bytes that this rank holds while the workspace is open; on `local` and `collective` the rows of a call are extra."""
         return self._transport.nbytes
 
     @staticmethod
@@ -229,7 +229,7 @@ class Workspace:
     @property
     def active_transport(self) -> Transport:
         """What dispatchers use: the transport, or its stand-in under `solo()`."""
-        return self._transport.solo() if self._solo else self._transport
+        return self._transport if self._stand_in is None else self._stand_in
 
     def check(self) -> None:
         """Raises what a peer, or this rank, has failed with. Call it after your own synchronisation, before trusting results."""
@@ -241,7 +241,7 @@ class Workspace:
             raise
 
     def fail(self, reason: str) -> None:
-        """Tells the peers that this rank gives up: they raise `PeerFailedError(rank, reason)` at once, this rank too from now on."""
+        """Tells the peers that this rank gives up: they, and from now on this rank, raise `PeerFailedError(rank, reason)`."""
         if self.lifecycle.stage is Stage.CLOSED or self.lifecycle.error is not None:
             return
         self._transport.fail(reason)
@@ -297,13 +297,13 @@ class Workspace:
         Counts outside are not disturbed: a step begun inside is over when the block ends.
         """
         self.lifecycle.begin_step()
-        if self._solo:
+        if self._stand_in is not None:
             raise StateError("solo: already inside solo()")
-        before, self._solo = self._step, True
+        before, self._stand_in = self._step, self._transport.solo()
         try:
             yield
         finally:
-            self._solo, self._step = False, before
+            self._stand_in, self._step = None, before
             if self.lifecycle.stage is not Stage.CLOSED and self.lifecycle.error is None:
                 self.lifecycle.stage = Stage.NO_STEP
 

@@ -53,19 +53,6 @@ class Pending(Protocol):
         """Waits until the incoming rows are there (on CUDA: makes the current stream wait)."""
 
 
-class Communicator(Protocol):
-    """One at a time: an exchange is finished before the next is started."""
-
-    def exchange_headers(self, header: Header) -> list[Header]:
-        """Every rank's header, known to the host on return."""
-
-    def start(self, header: Header, outgoing: Rows, incoming: Rows) -> Pending:
-        """Starts to send `outgoing[r]` to rank r and to receive `incoming[r]` from it."""
-
-    def abort(self) -> None:
-        """Drops all connections at once; never waits."""
-
-
 HEADER_WORDS = 6
 
 
@@ -86,13 +73,13 @@ class GlooCommunicator:
         return [(self.rank + shift) % self.size for shift in range(1, self.size)]
 
     def exchange_headers(self, header: Header) -> list[Header]:
-        """See `Communicator`."""
+        """Every rank's header, known to the host on return."""
         pending = self.start(header, [()] * self.size, [()] * self.size)
         pending.finish()
         return pending.headers()
 
     def start(self, header: Header, outgoing: Rows, incoming: Rows) -> GlooPending:
-        """See `Communicator`."""
+        """Starts to send `outgoing[r]` to rank r and to receive `incoming[r]` from it. Finish it before the next start."""
         return GlooPending(self, header, outgoing, incoming)
 
     def send(self, tensor: torch.Tensor, peer: int, tag: int) -> Any:
@@ -109,8 +96,11 @@ class GlooCommunicator:
         except RuntimeError as error:
             raise CommunicationError(peer, True, 0.0, str(error)) from error
 
+    def raise_if_broken(self) -> None:
+        """gloo's calls raise by themselves."""
+
     def abort(self) -> None:
-        """See `Communicator`."""
+        """Drops all connections at once; never waits."""
         backend, self._backend = self._backend, _Closed()
         del backend  # closes the sockets
 
