@@ -1,0 +1,207 @@
+"""Which experts a token goes to, and with what weight.
+
+One function, `route`, covers the families by its configuration:
+
+    family                        score     choice                          weights
+    qwen3_moe, olmoe, mixtral     softmax   topk of scores                  scores, renormalised if the model says so
+    gpt_oss                       softmax   topk of logits (linear bias)    softmax of the K chosen logits
+    deepseek_v3, glm4_moe,        sigmoid   topk of scores + correction,    scores without the correction,
+      nemotron_h                            in the best groups only         renormalised (+1e-20), scaled
+    deepseek_v2                   softmax   topk in the best groups only    scores, scaled
+
+Legend of shape suffixes: T this rank's rows, E experts, K chosen experts, G groups, M experts of a group, H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tokenferry.errors import ConfigError, DtypeError, ShapeError
+
+ScoreFunction = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How scores become a choice and weights.
+
+    Attributes:
+        hidden_size: H, of the rows that the router sees (the full hidden size, also in a latent layer).
+        num_experts: E, of the whole group.
+        topk: K.
+        score_function: of the logits, in float32.
+        topk_before_score: choose K logits, then score only these (gpt_oss). False: score all E, then choose.
+        renormalize: divide the K weights by their sum.
+        renormalize_epsilon: added to that sum (1e-20 in the deepseek_v3 family, else 0).
+        scaling_factor: multiplies the weights last.
+        score_correction_bias: the router has one learned number an expert, added to the scores for the choice only.
+        num_groups: the experts form this many equal groups of neighbours; 1 for no groups.
+        topk_groups: experts are chosen from this many best groups only.
+        group_score_topk: a group's score is the sum of its this many best experts (2 in deepseek_v3, 1 in deepseek_v2).
+        linear_bias: the router's linear layer has a bias (gpt_oss).
+        float32_logits: compute the linear layer in float32 (the deepseek_v3 family does), else in the dtype of `hidden`. A router
+            made with dtype=torch.float32 saves the conversion of its weight in every call.
+        idx_dtype: torch.int32 (what the dispatcher sends) or torch.int64.
+
+    Raises:
+        ConfigError: the settings cannot give K experts, or exclude one another.
+    """
+
+    hidden_size: int
+    num_experts: int
+    topk: int
+    score_function: ScoreFunction = "softmax"
+    topk_before_score: bool = False
+    renormalize: bool = False
+    renormalize_epsilon: float = 0.0
+    scaling_factor: float = 1.0
+    score_correction_bias: bool = False
+    num_groups: int = 1
+    topk_groups: int = 1
+    group_score_topk: int = 2
+    linear_bias: bool = False
+    float32_logits: bool = True
+    idx_dtype: torch.dtype = torch.int32
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_experts", "topk", "num_groups", "topk_groups", "group_score_topk"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.topk > self.num_experts:
+            raise ConfigError(f"topk is {self.topk} but there are only {self.num_experts} experts; lower topk")
+        if self.score_function not in get_args(ScoreFunction):
+            raise ConfigError(f"score_function must be softmax or sigmoid, got {self.score_function!r}")
+        if self.idx_dtype not in (torch.int32, torch.int64):
+            raise ConfigError(f"idx_dtype must be torch.int32 or torch.int64, got {self.idx_dtype}")
+        if self.topk_before_score and (self.score_correction_bias or self.num_groups > 1):
+            raise ConfigError("topk_before_score chooses by logits; a score correction or groups choose by scores: drop one")
+        if self.num_groups > 1:
+            self._check_groups()
+
+    def _check_groups(self) -> None:
+        if self.num_experts % self.num_groups:
+            raise ConfigError(f"{self.num_experts} experts do not form {self.num_groups} equal groups; change num_groups")
+        group_size = self.num_experts // self.num_groups
+        if self.topk_groups > self.num_groups:
+            raise ConfigError(f"topk_groups is {self.topk_groups} but there are only {self.num_groups} groups")
+        if self.group_score_topk > group_size:
+            raise ConfigError(f"group_score_topk is {self.group_score_topk} but a group has only {group_size} experts")
+        if self.topk > self.topk_groups * group_size:
+            raise ConfigError(
+                f"topk is {self.topk} but {self.topk_groups} groups hold only {self.topk_groups * group_size} experts; "
+                "raise topk_groups"
+            )
+
+
+def route(
+    logits_TE: torch.Tensor, config: RouterConfig, score_correction_bias_E: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose K experts a row. Nothing is asked of the host; T = 0 is legal.
+
+    Args:
+        logits_TE: [T, E], any floating dtype; the arithmetic is float32.
+        config: the rules.
+        score_correction_bias_E: [E], needed if and only if `config.score_correction_bias`.
+
+    Returns:
+        topk_weights [T, K] float32 and topk_idx [T, K] of `config.idx_dtype`. A row's experts come in descending order of
+        what they were chosen by; the order of equal ones is torch.topk's.
+
+    Raises:
+        ShapeError: columns other than E.
+        ConfigError: a correction without its setting, or the setting without a correction.
+    """
+    if logits_TE.dim() != 2 or logits_TE.shape[1] != config.num_experts:
+        raise ShapeError(f"logits must be [T, {config.num_experts}] (num_experts), got {list(logits_TE.shape)}")
+    if config.score_correction_bias != (score_correction_bias_E is not None):
+        given = "given" if score_correction_bias_E is not None else "missing"
+        raise ConfigError(f"score_correction_bias is {config.score_correction_bias} but the tensor is {given}")
+    logits_TE = logits_TE.float()
+    if config.topk_before_score:
+        chosen_TK, idx_TK = torch.topk(logits_TE, config.topk, dim=-1)
+        weights_TK = _score(chosen_TK, config.score_function)
+    else:
+        scores_TE = _score(logits_TE, config.score_function)
+        choice_TE = scores_TE if score_correction_bias_E is None else scores_TE + score_correction_bias_E.float()
+        if config.num_groups > 1:
+            choice_TE = _keep_best_groups(choice_TE, config)
+        idx_TK = torch.topk(choice_TE, config.topk, dim=-1).indices
+        weights_TK = scores_TE.gather(1, idx_TK)
+    if config.renormalize:
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + config.renormalize_epsilon)
+    if config.scaling_factor != 1.0:
+        weights_TK = weights_TK * config.scaling_factor
+    return weights_TK, idx_TK.to(config.idx_dtype)
+
+
+def _score(logits: torch.Tensor, function: ScoreFunction) -> torch.Tensor:
+    return torch.sigmoid(logits) if function == "sigmoid" else torch.softmax(logits, dim=-1)
+
+
+def _keep_best_groups(choice_TE: torch.Tensor, config: RouterConfig) -> torch.Tensor:
+    """Put -inf where an expert's group is not among the best `topk_groups`.
+
+    -inf and not 0: a correction can make every score of a kept group negative, and a 0 from a dropped group would win.
+    """
+    choice_TGM = choice_TE.view(choice_TE.shape[0], config.num_groups, config.num_experts // config.num_groups)
+    scores_TG = choice_TGM.topk(config.group_score_topk, dim=-1).values.sum(dim=-1)
+    best = scores_TG.topk(config.topk_groups, dim=-1).indices
+    dropped_TG = torch.ones_like(scores_TG, dtype=torch.bool).scatter_(1, best, False)
+    return choice_TGM.masked_fill(dropped_TG.unsqueeze(-1), -math.inf).flatten(1)
+
+
+class Router(nn.Module):
+    """The linear layer in front of `route`.
+
+    Parameters: `weight` [E, H]; `bias` [E] with `config.linear_bias`. Buffer: `score_correction_bias` [E] float32 with
+    `config.score_correction_bias` (`e_score_correction_bias` in checkpoints of the deepseek_v3 family).
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    score_correction_bias: torch.Tensor | None
+
+    def __init__(
+        self, config: RouterConfig, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        E = config.num_experts
+        self.weight = nn.Parameter(torch.empty(E, config.hidden_size, dtype=dtype, device=device), requires_grad=False)
+        nn.init.normal_(self.weight, std=config.hidden_size**-0.5)
+        bias = nn.Parameter(torch.zeros(E, dtype=dtype, device=device), requires_grad=False) if config.linear_bias else None
+        self.register_parameter("bias", bias)
+        correction = torch.zeros(E, dtype=torch.float32, device=device) if config.score_correction_bias else None
+        self.register_buffer("score_correction_bias", correction)
+
+    def forward(self, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Route rows.
+
+        Args:
+            hidden_TH: [T, H], of the parameters' dtype unless `config.float32_logits`; T may be 0.
+
+        Returns:
+            topk_weights [T, K] float32, topk_idx [T, K] of `config.idx_dtype`.
+
+        Raises:
+            ShapeError: `hidden` is not [T, H].
+            DtypeError: `hidden` has another dtype than the parameters, without `float32_logits`.
+        """
+        if hidden_TH.dim() != 2 or hidden_TH.shape[1] != self.config.hidden_size:
+            raise ShapeError(f"hidden must be [T, {self.config.hidden_size}] (the router's), got {list(hidden_TH.shape)}")
+        weight: torch.Tensor = self.weight
+        bias: torch.Tensor | None = self.bias
+        if self.config.float32_logits:
+            hidden_TH, weight, bias = hidden_TH.float(), weight.float(), None if bias is None else bias.float()
+        elif hidden_TH.dtype != weight.dtype:
+            raise DtypeError(f"hidden is {hidden_TH.dtype} but the router's weight is {weight.dtype}; convert one of them")
+        return route(F.linear(hidden_TH, weight, bias), self.config, self.score_correction_bias)
+
+    def extra_repr(self) -> str:
+        return repr(self.config)
