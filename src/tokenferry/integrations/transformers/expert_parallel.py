@@ -1,0 +1,310 @@
+"""Keeps the steps of a model's MoE layers together: one step for each forward, every layer once and in order.
+
+T this rank's rows, R gathered rows, H hidden size, K top-k.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokenferry.config import MoEConfig
+from tokenferry.dispatcher import Dispatcher
+from tokenferry.errors import CapacityError, ConfigError, PeerError, StateError
+from tokenferry.groups import EPGroup
+from tokenferry.integrations.transformers.exchange import Rows, exchange_slots, exchange_sums
+from tokenferry.integrations.transformers.layer import ExpertLayer
+from tokenferry.integrations.transformers.loading import Shard
+from tokenferry.integrations.transformers.stopwatch import Stopwatch
+from tokenferry.step import Step
+from tokenferry.workspace import Workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `from_pretrained` was asked for."""
+
+    max_tokens_per_rank: int
+    transport: str
+    combine_dtype: torch.dtype | None
+    exact: bool
+    timeout_s: float
+    open_timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """What a layer's experts are called with. A rank without requests sends empty tensors of just this kind."""
+
+    hidden_size: int
+    num_experts: int
+    topk: int
+    hidden_dtype: torch.dtype
+    weight_dtype: torch.dtype
+
+    def empty_rows(self, device: torch.device) -> Rows:
+        """What a rank without tokens sends."""
+        return Rows(
+            torch.empty(0, self.hidden_size, dtype=self.hidden_dtype, device=device),
+            torch.empty(0, self.topk, dtype=torch.int64, device=device),
+            torch.empty(0, self.topk, dtype=self.weight_dtype, device=device),
+        )
+
+
+class ExpertParallel:
+    """A model's expert parallelism: `model.expert_parallel`.
+
+    Attributes:
+        group: the `EPGroup`.
+        layers: the MoE layers that were installed, in the order of a forward.
+        workspace: the `Workspace` that all layers share.
+        num_local_experts: experts of each layer that this rank holds.
+    """
+
+    def __init__(self, group: EPGroup, options: Options) -> None:
+        self.group = group
+        self.options = options
+        self.layers: tuple[ExpertLayer, ...] = ()
+        self.num_local_experts = 0
+        self._installed: list[ExpertLayer] = []
+        self._probed: list[tuple[ExpertLayer, LayerShape]] | None = None
+        self._workspace: Workspace | None = None
+        self._dispatchers: tuple[Dispatcher, ...] = ()
+        self._layer_shape: LayerShape | None = None
+        self._step: Step | None = None
+        """The step under way: from the first layer of a forward to its last."""
+        self._next_layer = 0
+        self._num_valid_rows: int | None = None
+        self._last_error: BaseException | None = None
+        self._stopwatch = Stopwatch(group.device)
+
+    # Loading
+
+    def owned_experts(self, num_experts: int) -> range:
+        """This rank's experts of a layer. Raises ConfigError if there are fewer experts than ranks."""
+        return self.group.expert_range(num_experts)
+
+    def add_layer(self, layer: ExpertLayer) -> None:
+        """Called by each layer as it is installed."""
+        self._installed.append(layer)
+
+    def shards(self, model: nn.Module) -> dict[str, Shard]:
+        """The parameters that were cut to this rank's experts, by their names in the model."""
+        names = {module: name for name, module in model.named_modules()}
+        return {f"{names[layer.module]}.{key}": shard for layer in self._installed for key, shard in layer.shards.items()}
+
+    @property
+    def installed(self) -> tuple[ExpertLayer, ...]:
+        """The layers found in the model, in the order of its modules."""
+        return tuple(self._installed)
+
+    def open(self, model: Any) -> None:
+        """Learns from one forward of one token what the layers are called with, without communication, and opens the
+        workspace, collectively. All ranks hold the same model, so they learn the same.
+
+        Raises:
+            ConfigError: layers that are not called, or differ in shape; as `Workspace`.
+        """
+        self._probed = []
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.group.device), use_cache=False)
+        probed, self._probed = self._probed, None
+        self.layers = tuple(layer for layer, _ in probed)
+        idle = len(self._installed) - len(set(map(id, self.layers)))
+        if idle:
+            raise ConfigError(
+                f"{idle} of {len(self._installed)} MoE layers are not part of a plain forward of {type(model).__name__}; "
+                "ranks without requests could not take part in them. Load the text model alone"
+            )
+        shapes = {shape for _, shape in probed}
+        if len(shapes) > 1:
+            raise ConfigError(f"the MoE layers of {type(model).__name__} differ, and one workspace serves them all: {shapes}")
+        shape = self._layer_shape = shapes.pop()
+        self.num_local_experts = len(self.owned_experts(shape.num_experts))
+        self._workspace = self._open_workspace(shape)
+        self._dispatchers = tuple(self._workspace.dispatcher() for _ in self.layers)
+        model.base_model.register_forward_hook(self._after_forward, always_call=True)
+
+    def _open_workspace(self, shape: LayerShape) -> Workspace:
+        options = self.options
+        config = MoEConfig(
+            hidden_size=shape.hidden_size * (shape.topk if options.exact else 1),
+            num_experts=shape.num_experts,
+            topk=shape.topk,
+            dtype=shape.hidden_dtype,
+        )
+        return Workspace(
+            config,
+            self.group,
+            max_tokens_per_rank=options.max_tokens_per_rank,
+            transport=options.transport,
+            combine_dtype=None if options.exact else options.combine_dtype,
+            timeout_s=options.timeout_s,
+            open_timeout_s=options.open_timeout_s,
+        )
+
+    # Running
+
+    @property
+    def workspace(self) -> Workspace:
+        """The workspace that all layers share."""
+        if self._workspace is None:
+            raise StateError("the workspace is opened after loading; wait for from_pretrained() to return")
+        return self._workspace
+
+    @property
+    def _shape(self) -> LayerShape:
+        assert self._layer_shape is not None, "open() comes first"
+        return self._layer_shape
+
+    @property
+    def communication_s(self) -> float:
+        """Seconds that this rank has spent in `begin_step`, dispatch and combine, waiting for late peers included.
+        On CUDA it waits for what was launched, and leaves replayed graphs out."""
+        return self._stopwatch.total_s
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def run_layer(
+        self, layer: ExpertLayer, hidden_TH: torch.Tensor, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """A layer's forward: gather, this rank's experts, sum. The first layer of a forward begins the step.
+
+        Raises:
+            CapacityError: more rows than `max_tokens_per_rank`; nothing was sent, and the other ranks wait.
+            PeerTimeoutError, PeerFailedError: another rank is the cause.
+            StateError: the layers are called in another order than in the first forward.
+        """
+        rows = Rows(hidden_TH.contiguous(), topk_idx_TK.contiguous(), topk_weights_TK.contiguous())
+        if self._probed is not None:
+            return self._probe(self._probed, layer, rows)
+        step = self._step or self._begin_step(hidden_TH.shape[0])
+        try:
+            summed_TH = self._run_next(layer, rows, step)
+        except BaseException as error:
+            self._abandon_step(error)
+            raise
+        self._next_layer += 1
+        if self._next_layer == len(self.layers):
+            self._end_step()
+        return summed_TH
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Takes part with zero tokens in the other ranks' steps, until every rank has called `finish()`.
+
+        Call it on every rank after its last forward, and on a rank without requests instead of one. More forwards may follow,
+        on every rank or on some; each rank then calls `finish()` again.
+
+        Raises:
+            PeerTimeoutError, PeerFailedError: another rank is the cause.
+        """
+        nothing = self._shape.empty_rows(self.group.device)
+        while not self._begin_step(0, done=True).all_done():
+            for layer in self.layers:
+                self.run_layer(layer, nothing.hidden_TH, nothing.topk_idx_TK, nothing.topk_weights_TK)
+        self._end_step()
+        self.check()
+
+    def check(self) -> None:
+        """Raises the error that another rank caused, if there is one that no call has raised yet."""
+        self.workspace.check()
+
+    def reset(self) -> None:
+        """Starts anew after a failure, collectively over the same ranks. See `Workspace.reset`."""
+        self.workspace.reset()
+        self._end_step()
+        self._last_error = None
+
+    def forget_swallowed(self) -> None:
+        """Forgets errors of forwards so far; see `raise_swallowed`."""
+        self._last_error = None
+
+    def raise_swallowed(self) -> None:
+        """Raises the last error of a forward, once: continuous batching catches it, and hands out fewer tokens instead."""
+        error, self._last_error = self._last_error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Closes the workspace. The model cannot run any more."""
+        self.workspace.close()
+
+    def _run_next(self, layer: ExpertLayer, rows: Rows, step: Step) -> torch.Tensor:
+        number = self._next_layer
+        if layer is not self.layers[number]:
+            raise StateError(
+                f"a forward called its MoE layers in another order than the first one (layer {number} of {len(self.layers)} "
+                "came next); with expert parallelism each forward runs all layers in order, on all ranks alike"
+            )
+        if self.options.exact:
+            tokens_per_rank = step.tokens_per_rank.tolist()
+            return exchange_slots(self._dispatchers[number], layer.experts, rows, tokens_per_rank, self._stopwatch)
+        return exchange_sums(
+            self._dispatchers[number], layer.experts, rows, self._num_valid_rows, self._partial_dtype, self._stopwatch
+        )
+
+    @property
+    def _partial_dtype(self) -> torch.dtype:
+        return torch.float32 if self.options.combine_dtype == torch.float32 else self._shape.hidden_dtype
+
+    def _begin_step(self, num_tokens: int, *, done: bool = False) -> Step:
+        capacity = self.options.max_tokens_per_rank
+        if self._step is not None:
+            self._abandon_step(StateError("a forward ended before its last MoE layer"))
+        if num_tokens > capacity:
+            self._last_error = CapacityError(
+                f"this forward has {num_tokens} tokens (batch times length) but max_tokens_per_rank is {capacity}; load the "
+                f"model with max_tokens_per_rank={num_tokens}, send fewer prompts at once, or have generate() split long ones with "
+                f"prefill_chunk_size (times the prompts of the batch, at most {capacity})"
+            )
+            raise self._last_error
+        with self._stopwatch.running():
+            step = self.workspace.begin_step(num_tokens, done=done)
+        self._step, self._next_layer = step, 0
+        self._num_valid_rows = self._read_valid_rows(step)
+        return step
+
+    def _read_valid_rows(self, step: Step) -> int | None:
+        """V, where the gathered tensors are longer than that: it costs one wait for the device a step, and saves experts that
+        would look at C * EP rows. A graph cannot wait, and there they do."""
+        if self.workspace.transport not in ("p2p", "nvls"):
+            return None
+        if self.group.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        return int(step.valid_tokens.item())
+
+    def _end_step(self) -> None:
+        self._step, self._next_layer = None, 0
+
+    def _abandon_step(self, error: BaseException) -> None:
+        """Tells the other ranks that this one will not come, so that they need not wait for the time-out."""
+        self._last_error = error
+        self._end_step()
+        if not isinstance(error, PeerError):
+            self.workspace.fail(f"{type(error).__name__}: {error}")
+
+    def _after_forward(self, _module: nn.Module, _args: object, _output: object) -> None:
+        """Runs after every forward of the model, also one that raised."""
+        error = sys.exc_info()[1]
+        if self._step is not None:
+            self._abandon_step(error or StateError("a forward ended before its last MoE layer"))
+        elif error is not None:
+            self._last_error = error
+
+    def _probe(self, probed: list[tuple[ExpertLayer, LayerShape]], layer: ExpertLayer, rows: Rows) -> torch.Tensor:
+        """Notes what the layer is called with, and runs this rank's experts on it, so that a forward that cannot leave out the
+        other ranks' experts shows itself here."""
+        shape = LayerShape(
+            hidden_size=rows.hidden_TH.shape[1],
+            num_experts=layer.num_experts,
+            topk=rows.topk_idx_TK.shape[1],
+            hidden_dtype=rows.hidden_TH.dtype,
+            weight_dtype=rows.topk_weights_TK.dtype,
+        )
+        probed.append((layer, shape))
+        return layer.experts.partial(rows.hidden_TH, rows.topk_idx_TK, rows.topk_weights_TK, rows.hidden_TH.dtype)

@@ -1,0 +1,126 @@
+"""A MoE layer of a transformers model whose experts are spread over ranks: what stands between its router and its experts.
+
+transformers has a slot for this, `EPImplementationInterface`, since it separated expert from tensor parallelism; 5.17 has not,
+and there the same object becomes the experts' forward directly. Llama 4's experts take no choices, so its block is replaced.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any, Final, Protocol
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+from tokenferry.errors import ConfigError
+from tokenferry.integrations.transformers.loading import Shard, keep_rows
+from tokenferry.integrations.transformers.local_experts import Llama4Experts, LocalExperts, RoutedExperts
+
+EP_IMPLEMENTATION: Final = "tokenferry"
+"""Our name in `EPImplementationInterface`."""
+LOCAL_EXPERTS: Final = "tokenferry"
+"""Our name in `ExpertsInterface`: transformers' grouped_mm under a name that `generate()` does not swap for batched_mm when it
+decodes on a GPU, which would gather the weights of one expert for every choice of every rank's rows. Load an unmodified model
+with `experts_implementation=LOCAL_EXPERTS` (after `register()`) to compare bits with it on a GPU."""
+
+_DECORATED: Final = ("has_gate", "has_bias", "is_transposed", "num_experts")
+"""What `@use_experts_implementation` leaves on a module."""
+
+
+class LayerHost(Protocol):
+    """Moves the rows of a model's layers; `ExpertParallel` is the one there is."""
+
+    def add_layer(self, layer: ExpertLayer) -> None: ...
+    def owned_experts(self, num_experts: int) -> range: ...
+    def run_layer(
+        self, layer: ExpertLayer, hidden_TH: torch.Tensor, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor
+    ) -> torch.Tensor: ...
+
+
+class ExpertLayer:
+    """One MoE layer. Calling it with this rank's rows returns, for each of them, the weighted sum over all ranks' experts.
+
+    It is made with the arguments of transformers' `EPImplementation`. It needs no device mesh; the place of one carries the
+    model's `ExpertParallel`.
+
+    Attributes:
+        module: the experts module, cut to this rank's experts.
+        num_experts: E.
+        experts: this rank's, as `LocalExperts`.
+        shards: the parameters that were cut, by their names within the module.
+    """
+
+    def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any = None) -> None:
+        if not hasattr(ep_mesh, "run_layer"):
+            raise ConfigError(
+                f"ep_implementation={EP_IMPLEMENTATION!r} is chosen by loading the model with "
+                "tokenferry.integrations.transformers.from_pretrained(), not through DistributedConfig"
+            )
+        self._host: LayerHost = ep_mesh
+        self.module = experts
+        self.num_experts = int(experts.num_experts)  # type: ignore[arg-type]
+        owned = self._host.owned_experts(self.num_experts)
+        kind = RoutedExperts if is_decorated(experts) else Llama4Experts
+        self.experts: LocalExperts = kind(experts, self.num_experts, owned)
+        self.shards: dict[str, Shard] = keep_rows(experts, owned)
+        self._host.add_layer(self)
+
+    def __call__(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        return self._host.run_layer(self, hidden_states, top_k_index, top_k_weights)
+
+
+class Llama4Block:
+    """The forward of a Llama 4 MoE block, with its experts behind an `ExpertLayer`."""
+
+    def __init__(self, block: nn.Module, layer: ExpertLayer) -> None:
+        self._block: Any = block
+        self._layer = layer
+
+    def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_TH = hidden_states.reshape(-1, self._block.hidden_dim)
+        scores_TE, logits_TE = self._block.router(hidden_TH)
+        topk_scores_TK, topk_idx_TK = scores_TE.topk(self._block.top_k, dim=1)
+        routed_TH = self._layer(hidden_TH, topk_idx_TK, topk_scores_TK)
+        return self._block.shared_expert(hidden_TH).add_(routed_TH), logits_TE
+
+
+def register() -> None:
+    """Makes our names known to transformers. `from_pretrained` does it; calling it again changes nothing."""
+    ALL_EXPERTS_FUNCTIONS.register(LOCAL_EXPERTS, grouped_mm_experts_forward)
+    slot = _slot()
+    if slot is not None:
+        slot.EPImplementationInterface.register(EP_IMPLEMENTATION, ExpertLayer)
+
+
+def is_decorated(module: nn.Module) -> bool:
+    """Whether the module's class carries `@use_experts_implementation`."""
+    return all(hasattr(module, name) for name in _DECORATED)
+
+
+def install_layers(model: nn.Module, host: LayerHost) -> None:
+    """Puts an `ExpertLayer` into every MoE layer of a model that holds no weights yet. There may be none."""
+    for module in list(model.modules()):
+        if is_decorated(module):
+            _install_experts(module, host)
+        elif type(module).__name__ == "Llama4TextMoe":
+            _install_llama4_block(module, host)
+
+
+def _install_experts(experts: Any, host: LayerHost) -> None:
+    slot = _slot()
+    if slot is None:
+        experts.forward = ExpertLayer(experts, host)
+    else:
+        slot.EpDispatchExpertsParallel().install_forward(experts, host, tp_mesh=None, ep_implementation=EP_IMPLEMENTATION)
+
+
+def _install_llama4_block(block: Any, host: LayerHost) -> None:
+    block.forward = Llama4Block(block, ExpertLayer(block.experts, host))
+
+
+def _slot() -> Any | None:
+    """transformers' module with the slot, or None where there is none yet (5.17)."""
+    name = "transformers.distributed.expert_parallel"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None

@@ -1,0 +1,215 @@
+"""Loads a transformers model with its experts spread over a group of ranks."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import torch
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig
+
+from tokenferry.errors import CapacityError, ConfigError, StateError
+from tokenferry.groups import EPGroup
+from tokenferry.integrations.transformers.expert_parallel import ExpertParallel, Options
+from tokenferry.integrations.transformers.layer import LOCAL_EXPERTS, install_layers, register
+from tokenferry.integrations.transformers.loading import open_tensors, own_tensors
+
+_NOT_OURS: Final = ("distributed_config", "device_map", "device_mesh", "tp_plan", "tp_size")
+"""Arguments of transformers' `from_pretrained` that place a model otherwise."""
+
+
+def from_pretrained(
+    path_or_id: str,
+    *,
+    group: EPGroup,
+    max_tokens_per_rank: int,
+    transport: str = "auto",
+    dtype: torch.dtype | str = "auto",
+    exact: bool = False,
+    combine_dtype: torch.dtype | None = torch.float32,
+    timeout_s: float = 30.0,
+    open_timeout_s: float = 300.0,
+    auto_class: Any = AutoModelForCausalLM,
+    **kwargs: Any,
+) -> Any:
+    """A model of transformers, of which this rank holds its own experts and everything that is no expert. Collective.
+
+    `generate()` and `generate_batch()` work as ever, with other prompts, lengths and numbers of calls on every rank. When a
+    rank has no more of them it calls `model.expert_parallel.finish()`, and takes part in the others' steps until all are done.
+
+    Args:
+        path_or_id: as in transformers; a checkpoint of safetensors.
+        group: the ranks that share the experts. The model goes to `group.device`.
+        max_tokens_per_rank: the most tokens (batch times length) that one forward may have on a rank.
+        transport: see `Workspace`.
+        dtype: of the weights; "auto" = as stored.
+        exact: compute bit for bit what the unmodified model computes for a rank's batch, in any dtype, with K times the
+            communication and one expert call for each rank: for verification.
+        combine_dtype: in which the experts' partial sums travel. float32 keeps a bfloat16 model's tokens nearest to the
+            unmodified model's; None = the model's own dtype, half the bytes. `exact` leaves it unused.
+        timeout_s: how long to wait for another rank in a step.
+        open_timeout_s: how long the ranks may take to load, one after another.
+        auto_class: which of transformers' Auto classes picks the model class.
+        kwargs: passed on, such as `attn_implementation`, `revision`, `trust_remote_code`.
+
+    Returns:
+        The model, an instance of its usual class, in evaluation mode and without gradients, with `.expert_parallel`
+        (see `ExpertParallel`).
+
+    Raises:
+        ConfigError: no MoE layer that transformers can hand to us, fewer experts than ranks, a checkpoint that holds no
+            safetensors, or an argument that places the model otherwise.
+        TransportUnavailableError, PeerTimeoutError, PeerFailedError: as `Workspace`.
+    """
+    for name in _NOT_OURS:
+        if kwargs.get(name) is not None:
+            raise ConfigError(f"{name} and expert parallelism by tokenferry exclude one another; leave {name} out")
+    if max_tokens_per_rank < 1:
+        raise ConfigError(f"max_tokens_per_rank must be at least 1, got {max_tokens_per_rank}")
+    options = Options(
+        max_tokens_per_rank=max_tokens_per_rank,
+        transport=transport,
+        combine_dtype=combine_dtype,
+        exact=exact,
+        timeout_s=timeout_s,
+        open_timeout_s=open_timeout_s,
+    )
+    register()
+    expert_parallel = ExpertParallel(group, options)
+    auto: Any = type(
+        auto_class.__name__, (auto_class,), {"_model_mapping": _OwnClasses(auto_class._model_mapping, expert_parallel)}
+    )
+    loads_to_device = group.device.type != "cpu" and importlib.util.find_spec("accelerate") is not None
+    if loads_to_device:
+        kwargs["device_map"] = {"": group.device}
+    model = auto.from_pretrained(path_or_id, dtype=dtype, **kwargs)
+    if not loads_to_device:
+        model.to(group.device)
+    model.requires_grad_(False)
+    expert_parallel.open(model)
+    return model
+
+
+class ExpertParallelModel:
+    """What a model class gains; mixed in before it."""
+
+    expert_parallel: ExpertParallel
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """transformers' own, between an empty model and its weights: the place where the model shrinks to this rank's part."""
+        load = super(ExpertParallelModel, model)._load_pretrained_model  # type: ignore[misc]  # noqa: UP008 - a static method
+        parallel: ExpertParallel = model.expert_parallel
+        if parallel.installed:  # an adapter on top of a model that is there already
+            return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        install_layers(model, parallel)
+        if not parallel.installed:
+            raise ConfigError(
+                f"{type(model).__name__} has no MoE layer whose experts can be spread: none of its modules carries transformers' "
+                "@use_experts_implementation, and it is not Llama 4. Load it with transformers alone"
+            )
+        _keep_local_experts(model)
+        if state_dict is not None:
+            loaded = load(model, _own(model, state_dict, load_config), checkpoint_files, load_config, *args, **kwargs)
+        elif checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
+            with open_tensors(checkpoint_files) as tensors:
+                loaded = load(model, _own(model, tensors, load_config), checkpoint_files, load_config, *args, **kwargs)
+        else:
+            raise ConfigError(
+                f"{load_config.pretrained_model_name_or_path} holds no safetensors, so that a rank would have to read all "
+                "experts; save it anew with save_pretrained()"
+            )
+        lacking = sorted(loaded[0].missing_keys & parallel.shards(model).keys())
+        if lacking:
+            raise ConfigError(f"the checkpoint lacks the weights of {len(lacking)} expert parameters, such as {lacking[0]}")
+        return loaded
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own; at its end, an error that another rank caused is raised and no tokens are returned."""
+        generated = super().generate(*args, **kwargs)  # type: ignore[misc]
+        self.expert_parallel.check()
+        return generated
+
+    def init_continuous_batching(
+        self, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the model's own, with batches of at most `max_tokens_per_rank` tokens.
+
+        Raises:
+            CapacityError: the configuration asks for larger batches.
+        """
+        config = copy.copy(continuous_batching_config) or ContinuousBatchingConfig()
+        _limit_batches(config, self.expert_parallel)
+        return super().init_continuous_batching(generation_config, config, *args, **kwargs)  # type: ignore[misc]
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own, but an error in a forward is raised, not turned into fewer tokens."""
+        self.expert_parallel.forget_swallowed()
+        generated = super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+        self.expert_parallel.raise_swallowed()
+        self.expert_parallel.check()
+        return generated
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Raises StateError: this rank holds a part of the experts only."""
+        raise StateError(
+            "this rank holds only its own experts; save the model from a process that loads it with transformers alone"
+        )
+
+
+class _OwnClasses(Mapping[Any, Any]):
+    """An Auto class's table of model classes, each with `ExpertParallelModel` before it."""
+
+    def __init__(self, model_mapping: Mapping[Any, Any], expert_parallel: ExpertParallel) -> None:
+        self._model_mapping, self._expert_parallel = model_mapping, expert_parallel
+
+    def __getitem__(self, config_class: Any) -> Any:
+        classes = self._model_mapping[config_class]
+        return tuple(map(self._derive, classes)) if isinstance(classes, (list, tuple)) else self._derive(classes)
+
+    def __contains__(self, config_class: object) -> bool:
+        return config_class in self._model_mapping
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._model_mapping)
+
+    def __len__(self) -> int:
+        return len(self._model_mapping)
+
+    def _derive(self, model_class: type) -> type:
+        # transformers reads the source of the class's module to learn what the class can do, and goes by its name
+        namespace = {
+            "expert_parallel": self._expert_parallel,
+            "__module__": model_class.__module__,
+            "__qualname__": model_class.__qualname__,
+            "__doc__": model_class.__doc__,
+        }
+        return type(model_class.__name__, (ExpertParallelModel, model_class), namespace)
+
+
+def _own(model: Any, tensors: Mapping[str, Any], load_config: Any) -> dict[str, Any]:
+    return own_tensors(tensors, model, load_config.weight_mapping, model.expert_parallel.shards(model))
+
+
+def _keep_local_experts(model: Any) -> None:
+    """Has grouped_mm run under our name, which `generate()` leaves alone. Other choices of the user stay."""
+    implementations = model.get_experts_implementation()
+    if "grouped_mm" in implementations.values():
+        model.set_experts_implementation(
+            {key: LOCAL_EXPERTS if name == "grouped_mm" else name for key, name in implementations.items()}
+        )
+
+
+def _limit_batches(config: Any, parallel: ExpertParallel) -> None:
+    capacity = parallel.options.max_tokens_per_rank
+    if config.max_batch_tokens is None:
+        config.max_batch_tokens = capacity
+    elif config.max_batch_tokens > capacity:
+        raise CapacityError(
+            f"max_batch_tokens is {config.max_batch_tokens} but max_tokens_per_rank is {capacity}; "
+            f"set max_batch_tokens to {capacity} or less, or load the model with a larger max_tokens_per_rank"
+        )
