@@ -1,0 +1,143 @@
+"""A whole mixture-of-experts layer: router → dispatch → experts → combine, with shared experts and latent projections.
+
+Legend of shape suffixes: T this rank's rows, R gathered rows, H full hidden size, D hidden size of the routed experts (the latent
+size; D = H without latent projections), K chosen experts.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from tokenferry.errors import ConfigError, ShapeError
+from tokenferry.experts import Experts
+from tokenferry.router import Router
+from tokenferry.shared_experts import PendingShared, SharedExperts
+from tokenferry.workspace import Workspace
+
+SharedOverlap = Literal["off", "between", "stream"]
+"""When the shared expert runs: in line before the rows leave; between the halves of the dispatch; on a side stream."""
+
+
+class MoELayer(nn.Module):
+    """One MoE layer on this rank's tokens. Inference only.
+
+    The order of events: route the full rows → start the shared expert on the full rows → project down → dispatch → experts →
+    combine → project up → join the shared expert and add its result, last. With overlap "between" the shared expert starts
+    right after the rows have left (`dispatch_begin`) and ends before they are waited for.
+
+    Args:
+        workspace: opened for this layer's shape: its hidden_size is D. The caller begins a step once per model forward
+            (`workspace.begin_step`), for all layers.
+        router: on rows of H.
+        experts: this rank's, on rows of D.
+        shared_experts: on rows of H; None for none.
+        latent_down, latent_up: modules that take [T, H] to [T, D] and [T, D] to [T, H] (two `torch.nn.Linear`); both or neither.
+        shared_overlap: see `SharedOverlap`. "stream" needs CUDA: on CPU tensors it runs in line. All give the same bits.
+        side_stream: for "stream"; layers that never run at the same time may share one. Default: one of the layer's own.
+
+    Raises:
+        ConfigError: the parts do not fit one another, or the workspace; both numbers are named.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        router: Router,
+        experts: Experts,
+        *,
+        shared_experts: SharedExperts | None = None,
+        latent_down: nn.Module | None = None,
+        latent_up: nn.Module | None = None,
+        shared_overlap: SharedOverlap = "off",
+        side_stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        super().__init__()
+        if shared_overlap not in get_args(SharedOverlap):
+            raise ConfigError(f"shared_overlap must be one of {', '.join(get_args(SharedOverlap))}; got {shared_overlap!r}")
+        if (latent_down is None) != (latent_up is None):
+            raise ConfigError("latent_down and latent_up belong together; give both or neither")
+        self.workspace, self.dispatcher = workspace, workspace.dispatcher()
+        self.router, self.experts, self.shared_experts = router, experts, shared_experts
+        self.latent_down, self.latent_up = latent_down, latent_up
+        self.shared_overlap: SharedOverlap = shared_overlap
+        self._side_stream = side_stream
+        if shared_experts is not None and shared_overlap == "stream" and side_stream is None and workspace.device.type == "cuda":
+            self._side_stream = torch.cuda.Stream(workspace.device)
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        config, routing, experts = self.workspace.config, self.router.config, self.experts.config
+        full_size = routing.hidden_size
+        pairs: list[tuple[str, object, str, object]] = [
+            ("router topk", routing.topk, "workspace topk", config.topk),
+            ("router num_experts", routing.num_experts, "workspace num_experts", config.num_experts),
+            ("experts num_experts", experts.num_experts, "workspace num_experts", config.num_experts),
+            ("experts hidden_size", experts.hidden_size, "workspace hidden_size", config.hidden_size),
+            ("experts dtype", self.experts.up_proj.dtype, "workspace dtype", config.dtype),
+        ]
+        if self.latent_down is None:
+            pairs.append(("router hidden_size", full_size, "workspace hidden_size", config.hidden_size))
+        if self.shared_experts is not None:
+            shared_size = self.shared_experts.config.hidden_size
+            pairs.append(("shared experts hidden_size", shared_size, "router hidden_size", full_size))
+        for name, value, other_name, other in pairs:
+            if value != other:
+                raise ConfigError(f"{name} is {value} but {other_name} is {other}; they must be equal")
+        self._check_expert_range()
+
+    def _check_expert_range(self) -> None:
+        """Again after a reset: in a smaller group other ranges are due, and rows for a lost expert would come back as zeros."""
+        group = self.workspace.group
+        expected = group.expert_range(self.workspace.config.num_experts)
+        if self.experts.expert_range != expected:
+            raise ConfigError(
+                f"this rank's experts are {self.experts.expert_range} but rank {group.rank} of {group.size} holds {expected}; "
+                "build Experts with group.expert_range(num_experts) and load them"
+            )
+        self._generation = self.workspace.generation
+
+    @torch.no_grad()
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The layer's output for this rank's rows. Every rank calls it in every step, with [0, H] if it has none.
+
+        Args:
+            hidden: [..., H] in the workspace's dtype; its rows are at most the num_tokens of the step.
+
+        Returns:
+            As `hidden` in shape and dtype; a new tensor.
+
+        Raises:
+            ShapeError: the last dimension is not H. Others as `Dispatcher.dispatch` and `Dispatcher.combine`.
+            ConfigError: after a reset to another group, if the experts are still the old group's.
+        """
+        if self.workspace.generation != self._generation:
+            self._check_expert_range()
+        full_size = self.router.config.hidden_size
+        if hidden.shape[-1] != full_size:
+            raise ShapeError(f"hidden must be [..., {full_size}] (the router's hidden_size), got {list(hidden.shape)}")
+        hidden_TH = hidden.reshape(-1, full_size).contiguous()
+        topk_weights_TK, topk_idx_TK = self.router(hidden_TH)
+        shared = None if self.shared_overlap == "between" else self._begin_shared(hidden_TH)
+        routed_TD = hidden_TH if self.latent_down is None else self.latent_down(hidden_TH)
+        self.dispatcher.dispatch_begin(routed_TD, topk_idx_TK, topk_weights_TK)
+        if self.shared_overlap == "between":
+            shared = self._begin_shared(hidden_TH)
+        gathered = self.dispatcher.dispatch_end()
+        partial_RD = self.experts(gathered, out=self.dispatcher.combine_input())
+        output: torch.Tensor = self.dispatcher.combine(partial_RD, gathered)
+        if self.latent_up is not None:
+            output = self.latent_up(output)
+        if shared is not None:
+            output = output + shared.wait()
+        return output.view(hidden.shape)
+
+    def _begin_shared(self, hidden_TH: torch.Tensor) -> PendingShared | None:
+        if self.shared_experts is None:
+            return None
+        return self.shared_experts.begin(hidden_TH, self._side_stream if self.shared_overlap == "stream" else None)
+
+    def extra_repr(self) -> str:
+        return f"{self.workspace!r}, shared_overlap={self.shared_overlap!r}"
