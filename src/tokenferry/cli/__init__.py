@@ -1,0 +1,1 @@
+"""The command line: `tokenferry generate`, `verify` and `doctor`."""
