@@ -65,7 +65,9 @@ def keep_rows(experts: nn.Module, rows: range) -> dict[str, Shard]:
     for name, parameter in list(experts.named_parameters(recurse=False)):
         if parameter.shape[:1] == (num_experts,):
             shards[name] = Shard(num_experts, rows, parameter.dim())
-            setattr(experts, name, nn.Parameter(parameter.detach()[rows.start : rows.stop], requires_grad=False))
+            # requires_grad stays as it is: torch chooses between mm and bmm by it, whose bits differ
+            own = parameter.detach()[rows.start : rows.stop]
+            setattr(experts, name, nn.Parameter(own, requires_grad=parameter.requires_grad))
     experts.num_experts = len(rows)  # type: ignore[assignment]
     experts._is_expert_parallel = True  # type: ignore[assignment]  # "skip id num_experts"; transformers before 5.2x always does
     return shards

@@ -55,8 +55,8 @@ def from_pretrained(
         kwargs: passed on, such as `attn_implementation`, `revision`, `trust_remote_code`.
 
     Returns:
-        The model, an instance of its usual class, in evaluation mode and without gradients, with `.expert_parallel`
-        (see `ExpertParallel`).
+        The model, an instance of its usual class, in evaluation mode, with `.expert_parallel` (see `ExpertParallel`). Its
+        experts pass no gradient on: it is for inference.
 
     Raises:
         ConfigError: no MoE layer that transformers can hand to us, fewer experts than ranks, a checkpoint that holds no
@@ -87,7 +87,6 @@ def from_pretrained(
     model = auto.from_pretrained(path_or_id, dtype=dtype, **kwargs)
     if not loads_to_device:
         model.to(group.device)
-    model.requires_grad_(False)
     expert_parallel.open(model)
     return model
 
