@@ -198,7 +198,7 @@ MISUSES = {
         lambda ws: (ws.begin_step(1), ws.dispatcher().dispatch(rows(1)[0], torch.full((1, 2), -2), rows(1)[2])), tf.UsageError,
         "topk_idx holds -2"),
     "weights-rows": (
-        lambda ws: (ws.begin_step(2), ws.dispatcher().dispatch(*rows(2)[:2], rows(1)[2])), tf.ShapeError, "1 rows but hidden has 2"),
+        lambda ws: (ws.begin_step(2), ws.dispatcher().dispatch(*rows(2)[:2], rows(1)[2])), tf.ShapeError, "but hidden has 2"),
     "partial-rows": (
         lambda ws: dispatched(ws)[0].combine(torch.zeros(3, 8)), tf.ShapeError, "3 rows but dispatch returned 2"),
 }  # fmt: skip

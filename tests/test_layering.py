@@ -68,7 +68,7 @@ def test_no_mutable_state_on_modules_and_classes(path: Path) -> None:
         for node in body:
             value = getattr(node, "value", None) if isinstance(node, ast.Assign | ast.AnnAssign) else None
             names = ast.unparse(node).split("=")[0].strip() if value is not None else ""
-            frozen_by_custom = names.split(":")[0].strip() == "__all__" or "_" + names.strip("_") == names and names.isupper()
+            frozen_by_custom = names.split(":")[0].strip() == "__all__" or ("_" + names.strip("_") == names and names.isupper())
             assert not isinstance(value, MUTABLE) or frozen_by_custom or names.split(":")[0].strip("_ ").isupper(), names
 
 

@@ -47,7 +47,8 @@ class Dispatcher:
         """Sends this rank's rows to every rank and returns everybody's.
 
         Args:
-            hidden: [T', H] in the configuration's dtype, contiguous. T' <= T of the step; rows [T', T) travel as zeros with id -1.
+            hidden: [T', H] in the configuration's dtype, contiguous. T' <= T of the step: rows [T', T) travel as zeros with
+                id -1.
             topk_idx: [T', K] int32 or int64 global expert numbers, -1 = no expert, contiguous.
             topk_weights: [T', K] float32, bfloat16 or float16, contiguous.
 

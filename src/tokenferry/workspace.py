@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -21,6 +22,7 @@ from tokenferry.errors import (
     DtypeError,
     PeerError,
     PeerFailedError,
+    Phase,
     ShapeError,
     StateError,
     TransportUnavailableError,
@@ -93,13 +95,13 @@ class Workspace:
         self._num_layers = 0
         self._step: Step | None = None
         self._stand_in: Transport | None = None
-        self._open()
+        self._open("open")
 
-    def _open(self) -> None:
+    def _open(self, phase: Phase) -> None:
         settings = self._settings
-        self.decisions, self.transport = _agree_to_open(settings, self._requested)
+        self.decisions, self.transport = _agree_to_open(settings, self._requested, phase)
         self._step_tensors = StepTensors(settings.group.rank, settings.group.size, settings.group.device)
-        self._transport = _open_together(self.transport, settings, self._step_tensors)
+        self._transport = _open_together(self.transport, settings, self._step_tensors, phase)
         _log.info("workspace %s: transport %s", settings.name, self.transport)
         for decision in self.decisions:
             _log.debug("workspace %s: %s", settings.name, decision)
@@ -281,7 +283,7 @@ class Workspace:
         settings = self._settings
         try:
             settings.group.channel.barrier(f"{settings.name}/reset", settings.open_timeout_s, phase="reset")
-            self._open()
+            self._open("reset")
         except PeerError as error:
             self.lifecycle.error = error
             raise
@@ -341,25 +343,25 @@ def _check_settings(settings: TransportSettings) -> None:
     settings.group.expert_range(settings.config.num_experts)  # raises if there are fewer experts than ranks
 
 
-def _open_together(name: str, settings: TransportSettings, step_tensors: StepTensors) -> Transport:
+def _open_together(name: str, settings: TransportSettings, step_tensors: StepTensors, phase: Phase) -> Transport:
     """Opens the transport; if that fails on one rank, all ranks raise and name it."""
     transport, failure = None, None
     try:
         transport = open_transport(name, settings, step_tensors)
     except Exception as error:  # noqa: BLE001 - whatever it is, the peers must hear of it and not wait
         failure = error
-    told = None if failure is None else f"{type(failure).__name__}: {failure}"
-    answers = settings.group.channel.exchange(f"{settings.name}/opened", told, settings.open_timeout_s)
-    failed = [(rank, text) for rank, text in enumerate(answers) if text is not None]
+    told = None if failure is None else [time.time(), f"{type(failure).__name__}: {failure}"]
+    answers = settings.group.channel.exchange(f"{settings.name}/opened", told, settings.open_timeout_s, phase=phase)
+    failed = sorted((*answer, rank) for rank, answer in enumerate(answers) if answer is not None)
     if not failed and transport is not None:
         return transport
     if transport is not None:
         transport.close()
-    rank, text = failed[0]
+    _, text, rank = failed[0]  # the first in time: the others may have failed for want of it
     raise TransportUnavailableError(f"transport {name!r} could not be opened on rank {rank}: {text}") from failure
 
 
-def _agree_to_open(settings: TransportSettings, requested: str) -> tuple[tuple[select.Decision, ...], str]:
+def _agree_to_open(settings: TransportSettings, requested: str, phase: Phase) -> tuple[tuple[select.Decision, ...], str]:
     """Compares what the ranks bring, so that a difference is an error here and not a hang later."""
     config = settings.config
     own = select.decide(settings.group)
@@ -379,7 +381,7 @@ def _agree_to_open(settings: TransportSettings, requested: str) -> tuple[tuple[s
     }
     decisions = [[isinstance(d, select.Accepted), d.name, d.reason] for d in own]
     answers = settings.group.channel.exchange(
-        f"{settings.name}/open", {"offer": offer, "decisions": decisions}, settings.open_timeout_s
+        f"{settings.name}/open", {"offer": offer, "decisions": decisions}, settings.open_timeout_s, phase=phase
     )
     for rank, answer in enumerate(answers):
         for key, value in offer.items():

@@ -65,7 +65,8 @@ class GlooCommunicator:
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float, open_timeout_s: float) -> None:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
-        self._backend: Any = dist.ProcessGroupGloo(store, rank, size, datetime.timedelta(seconds=open_timeout_s))
+        # Half the time for connecting: the ranks must still be able to tell one another why it failed.
+        self._backend: Any = dist.ProcessGroupGloo(store, rank, size, datetime.timedelta(seconds=open_timeout_s / 2))
 
     @property
     def peers(self) -> list[int]:
