@@ -1,0 +1,201 @@
+"""Cases of dispatch and combine that every transport runs, on every kind of rank, and the worker that runs them."""
+
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import HealthCheck
+from hypothesis import strategies as st
+
+import tokenferry as tf
+from tokenferry.testing.data import RankInputs, make_inputs
+from tokenferry.testing.numeric import first_difference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One step of a few layers. `real` and `supplied` are None for 'all rows'."""
+
+    tokens: tuple[int, ...]
+    real: tuple[int, ...] | None = None
+    supplied: tuple[int, ...] | None = None
+    real_as_tensor: bool = False
+    routing: str = "uniform"
+    payload: str = "hostile"
+    index_dtype: torch.dtype = torch.int64
+    weight_dtype: torch.dtype = torch.float32
+    partial_dtype: torch.dtype | None = None
+    layers: int = 1
+    halves: bool = False
+    own_buffer: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A workspace and what happens in it."""
+
+    hidden_size: int = 16
+    num_experts: int = 8
+    topk: int = 2
+    dtype: torch.dtype = torch.bfloat16
+    combine_dtype: torch.dtype | None = None
+    combine_order: str = "rank"
+    counts: str = "uneven"
+    capacity: int = 8
+    transport: str = "collective"
+    steps: tuple[StepCase, ...] = field(default=())
+
+    @property
+    def config(self) -> tf.MoEConfig:
+        return tf.MoEConfig(hidden_size=self.hidden_size, num_experts=self.num_experts, topk=self.topk, dtype=self.dtype)
+
+
+def same(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
+    difference = first_difference(got, want)
+    assert not difference, f"{name}: {difference}"
+
+
+def run_case(group: tf.EPGroup, case: Case) -> int:
+    """The worker: returns how many layers it compared."""
+    compared = 0
+    with tf.Workspace(
+        case.config,
+        group,
+        max_tokens_per_rank=case.capacity,
+        transport=case.transport,
+        combine_dtype=case.combine_dtype,
+        combine_order=case.combine_order,
+        counts=case.counts,
+        timeout_s=20,
+    ) as ws:
+        dispatchers = [ws.dispatcher() for _ in range(max((step.layers for step in case.steps), default=0))]
+        for step in case.steps:
+            begin(ws, step)
+            for layer, dispatcher in enumerate(dispatchers[: step.layers]):
+                run_layer(ws, dispatcher, step, layer)
+                compared += 1
+    return compared
+
+
+def begin(ws: tf.Workspace, step: StepCase) -> None:
+    rank = ws.group.rank
+    real: int | torch.Tensor | None = None if step.real is None else step.real[rank]
+    if step.real_as_tensor and real is not None:
+        real = torch.tensor([real], dtype=torch.int32, device=ws.device)
+    published = ws.begin_step(step.tokens[rank], real)
+    assert published.tokens_per_rank.tolist() == list(step.tokens)
+    assert published.valid_tokens.item() == sum(step.tokens)
+    assert published.rank_token_offset.item() == sum(step.tokens[:rank])
+    assert published.max_tokens.item() == max(step.tokens)
+
+
+def run_layer(ws: tf.Workspace, dispatcher: tf.Dispatcher, step: StepCase, layer: int) -> None:
+    rank = ws.group.rank
+    inputs = make_inputs(
+        ws.config,
+        step.tokens,
+        seed=step.seed * 100 + layer,
+        routing=step.routing,
+        payload=step.payload,
+        index_dtype=step.index_dtype,
+        weight_dtype=step.weight_dtype,
+        partial_dtype=step.partial_dtype,
+        supplied=step.supplied,
+    )
+    own = inputs[rank]
+    given = [tensor.to(ws.device) for tensor in (own.hidden, own.topk_idx, own.topk_weights)]
+    if step.halves:
+        dispatcher.dispatch_begin(*given)
+        got = dispatcher.dispatch_end()
+    else:
+        got = dispatcher.dispatch(*given)
+    expected = expected_dispatch(inputs, step)
+    num_valid = sum(step.tokens)
+    same("hidden", got.hidden[:num_valid], expected.hidden)
+    same("topk_idx", got.topk_idx[:num_valid], expected.topk_idx)
+    same("topk_weights", got.topk_weights[:num_valid], expected.topk_weights)
+    same("valid_tokens", got.valid_tokens, expected.valid_tokens)
+    assert bool((got.topk_idx[num_valid:] == -1).all()), "rows beyond the valid ones have no expert"
+
+    partial = torch.full((got.hidden.shape[0], ws.config.hidden_size), torch.nan, dtype=own.partial.dtype, device=ws.device)
+    partial[:num_valid] = own.partial.to(ws.device)
+    if step.own_buffer:
+        partial = dispatcher.combine_input().copy_(partial)
+    if step.halves:
+        dispatcher.combine_begin(partial, got)
+        out = dispatcher.combine_end()
+    else:
+        out = dispatcher.combine(partial, got)
+    wanted = tf.reference.combine([i.partial for i in inputs], step.tokens, ws.combine_dtype, ws.config.dtype)[rank]
+    same("combined", out, wanted[: own.hidden.shape[0]])
+
+
+def expected_dispatch(inputs: list[RankInputs], step: StepCase) -> tf.Dispatched:
+    padded = [
+        tf.reference.pad_rows(i.hidden, i.topk_idx, i.topk_weights, count) for i, count in zip(inputs, step.tokens, strict=True)
+    ]
+    return tf.reference.dispatch(*(list(column) for column in zip(*padded, strict=True)), num_real_tokens=step.real)
+
+
+# --- named cases ----------------------------------------------------------------------------------------------------
+
+CASES = {
+    "EP1-T5-K2": (1, Case(steps=(StepCase((5,)), StepCase((0,)), StepCase((8,))))),
+    "EP2-T7+0-K3-odd": (2, Case(topk=3, steps=(StepCase((7, 0), layers=3), StepCase((0, 7)), StepCase((8, 8))))),
+    "EP3-V0": (3, Case(steps=(StepCase((0, 0, 0), layers=2), StepCase((1, 0, 0)), StepCase((0, 0, 0))))),
+    "EP4-K1-E5-uneven-experts": (4, Case(topk=1, num_experts=5, steps=(StepCase((1, 2, 3, 4), layers=2),))),
+    "EP5-all-on-one-rank": (5, Case(num_experts=9, steps=(StepCase((0, 0, 8, 0, 0), routing="skewed"),))),
+    "EP2-padding-int": (2, Case(steps=(StepCase((4, 6), real=(2, 0)), StepCase((4, 6), real=(4, 6))))),
+    "EP2-padding-tensor": (2, Case(steps=(StepCase((4, 6), real=(2, 0), real_as_tensor=True),))),
+    "EP2-fewer-rows-than-announced": (2, Case(steps=(StepCase((6, 3), supplied=(2, 0), layers=2), StepCase((1, 1))))),
+    "EP3-halves-own-buffer": (3, Case(steps=(StepCase((2, 5, 1), halves=True, own_buffer=True, layers=3),))),
+    "EP2-fp32-partials-bf16-wire": (2, Case(steps=(StepCase((3, 3), partial_dtype=torch.float32),))),
+    "EP2-bf16-partials-fp32-wire": (2, Case(combine_dtype=torch.float32, steps=(StepCase((3, 3)),))),
+    "EP3-fp16-to-bf16-wire": (3, Case(dtype=torch.float16, combine_dtype=torch.bfloat16, steps=(StepCase((3, 1, 2)),))),
+    "EP2-equal-counts": (2, Case(counts="equal", steps=(StepCase((4, 4), layers=2), StepCase((0, 0)), StepCase((7, 7))))),
+    "EP2-order-any-on-gloo": (2, Case(combine_order="any", steps=(StepCase((4, 4)), StepCase((1, 3))))),
+}
+
+
+# --- properties -----------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def scenarios(draw: st.DrawFn, capacity: int = 9) -> tuple[int, Case]:
+    world_size = draw(st.integers(1, 5))
+    num_experts = draw(st.integers(world_size, 3 * world_size + 1))
+
+    def step() -> StepCase:
+        tokens = tuple(draw(st.lists(st.integers(0, capacity), min_size=world_size, max_size=world_size)))
+        below = st.tuples(*(st.integers(0, count) for count in tokens))
+        return StepCase(
+            tokens=tokens,
+            real=draw(st.none() | below),
+            supplied=draw(st.none() | below),
+            real_as_tensor=draw(st.booleans()),
+            routing=draw(st.sampled_from(["uniform", "skewed", "none", "repeated"])),
+            payload=draw(st.sampled_from(["normal", "hostile"])),
+            index_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
+            weight_dtype=draw(st.sampled_from(DTYPES)),
+            partial_dtype=draw(st.none() | st.sampled_from(DTYPES)),
+            layers=draw(st.integers(1, 2)),
+            halves=draw(st.booleans()),
+            own_buffer=draw(st.booleans()),
+            seed=draw(st.integers(0, 1000)),
+        )
+
+    case = Case(
+        hidden_size=draw(st.sampled_from([1, 2, 7, 16, 40])),
+        num_experts=num_experts,
+        topk=draw(st.integers(1, min(4, num_experts))),
+        dtype=draw(st.sampled_from(DTYPES)),
+        combine_dtype=draw(st.none() | st.sampled_from(DTYPES)),
+        capacity=capacity,
+        steps=tuple(step() for _ in range(draw(st.integers(1, 4)))),
+    )
+    return world_size, case
+
+
+PROPERTY = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}

@@ -1,0 +1,123 @@
+"""The collective transport over NCCL, one process a GPU: the same cases, graphs with equal counts, and faults."""
+
+import time
+
+import pytest
+import torch
+from cases import CASES, PROPERTY, Case, StepCase, begin, run_case, run_layer, same, scenarios
+from hypothesis import given, settings
+
+import tokenferry as tf
+from tokenferry.testing import run_ranks
+from tokenferry.testing.data import make_inputs
+
+pytestmark = pytest.mark.gpu(count=2)
+
+CONFIG = tf.MoEConfig(hidden_size=64, num_experts=8, topk=2)
+TWO_RANKS = [name for name, (world_size, _) in CASES.items() if world_size <= 2 and CASES[name][1].combine_order == "rank"]
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_bits_as_reference(name: str) -> None:
+    world_size, case = CASES[name]
+    assert (
+        run_ranks(run_case, world_size, case, backend="nccl", timeout_s=120) == [sum(s.layers for s in case.steps)] * world_size
+    )
+
+
+def many_scenarios(group: tf.EPGroup, cases: list[Case]) -> int:
+    return sum(run_case(group, case) for case in cases)
+
+
+def test_random_scenarios() -> None:
+    drawn: list[Case] = []
+
+    @settings(max_examples=150, **PROPERTY)
+    @given(scenarios(capacity=40))
+    def draw(scenario: tuple[int, Case]) -> None:
+        if scenario[0] == 2:
+            drawn.append(scenario[1])
+
+    draw()
+    assert len(drawn) > 10
+    first, second = run_ranks(many_scenarios, 2, drawn, backend="nccl", timeout_s=300)
+    assert first == second == sum(step.layers for case in drawn for step in case.steps)
+
+
+def any_order(group: tf.EPGroup) -> float:
+    config = tf.MoEConfig(hidden_size=64, num_experts=8, topk=2, dtype=torch.float32)
+    inputs = make_inputs(config, (4, 4), seed=1)
+    own = inputs[group.rank]
+    with tf.Workspace(config, group, max_tokens_per_rank=8, transport="collective", combine_order="any") as ws:
+        ws.begin_step(4)
+        dispatcher = ws.dispatcher()
+        dispatcher.dispatch(*(t.to(ws.device) for t in (own.hidden, own.topk_idx, own.topk_weights)))
+        out = dispatcher.combine(own.partial.to(ws.device))
+    wanted = tf.reference.combine([i.partial for i in inputs], (4, 4), torch.float32, torch.float32)[group.rank]
+    return float((out.cpu() - wanted).abs().max())
+
+
+def test_any_order_is_right_within_rounding() -> None:
+    assert max(run_ranks(any_order, 2, backend="nccl", timeout_s=120)) < 1e-6
+
+
+def graph_with_equal_counts(group: tf.EPGroup) -> None:
+    config = CONFIG
+    with tf.Workspace(config, group, max_tokens_per_rank=8, transport="collective", counts="equal") as ws:
+        dispatcher = ws.dispatcher()
+        hidden = torch.zeros(5, 64, dtype=torch.bfloat16, device=ws.device)
+        rows = [hidden, torch.zeros(5, 2, dtype=torch.int32, device=ws.device), torch.zeros(5, 2, device=ws.device)]
+        partial = torch.zeros(10, 64, dtype=torch.bfloat16, device=ws.device)
+
+        def forward() -> tuple[tf.Dispatched, torch.Tensor]:
+            ws.begin_step(5)
+            got = dispatcher.dispatch(*rows)
+            return got, dispatcher.combine(partial, got)
+
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            forward()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            got, out = forward()
+        for seed in range(6):
+            inputs = make_inputs(config, (5, 5), seed=seed, index_dtype=torch.int32)
+            own = inputs[group.rank]
+            for tensor, value in zip((*rows, partial), (own.hidden, own.topk_idx, own.topk_weights, own.partial), strict=True):
+                tensor.copy_(value)
+            graph.replay()
+            torch.cuda.synchronize()
+            ws.check()
+            same("hidden", got.hidden, torch.cat([i.hidden for i in inputs]))
+            wanted = tf.reference.combine([i.partial for i in inputs], (5, 5), config.dtype, config.dtype)
+            same("combined", out, wanted[group.rank])
+
+
+def test_a_graph_with_equal_counts_replays_with_other_rows() -> None:
+    run_ranks(graph_with_equal_counts, 2, backend="nccl", timeout_s=120)
+
+
+def late_in_layer(group: tf.EPGroup) -> str:
+    with tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport="collective", timeout_s=4) as ws:
+        dispatcher = ws.dispatcher()
+        ws.begin_step(1)
+        if group.rank == 1:
+            time.sleep(9)
+        start = time.monotonic()
+        try:
+            run_layer(ws, dispatcher, StepCase((1, 1)), 0)
+            ws.begin_step(1)
+        except tf.PeerError as error:
+            said = f"{type(error).__name__} {error.rank} in time {time.monotonic() - start < 6}"
+        ws.reset(timeout_s=60)
+        for seed in range(20):
+            step = StepCase((seed % 4, (seed + 1) % 4), seed=seed)
+            begin(ws, step)
+            run_layer(ws, dispatcher, step, 0)
+        return said
+
+
+def test_a_late_rank_is_named_and_after_a_reset_all_is_right() -> None:
+    said = run_ranks(late_in_layer, 2, backend="nccl", timeout_s=150)
+    assert said == ["PeerTimeoutError 1 in time True", "PeerFailedError 1 in time True"]
