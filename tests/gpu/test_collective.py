@@ -4,10 +4,10 @@ import time
 
 import pytest
 import torch
-from cases import CASES, PROPERTY, Case, StepCase, begin, run_case, run_layer, same, scenarios
 from hypothesis import given, settings
 
 import tokenferry as tf
+from cases import CASES, PROPERTY, Case, StepCase, begin, run_case, run_layer, same, scenarios
 from tokenferry.testing import run_ranks
 from tokenferry.testing.data import make_inputs
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import CASES, PROPERTY, Case, StepCase, run_case, run_layer, same, scenarios
 from hypothesis import given, settings
 
 import tokenferry as tf
+from cases import CASES, PROPERTY, Case, StepCase, run_case, run_layer, same, scenarios
 from tokenferry.testing import run_ranks
 from tokenferry.testing.data import make_inputs
 
