@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from plain_moe import plain_moe, plain_shared
 from tokenferry import MoEConfig
 from tokenferry.activations import Activation
-from tokenferry.errors import CapacityError, ConfigError, DtypeError, ShapeError
+from tokenferry.errors import CapacityError, ConfigError, DeviceError, DtypeError, ShapeError
 from tokenferry.experts import Experts, ExpertsConfig
 from tokenferry.groups import EPGroup
 from tokenferry.layer import MoELayer
@@ -62,7 +63,7 @@ def open_workspace():
 
     def open_one(hidden_size=H, dtype=torch.float32, **changes):
         shape = {"hidden_size": hidden_size, "num_experts": E, "topk": K, "dtype": dtype} | changes
-        opened.append(Workspace(MoEConfig(**shape), EPGroup(), max_tokens_per_rank=16))
+        opened.append(Workspace(MoEConfig(**shape), EPGroup(device="cpu"), max_tokens_per_rank=16))
         return opened[-1]
 
     yield open_one
@@ -252,12 +253,21 @@ def test_an_unknown_overlap_is_refused(open_workspace):
         MoELayer(open_workspace(), parts.router, parts.experts, shared_overlap="always")
 
 
-def test_rows_of_another_size_are_refused(open_workspace):
+WRONG_ROWS = {
+    "size": (torch.zeros(4, 31), ShapeError, r"\[\.\.\., 32\] .* got \[4, 31\]"),
+    "dtype": (torch.zeros(4, H).half(), DtypeError, r"hidden is torch\.float16 but the workspace moves torch\.float32"),
+    "device": (torch.zeros(4, H, device="meta"), DeviceError, "hidden is on meta but the workspace is on cpu"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ROWS)
+def test_rows_that_do_not_fit_are_refused(open_workspace, case):
+    hidden, error, message = WRONG_ROWS[case]
     parts, workspace = Parts.make(latent=False), open_workspace()
     layer = MoELayer(workspace, parts.router, parts.experts)
     workspace.begin_step(4)
-    with pytest.raises(ShapeError, match=r"\[\.\.\., 32\] .* got \[4, 31\]"):
-        layer(torch.zeros(4, 31))
+    with pytest.raises(error, match=message):
+        layer(hidden)
 
 
 def test_more_rows_than_the_step_announced_are_refused(open_workspace):
@@ -286,24 +296,51 @@ def test_the_page_has_an_example_for_each_part():
 # --- GPUs ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason=f"needs 1 CUDA GPU, found {torch.cuda.device_count()}")
-@pytest.mark.parametrize("overlap", ["off", "between", "stream"])
-def test_layer_on_a_gpu_equals_the_plain_one_and_never_waits(overlap):
+@pytest.fixture(params=["off", "between", "stream"])
+def gpu_layer(request):
+    """A latent layer with a shared expert on one GPU, in bfloat16, and its parts, in a step of 11 rows."""
     parts = Parts.make(latent=True, dtype=torch.bfloat16)
-    expected = plain_moe(parts.hidden, parts.router, parts.experts, parts.shared, parts.down, parts.up)
     config = MoEConfig(hidden_size=LATENT, num_experts=E, topk=K, dtype=torch.bfloat16)
     with Workspace(config, EPGroup(device="cuda"), max_tokens_per_rank=16, transport="local") as workspace:
-        optional = {name: module.cuda() for name, module in parts.optional(True, True).items()}
-        layer = MoELayer(workspace, parts.router.cuda(), parts.experts.cuda(), shared_overlap=overlap, **optional)
-        hidden = parts.hidden.cuda()
-        workspace.begin_step(len(hidden))
-        layer(hidden)  # libraries may synchronise while they start
+        on_gpu = copy.deepcopy(parts)
+        optional = {name: module.cuda() for name, module in on_gpu.optional(True, True).items()}
+        layer = MoELayer(workspace, on_gpu.router.cuda(), on_gpu.experts.cuda(), shared_overlap=request.param, **optional)
+        workspace.begin_step(len(parts.hidden))
+        layer(parts.hidden.cuda())  # libraries may synchronise while they start
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            outputs = [layer(hidden) for _ in range(20)]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        torch.testing.assert_close(outputs[0].cpu().double(), expected, rtol=0, atol=1.5e-2 * expected.abs().max().item())
-        assert all(same_bits(output, outputs[0]) for output in outputs)
+        yield layer, parts
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_layer_on_a_gpu_equals_the_plain_one_and_never_waits(gpu_layer):
+    layer, parts = gpu_layer
+    expected = plain_moe(parts.hidden, parts.router, parts.experts, parts.shared, parts.down, parts.up)
+    hidden = parts.hidden.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outputs = [layer(hidden) for _ in range(20)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(outputs[0].cpu().double(), expected, rtol=0, atol=1.5e-2 * expected.abs().max().item())
+    assert all(same_bits(output, outputs[0]) for output in outputs)
+
+
+@pytest.mark.gpu
+def test_a_captured_chain_of_layers_gives_the_bits_of_the_eager_one(gpu_layer):
+    layer, parts = gpu_layer
+    first, second = parts.hidden.cuda(), parts.hidden.flip(0).cuda()
+
+    def chain(hidden):
+        for _ in range(8):
+            hidden = hidden + layer(hidden)
+        return hidden
+
+    expected = chain(second)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = chain(first)
+    first.copy_(second)
+    for _ in range(3):
+        graph.replay()
+        assert same_bits(output, expected)

@@ -29,8 +29,9 @@ GROUPED_MM_ALIGNMENT_BYTES = 16
 """torch.nn.functional.grouped_mm refuses operands whose rows do not start at multiples of this."""
 
 GROUPED_MM_CUDA_MAJORS = (9, 10)
-"""Compute capabilities (major) where grouped_mm in bfloat16 runs without a host synchronisation; elsewhere, and in other
-dtypes, it copies the offsets to the host (read in torch 2.10's source)."""
+"""Compute capabilities (major) where grouped_mm in bfloat16 runs without a host synchronisation. In other dtypes it copies the
+offsets to the host: H100, torch 2.11, sync debug mode: bfloat16 never waits, float16 and float32 do (2026-11-22). Other
+capabilities: read in torch's source, not run."""
 
 Path = Literal["trimmed", "static", "dense"]
 

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from tokenferry.errors import ConfigError, ShapeError
+from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError
 from tokenferry.experts import Experts
 from tokenferry.router import Router
 from tokenferry.shared_experts import PendingShared, SharedExperts
@@ -110,15 +110,14 @@ class MoELayer(nn.Module):
             As `hidden` in shape and dtype; a new tensor.
 
         Raises:
-            ShapeError: the last dimension is not H. Others as `Dispatcher.dispatch` and `Dispatcher.combine`.
+            ShapeError, DtypeError, DeviceError: `hidden` is not [..., H] of the workspace's dtype, on its device.
             ConfigError: after a reset to another group, if the experts are still the old group's.
+            Others as `Dispatcher.dispatch` and `Dispatcher.combine`.
         """
         if self.workspace.generation != self._generation:
             self._check_expert_range()
-        full_size = self.router.config.hidden_size
-        if hidden.shape[-1] != full_size:
-            raise ShapeError(f"hidden must be [..., {full_size}] (the router's hidden_size), got {list(hidden.shape)}")
-        hidden_TH = hidden.reshape(-1, full_size).contiguous()
+        self._check_hidden(hidden)
+        hidden_TH = hidden.reshape(-1, hidden.shape[-1]).contiguous()
         topk_weights_TK, topk_idx_TK = self.router(hidden_TH)
         shared = None if self.shared_overlap == "between" else self._begin_shared(hidden_TH)
         routed_TD = hidden_TH if self.latent_down is None else self.latent_down(hidden_TH)
@@ -133,6 +132,15 @@ class MoELayer(nn.Module):
         if shared is not None:
             output = output + shared.wait()
         return output.view(hidden.shape)
+
+    def _check_hidden(self, hidden: torch.Tensor) -> None:
+        full_size, workspace = self.router.config.hidden_size, self.workspace
+        if hidden.dim() < 1 or hidden.shape[-1] != full_size:
+            raise ShapeError(f"hidden must be [..., {full_size}] (the router's hidden_size), got {list(hidden.shape)}")
+        if hidden.dtype != workspace.config.dtype:
+            raise DtypeError(f"hidden is {hidden.dtype} but the workspace moves {workspace.config.dtype}; convert it with .to()")
+        if hidden.device != workspace.device:
+            raise DeviceError(f"hidden is on {hidden.device} but the workspace is on {workspace.device}; move it there")
 
     def _begin_shared(self, hidden_TH: torch.Tensor) -> PendingShared | None:
         if self.shared_experts is None:
