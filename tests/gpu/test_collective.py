@@ -32,14 +32,14 @@ def many_scenarios(group: tf.EPGroup, cases: list[Case]) -> int:
 def test_random_scenarios() -> None:
     drawn: list[Case] = []
 
-    @settings(max_examples=150, **PROPERTY)
+    @settings(max_examples=60, **PROPERTY)
     @given(scenarios(capacity=40))
     def draw(scenario: tuple[int, Case]) -> None:
         if scenario[0] == 2:
             drawn.append(scenario[1])
 
     draw()
-    assert len(drawn) > 10
+    assert len(drawn) > 5
     first, second = run_ranks(many_scenarios, 2, drawn, backend="nccl", timeout_s=300)
     assert first == second == sum(step.layers for case in drawn for step in case.steps)
 

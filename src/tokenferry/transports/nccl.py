@@ -26,13 +26,17 @@ _NO_TORCH_TIMEOUT = datetime.timedelta(days=30)
 _POLL_S = 0.00002
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Call:
-    """An operation on the stream that may not have finished."""
+    """An operation that may not have finished: its launch has not returned, or `event`, behind it on the stream, is not reached."""
 
     number: int
     started_s: float
-    event: torch.cuda.Event
+    event: torch.cuda.Event | None = None
+    ended: bool = False
+
+    def finished(self) -> bool:
+        return self.ended or (self.event is not None and self.event.query())
 
 
 class NcclCommunicator:
@@ -46,35 +50,39 @@ class NcclCommunicator:
         with env.nccl_errors_stay_ours():
             self._backend: Any = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), self.rank, self.size, options)
         self._pinned = torch.zeros(self.size * HEADER_WORDS, dtype=torch.int64).pin_memory()
-        self._watchman = _Watchman(self)
-        # The first call makes the connections: it belongs to opening, not to the first step.
-        first = Header(operation=-1, step=0, layer=-1, generation=0)
-        self._exchange(first, open_timeout_s)
+        self._captured = False
+        self._watchman = _Watchman(self, open_timeout_s)
         self._watchman.start()
+        self._connect()
+        self._watchman.timeout_s = timeout_s
+
+    def _connect(self) -> None:
+        """NCCL connects a pair of ranks at the first message between them, with the host waiting: that belongs to opening."""
+        first = Header(operation=-1, step=0, layer=-1, generation=0)
+        self.exchange_headers(first)
+        word = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.start(first, [(word,)] * self.size, [(torch.empty_like(word),) for _ in range(self.size)]).finish()
+        self.exchange_headers(first)
 
     def exchange_headers(self, header: Header) -> list[Header]:
         """See `GlooCommunicator`. The one place where the host waits for the device, once a step."""
-        return self._exchange(header, self.timeout_s)
-
-    def _exchange(self, header: Header, timeout_s: float) -> list[Header]:
         self.raise_if_broken()
+        call = self._watchman.watch()
         words = torch.tensor(astuple(header), dtype=torch.int64).to(self.device, non_blocking=True)
         gathered = words.new_empty(self.size * HEADER_WORDS)
         self._backend._allgather_base(gathered, words).wait()
         self._pinned.copy_(gathered, non_blocking=True)
-        call = self._watchman.watch()
-        while not call.event.query():
+        self._watchman.launched(call)
+        while not call.finished():
             self.raise_if_broken()
-            waited_s = time.monotonic() - call.started_s
-            if waited_s > timeout_s:
-                raise self._watchman.late_rank(call, waited_s)
-            time.sleep(_POLL_S if waited_s < 0.01 else 0.001)
+            time.sleep(_POLL_S if time.monotonic() - call.started_s < 0.01 else 0.001)
+        self.raise_if_broken()
         return [Header(*words) for words in self._pinned.view(self.size, HEADER_WORDS).tolist()]
 
     def start(self, header: Header, outgoing: Rows, incoming: Rows) -> NcclPending:
         """See `GlooCommunicator`. Capturable: during capture nothing is watched, the replay's caller checks."""
         self.raise_if_broken()
-        backend, works = self._backend, []
+        call, backend, works = self._watch(), self._backend, []
         peers = [(self.rank + shift) % self.size for shift in range(1, self.size)]
         if any(tensor.numel() for peer in peers for tensor in (*outgoing[peer], *incoming[peer])):
             backend._start_coalescing()
@@ -86,17 +94,34 @@ class NcclCommunicator:
                     if tensor.numel():
                         backend.recv([tensor], peer, 0)
             works.append(backend._end_coalescing())
+        self._launched(call)
         return NcclPending(self, works)
 
     def reduce_scatter(self, out: torch.Tensor, rows: torch.Tensor) -> NcclPending:
         """The library's own reduce-scatter, for equal counts and `combine_order="any"`."""
         self.raise_if_broken()
-        return NcclPending(self, [self._backend._reduce_scatter_base(out, rows)])
+        call = self._watch()
+        work = self._backend._reduce_scatter_base(out, rows)
+        self._launched(call)
+        return NcclPending(self, [work])
 
-    def finished_call(self) -> None:
-        """Has the watchman look at what was just put on the stream."""
-        if not torch.cuda.is_current_stream_capturing():
-            self._watchman.watch()
+    def finish(self, works: list[Any]) -> None:
+        """Makes the current stream wait for `works`, under the watchman's eyes."""
+        call = self._watch()
+        for work in works:
+            work.wait()
+        if call is not None:
+            self._watchman.launched(call, on_stream=bool(works))
+
+    def _watch(self) -> _Call | None:
+        if torch.cuda.is_current_stream_capturing():
+            self._captured = True
+            return None
+        return self._watchman.watch()
+
+    def _launched(self, call: _Call | None) -> None:
+        if call is not None:
+            self._watchman.launched(call, on_stream=False)
 
     def raise_if_broken(self) -> None:
         """Raises what the watchman found."""
@@ -116,8 +141,14 @@ class NcclCommunicator:
         """Drops the connections at once; never waits."""
         self._watchman.stop()
         backend, self._backend = self._backend, None
-        if backend is not None:
-            backend.abort()
+        if backend is None:
+            return
+        # NCCL's abort waits for the graphs that were captured with the communicator (seen with torch 2.11, 2026-11-22),
+        # and those are the caller's: it ends in the background when they are gone.
+        thread = threading.Thread(target=backend.abort, daemon=True, name="tokenferry-nccl-abort")
+        thread.start()
+        if not self._captured:
+            thread.join(self.timeout_s)
 
     def abort_backend(self) -> None:
         """Ends the kernels that wait; called by the watchman."""
@@ -137,18 +168,15 @@ class NcclPending:
 
     def finish(self) -> None:
         """See `Pending`."""
-        for work in self._works:
-            work.wait()
-        if self._works:
-            self._communicator.finished_call()
+        self._communicator.finish(self._works)
 
 
 class _Watchman(threading.Thread):
     """Looks after calls that do not end."""
 
-    def __init__(self, communicator: NcclCommunicator) -> None:
+    def __init__(self, communicator: NcclCommunicator, timeout_s: float) -> None:
         super().__init__(daemon=True, name="tokenferry-nccl-watchman")
-        self._communicator = communicator
+        self._communicator, self.timeout_s = communicator, timeout_s
         self._calls: deque[_Call] = deque()
         self._lock = threading.Lock()  # the calling thread and this one both drop finished calls
         self._number = 0
@@ -156,26 +184,34 @@ class _Watchman(threading.Thread):
         self.error: CommunicationError | None = None
 
     def watch(self) -> _Call:
-        """Registers what stands on the current stream."""
-        event = torch.cuda.Event()
-        event.record()
-        call = _Call(self._number, time.monotonic(), event)
+        """Registers a call that is about to be launched: the launch itself may wait for a peer."""
+        call = _Call(self._number, time.monotonic())
         self._number += 1
         with self._lock:
             self._calls.append(call)
-        self._oldest_unfinished()
         return call
+
+    def launched(self, call: _Call, *, on_stream: bool = True) -> None:
+        """The launch of `call` returned; what stands on the current stream now belongs to it, or nothing does."""
+        if on_stream:
+            event = torch.cuda.Event()
+            event.record()
+            call.event = event
+        else:
+            call.ended = True
+        self._oldest_unfinished()
 
     def _oldest_unfinished(self) -> _Call | None:
         with self._lock:
-            while self._calls and self._calls[0].event.query():
+            while self._calls and self._calls[0].finished():
                 self._calls.popleft()
             return self._calls[0] if self._calls else None
 
     def run(self) -> None:
         torch.cuda.set_device(self._communicator.device)
-        timeout_s, posted = self._communicator.timeout_s, -1
-        while not self._ended.wait(min(1.0, timeout_s / 20)):
+        posted = -1
+        while not self._ended.wait(min(1.0, self._communicator.timeout_s / 20)):
+            timeout_s = self.timeout_s
             call = self._oldest_unfinished()
             if call is None:
                 continue
