@@ -28,7 +28,7 @@ _POLL_S = 0.00002
 
 @dataclass
 class _Call:
-    """An operation that may not have finished: its launch has not returned, or `event`, behind it on the stream, is not reached."""
+    """An operation that may not have finished: its launch has not returned, or the stream has not reached `event` behind it."""
 
     number: int
     started_s: float
