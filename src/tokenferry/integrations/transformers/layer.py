@@ -1,7 +1,7 @@
 """A MoE layer of a transformers model whose experts are spread over ranks: what stands between its router and its experts.
 
-transformers has a slot for this, `EPImplementationInterface`, since it separated expert from tensor parallelism; 5.17 has not,
-and there the same object becomes the experts' forward directly. Llama 4's experts take no choices, so its block is replaced.
+transformers 5.23 has a slot for this, `EPImplementationInterface`. Before it, the same object becomes the experts' forward
+directly. Llama 4's experts take no choices, so its block is replaced.
 """
 
 from __future__ import annotations
@@ -121,6 +121,7 @@ def _install_llama4_block(block: Any, host: LayerHost) -> None:
 
 
 def _slot() -> Any | None:
-    """transformers' module with the slot, or None where there is none yet (5.17)."""
+    """transformers' module with the slot, or None before there was one (5.22 has the module without it)."""
     name = "transformers.distributed.expert_parallel"
-    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+    module = importlib.import_module(name) if importlib.util.find_spec(name) else None
+    return module if hasattr(module, "EPImplementationInterface") else None

@@ -136,13 +136,16 @@ class ExpertParallelModel:
     def init_continuous_batching(
         self, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As the model's own, with batches of at most `max_tokens_per_rank` tokens.
+        """As the model's own, with batches of at most `max_tokens_per_rank` tokens, and without CUDA graphs on the collective
+        transport, whose counts pass through the host.
 
         Raises:
             CapacityError: the configuration asks for larger batches.
+            ConfigError: it asks for CUDA graphs on the collective transport.
         """
         config = copy.copy(continuous_batching_config) or ContinuousBatchingConfig()
         _limit_batches(config, self.expert_parallel)
+        _limit_graphs(config, self.expert_parallel)
         return super().init_continuous_batching(generation_config, config, *args, **kwargs)  # type: ignore[misc]
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -211,4 +214,16 @@ def _limit_batches(config: Any, parallel: ExpertParallel) -> None:
         raise CapacityError(
             f"max_batch_tokens is {config.max_batch_tokens} but max_tokens_per_rank is {capacity}; "
             f"set max_batch_tokens to {capacity} or less, or load the model with a larger max_tokens_per_rank"
+        )
+
+
+def _limit_graphs(config: Any, parallel: ExpertParallel) -> None:
+    if parallel.workspace.transport != "collective" or parallel.group.device.type != "cuda":
+        return
+    if config.use_cuda_graph is None:
+        config.use_cuda_graph = False
+    elif config.use_cuda_graph not in (False, (False, False)):
+        raise ConfigError(
+            f"use_cuda_graph is {config.use_cuda_graph} but the transport is 'collective', which a CUDA graph cannot hold; "
+            "leave use_cuda_graph out, or load the model with transport='p2p' or 'nvls'"
         )

@@ -1,0 +1,148 @@
+"""Tiny models of transformers between rank processes on gloo: the tokens of the unmodified model, and clear errors.
+
+Starting a process and importing transformers take longer than generating, so each fixture starts its ranks once and runs all
+families in them; each test then looks at the results of one family.
+"""
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokenferry as tf
+from tokenferry.testing import run_ranks
+from tokenferry.testing.tiny_models import FAMILIES, make_tiny
+from transformers_work import Work, generate, generate_batch, load, quiet, unmodified
+
+pytestmark = [pytest.mark.ranks, pytest.mark.filterwarnings("default")]  # transformers warns of its own affairs
+
+NO_CONTINUOUS_BATCHING = {
+    "deepseek_v2": "transformers' paged cache takes keys and values of one width, and latent attention has two",
+    "deepseek_v3": "transformers' paged cache takes keys and values of one width, and latent attention has two",
+    "llama4": "transformers' paged cache knows no chunked attention",
+    "nemotron_h": "transformers' continuous batching knows no state-space layers",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model on some ranks, compared with the unmodified model in each rank's own process."""
+
+    family: str
+    work: tuple[Work, ...]
+    dtype: torch.dtype = torch.float32
+    exact: bool = False
+    batched: bool = False
+    """Through generate_batch()."""
+
+    @property
+    def name(self) -> str:
+        way = "batch" if self.batched else "generate"
+        return f"EP{len(self.work)}-{self.family}-{str(self.dtype)[6:]}{'-exact' * self.exact}-{way}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rank saw."""
+
+    tokens: list[list[int]] = field(default_factory=list)
+    expected: list[list[int]] = field(default_factory=list)
+    logit_difference: float = 0.0
+    num_layers: int = 0
+    num_local_experts: int = 0
+    error: str = ""
+
+
+UNEVEN = (Work((5, 17, 9), 12), Work((21,), 17))
+ONE_IDLE = (Work((3, 3), 5), Work(), Work((26,), 11), Work((9, 4), 7))
+RUNS = [
+    *(Run(family, UNEVEN) for family in FAMILIES),
+    *(Run(family, UNEVEN, torch.bfloat16, exact=True) for family in FAMILIES),
+    *(Run(family, (*UNEVEN, Work())) for family in ("qwen3_moe", "gpt_oss", "llama4", "mixtral", "glm4_moe")),
+    *(Run(family, ONE_IDLE) for family in FAMILIES),
+    *(Run(family, UNEVEN, batched=True) for family in FAMILIES if family not in NO_CONTINUOUS_BATCHING),
+    Run("qwen3_moe", UNEVEN, torch.float32, exact=True),
+    Run("llama4", (*UNEVEN, Work()), torch.bfloat16, exact=True),
+    Run("qwen3_moe", UNEVEN, torch.bfloat16, exact=True, batched=True),
+    Run("gpt_oss", ONE_IDLE, batched=True),
+    Run("mixtral", (Work((5, 8), 6),)),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        make_tiny(family, folder / family)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(models: Path) -> Callable[[Run], list[Outcome]]:
+    """The outcomes of a run by rank; all runs with as many ranks are made at the first question."""
+    done: dict[Run, list[Outcome]] = {}
+
+    def of(run: Run) -> list[Outcome]:
+        if run not in done:
+            alike = [other for other in RUNS if len(other.work) == len(run.work)]
+            by_rank = run_ranks(run_all, len(run.work), alike, models, timeout_s=200)
+            done.update((other, list(outcomes)) for other, outcomes in zip(alike, zip(*by_rank, strict=True), strict=True))
+        return done[run]
+
+    return of
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_tokens_of_the_unmodified_model(run: Run, outcomes: Callable[[Run], list[Outcome]]) -> None:
+    for work, outcome in zip(run.work, outcomes(run), strict=True):
+        assert not outcome.error, outcome.error
+        assert [len(tokens) for tokens in outcome.tokens] == [work.new_tokens] * len(work.prompt_lengths)
+        assert outcome.tokens == outcome.expected
+        assert outcome.num_layers > 0
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if run.exact and not run.batched], ids=lambda run: run.name)
+def test_exact_mode_gives_the_logits_of_the_unmodified_model(run: Run, outcomes: Callable[[Run], list[Outcome]]) -> None:
+    assert [outcome.logit_difference for outcome in outcomes(run)] == [0.0] * len(run.work)
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if len(run.work) == 3], ids=lambda run: run.name)
+def test_experts_that_do_not_divide_by_the_ranks(run: Run, outcomes: Callable[[Run], list[Outcome]]) -> None:
+    held = [outcome.num_local_experts for outcome in outcomes(run)]
+    assert held in ([3, 3, 2], [2, 1, 1])
+
+
+# --- workers --------------------------------------------------------------------------------------------------------
+
+
+def run_all(group: tf.EPGroup, runs: list[Run], models: Path) -> list[Outcome]:
+    quiet()
+    return [_run(group, run, models / run.family) for run in runs]
+
+
+def _run(group: tf.EPGroup, run: Run, path: Path) -> Outcome:
+    work = run.work[group.rank]
+    make = generate_batch if run.batched else generate
+    kwargs = {"dtype": run.dtype} | ({"attn_implementation": "eager"} if run.family == "gpt_oss" else {})
+    try:
+        expected, expected_logits = make(unmodified(path, **kwargs), work, group.rank)
+        model = load(path, group, exact=run.exact, **kwargs)
+        try:
+            tokens, logits = make(model, work, group.rank)
+            model.expert_parallel.finish()
+            return Outcome(
+                tokens=tokens,
+                expected=expected,
+                logit_difference=max(
+                    (float((a - b).abs().max()) for a, b in zip(logits, expected_logits, strict=True)), default=0.0
+                ),
+                num_layers=len(model.expert_parallel.layers),
+                num_local_experts=model.expert_parallel.num_local_experts,
+            )
+        finally:
+            model.expert_parallel.close()
+    except Exception:
+        return Outcome(error=traceback.format_exc())
