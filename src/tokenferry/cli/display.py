@@ -1,0 +1,89 @@
+"""What a person sees: progress bars while ranks work, then texts and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from tokenferry.cli.job import RankResult
+from tokenferry.cli.reference import Comparison
+from tokenferry.cli.start import OnMessage
+
+
+@contextmanager
+def progress_bars(console: Console, names: Sequence[str]) -> Iterator[OnMessage]:
+    """A bar for each name; yields a function that takes the ranks' messages (see `answer_as_rank`)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks = [bars.add_task(f"{name}: loading", total=None) for name in names]
+
+        def on_message(rank: int, message: dict[str, Any]) -> None:
+            if "total" in message:
+                prompts = message["prompts"]
+                description = f"{names[rank]}: {prompts} prompt{'' if prompts == 1 else 's'}"
+                bars.update(tasks[rank], total=message["total"], description=description)
+            elif "new" in message:
+                bars.advance(tasks[rank], message["new"])
+            elif "done" in message:  # answers may be shorter than allowed
+                bars.update(tasks[rank], total=bars.tasks[tasks[rank]].completed)
+
+        yield on_message
+
+
+def print_answers(console: Console, prompts: Sequence[str], results: Sequence[RankResult]) -> None:
+    """Each prompt with its text, in the order of the prompts."""
+    answers = sorted((answer.prompt, result.rank, answer) for result in results for answer in result.answers)
+    for prompt, rank, answer in answers:
+        console.rule(f"prompt {prompt}, rank {rank}", align="left", style="dim")
+        console.print(printable(prompts[prompt]), style="bold")
+        console.print(printable(answer.text.strip()))
+    console.print()
+
+
+def printable(text: str) -> Text:
+    """Text without control characters: what a model writes must not steer a terminal."""
+    return Text("".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text))
+
+
+def rank_table(results: Sequence[RankResult]) -> Table:
+    """What each rank did, a row a rank; "comm." is the share of its time spent in communication."""
+    first = results[0]
+    title = f"{len(results)} ranks, {first.num_layers} MoE layers, {first.dtype}, transport {first.transport}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for name in ("rank", "device", "prompts", "prompt tokens", "new tokens", "tokens/s", "comm.", "experts", "memory"):
+        table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+    for result in results:
+        start, stop = result.experts
+        table.add_row(
+            str(result.rank),
+            result.device,
+            str(len(result.answers)),
+            str(result.num_prompt_tokens),
+            str(result.num_new_tokens),
+            f"{result.tokens_per_s:.1f}",
+            f"{result.communication_share:.0%}",
+            f"{start}–{stop - 1} of {result.num_experts}",
+            f"{result.peak_memory_bytes / 2**20:.0f} MiB",
+        )
+    return table
+
+
+def print_comparison(console: Console, comparison: Comparison) -> None:
+    """The verdict of `verify` and, if it failed, why."""
+    for reason in comparison.reasons:
+        console.print(Text(reason, style="red"))
+    verdict = "equal to" if comparison.passed else "NOT equal to"
+    console.print(
+        Text(
+            f"{comparison.num_equal} of {comparison.num_prompts} prompts have the unmodified model's tokens, "
+            f"largest logit difference {comparison.largest_logit_difference:.3g}: {verdict} one process",
+            style="bold green" if comparison.passed else "bold red",
+        )
+    )

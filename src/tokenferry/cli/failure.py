@@ -1,0 +1,53 @@
+"""Errors as a person wants them: one clear line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import typer
+
+from tokenferry import env
+from tokenferry.errors import RankFailedError, TokenferryError
+
+EXIT_CODE: Final = 2
+LAST_EXCEPTION: Final = re.compile(r"^(?P<type>[A-Za-z_][\w.]*): (?P<message>.*)", re.MULTILINE | re.DOTALL)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns what a user can cause, and Ctrl-C, into a line on stderr and exit code 2. Our own mistakes keep their traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail("interrupted")
+    except RankFailedError as error:
+        if env.read(env.DebugSettings).enabled:
+            typer.echo(error.traceback, err=True)
+        fail(f"rank {error.rank}: {summary(error.traceback)}")
+    except (TokenferryError, OSError) as error:
+        fail(str(error))
+
+
+def fail(message: str) -> None:
+    """Print the line and leave."""
+    typer.echo(f"tokenferry: {message}", err=True)
+    raise typer.Exit(EXIT_CODE)
+
+
+def summary(traceback: str) -> str:
+    """What a traceback comes to: the message of an error of ours, the type and message of another, or the text itself.
+
+    Example:
+        "Traceback ...\\n  File ...\\ntokenferry.errors.ConfigError: 4 experts are too few\\n" gives "4 experts are too few", and
+        "killed by SIGKILL" stays as it is.
+    """
+    last = traceback.rstrip().rpartition("\n  ")[2]  # behind the last indented line
+    found = LAST_EXCEPTION.search(last)
+    if not traceback.startswith("Traceback") or found is None:
+        return traceback.strip()
+    if found["type"].startswith("tokenferry."):
+        return found["message"]
+    return f"{found['type'].removeprefix('builtins.')}: {found['message'].splitlines()[0]} (TOKENFERRY_DEBUG=1 shows where)"

@@ -1,0 +1,99 @@
+"""What every rank is told, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The same on every rank.
+
+    Attributes:
+        model: a folder, or `tiny:FAMILY`.
+        prompts: of all ranks; each rank finds its own (see `spread`).
+        dtype: a torch dtype's name, or "auto" (see `work.torch_dtype`).
+        device: "cpu" or "cuda".
+        seed: of the random weights of `tiny:FAMILY`. Decoding is greedy.
+        exact: one expert call for each rank that the rows come from; see `from_pretrained`.
+        keep_logits: whether answers carry the logits of every new token.
+    """
+
+    model: str
+    prompts: tuple[str, ...]
+    max_new_tokens: int
+    dtype: str = "auto"
+    device: str = "cpu"
+    transport: str = "auto"
+    seed: int = 0
+    exact: bool = False
+    keep_logits: bool = False
+    timeout_s: float = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What became of one prompt.
+
+    Attributes:
+        complete: it ended by itself, or has all `max_new_tokens` tokens.
+        logits: [new tokens, vocabulary] float32 on the CPU, if the job keeps them.
+    """
+
+    prompt: int
+    num_prompt_tokens: int
+    token_ids: tuple[int, ...]
+    text: str
+    complete: bool
+    logits: torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankResult:
+    """What a rank did.
+
+    Attributes:
+        generate_s: time for this rank's own prompts.
+        total_s: the same and the time in which it only took part in the others' steps.
+        communication_s: of `total_s`, spent in exchanges, waiting for late peers included.
+        num_layers: MoE layers under expert parallelism.
+        experts: first and one past the last that this rank holds of each layer.
+        num_threads: torch's CPU threads, on which last bits can depend.
+        peak_memory_bytes: of GPU memory on CUDA, else of the whole process.
+    """
+
+    rank: int
+    device: str
+    transport: str
+    dtype: str
+    answers: tuple[Answer, ...]
+    generate_s: float
+    total_s: float
+    communication_s: float
+    num_layers: int
+    experts: tuple[int, int]
+    num_experts: int
+    num_threads: int
+    peak_memory_bytes: int
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of this rank's prompts, without padding."""
+        return sum(answer.num_prompt_tokens for answer in self.answers)
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens that this rank generated."""
+        return sum(len(answer.token_ids) for answer in self.answers)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens a second of `generate_s`."""
+        return self.num_new_tokens / self.generate_s if self.answers else 0.0
+
+    @property
+    def communication_share(self) -> float:
+        """Part of `total_s` spent in communication, from 0 to 1."""
+        return self.communication_s / self.total_s if self.total_s > 0 else 0.0

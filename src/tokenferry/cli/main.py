@@ -1,0 +1,70 @@
+"""`tokenferry`: the commands and their options. A new command is a function here and a module beside it."""
+
+from __future__ import annotations
+
+import typer
+
+from tokenferry.cli import options
+from tokenferry.cli.failure import one_line_errors
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Mixture-of-experts inference under expert parallelism.",
+)
+
+
+@app.command()
+def generate(
+    ranks: options.Ranks = None,
+    model: options.Model = "demo",
+    prompts: options.Prompts = None,
+    max_new_tokens: options.MaxNewTokens = 64,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.DeviceOption = options.Device.auto,
+    transport: options.Transport = "auto",
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> None:
+    """Answer prompts with a mixture-of-experts model whose experts are spread over ranks. Runs under torchrun too."""
+    with one_line_errors():
+        from tokenferry.cli import run
+
+        request = options.request("generate", ranks, model, prompts, max_new_tokens, dtype, device, transport, seed, json)
+        raise typer.Exit(run.generate(request))
+
+
+@app.command()
+def verify(
+    ranks: options.Ranks = None,
+    model: options.Model = "demo",
+    prompts: options.Prompts = None,
+    max_new_tokens: options.MaxNewTokens = 32,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.DeviceOption = options.Device.auto,
+    transport: options.Transport = "auto",
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    exact: options.Exact = False,
+) -> None:
+    """Generate, and compare every token with the unmodified model in one process. Exit code 0: all equal, 1: not."""
+    with one_line_errors():
+        from tokenferry.cli import run
+
+        request = options.request("verify", ranks, model, prompts, max_new_tokens, dtype, device, transport, seed, json, exact)
+        raise typer.Exit(run.verify(request))
+
+
+@app.command()
+def doctor(json: options.Json = False) -> None:
+    """Show this machine's topology, versions and environment, and which transports it can run and why."""
+    with one_line_errors():
+        from tokenferry.cli.doctor import print_report
+
+        print_report(as_json=json)
+
+
+def run() -> None:
+    """The entry point of the command `tokenferry`."""
+    app()

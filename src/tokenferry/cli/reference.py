@@ -1,0 +1,112 @@
+"""The unmodified model, alone in one process, on the same batches; and how the ranks' answers compare with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenferry.cli.job import Answer, Job, RankResult
+from tokenferry.cli.spread import batches, spread
+from tokenferry.cli.start import PRELOAD, OnMessage, rank_environment
+from tokenferry.cli.work import Send, answer_batch, load_tokenizer, model_folder, quiet_transformers, tokenize, torch_dtype
+from tokenferry.launch import run_processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What `verify` found.
+
+    Attributes:
+        reasons: why it failed, empty if it passed.
+        num_equal: prompts whose tokens are all equal.
+        largest_logit_difference: over the tokens up to and including the first that differs; NaN if there is none.
+    """
+
+    reasons: tuple[str, ...]
+    num_equal: int
+    num_prompts: int
+    largest_logit_difference: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every condition of `verify` holds."""
+        return not self.reasons
+
+
+def reference_answers(job: Job, num_ranks: int, num_threads: int, on_message: OnMessage) -> list[Answer]:
+    """What transformers alone answers: the same batches as the ranks', one after the other, in a process of its own.
+
+    `num_threads` must be a rank's: another number changes last bits.
+    """
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # also under torchrun
+    environment = {**rank_environment(num_threads), **alone}
+    [answers] = run_processes(
+        _reference_process, 1, (job, num_ranks), timeout_s=None, env=environment, preload=PRELOAD, on_message=on_message
+    )
+    return list(answers)
+
+
+def _reference_process(rank: int, world_size: int, store_path: str, job: Job, num_ranks: int, send: Send) -> list[Answer]:
+    import transformers
+
+    quiet_transformers()
+    with model_folder(job) as folder:
+        tokenizer = load_tokenizer(folder)
+        token_ids = tokenize(tokenizer, job.prompts)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype(job))
+    model.to(job.device)
+    lengths = [len(ids) for ids in token_ids]
+    send({"prompts": len(token_ids), "total": len(token_ids) * job.max_new_tokens})
+    answers = [
+        answer
+        for own in spread(lengths, num_ranks)
+        for batch in batches(own, lengths)
+        for answer in answer_batch(job, model, tokenizer, token_ids, batch, send)
+    ]
+    send({"done": True})
+    return answers
+
+
+def compare(results: Sequence[RankResult], reference: Sequence[Answer]) -> Comparison:
+    """Whether EP layers were installed, every answer is complete, and every token is the reference's."""
+    by_prompt = {answer.prompt: answer for answer in reference}
+    reasons, num_equal, differences = [], 0, [float("nan")]
+    for result in results:
+        if result.num_layers == 0:
+            reasons.append(f"rank {result.rank}: no MoE layer is under expert parallelism")
+        for answer in result.answers:
+            expected = by_prompt.pop(answer.prompt)
+            if not answer.complete:
+                reasons.append(f"rank {result.rank}, prompt {answer.prompt}: ended after {len(answer.token_ids)} tokens")
+            first = first_difference(answer.token_ids, expected.token_ids)
+            if first is None:
+                num_equal += 1
+            else:
+                got, want = (list(ids[first : first + 1]) or "the end" for ids in (answer.token_ids, expected.token_ids))
+                reasons.append(f"rank {result.rank}, prompt {answer.prompt}: token {first} is {got}, alone it is {want}")
+            differences.append(logit_difference(answer, expected, first))
+    reasons += [f"prompt {prompt}: no rank answered it" for prompt in by_prompt]
+    known = [value for value in differences if value == value]
+    return Comparison(
+        reasons=tuple(reasons),
+        num_equal=num_equal,
+        num_prompts=len(reference),
+        largest_logit_difference=max(known, default=float("nan")),
+    )
+
+
+def first_difference(got: Sequence[int], want: Sequence[int]) -> int | None:
+    """Where two sequences part, or None if they are equal. A sequence that ends early parts at its end."""
+    place = next((place for place, pair in enumerate(zip(got, want, strict=False)) if pair[0] != pair[1]), None)
+    if place is None and len(got) != len(want):
+        return min(len(got), len(want))
+    return place
+
+
+def logit_difference(got: Answer, want: Answer, first: int | None) -> float:
+    """Largest absolute difference up to where the tokens part: behind that the contexts differ."""
+    if got.logits is None or want.logits is None:
+        return float("nan")
+    rows = min(len(got.logits), len(want.logits)) if first is None else min(first + 1, len(got.logits), len(want.logits))
+    return float((got.logits[:rows] - want.logits[:rows]).abs().max()) if rows else float("nan")

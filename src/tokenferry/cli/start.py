@@ -1,0 +1,111 @@
+"""Where ranks come from: processes that we start, or the place that torchrun gave to this one."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+
+from tokenferry import env
+from tokenferry.cli.job import Job, RankResult
+from tokenferry.cli.work import Send, answer_as_rank
+from tokenferry.errors import ConfigError
+from tokenferry.groups import EPGroup
+from tokenferry.launch import run_processes
+from tokenferry.topology import num_cpus
+
+OnMessage = Callable[[int, dict[str, Any]], None]
+PRELOAD: Final = ("torch", "tokenferry.integrations.transformers")
+"""Imported once by the fork server instead of once by each rank."""
+POLL_S: Final = 0.2
+
+
+def rank_environment(num_threads: int) -> dict[str, str]:
+    """What processes of the command line get on top of their environment: their share of the CPUs, and no downloads."""
+    return {"OMP_NUM_THREADS": str(num_threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run_launched(job: Job, num_ranks: int, on_message: OnMessage) -> list[RankResult]:
+    """Start `num_ranks` processes on this machine and return their results in rank order."""
+    environment = rank_environment(max(1, num_cpus() // num_ranks))
+    return run_processes(
+        _launched_rank, num_ranks, (job,), timeout_s=None, env=environment, preload=PRELOAD, on_message=on_message
+    )
+
+
+def _launched_rank(rank: int, world_size: int, store_path: str, job: Job, send: Send) -> RankResult:
+    device = torch.device(job.device, rank) if job.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store = dist.FileStore(store_path, world_size)
+    return answer_as_rank(job, EPGroup.from_store(store, rank, world_size, device), send)
+
+
+def run_under_torchrun(job: Job, place: env.TorchrunSettings, on_message: OnMessage) -> list[RankResult] | None:
+    """Take this process's place among torchrun's. Rank 0 gets every rank's messages and results, the others None."""
+    device = torch.device("cuda", place.local_rank or 0) if job.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo")  # for results only: the transport makes its own communicator
+    try:
+        group = EPGroup(dist.group.WORLD, device=device)
+        with _messages_through_store(group, on_message) as send:
+            result = answer_as_rank(job, group, send)
+        results: list[Any] | None = [None] * group.size if group.rank == 0 else None
+        dist.gather_object(result, results)
+        return results
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _messages_through_store(group: EPGroup, on_message: OnMessage) -> Iterator[Send]:
+    """Each rank numbers its messages in the store that all ranks share; a thread of rank 0 reads them."""
+    store = dist.PrefixStore("cli/messages", group.store)
+    sent = iter(range(10**9))
+    ended = threading.Event()
+
+    def send(message: dict[str, Any]) -> None:
+        store.set(f"{group.rank}/{next(sent)}", json.dumps(message))
+
+    def read_all(next_numbers: list[int]) -> None:
+        for rank in range(group.size):
+            while store.check([key := f"{rank}/{next_numbers[rank]}"]):
+                on_message(rank, json.loads(store.get(key)))
+                store.delete_key(key)
+                next_numbers[rank] += 1
+
+    def read_until_ended() -> None:
+        next_numbers = [0] * group.size
+        while not ended.wait(POLL_S):
+            read_all(next_numbers)
+        read_all(next_numbers)
+
+    reader = threading.Thread(target=read_until_ended, daemon=True)
+    if group.rank == 0:
+        reader.start()
+    try:
+        yield send
+    finally:
+        ended.set()
+        if group.rank == 0:
+            reader.join()
+
+
+def torchrun_place(num_ranks: int | None) -> env.TorchrunSettings | None:
+    """This process's place under torchrun, or None if it was started without.
+
+    Raises:
+        ConfigError: `num_ranks` was asked for and torchrun started another number.
+    """
+    place = env.read(env.TorchrunSettings)
+    if not place.active:
+        return None
+    if num_ranks is not None and num_ranks != place.world_size:
+        raise ConfigError(f"--ranks is {num_ranks} but torchrun started {place.world_size} processes; leave --ranks out")
+    return place

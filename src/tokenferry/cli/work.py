@@ -1,0 +1,192 @@
+"""What a rank does: load its part of the model, answer its prompts, and take part in the others' steps until all are done."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from tokenferry.cli.job import Answer, Job, RankResult
+from tokenferry.cli.spread import batches, capacity, spread
+from tokenferry.groups import EPGroup
+
+Send = Callable[[dict[str, Any]], None]
+TINY: Final = "tiny:"
+
+
+def answer_as_rank(job: Job, group: EPGroup, send: Send) -> RankResult:
+    """Answer this rank's prompts under expert parallelism. Collective over `group`.
+
+    `send` gets `{"total": ..., "prompts": ...}` once the rank is loaded, and `{"new": ...}` as tokens come.
+    """
+    from tokenferry.integrations.transformers import from_pretrained
+
+    quiet_transformers()
+    with model_folder(job) as folder:
+        tokenizer = load_tokenizer(folder)
+        token_ids = tokenize(tokenizer, job.prompts)
+        lengths = [len(ids) for ids in token_ids]
+        model = from_pretrained(
+            str(folder),
+            group=group,
+            max_tokens_per_rank=capacity(lengths, group.size),
+            transport=job.transport,
+            dtype=torch_dtype(job),
+            exact=job.exact,
+            timeout_s=job.timeout_s,
+        )
+    own = spread(lengths, group.size)[group.rank]
+    send({"prompts": len(own), "total": len(own) * job.max_new_tokens})
+    group.channel.barrier(group.unique_name("cli/loaded"), timeout_s=600.0)
+    start_s, before_s = time.perf_counter(), model.expert_parallel.communication_s
+    answers = [
+        answer for batch in batches(own, lengths) for answer in answer_batch(job, model, tokenizer, token_ids, batch, send)
+    ]
+    generate_s = time.perf_counter() - start_s
+    send({"done": True})
+    model.expert_parallel.finish()
+    total_s = time.perf_counter() - start_s
+    parallel = model.expert_parallel
+    num_experts = parallel.layers[0].num_experts if parallel.layers else 0
+    experts = group.expert_range(num_experts) if num_experts else range(0)
+    result = RankResult(
+        rank=group.rank,
+        device=str(group.device),
+        transport=parallel.workspace.transport,
+        dtype=str(model.dtype).removeprefix("torch."),
+        answers=tuple(answers),
+        generate_s=generate_s,
+        total_s=total_s,
+        communication_s=parallel.communication_s - before_s,
+        num_layers=len(parallel.layers),
+        experts=(experts.start, experts.stop),
+        num_experts=num_experts,
+        num_threads=torch.get_num_threads(),
+        peak_memory_bytes=peak_memory_bytes(group.device),
+    )
+    parallel.close()
+    return result
+
+
+def answer_batch(
+    job: Job, model: Any, tokenizer: Any, token_ids: Sequence[Sequence[int]], batch: Sequence[int], send: Send
+) -> list[Answer]:
+    """Greedy answers to one batch of prompts (numbers into `token_ids`), by the model's own `generate`."""
+    stop_ids = stop_token_ids(model)
+    inputs = tokenizer.pad({"input_ids": [list(token_ids[prompt]) for prompt in batch]}, return_tensors="pt").to(model.device)
+    generated = model.generate(
+        **inputs,
+        max_new_tokens=job.max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        stopping_criteria=[progress(send, stop_ids)],
+        return_dict_in_generate=True,
+        output_logits=job.keep_logits,
+    )
+    new_ids_BN = generated.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+    answers = []
+    for row, prompt in enumerate(batch):
+        ids = cut_after_stop(new_ids_BN[row], stop_ids)
+        logits = torch.stack([step[row] for step in generated.logits[: len(ids)]]).float().cpu() if job.keep_logits else None
+        answers.append(
+            Answer(
+                prompt=prompt,
+                num_prompt_tokens=len(token_ids[prompt]),
+                token_ids=tuple(ids),
+                text=tokenizer.decode(ids, skip_special_tokens=True),
+                complete=len(ids) == job.max_new_tokens or (bool(ids) and ids[-1] in stop_ids),
+                logits=logits,
+            )
+        )
+    return answers
+
+
+@contextlib.contextmanager
+def model_folder(job: Job) -> Iterator[Path]:
+    """The job's model as a folder; a tiny one is made for as long as it is needed."""
+    if not job.model.startswith(TINY):
+        yield Path(job.model)
+        return
+    from tokenferry.testing.tiny_models import make_tiny
+
+    with tempfile.TemporaryDirectory(prefix="tokenferry-tiny-") as folder:
+        yield make_tiny(job.model.removeprefix(TINY), folder, seed=job.seed)
+
+
+def quiet_transformers() -> None:
+    """No bars and notes of transformers' in this process: ours suffice, and several ranks share a terminal."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer, padding on the left as generation needs it."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt, as a user's message if the model has a chat template."""
+    if not tokenizer.chat_template:
+        return [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        for prompt in prompts
+    ]
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def torch_dtype(job: Job) -> torch.dtype | str:
+    """The dtype to load: "auto" is as stored on GPUs, and float32 on CPUs, most of which compute slowly in bfloat16."""
+    if job.dtype == "auto":
+        return "auto" if job.device == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, job.dtype)
+    return dtype
+
+
+def stop_token_ids(model: Any) -> frozenset[int]:
+    """Ids that end an answer."""
+    stop = model.generation_config.eos_token_id
+    return frozenset(stop if isinstance(stop, (list, tuple)) else () if stop is None else (stop,))
+
+
+def cut_after_stop(ids: list[int], stop_ids: frozenset[int]) -> list[int]:
+    """`ids` up to the first stop id, which stays; what follows in a batch is padding."""
+    end = next((place for place, token_id in enumerate(ids, start=1) if token_id in stop_ids), len(ids))
+    return ids[:end]
+
+
+def progress(send: Send, stop_ids: frozenset[int]) -> Callable[..., torch.Tensor]:
+    """A stopping criterion that stops nothing and reports the tokens of rows that have not ended yet."""
+    stop = torch.tensor(sorted(stop_ids), dtype=torch.long)
+    running: list[torch.Tensor] = []
+
+    def report(input_ids: torch.Tensor, scores: Any, **_kwargs: Any) -> torch.Tensor:
+        last = input_ids[:, -1].cpu()
+        alive = running.pop() if running else torch.ones_like(last, dtype=torch.bool)
+        send({"new": int(alive.sum())})
+        running.append(alive & ~torch.isin(last, stop))
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    return report
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,111 @@
+"""Facts about this machine, as far as expert parallelism cares for them. No decisions: those are `transports/select.py`'s."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One CUDA device.
+
+    Attributes:
+        capability: compute capability, (9, 0) for Hopper.
+        num_sms: streaming multiprocessors.
+        memory_bytes: of device memory in all.
+        peers: indices of the devices whose memory it can map.
+        multicast: whether the driver reports NVLink multicast for it; that alone does not prove that it works.
+    """
+
+    index: int
+    name: str
+    capability: tuple[int, int]
+    num_sms: int
+    memory_bytes: int
+    peers: tuple[int, ...]
+    multicast: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """What this process sees of its machine.
+
+    Attributes:
+        num_cpus: CPU cores that this process may use.
+        memory_bytes: of main memory in all, 0 if unknown.
+        gpus: CUDA devices in the order of their indices.
+        versions: (name, version) pairs; a package that is not there has the version "not installed".
+    """
+
+    platform: str
+    num_cpus: int
+    memory_bytes: int
+    gpus: tuple[Gpu, ...]
+    versions: tuple[tuple[str, str], ...]
+
+
+def num_cpus() -> int:
+    """CPU cores that this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def topology() -> Topology:
+    """Look at this machine now. Touches each GPU's driver, allocates nothing on it."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return Topology(
+        platform=platform.platform(),
+        num_cpus=num_cpus(),
+        memory_bytes=_memory_bytes(),
+        gpus=tuple(_gpu(index, count) for index in range(count)),
+        versions=_versions(),
+    )
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):  # not every system knows these names
+        return 0
+
+
+def _gpu(index: int, count: int) -> Gpu:
+    properties = torch.cuda.get_device_properties(index)
+    return Gpu(
+        index=index,
+        name=properties.name,
+        capability=(properties.major, properties.minor),
+        num_sms=properties.multi_processor_count,
+        memory_bytes=properties.total_memory,
+        peers=tuple(peer for peer in range(count) if peer != index and torch.cuda.can_device_access_peer(index, peer)),
+        multicast=_multicast(index),
+    )
+
+
+def _multicast(index: int) -> bool:
+    try:
+        from torch._C._autograd import DeviceType
+        from torch._C._distributed_c10d import _SymmetricMemory
+    except ImportError:  # a build of torch without torch.distributed
+        return False
+    return bool(_SymmetricMemory.has_multicast_support(DeviceType.CUDA, index))
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    packages = ("tokenferry", "torch", "triton", "transformers", "safetensors", "numpy")
+    versions = [("python", platform.python_version()), *((name, _version(name)) for name in packages)]
+    versions.append(("CUDA", torch.version.cuda or "not in this build of torch"))
+    has_nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
+    versions.append(("NCCL", ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else "not in this build of torch"))
+    return tuple(versions)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
