@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Final
 
 import torch
@@ -23,6 +24,7 @@ OnMessage = Callable[[int, dict[str, Any]], None]
 PRELOAD: Final = ("torch", "tokenferry.integrations.transformers")
 """Imported once by the fork server instead of once by each rank."""
 POLL_S: Final = 0.2
+STORE_TIMEOUT_S: Final = 600.0
 
 
 def rank_environment(num_threads: int) -> dict[str, str]:
@@ -51,12 +53,14 @@ def run_under_torchrun(job: Job, place: env.TorchrunSettings, on_message: OnMess
     device = torch.device("cuda", place.local_rank or 0) if job.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo")  # for results only: the transport makes its own communicator
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=STORE_TIMEOUT_S)))
+    # No default process group while the model is made and loaded: transformers' saving and loading change their ways with it.
+    group = EPGroup.from_store(dist.PrefixStore("cli/group", store), rank, world_size, device)
+    with _messages_through_store(group, on_message) as send:
+        result = answer_as_rank(job, group, send)
+    dist.init_process_group("gloo", store=dist.PrefixStore("cli/results", store), rank=rank, world_size=world_size)
     try:
-        group = EPGroup(dist.group.WORLD, device=device)
-        with _messages_through_store(group, on_message) as send:
-            result = answer_as_rank(job, group, send)
-        results: list[Any] | None = [None] * group.size if group.rank == 0 else None
+        results: list[Any] | None = [None] * world_size if rank == 0 else None
         dist.gather_object(result, results)
         return results
     finally:
