@@ -19,11 +19,11 @@ from transformers_work import Work, generate, generate_batch, load, quiet, unmod
 
 pytestmark = [pytest.mark.ranks, pytest.mark.filterwarnings("default")]  # transformers warns of its own affairs
 
-NO_CONTINUOUS_BATCHING = {
-    "deepseek_v2": "transformers' paged cache takes keys and values of one width, and latent attention has two",
-    "deepseek_v3": "transformers' paged cache takes keys and values of one width, and latent attention has two",
+NO_CONTINUOUS_BATCHING = {  # with the unmodified model either
+    "deepseek_v2": "transformers' paged cache takes keys of width head_dim, and latent attention has wider ones",
+    "deepseek_v3": "transformers' paged cache takes keys of width head_dim, and latent attention has wider ones",
     "llama4": "transformers' paged cache knows no chunked attention",
-    "nemotron_h": "transformers' continuous batching knows no state-space layers",
+    "nemotron_h": "transformers' paged cache knows layers with attention only",
 }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -22,6 +22,10 @@ from tokenferry.integrations.transformers.loading import Shard
 from tokenferry.integrations.transformers.stopwatch import Stopwatch
 from tokenferry.step import Step
 from tokenferry.workspace import Workspace
+
+_CUT_SHORT: Final = (
+    "a forward ended before its last MoE layer; with expert parallelism each forward runs all layers in order, on all ranks alike"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +161,8 @@ class ExpertParallel:
         return self._workspace
 
     @property
-    def _shape(self) -> LayerShape:
+    def shape(self) -> LayerShape:
+        """What the layers are called with."""
         assert self._layer_shape is not None, "open() comes first"
         return self._layer_shape
 
@@ -203,7 +208,7 @@ class ExpertParallel:
         Raises:
             PeerTimeoutError, PeerFailedError: another rank is the cause.
         """
-        nothing = self._shape.empty_rows(self.group.device)
+        nothing = self.shape.empty_rows(self.group.device)
         while not self._begin_step(0, done=True).all_done():
             for layer in self.layers:
                 self.run_layer(layer, nothing.hidden_TH, nothing.topk_idx_TK, nothing.topk_weights_TK)
@@ -250,12 +255,14 @@ class ExpertParallel:
 
     @property
     def _partial_dtype(self) -> torch.dtype:
-        return torch.float32 if self.options.combine_dtype == torch.float32 else self._shape.hidden_dtype
+        return torch.float32 if self.options.combine_dtype == torch.float32 else self.shape.hidden_dtype
 
     def _begin_step(self, num_tokens: int, *, done: bool = False) -> Step:
         capacity = self.options.max_tokens_per_rank
         if self._step is not None:
-            self._abandon_step(StateError("a forward ended before its last MoE layer"))
+            error = StateError(_CUT_SHORT)
+            self._abandon_step(error)
+            raise error
         if num_tokens > capacity:
             self._last_error = CapacityError(
                 f"this forward has {num_tokens} tokens (batch times length) but max_tokens_per_rank is {capacity}; load the "
@@ -288,11 +295,13 @@ class ExpertParallel:
         if not isinstance(error, PeerError):
             self.workspace.fail(f"{type(error).__name__}: {error}")
 
-    def _after_forward(self, _module: nn.Module, _args: object, _output: object) -> None:
-        """Runs after every forward of the model, also one that raised."""
-        error = sys.exc_info()[1]
+    def _after_forward(self, _module: nn.Module, _args: object, output: object) -> None:
+        """Runs after every forward of the model; after one that raised, with no output and within its `except`."""
+        error = sys.exc_info()[1] if output is None else None
         if self._step is not None:
-            self._abandon_step(error or StateError("a forward ended before its last MoE layer"))
+            self._abandon_step(error or StateError(_CUT_SHORT))
+            if error is None:
+                raise StateError(_CUT_SHORT)
         elif error is not None:
             self._last_error = error
 
@@ -307,4 +316,10 @@ class ExpertParallel:
             weight_dtype=rows.topk_weights_TK.dtype,
         )
         probed.append((layer, shape))
-        return layer.experts.partial(rows.hidden_TH, rows.topk_idx_TK, rows.topk_weights_TK, rows.hidden_TH.dtype)
+        try:
+            return layer.experts.partial(rows.hidden_TH, rows.topk_idx_TK, rows.topk_weights_TK, rows.hidden_TH.dtype)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"{type(layer.module).__name__} cannot leave out the experts of other ranks ({error}); leave "
+                "experts_implementation out, or choose another"
+            ) from error
