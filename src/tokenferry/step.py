@@ -37,6 +37,11 @@ class Step:
     tokens_per_rank: torch.Tensor
     flags_per_rank: torch.Tensor
 
+    @property
+    def summary(self) -> torch.Tensor:
+        """[3] `valid_tokens`, `rank_token_offset` and `max_tokens` as one tensor, at the same fixed address."""
+        return self.valid_tokens.as_strided((3,), (1,))
+
     def all_done(self) -> bool:
         """Whether every rank had set its done flag. Waits for the device: for idle ranks, not for the hot path."""
         return bool((self.flags_per_rank & FLAG_DONE).bool().all().item())

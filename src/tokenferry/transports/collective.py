@@ -63,6 +63,11 @@ class CollectiveTransport:
     def nbytes(self) -> int:
         return self._step_tensors.nbytes
 
+    @property
+    def tokens_per_rank(self) -> tuple[int, ...]:
+        """The step's counts, which this transport knows on the host."""
+        return tuple(self._counts)
+
     @staticmethod
     def required_bytes(ep_size: int) -> int:
         """Only the step's counts are kept; rows live in tensors of the call."""

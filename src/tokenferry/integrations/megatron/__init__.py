@@ -1,0 +1,73 @@
+"""Megatron-Core's inference dispatchers, name by name, on tokenferry's transports. Runs without Megatron too.
+
+from tokenferry.integrations import megatron
+
+undo = megatron.install()                                  # inside Megatron, before the model is built
+megatron.NVLSAllGatherVDispatcher(num_local_experts, local_expert_indices, config, pg_collection)   # or on its own
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tokenferry.integrations.megatron.base import InferenceAllGatherDispatcherBase
+from tokenferry.integrations.megatron.buffers import Settings
+from tokenferry.integrations.megatron.fused_moe import fused_moe
+from tokenferry.integrations.megatron.install import KNOWN_VERSIONS, Installation, install
+from tokenferry.integrations.megatron.nccl import NCCLAllGatherDispatcher
+from tokenferry.integrations.megatron.nvls import NVLSAllGatherVDispatcher
+from tokenferry.integrations.megatron.stand_ins import InferenceMoEConfig, ProcessGroups, StreamedSharedExperts
+from tokenferry.integrations.megatron.validation import validate_config
+
+
+def configure(**changes: Any) -> Settings:
+    """Changes how connections and buffers are opened from now on, equally on all ranks; those that are open stay.
+
+    Args:
+        changes: fields of `Settings`: transport, combine_dtype, timeout_s, open_timeout_s, max_ctas.
+
+    Returns:
+        The settings as they are now.
+
+    Raises:
+        ConfigError: a combine dtype that is neither float32 nor bfloat16.
+    """
+    registry = InferenceAllGatherDispatcherBase._registry
+    registry.configure(dataclasses.replace(registry.settings, **changes))
+    return registry.settings
+
+
+def check() -> None:
+    """Raises what a peer, or this rank, has failed with. Call it after your own synchronisation, before trusting results.
+
+    Raises:
+        PeerTimeoutError, PeerFailedError: another rank is the cause.
+    """
+    for workspace in InferenceAllGatherDispatcherBase._registry.workspaces():
+        workspace.check()
+
+
+def close() -> None:
+    """Closes all buffers and connections of both classes, before the process groups are destroyed. Never waits for a peer."""
+    NVLSAllGatherVDispatcher._delete_buffers()
+    InferenceAllGatherDispatcherBase._registry.close()
+
+
+__all__ = [
+    "KNOWN_VERSIONS",
+    "InferenceAllGatherDispatcherBase",
+    "InferenceMoEConfig",
+    "Installation",
+    "NCCLAllGatherDispatcher",
+    "NVLSAllGatherVDispatcher",
+    "ProcessGroups",
+    "Settings",
+    "StreamedSharedExperts",
+    "check",
+    "close",
+    "configure",
+    "fused_moe",
+    "install",
+    "validate_config",
+]

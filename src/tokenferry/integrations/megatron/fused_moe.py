@@ -1,0 +1,91 @@
+"""This rank's experts on gathered rows, gated by the device's count of valid ones: the role of Megatron's fused expert kernels.
+
+Legend: R gathered rows (G of the NVLS class), K top-k, H hidden size, L local experts, N columns of the first product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tokenferry.activations import Activation
+from tokenferry.dispatched import Dispatched
+from tokenferry.errors import ConfigError, DtypeError, ShapeError
+from tokenferry.experts import ExpertWeights, apply_experts
+
+
+@torch.no_grad()
+def fused_moe(
+    hidden_states: torch.Tensor,
+    probs: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    activation_type: Any,
+    num_local_experts: int,
+    local_expert_start: int,
+    valid_tokens: torch.Tensor,
+    routing_map: torch.Tensor,
+    disable_fused_quant_kernels: bool = False,
+    out: torch.Tensor | None = None,
+    num_tokens_hint: int | None = None,
+) -> torch.Tensor:
+    """For each row the sum over this rank's experts, weighted by `probs`. Takes the arguments of Megatron's two entries.
+
+    Args:
+        hidden_states: [R, H], bfloat16 (float16 and float32 too, as the weights are).
+        probs: [R, K] float32 (others are converted).
+        fc1_weight: [L, N, H]: gate rows, then up rows, where the activation has a gate.
+        fc2_weight: [L, H, I].
+        activation_type: Megatron's `ActivationType`, its value ("squared_relu", "swiglu"), or an `Activation` of ours.
+        num_local_experts: L, as the weights say.
+        local_expert_start: number of the first of them.
+        valid_tokens: [1] int32 on the same device, V, read there: rows >= V are not computed, whatever they hold.
+        routing_map: [R, K] int64 or int32 expert numbers; -1 and other ranks' experts are left out.
+        disable_fused_quant_kernels, num_tokens_hint: taken for Megatron's sake. There is nothing quantized here, and kernels are
+            not chosen by a host's guess, so that a row's bits do not depend on it.
+        out: [R, H] to write into, e.g. the RSV buffer. None: a new float32 tensor.
+
+    Returns:
+        `out`: rows < V, of which those without a local expert are 0. Rows >= V are undefined.
+
+    Raises:
+        ConfigError: an activation that is not known.
+        ShapeError, DtypeError, DeviceError: operands that do not fit one another; before anything is launched.
+    """
+    del disable_fused_quant_kernels, num_tokens_hint
+    for name, weight in (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight)):
+        if not isinstance(weight, torch.Tensor):
+            raise DtypeError(f"{name} must be a torch.Tensor, stacked over the experts, got {type(weight).__name__}")
+        if weight.dim() != 3 or weight.shape[0] != num_local_experts:
+            raise ShapeError(f"{name} must have num_local_experts, {num_local_experts}, matrices; got {list(weight.shape)}")
+    if routing_map.shape != probs.shape or routing_map.dim() != 2 or routing_map.shape[0] != hidden_states.shape[0]:
+        raise ShapeError(
+            f"routing_map and probs must be [{hidden_states.shape[0]}, K], a row for each hidden row, "
+            f"got {list(routing_map.shape)} and {list(probs.shape)}"
+        )
+    if out is None:
+        out = torch.empty(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
+    gathered = Dispatched(
+        hidden=hidden_states,
+        topk_idx=_valid_only(routing_map, valid_tokens),
+        topk_weights=probs.to(torch.float32),
+        valid_tokens=valid_tokens,
+    )
+    weights = ExpertWeights(up_proj=fc1_weight, down_proj=fc2_weight)
+    return apply_experts(gathered, weights, local_expert_start, _activation(activation_type), out)
+
+
+def _valid_only(routing_RK: torch.Tensor, valid_tokens: torch.Tensor) -> torch.Tensor:
+    """-1 beyond the valid rows: another dispatcher than ours may have left stale numbers there."""
+    rows_R = torch.arange(routing_RK.shape[0], device=routing_RK.device)
+    return routing_RK.masked_fill((rows_R >= valid_tokens).unsqueeze(1), -1)
+
+
+def _activation(kind: Any) -> Activation:
+    if isinstance(kind, Activation):
+        return kind
+    name = getattr(kind, "value", kind)
+    if name not in ("squared_relu", "swiglu"):
+        raise ConfigError(f"activation_type must be squared_relu, swiglu or a tokenferry Activation, got {kind!r}")
+    return Activation(name)
