@@ -61,7 +61,7 @@ def topology() -> Topology:
         platform=platform.platform(),
         num_cpus=num_cpus(),
         memory_bytes=_memory_bytes(),
-        gpus=tuple(_gpu(index, count) for index in range(count)),
+        gpus=tuple(gpu(index) for index in range(count)),
         versions=_versions(),
     )
 
@@ -73,7 +73,9 @@ def _memory_bytes() -> int:
         return 0
 
 
-def _gpu(index: int, count: int) -> Gpu:
+def gpu(index: int) -> Gpu:
+    """One CUDA device."""
+    count = torch.cuda.device_count()
     properties = torch.cuda.get_device_properties(index)
     return Gpu(
         index=index,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import platform
 import time
 from collections.abc import Iterator
 from types import TracebackType
@@ -364,7 +365,7 @@ def _open_together(name: str, settings: TransportSettings, step_tensors: StepTen
 def _agree_to_open(settings: TransportSettings, requested: str, phase: Phase) -> tuple[tuple[select.Decision, ...], str]:
     """Compares what the ranks bring, so that a difference is an error here and not a hang later."""
     config = settings.config
-    own = select.decide(settings.group)
+    own = select.decide(settings.group, requested, config, settings.max_tokens_per_rank, settings.combine_dtype)
     offer: dict[str, Any] = {
         "protocol version": PROTOCOL_VERSION,
         "group size": settings.group.size,
@@ -381,7 +382,10 @@ def _agree_to_open(settings: TransportSettings, requested: str, phase: Phase) ->
     }
     decisions = [[isinstance(d, select.Accepted), d.name, d.reason] for d in own]
     answers = settings.group.channel.exchange(
-        f"{settings.name}/open", {"offer": offer, "decisions": decisions}, settings.open_timeout_s, phase=phase
+        f"{settings.name}/open",
+        {"offer": offer, "decisions": decisions, "host": platform.node()},
+        settings.open_timeout_s,
+        phase=phase,
     )
     for rank, answer in enumerate(answers):
         for key, value in offer.items():
@@ -394,5 +398,5 @@ def _agree_to_open(settings: TransportSettings, requested: str, phase: Phase) ->
         [select.Accepted(name, reason) if ok else select.Rejected(name, reason) for ok, name, reason in answer["decisions"]]
         for answer in answers
     ]
-    agreed = select.agree(per_rank)
+    agreed = select.agree(per_rank, [answer["host"] for answer in answers])
     return agreed, select.choose(requested, agreed)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from tokenferry import env, topology
+from tokenferry.config import MoEConfig
 from tokenferry.errors import ConfigError, TransportUnavailableError
 from tokenferry.groups import EPGroup
+from tokenferry.transports import symmetric_layout
 
 TRANSPORTS = ("local", "nvls", "p2p", "collective")
 """All transports, in the order in which `auto` prefers them."""
+
+SYMMETRIC = ("nvls", "p2p")
+"""Those that stand on symmetric memory."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +47,23 @@ class Rejected:
 Decision = Accepted | Rejected
 
 
-def decide(group: EPGroup) -> tuple[Decision, ...]:
-    """A decision for every transport, in order of preference, as this rank alone sees it."""
-    return (_local(group), *_symmetric(group), _collective(group))
+def decide(
+    group: EPGroup,
+    requested: str = "auto",
+    config: MoEConfig | None = None,
+    max_tokens_per_rank: int = 1,
+    combine_dtype: torch.dtype | None = None,
+) -> tuple[Decision, ...]:
+    """A decision for every transport, in order of preference, as this rank alone sees it.
+
+    `requested` matters for CPU tensors, where the symmetric transports run in Triton's interpreter and only if asked for. Without
+    a `config` nothing is said about the shapes that a transport can carry.
+    """
+    symmetric = _symmetric(group, requested)
+    if config is not None:
+        refusal = _shape_refusal(config, group.size, max_tokens_per_rank, combine_dtype or config.dtype)
+        symmetric = tuple(Rejected(d.name, refusal) if refusal and isinstance(d, Accepted) else d for d in symmetric)
+    return (_local(group), *symmetric, _collective(group))
 
 
 def _local(group: EPGroup) -> Decision:
@@ -51,9 +72,49 @@ def _local(group: EPGroup) -> Decision:
     return Rejected("local", f"the group has {group.size} ranks; local serves one")
 
 
-def _symmetric(group: EPGroup) -> tuple[Decision, Decision]:
-    reason = "symmetric memory is not part of this release"
-    return Rejected("nvls", reason), Rejected("p2p", reason)
+def _symmetric(group: EPGroup, requested: str) -> tuple[Decision, ...]:
+    if importlib.util.find_spec("triton") is None:
+        return tuple(Rejected(name, "Triton is not installed") for name in SYMMETRIC)
+    if group.device.type == "cpu":
+        return tuple(_interpreted(name, requested) for name in SYMMETRIC)
+    if group.device.type != "cuda":
+        return tuple(Rejected(name, f"no symmetric memory on {group.device.type} devices") for name in SYMMETRIC)
+    if env.read(env.TritonSettings).interpret:
+        return tuple(Rejected(name, "TRITON_INTERPRET=1 leaves no kernels for GPUs; unset it") for name in SYMMETRIC)
+    unreachable = [
+        device
+        for device in range(torch.cuda.device_count())
+        if device != group.device.index and not torch.cuda.can_device_access_peer(group.device.index, device)
+    ]
+    if unreachable and group.size > 1:
+        reason = f"GPU {group.device.index} cannot map the memory of GPU {unreachable[0]}"
+        return tuple(Rejected(name, reason) for name in SYMMETRIC)
+    return _nvls(group), Accepted("p2p", "peer stores and loads over symmetric memory")
+
+
+def _interpreted(name: str, requested: str) -> Decision:
+    if requested != name:
+        return Rejected(name, f"on CPU tensors it runs in Triton's interpreter, for tests: ask for transport={name!r}")
+    if not env.read(env.TritonSettings).interpret:
+        return Rejected(name, "on CPU tensors it needs TRITON_INTERPRET=1, set before tokenferry is imported")
+    return Accepted(name, "Triton's interpreter over shared memory, as asked for")
+
+
+def _nvls(group: EPGroup) -> Decision:
+    gpu = topology.gpu(group.device.index)
+    if gpu.capability[0] < 9:
+        return Rejected("nvls", f"{gpu.name} has no multicast; it came with Hopper")
+    if not gpu.multicast:
+        return Rejected("nvls", "PyTorch's symmetric memory has no multicast here (no NVSwitch, or it is turned off)")
+    return Accepted("nvls", "the driver and PyTorch offer multicast; opening looks for the address")
+
+
+def _shape_refusal(config: MoEConfig, ep_size: int, max_tokens_per_rank: int, combine_dtype: torch.dtype) -> str:
+    try:
+        symmetric_layout.plan(config, ep_size, max_tokens_per_rank, combine_dtype)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def _collective(group: EPGroup) -> Decision:
@@ -66,9 +127,13 @@ def _collective(group: EPGroup) -> Decision:
     return Accepted("collective", f"{backend} on {group.device.type.upper()} tensors")
 
 
-def agree(per_rank: Sequence[Sequence[Decision]]) -> tuple[Decision, ...]:
-    """One decision a transport for the whole group: rejected if a rank rejects it, with that rank's reason."""
+def agree(per_rank: Sequence[Sequence[Decision]], hosts: Sequence[str] = ()) -> tuple[Decision, ...]:
+    """One decision a transport for the whole group: rejected if a rank rejects it, with that rank's reason, and the symmetric
+    ones also if the ranks live on several of the `hosts`."""
     agreed: list[Decision] = []
+    if len(set(hosts)) > 1:
+        apart = f"the ranks live on {len(set(hosts))} hosts; symmetric memory reaches one"
+        per_rank = [[Rejected(d.name, apart) if d.name in SYMMETRIC else d for d in decisions] for decisions in per_rank]
     for decisions in zip(*per_rank, strict=True):
         refusals = [(rank, d) for rank, d in enumerate(decisions) if isinstance(d, Rejected)]
         if not refusals:

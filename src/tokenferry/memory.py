@@ -1,0 +1,193 @@
+"""Memory that every rank of a group can address: one buffer a rank, all of the same size.
+
+On GPUs it comes from PyTorch's symmetric memory. Virtual ranks (threads of one process on one GPU) share plain device
+memory. On CPUs it is a file in /dev/shm that all ranks map; its name is gone as soon as they have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tokenferry.errors import TransportUnavailableError
+from tokenferry.groups import EPGroup
+
+SHARED_FOLDER = Path("/dev/shm")
+
+
+class SymmetricBuffer:
+    """This rank's buffer, zeroed, and the addresses of all ranks' buffers. Opened by all ranks together; one owner.
+
+    Args:
+        name: unique to this buffer, equal on all ranks.
+        timeout_s: how long to wait for the slowest rank.
+
+    Attributes:
+        tensor: uint8 [nbytes], this rank's own.
+        address: of `tensor`, in this rank's address space.
+        peers: address of every rank's buffer, in this rank's address space.
+        table, table_address: int64 [size] tensor on the device with the same, and where it lies.
+        multicast_address: of the mapping whose stores reach all buffers, or 0.
+        is_virtual: whether the ranks share one GPU.
+
+    Raises:
+        TransportUnavailableError: on every rank, naming the rank that failed and why.
+        PeerTimeoutError: a rank did not come.
+    """
+
+    def __init__(self, group: EPGroup, num_bytes: int, name: str, timeout_s: float) -> None:
+        self._group, self._name, self._timeout_s = group, name, timeout_s
+        self.multicast_address = 0
+        self.is_virtual = False
+        self._keep: list[Any] = []
+        if group.size == 1:
+            self.tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=group.device)
+            self.peers = [self.tensor.data_ptr()]
+        elif group.device.type == "cpu":
+            self._open_files(num_bytes)
+        elif len({tuple(place) for place in self._exchange("place", self._place())}) == 1:
+            self._open_virtual(num_bytes)
+        else:
+            self._open_cuda(num_bytes)
+        self.address = self.tensor.data_ptr()
+        self.table = torch.tensor(self.peers, dtype=torch.int64, device=group.device)
+        self.table_address = self.table.data_ptr()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer and the table."""
+        return self.tensor.nbytes + self.table.nbytes
+
+    def _exchange(self, what: str, value: Any) -> list[Any]:
+        return self._group.channel.exchange(f"{self._name}/{what}", value, self._timeout_s)
+
+    def _agree(self, what: str, error: BaseException | None) -> None:
+        """Raises on every rank if one of them met an error."""
+        answers = self._exchange(what, None if error is None else f"{type(error).__name__}: {error}")
+        for rank, answer in enumerate(answers):
+            if answer is not None:
+                raise TransportUnavailableError(f"symmetric memory: rank {rank} failed to {what}: {answer}") from error
+
+    def _place(self) -> list[Any]:
+        """Equal on virtual ranks alone."""
+        return [socket.gethostname(), os.getpid(), str(self._group.device)]
+
+    # --- CPU --------------------------------------------------------------------------------------------------------
+
+    def _open_files(self, num_bytes: int) -> None:
+        path = SHARED_FOLDER / f"tokenferry-{secrets.token_hex(16)}"
+        try:
+            maps, error = self._map_files(path, num_bytes)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+        self._agree("map the other ranks' memory", error)
+        tensors = [torch.frombuffer(each, dtype=torch.uint8) for each in maps]
+        self._keep = tensors
+        self.tensor = tensors[self._group.rank]
+        self.peers = [tensor.data_ptr() for tensor in tensors]
+
+    def _map_files(self, path: Path, num_bytes: int) -> tuple[list[mmap.mmap], Exception | None]:
+        """Every rank's file, mapped; returns when all ranks have mapped all."""
+        error: Exception | None = None
+        own: mmap.mmap | None = None
+        try:
+            own = _map(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600), num_bytes)
+        except OSError as problem:
+            error = problem
+        paths = self._exchange("file", str(path))
+        self._agree("allocate shared memory", error)
+        maps: list[mmap.mmap] = []
+        try:
+            for rank, other in enumerate(paths):
+                mapped = own if rank == self._group.rank else _map(_open_ours(Path(other)), num_bytes)
+                assert mapped is not None, "an error was raised"
+                maps.append(mapped)
+        except (OSError, ValueError) as problem:
+            error = problem
+        self._exchange("mapped", None)
+        return maps, error
+
+    # --- CUDA -------------------------------------------------------------------------------------------------------
+
+    def _open_virtual(self, num_bytes: int) -> None:
+        error: Exception | None = None
+        try:
+            self.tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=self._group.device)
+            torch.cuda.current_stream(self._group.device).synchronize()
+        except RuntimeError as problem:
+            error = problem
+        self._agree("allocate device memory", error)
+        self.is_virtual = True
+        self.peers = self._exchange("addresses", self.tensor.data_ptr())
+        # A peer may store here after this rank has closed, as on real ranks: everyone keeps everyone's tensor alive.
+        identities = self._exchange("tensors", id(self.tensor))
+        self._keep = [ctypes.cast(identity, ctypes.py_object).value for identity in identities]
+        self._exchange("kept", None)
+
+    def _open_cuda(self, num_bytes: int) -> None:
+        from torch.distributed import _symmetric_memory as symmetric_memory  # absent from some CPU builds
+
+        error: Exception | None = None
+        with torch.cuda.device(self._group.device):
+            try:
+                self.tensor = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=self._group.device)
+                self.tensor.zero_()
+                torch.cuda.synchronize(self._group.device)
+            except RuntimeError as problem:
+                error = problem
+            self._agree("allocate symmetric memory", error)
+            handle: Any = None
+            try:
+                handle = symmetric_memory.rendezvous(self.tensor, self._group_name())
+            except RuntimeError as problem:
+                error = problem
+            self._agree("map the other ranks' memory", error)
+        self._keep = [handle]
+        self.peers = [int(address) for address in handle.buffer_ptrs]
+        self.multicast_address = int(handle.multicast_ptr or 0)
+
+    def _group_name(self) -> Any:
+        """A name under which PyTorch finds this group's store: our own, since the group need not have a process group."""
+        from torch._C._distributed_c10d import _SymmetricMemory
+
+        store = dist.PrefixStore(f"{self._name}/rendezvous", self._group.store)
+        _SymmetricMemory.set_group_info(self._name, self._group.rank, self._group.size, store)
+        return self._name
+
+    def close(self) -> None:
+        """Gives the memory back. The caller has seen to it that no kernel of this rank uses it any more."""
+        self._keep = []
+        self.peers = []
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+        self.table = torch.empty(0, dtype=torch.int64)
+
+
+def _map(descriptor: int, num_bytes: int) -> mmap.mmap:
+    try:
+        if os.fstat(descriptor).st_size != num_bytes:
+            os.posix_fallocate(descriptor, 0, num_bytes)  # a full /dev/shm is an error here, not a SIGBUS later
+        return mmap.mmap(descriptor, num_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def _open_ours(path: Path) -> int:
+    """Opens a peer's file: only under our folder, only if it belongs to this user alone."""
+    if path.parent != SHARED_FOLDER:
+        raise ValueError(f"shared memory must lie in {SHARED_FOLDER}, a peer offers {path}")
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    status = os.fstat(descriptor)
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        os.close(descriptor)
+        raise ValueError(f"{path} is not this user's alone")
+    return descriptor

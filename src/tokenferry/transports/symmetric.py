@@ -1,0 +1,412 @@
+"""Symmetric memory as transport: kernels of our own store rows into the peers' buffers. No host synchronisation.
+
+The protocol is in docs/symmetric.md; what crosses is in `kernels.wire`, where it lies in `symmetric_layout`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import asdict, dataclass
+from itertools import product
+
+import torch
+
+from tokenferry.errors import TransportUnavailableError
+from tokenferry.kernels import wire
+from tokenferry.kernels.abort import SIGNATURE as ABORT_SIGNATURE
+from tokenferry.kernels.abort import abort_kernel
+from tokenferry.kernels.combine import SIGNATURE as COMBINE_SIGNATURE
+from tokenferry.kernels.combine import combine_kernel
+from tokenferry.kernels.counts import SIGNATURE as COUNTS_SIGNATURE
+from tokenferry.kernels.counts import counts_kernel
+from tokenferry.kernels.dispatch import SIGNATURE as DISPATCH_SIGNATURE
+from tokenferry.kernels.dispatch import dispatch_kernel
+from tokenferry.memory import SymmetricBuffer
+from tokenferry.step import StepRequest, StepTensors
+from tokenferry.transports.base import AbortRecord, Gathered, TransportSettings
+from tokenferry.transports.symmetric_launch import DTYPES, Launch, Tuning, check_addresses, prepare
+from tokenferry.transports.symmetric_layout import SLOT_ROWS, Layout, Region, plan
+
+INDEX_DTYPES = (torch.int32, torch.int64)
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Everything that a workspace may launch, loaded."""
+
+    counts: Launch
+    abort: Launch
+    dispatch: dict[tuple[torch.dtype, torch.dtype], Launch]
+    """By dtype of topk_idx and of topk_weights."""
+    combine: dict[torch.dtype, Launch]
+    """By dtype of the partial rows."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """The regions that callers see, as tensors."""
+
+    gathered: Gathered
+    terms_RH: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """Who the kernels run as: this rank among its peers, or rank 0 of 1 in `solo`."""
+
+    rank: int
+    size: int
+    state: int
+    block: int
+
+
+class Rounds:
+    """Issues the kernels of one rank. As it stands it is the transport of `solo`: nothing here looks at a peer."""
+
+    name = "solo"
+
+    def __init__(
+        self,
+        settings: TransportSettings,
+        step_tensors: StepTensors,
+        buffer: SymmetricBuffer,
+        layout: Layout,
+        kernels: Kernels,
+        views: Views,
+        place: Place,
+        grid: int,
+    ) -> None:
+        self._settings, self._step_tensors, self._buffer, self._layout = settings, step_tensors, buffer, layout
+        self._kernels, self._views, self._place, self._grid = kernels, views, place, grid
+        self._request = StepRequest(0, 0, 0)
+        self._layer, self._num_supplied = -1, 0
+        self._combined: torch.Tensor | None = None
+        config = settings.config
+        self._dispatch_alignment = 16 if config.hidden_size * config.dtype.itemsize % 16 == 0 else 8
+        self._num_real = place.state + wire.STATE_NUM_REAL.value
+
+    @property
+    def nbytes(self) -> int:
+        return self._buffer.nbytes + self._step_tensors.nbytes
+
+    def begin_step(self, request: StepRequest, layer: int) -> None:
+        self._request = request
+        real = request.num_real_tokens
+        is_known = isinstance(real, int)
+        self._num_real = self._place.state + wire.STATE_NUM_REAL.value if isinstance(real, int) else real.data_ptr()
+        place, group = self._place, self._settings.group
+        self._kernels.counts(
+            1,
+            self._buffer.address,
+            self._buffer.table_address,
+            place.rank,
+            place.size,
+            place.state,
+            place.block,
+            self._step_tensors.packed.data_ptr(),
+            group.rank,
+            group.size,
+            request.num_tokens,
+            request.flags,
+            real if is_known else 0,
+            self._settings.generation,
+        )
+
+    def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        self._layer, self._num_supplied = layer, hidden.shape[0]
+        address = hidden.data_ptr()
+        if address % self._dispatch_alignment:
+            hidden = hidden.clone()
+            address = hidden.data_ptr()
+        place, layout = self._place, self._layout
+        self._kernels.dispatch[topk_idx.dtype, topk_weights.dtype](
+            self._grid,
+            self._buffer.address,
+            self._buffer.table_address,
+            self._buffer.multicast_address,
+            place.rank,
+            place.size,
+            place.state,
+            place.block,
+            layout.counts.offset,
+            layout.arrived.offset,
+            layout.dispatch_slots.offset,
+            layout.dispatch_slot_bytes,
+            layout.slot_rows,
+            layout.hidden.offset,
+            layout.topk_idx.offset,
+            layout.topk_weights.offset,
+            address,
+            topk_idx.data_ptr(),
+            topk_weights.data_ptr(),
+            self._num_supplied,
+            self._num_real,
+            layer,
+        )
+
+    def dispatch_end(self) -> Gathered:
+        return self._views.gathered
+
+    def combine_input(self) -> torch.Tensor:
+        return self._views.terms_RH
+
+    def combine_begin(self, partial: torch.Tensor) -> None:
+        settings, layout, place = self._settings, self._layout, self._place
+        config = settings.config
+        address = partial.data_ptr()
+        if address % 16:
+            partial = partial.clone()
+            address = partial.data_ptr()
+        out = torch.empty((self._num_supplied, config.hidden_size), dtype=config.dtype, device=settings.group.device)
+        self._combined = out
+        is_in_place = address == self._views.terms_RH.data_ptr() and partial.dtype == settings.combine_dtype
+        self._kernels.combine[partial.dtype](
+            self._grid,
+            self._buffer.address,
+            self._buffer.table_address,
+            place.rank,
+            place.size,
+            place.state,
+            place.block,
+            layout.counts.offset,
+            layout.ready.offset,
+            layout.combine_slots.offset,
+            layout.combine_slot_bytes,
+            layout.slot_rows,
+            layout.terms.offset,
+            address,
+            int(is_in_place),
+            out.data_ptr(),
+            self._num_supplied,
+            self._layer,
+        )
+
+    def combine_end(self) -> torch.Tensor:
+        combined, self._combined = self._combined, None
+        assert combined is not None, "the workspace orders the halves"
+        return combined
+
+    def check(self) -> None:
+        return
+
+    def solo(self) -> Rounds:
+        return self
+
+    def fail(self, reason: str) -> None:
+        return
+
+    def close(self) -> None:
+        self._combined = None
+
+
+class SymmetricTransport(Rounds):
+    """See `Transport`. R = C·EP, whatever the counts; tensors of a `Gathered` are views of the buffer."""
+
+    def __init__(
+        self,
+        settings: TransportSettings,
+        step_tensors: StepTensors,
+        *,
+        multicast: bool = False,
+        slot_rows: int = SLOT_ROWS,
+        tuning: Tuning | None = None,
+    ) -> None:
+        tuning = tuning or Tuning()
+        group, config = settings.group, settings.config
+        layout = plan(
+            config, group.size, settings.max_tokens_per_rank, settings.combine_dtype, multicast=multicast, slot_rows=slot_rows
+        )
+        buffer = SymmetricBuffer(group, layout.num_bytes, f"{settings.name}/memory", settings.open_timeout_s)
+        check_addresses(buffer.peers)
+        if multicast and group.size > 1 and not buffer.multicast_address:
+            buffer.close()
+            raise TransportUnavailableError("nvls: the symmetric memory has no multicast address here; use transport='p2p'")
+        self._mirror = torch.zeros(1, dtype=torch.int64, pin_memory=group.device.type == "cuda")
+        self._observer: wire.Observer | None = None
+        _initialise(settings, buffer, layout, self._mirror.data_ptr() if group.device.type == "cuda" else 0)
+        kernels = load_kernels(settings, tuning, multicast and group.size > 1)
+        views = _views(settings, buffer, layout)
+        address = buffer.address
+        place = Place(group.rank, group.size, address + wire.STATE, address + layout.block.offset)
+        grid = _grid(settings, layout, tuning, buffer.is_virtual)
+        super().__init__(settings, step_tensors, buffer, layout, kernels, views, place, grid)
+        self.name = "nvls" if multicast else "p2p"
+        alone = Place(0, 1, address + wire.SOLO_STATE, address + layout.solo_block.offset)
+        self._alone = Rounds(settings, step_tensors, buffer, layout, kernels, views, alone, grid)
+        is_cpu = group.device.type == "cpu"
+        self._is_cpu = is_cpu
+        self._record = ctypes.c_int64.from_address(address if is_cpu else self._mirror.data_ptr())
+        group.channel.barrier(f"{settings.name}/loaded", settings.open_timeout_s)
+
+    # --- operations: look at the record first, without asking the device --------------------------------------------
+
+    def begin_step(self, request: StepRequest, layer: int) -> None:
+        self._raise_known()
+        super().begin_step(request, layer)
+        self._raise_after()
+
+    def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        self._raise_known()
+        super().dispatch_begin(layer, hidden, topk_idx, topk_weights)
+        self._raise_after()
+
+    def combine_begin(self, partial: torch.Tensor) -> None:
+        self._raise_known()
+        super().combine_begin(partial)
+        self._raise_after()
+
+    def solo(self) -> Rounds:
+        return self._alone
+
+    # --- peers ------------------------------------------------------------------------------------------------------
+
+    def _raise_known(self) -> None:
+        word = self._record.value
+        if word:
+            raise self._settled(word)
+
+    def _raise_after(self) -> None:
+        if self._is_cpu:  # the launch is over here, and so is its waiting
+            self._raise_known()
+
+    def _settled(self, word: int) -> Exception:
+        """The error that the whole group agrees on: two ranks may have given up at the same moment."""
+        record = wire.Record.unpack(word)
+        settings = self._settings
+        reason = f"rank {record.rank} gave up" if record.phase == "failed" else ""
+        phase = "data-missing" if record.phase == "failed" else record.phase
+        mine = AbortRecord(record.rank, record.reporter, phase, record.step, record.layer, settings.timeout_s, reason)
+        agreed = AbortRecord(**settings.group.channel.claim(f"{settings.name}/abort", asdict(mine)))
+        return agreed.error_for(settings.group.rank)
+
+    def check(self) -> None:
+        self._raise_known()
+        if not self._is_cpu:
+            word = int(self._buffer.tensor[:8].view(torch.int64).item())
+            if word:
+                raise self._settled(word)
+
+    def fail(self, reason: str) -> None:
+        settings = self._settings
+        rank = settings.group.rank
+        mine = AbortRecord(rank, rank, "data-missing", self._request.index, self._layer, 0.0, reason)
+        settings.group.channel.claim(f"{settings.name}/abort", asdict(mine))
+        self._abort(wire.Record(rank, rank, "failed", self._request.index, self._layer))
+
+    def _abort(self, record: wire.Record) -> None:
+        """Writes the record to every rank, from a stream of its own: this rank's may be waiting for a peer."""
+        args = (1, self._buffer.table_address, self._settings.group.size, record.pack())
+        if self._is_cpu:
+            self._kernels.abort(*args)
+            return
+        stream = torch.cuda.Stream(self._settings.group.device)
+        with torch.cuda.stream(stream):
+            self._kernels.abort(*args)
+        stream.synchronize()
+
+    def observe(self, observer: wire.Observer) -> None:
+        """Shows every packet to `observer`. In the interpreter alone."""
+        assert wire.INTERPRETED, "a GPU cannot call Python"
+        self._observer = observer
+        ctypes.c_int64.from_address(self._buffer.address + wire.OBSERVER.value).value = id(observer)
+
+    def close(self) -> None:
+        super().close()
+        self._record = ctypes.c_int64(0)
+        self._buffer.close()
+        self._views = self._alone._views = _no_views()
+
+
+def load_kernels(settings: TransportSettings, tuning: Tuning, multicast: bool) -> Kernels:
+    """Compiles and loads every variant that the arguments of this workspace can ask for."""
+    config, device = settings.config, settings.group.device
+    pdl = int(not wire.INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9)
+    row_bytes = config.hidden_size * config.dtype.itemsize
+    wire_bytes = config.hidden_size * settings.combine_dtype.itemsize
+    lanes = max(32, 1 << (settings.group.size - 1).bit_length())
+
+    def dispatch(idx: torch.dtype, weights: torch.dtype) -> Launch:
+        constants = {
+            "ROW_WORDS": row_bytes // 4,
+            "K": config.topk,
+            "IDX": DTYPES[idx],
+            "WEIGHTS": DTYPES[weights],
+            "OUT_IDX": DTYPES[torch.int32],
+            "WORDS": 4 if row_bytes % 16 == 0 else 2,
+            "BLOCK": tuning.block,
+            "MULTICAST": int(multicast),
+            "PDL": pdl,
+        }
+        return prepare(dispatch_kernel, DISPATCH_SIGNATURE, constants, tuning.num_warps, device)
+
+    def combine(partial: torch.dtype) -> Launch:
+        constants = {
+            "H": config.hidden_size,
+            "PARTIAL": DTYPES[partial],
+            "WIRE": DTYPES[settings.combine_dtype],
+            "OUT": DTYPES[config.dtype],
+            "WORDS": 4 if wire_bytes % 16 == 0 else 2,
+            "BLOCK": tuning.block,
+            "PDL": pdl,
+        }
+        return prepare(combine_kernel, COMBINE_SIGNATURE, constants, tuning.num_warps, device)
+
+    return Kernels(
+        prepare(counts_kernel, COUNTS_SIGNATURE, {"LANES": lanes, "PDL": pdl}, 1, device),
+        prepare(abort_kernel, ABORT_SIGNATURE, {"PDL": 0}, 1, device),
+        {(idx, weights): dispatch(idx, weights) for idx, weights in product(INDEX_DTYPES, FLOAT_DTYPES)},
+        {partial: combine(partial) for partial in FLOAT_DTYPES},
+    )
+
+
+def _initialise(settings: TransportSettings, buffer: SymmetricBuffer, layout: Layout, mirror: int) -> None:
+    """Fills the control block and empties the slots. The buffer is zero elsewhere."""
+    control = torch.zeros(wire.CONTROL_BYTES // 8, dtype=torch.int64)
+    control[wire.TIMEOUT_NS.value // 8] = int(settings.timeout_s * 1e9)
+    control[wire.MIRROR.value // 8] = mirror
+    control[wire.PEER_TABLE.value // 8] = buffer.table_address
+    control[wire.GROUP_SIZE.value // 8] = settings.group.size  # little-endian; the upper half is DIRTY_ROWS
+    buffer.tensor[: wire.CONTROL_BYTES].copy_(control.view(torch.uint8))
+    for region in (layout.dispatch_slots, layout.combine_slots, layout.topk_idx):
+        buffer.tensor[region.offset : region.end].fill_(0xFF)
+    if settings.group.device.type == "cuda":
+        torch.cuda.current_stream(settings.group.device).synchronize()
+
+
+def _views(settings: TransportSettings, buffer: SymmetricBuffer, layout: Layout) -> Views:
+    config = settings.config
+    rows = settings.max_tokens_per_rank * settings.group.size
+
+    def view(region: Region, dtype: torch.dtype, columns: int) -> torch.Tensor:
+        return buffer.tensor[region.offset : region.end].view(dtype).view(rows, columns)
+
+    gathered = Gathered(
+        view(layout.hidden, config.dtype, config.hidden_size),
+        view(layout.topk_idx, torch.int32, config.topk),
+        view(layout.topk_weights, torch.float32, config.topk),
+    )
+    return Views(gathered, view(layout.terms, settings.combine_dtype, config.hidden_size))
+
+
+def _no_views() -> Views:
+    empty = torch.empty(0)
+    return Views(Gathered(empty, empty, empty), empty)
+
+
+def _grid(settings: TransportSettings, layout: Layout, tuning: Tuning, is_virtual: bool) -> int:
+    """Programs of a dispatch or combine launch, from C and EP alone: a graph is captured at one count and replayed at another."""
+    if settings.group.device.type == "cpu":
+        return 1
+    limit = tuning.max_programs or torch.cuda.get_device_properties(settings.group.device).multi_processor_count
+    if settings.max_ctas is not None:
+        limit = min(limit, settings.max_ctas)
+    if is_virtual:  # every rank's programs must be on the GPU at once, and the next kernel's wait there too
+        limit = max(1, limit // (2 * settings.group.size))
+    if settings.max_tokens_per_rank > layout.slot_rows:
+        return limit
+    config = settings.config
+    packets = layout.slot_rows * config.hidden_size * max(config.dtype.itemsize, settings.combine_dtype.itemsize) // 16
+    routing = layout.slot_rows * config.topk * 2 // 4
+    blocks = -(-packets // tuning.block) + -(-routing // tuning.block)
+    return max(1, min(limit, blocks * max(1, settings.group.size - 1)))

@@ -1,0 +1,102 @@
+"""Compiled kernels, launched without Triton's analysis of arguments: all are compiled and loaded when a workspace opens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.compiler import ASTSource
+
+from tokenferry.kernels import wire
+
+DTYPES: Mapping[torch.dtype, Any] = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.int32: tl.int32,
+    torch.int64: tl.int64,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How kernels are cut into programs.
+
+    Attributes:
+        num_warps: of a dispatch or combine program; each thread handles one packet at a time.
+        max_programs: most programs of a launch; None: one for each multiprocessor.
+    """
+
+    num_warps: int = 8
+    max_programs: int | None = None
+
+    @property
+    def block(self) -> int:
+        """Packets of a program at a time."""
+        return self.num_warps * 32
+
+
+class Launch(Protocol):
+    """A kernel ready to run."""
+
+    def __call__(self, grid: int, *args: int) -> None:
+        """Runs `grid` programs on the current stream."""
+
+
+@dataclass(frozen=True)
+class InterpretedLaunch:
+    """One program, in this thread: the interpreter would run several one after another, and the first would wait for ever."""
+
+    kernel: Any
+    constants: Mapping[str, Any]
+
+    def __call__(self, grid: int, *args: int) -> None:
+        """See `Launch`."""
+        with np.errstate(all="ignore"):  # infinities and NaNs are payload
+            self.kernel[(1,)](*args, **self.constants)
+
+
+class CompiledLaunch:
+    """A kernel in the memory of one GPU."""
+
+    def __init__(self, compiled: Any, constants: Mapping[str, Any], device_index: int) -> None:
+        compiled._init_handles()  # loads the module: that waits for the device, so never later, while a peer spins
+        self._compiled, self._run, self._function = compiled, compiled.run, compiled.function
+        self._metadata, self._constants = compiled.packed_metadata, tuple(constants.values())
+        self._device_index = device_index
+
+    def __call__(self, grid: int, *args: int) -> None:
+        """See `Launch`."""
+        stream = torch._C._cuda_getCurrentRawStream(self._device_index)
+        self._run(grid, 1, 1, stream, self._function, self._metadata, None, None, None, *args, *self._constants)
+
+
+def source(kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any]) -> ASTSource:
+    """What Triton compiles: argument types are fixed, so no value of an argument ever needs another variant."""
+    return ASTSource(kernel, signature=dict(signature), constexprs=dict(constants))
+
+
+def options(num_warps: int, pdl: bool) -> dict[str, Any]:
+    """Compiler options. Fusion is off: a sum's bits are promised, and Triton's default changes."""
+    return {"num_warps": num_warps, "enable_fp_fusion": False, "launch_pdl": pdl}
+
+
+def prepare(
+    kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], num_warps: int, device: torch.device
+) -> Launch:
+    """Compiles (or finds in Triton's cache) and loads a kernel."""
+    if wire.INTERPRETED:
+        return InterpretedLaunch(kernel, constants)
+    with torch.cuda.device(device):
+        compiled = triton.compile(source(kernel, signature, constants), options=options(num_warps, bool(constants["PDL"])))
+        return CompiledLaunch(compiled, constants, device.index)
+
+
+def check_addresses(addresses: Sequence[int]) -> None:
+    """Peers' buffers must be 16-byte aligned: packets are stored whole."""
+    assert all(address % 16 == 0 for address in addresses), "allocators align to far more"

@@ -1,0 +1,135 @@
+"""Where everything lies in a rank's symmetric buffer, and how much of it there is. Pure arithmetic, checked without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tokenferry.config import MoEConfig
+from tokenferry.errors import ConfigError
+
+ALIGNMENT = 256
+CONTROL_BYTES = 256
+COUNT_PACKET_BYTES = 16
+SLOT_ROWS = 192
+"""Largest step, in rows of its largest rank, that goes through sentinel slots. Above it copying out of the slots costs more
+than the counter that it saves, and at C = 4096 the slots would take more than an eighth of the buffer."""
+
+MAX_RANKS = 256
+"""One program waits for all peers at once, a thread for each."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of the buffer."""
+
+    offset: int
+    num_bytes: int
+
+    @property
+    def end(self) -> int:
+        """The first byte behind it."""
+        return self.offset + self.num_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Regions of a rank's buffer, equal on all ranks.
+
+    Attributes:
+        counts: count packets, [2 parities][source rank].
+        arrived, ready: int32 counters, [source rank]: dispatch rows are there; combine terms may be fetched.
+        block, solo_block: the step's counts for the kernels.
+        dispatch_slots, combine_slots: [2 parities][source, this rank left out], of `slot_rows` rows each.
+        hidden, topk_idx, topk_weights: the gathered rows. terms: the combine input.
+    """
+
+    slot_rows: int
+    num_slots: int
+    dispatch_slot_bytes: int
+    combine_slot_bytes: int
+    counts: Region
+    arrived: Region
+    ready: Region
+    block: Region
+    solo_block: Region
+    dispatch_slots: Region
+    combine_slots: Region
+    hidden: Region
+    topk_idx: Region
+    topk_weights: Region
+    terms: Region
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole buffer."""
+        return self.terms.end
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def plan(
+    config: MoEConfig,
+    ep_size: int,
+    max_tokens_per_rank: int,
+    combine_dtype: torch.dtype,
+    *,
+    multicast: bool = False,
+    slot_rows: int = SLOT_ROWS,
+) -> Layout:
+    """The layout for C = `max_tokens_per_rank` rows a rank.
+
+    Raises:
+        ConfigError: rows are not a multiple of 8 bytes, or too many for 32-bit packet numbers, or too many ranks.
+    """
+    row_bytes = config.hidden_size * config.dtype.itemsize
+    wire_row_bytes = config.hidden_size * combine_dtype.itemsize
+    for what, num_bytes in (("hidden rows", row_bytes), ("combine rows", wire_row_bytes)):
+        if num_bytes % 8:
+            raise ConfigError(
+                f"{what} have {num_bytes} bytes (hidden_size {config.hidden_size}), not a multiple of 8; pad hidden_size, or use "
+                "transport='collective'"
+            )
+    if ep_size > MAX_RANKS:
+        raise ConfigError(f"symmetric transports serve up to {MAX_RANKS} ranks, got {ep_size}; use transport='collective'")
+    rows = max_tokens_per_rank * ep_size
+    if rows * max(row_bytes, wire_row_bytes) // 8 + 2**20 > 2**31 or rows * config.topk * 2 > 2**31 - 2**20:
+        raise ConfigError(f"{rows} gathered rows of {row_bytes} bytes exceed 2**31 packets; lower max_tokens_per_rank")
+    slot_rows = min(max_tokens_per_rank, slot_rows)
+    num_slots = ep_size if multicast and ep_size > 1 else ep_size - 1
+    dispatch_slot_bytes = _round_up(slot_rows * row_bytes, 16) + _round_up(slot_rows * 2 * config.topk * 4, 16)
+    combine_slot_bytes = _round_up(slot_rows * wire_row_bytes, 16)
+    sizes = {
+        "counts": 2 * ep_size * COUNT_PACKET_BYTES,
+        "arrived": ep_size * 4,
+        "ready": ep_size * 4,
+        "block": (2 + 2 * ep_size) * 4,
+        "solo_block": 4 * 4,
+        "dispatch_slots": 2 * num_slots * dispatch_slot_bytes,
+        "combine_slots": 2 * (ep_size - 1) * combine_slot_bytes,
+        "hidden": rows * row_bytes,
+        "topk_idx": rows * config.topk * 4,
+        "topk_weights": rows * config.topk * 4,
+        "terms": rows * wire_row_bytes,
+    }
+    regions: dict[str, Region] = {}
+    offset = CONTROL_BYTES
+    for name, num_bytes in sizes.items():
+        regions[name] = Region(offset, num_bytes)
+        offset = _round_up(offset + num_bytes, ALIGNMENT)
+    return Layout(
+        slot_rows=slot_rows,
+        num_slots=num_slots,
+        dispatch_slot_bytes=dispatch_slot_bytes,
+        combine_slot_bytes=combine_slot_bytes,
+        **regions,
+    )
+
+
+def required_bytes(config: MoEConfig, ep_size: int, max_tokens_per_rank: int, combine_dtype: torch.dtype, multicast: bool) -> int:
+    """What a rank holds: the buffer, the table of addresses, and the step's counts."""
+    layout = plan(config, ep_size, max_tokens_per_rank, combine_dtype, multicast=multicast)
+    return layout.num_bytes + ep_size * 8 + (3 + 2 * ep_size) * 4
