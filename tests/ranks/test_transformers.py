@@ -56,15 +56,17 @@ class Outcome:
     error: str = ""
 
 
+ASKED_FOR = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss", "llama4")
 UNEVEN = (Work((5, 17, 9), 12), Work((21,), 17))
 ONE_IDLE = (Work((3, 3), 5), Work(), Work((26,), 11), Work((9, 4), 7))
 RUNS = [
     *(Run(family, UNEVEN) for family in FAMILIES),
-    *(Run(family, UNEVEN, torch.bfloat16, exact=True) for family in FAMILIES),
+    *(Run(family, UNEVEN, exact=True) for family in FAMILIES),
+    *(Run(family, UNEVEN, torch.bfloat16, exact=True) for family in ASKED_FOR),
+    *(Run(family, UNEVEN, torch.bfloat16) for family in ("qwen3_moe", "gpt_oss")),
     *(Run(family, (*UNEVEN, Work())) for family in ("qwen3_moe", "gpt_oss", "llama4", "mixtral", "glm4_moe")),
-    *(Run(family, ONE_IDLE) for family in FAMILIES),
+    *(Run(family, ONE_IDLE) for family in ASKED_FOR),
     *(Run(family, UNEVEN, batched=True) for family in FAMILIES if family not in NO_CONTINUOUS_BATCHING),
-    Run("qwen3_moe", UNEVEN, torch.float32, exact=True),
     Run("llama4", (*UNEVEN, Work()), torch.bfloat16, exact=True),
     Run("qwen3_moe", UNEVEN, torch.bfloat16, exact=True, batched=True),
     Run("gpt_oss", ONE_IDLE, batched=True),
@@ -88,7 +90,7 @@ def outcomes(models: Path) -> Callable[[Run], list[Outcome]]:
     def of(run: Run) -> list[Outcome]:
         if run not in done:
             alike = [other for other in RUNS if len(other.work) == len(run.work)]
-            by_rank = run_ranks(run_all, len(run.work), alike, models, timeout_s=200)
+            by_rank = run_ranks(run_all, len(run.work), alike, models, timeout_s=240)
             done.update((other, list(outcomes)) for other, outcomes in zip(alike, zip(*by_rank, strict=True), strict=True))
         return done[run]
 
@@ -102,6 +104,8 @@ def test_tokens_of_the_unmodified_model(run: Run, outcomes: Callable[[Run], list
         assert [len(tokens) for tokens in outcome.tokens] == [work.new_tokens] * len(work.prompt_lengths)
         assert outcome.tokens == outcome.expected
         assert outcome.num_layers > 0
+        # float32 sums in another order. An expert's output that is off by a thousandth moves logits by more, but few tokens
+        assert run.dtype != torch.float32 or outcome.logit_difference < 1e-4
 
 
 @pytest.mark.parametrize("run", [run for run in RUNS if run.exact and not run.batched], ids=lambda run: run.name)
