@@ -48,9 +48,11 @@ class SymmetricBuffer:
         self._group, self._name, self._timeout_s = group, name, timeout_s
         self.multicast_address = 0
         self.is_virtual = False
-        self._keep: list[Any] = []
+        self._handle: Any = None
+        self._tensors: list[torch.Tensor] = []
         if group.size == 1:
             self.tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=group.device)
+            self._tensors = [self.tensor]
             self.peers = [self.tensor.data_ptr()]
         elif group.device.type == "cpu":
             self._open_files(num_bytes)
@@ -92,7 +94,7 @@ class SymmetricBuffer:
                 path.unlink()
         self._agree("map the other ranks' memory", error)
         tensors = [torch.frombuffer(each, dtype=torch.uint8) for each in maps]
-        self._keep = tensors
+        self._tensors = tensors
         self.tensor = tensors[self._group.rank]
         self.peers = [tensor.data_ptr() for tensor in tensors]
 
@@ -131,7 +133,7 @@ class SymmetricBuffer:
         self.peers = self._exchange("addresses", self.tensor.data_ptr())
         # A peer may store here after this rank has closed, as on real ranks: everyone keeps everyone's tensor alive.
         identities = self._exchange("tensors", id(self.tensor))
-        self._keep = [ctypes.cast(identity, ctypes.py_object).value for identity in identities]
+        self._tensors = [ctypes.cast(identity, ctypes.py_object).value for identity in identities]
         self._exchange("kept", None)
 
     def _open_cuda(self, num_bytes: int) -> None:
@@ -152,7 +154,7 @@ class SymmetricBuffer:
             except RuntimeError as problem:
                 error = problem
             self._agree("map the other ranks' memory", error)
-        self._keep = [handle]
+        self._handle = handle
         self.peers = [int(address) for address in handle.buffer_ptrs]
         self.multicast_address = int(handle.multicast_ptr or 0)
 
@@ -164,9 +166,16 @@ class SymmetricBuffer:
         _SymmetricMemory.set_group_info(self._name, self._group.rank, self._group.size, store)
         return self._name
 
+    def of_peer(self, rank: int) -> torch.Tensor:
+        """A peer's buffer, uint8. For benchmarks and tests; kernels use the addresses."""
+        if self._handle is not None:
+            return self._handle.get_buffer(rank, (self.tensor.nbytes,), torch.uint8)  # type: ignore[no-any-return]
+        return self._tensors[rank]
+
     def close(self) -> None:
         """Gives the memory back. The caller has seen to it that no kernel of this rank uses it any more."""
-        self._keep = []
+        self._handle = None
+        self._tensors = []
         self.peers = []
         self.tensor = torch.empty(0, dtype=torch.uint8)
         self.table = torch.empty(0, dtype=torch.int64)

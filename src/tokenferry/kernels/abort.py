@@ -18,5 +18,5 @@ def abort_kernel(peers, size, record, PDL: tl.constexpr):
         Two ranks, rank 1 holding a record already: rank 0 gets `record`, rank 1 keeps its own.
     """
     table = peers.to(tl.int64).to(tl.pointer_type(tl.int64))
-    for rank in range(0, size):
+    for rank in range(size):
         wire.claim_record(tl.load(table + rank), record)

@@ -81,19 +81,39 @@ def load_term(base, element, live, PARTIAL: tl.constexpr, WIRE: tl.constexpr, WO
 def store_sum(base, element, live, s0, s1, s2, s3, s4, s5, s6, s7, WIRE: tl.constexpr, OUT: tl.constexpr, WORDS: tl.constexpr):
     """One packet of sums, each rounded once to OUT. For a float32 wire the values are s0, s2, s4, s6."""
     address = base + element * (OUT.primitive_bitwidth // 8)
-    if WIRE == tl.float32:
-        if OUT == tl.float32:
-            wire.store(address, wire.pack(s0, s0, OUT), wire.pack(s2, s2, OUT), wire.pack(s4, s4, OUT), wire.pack(s6, s6, OUT), live, WORDS)
+    if tl.float32 == WIRE:
+        if tl.float32 == OUT:
+            wire.store(
+                address,
+                wire.pack(s0, s0, OUT),
+                wire.pack(s2, s2, OUT),
+                wire.pack(s4, s4, OUT),
+                wire.pack(s6, s6, OUT),
+                live,
+                WORDS,
+            )
         else:
             a = wire.pack(s0, s2, OUT)
             b = wire.pack(s4, s6, OUT)
             wire.store(address, a, b, a, b, live, WORDS // 2)
-    elif OUT == tl.float32:
-        wire.store(address, wire.pack(s0, s0, OUT), wire.pack(s1, s1, OUT), wire.pack(s2, s2, OUT), wire.pack(s3, s3, OUT), live, 4)
+    elif tl.float32 == OUT:
+        wire.store(
+            address, wire.pack(s0, s0, OUT), wire.pack(s1, s1, OUT), wire.pack(s2, s2, OUT), wire.pack(s3, s3, OUT), live, 4
+        )
         if WORDS == 4:
-            wire.store(address + 16, wire.pack(s4, s4, OUT), wire.pack(s5, s5, OUT), wire.pack(s6, s6, OUT), wire.pack(s7, s7, OUT), live, 4)
+            wire.store(
+                address + 16,
+                wire.pack(s4, s4, OUT),
+                wire.pack(s5, s5, OUT),
+                wire.pack(s6, s6, OUT),
+                wire.pack(s7, s7, OUT),
+                live,
+                4,
+            )
     else:
-        wire.store(address, wire.pack(s0, s1, OUT), wire.pack(s2, s3, OUT), wire.pack(s4, s5, OUT), wire.pack(s6, s7, OUT), live, WORDS)
+        wire.store(
+            address, wire.pack(s0, s1, OUT), wire.pack(s2, s3, OUT), wire.pack(s4, s5, OUT), wire.pack(s6, s7, OUT), live, WORDS
+        )
 
 
 @triton.jit
@@ -126,8 +146,8 @@ def combine_kernel(
     """Sends each owner this rank's terms for its rows, and sums the terms of this rank's own rows, from rank 0's to the last.
 
     With slots (see `dispatch_kernel`) every rank sends all rows of every owner, rows of zeros too: a row left out would need
-    an acknowledgement of its own before its slot may be used again. Without, terms are copied to `terms` (unless the experts wrote them
-    there), a counter at every peer says so, and owners fetch their rows.
+    an acknowledgement of its own before its slot may be used again. Without, terms are copied to `terms` (unless the experts
+    wrote them there), a counter at every peer says so, and owners fetch their rows.
 
     Args:
         counts, ready, slots, terms: offsets of regions within a buffer.
@@ -213,7 +233,7 @@ def combine_kernel(
             s5 = s0
             s6 = s0
             s7 = s0
-            for source in range(0, size):
+            for source in range(size):
                 if source == rank:
                     at = first.to(tl.int64) * H + place * PER_PACKET
                     w0, w1, w2, w3 = load_term(partial, at, live, PARTIAL, WIRE, WORDS)

@@ -42,7 +42,9 @@ SIGNATURE = {
 
 
 @triton.jit
-def routing_words(word, live, topk_idx, topk_weights, num_supplied, num_real, K: tl.constexpr, IDX: tl.constexpr, WEIGHTS: tl.constexpr):
+def routing_words(
+    word, live, topk_idx, topk_weights, num_supplied, num_real, K: tl.constexpr, IDX: tl.constexpr, WEIGHTS: tl.constexpr
+):
     """Words of the routing message, [rows][K numbers, then K float32 weights]: the number -1 in padding rows and in rows that
     were not supplied.
 
@@ -185,7 +187,7 @@ def dispatch_kernel(
             r1 = routing_words(word + 1, word + 1 < num_words, topk_idx, topk_weights, num_supplied, real, K, IDX, WEIGHTS)
             r2 = routing_words(word + 2, word + 2 < num_words, topk_idx, topk_weights, num_supplied, real, K, IDX, WEIGHTS)
             r3 = routing_words(word + 3, word + 3 < num_words, topk_idx, topk_weights, num_supplied, real, K, IDX, WEIGHTS)
-            for i in range(0, size):
+            for i in range(size):
                 peer = (rank + i) % size
                 goal = own
                 if i > 0:

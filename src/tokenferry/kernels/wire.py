@@ -168,8 +168,8 @@ def _take_text(words: int) -> str:
       END: }}"""
 
 
-_AWAIT_COUNT = f"""{{ {_REGISTERS} .reg .pred %p1; .reg .b128 %q; .reg .b64 %lo, %hi; .reg .u32 %s, %g; mov.u32 $0, 0; mov.u32 $1, 0;
-      setp.eq.u32 %p0, $3, 0; @%p0 bra END; mov.u32 %n, 0;
+_AWAIT_COUNT = f"""{{ {_REGISTERS} .reg .pred %p1; .reg .b128 %q; .reg .b64 %lo, %hi; .reg .u32 %s, %g;
+      mov.u32 $0, 0; mov.u32 $1, 0; setp.eq.u32 %p0, $3, 0; @%p0 bra END; mov.u32 %n, 0;
       W: ld.relaxed.sys.global.b128 %q, [$2]; mov.b128 {{%lo, %hi}}, %q; mov.b64 {{%s, %g}}, %hi;
       setp.eq.u32 %p0, %s, $4; setp.eq.u32 %p1, %g, $5; and.pred %p0, %p0, %p1;
       {_waiting_text("GOT", "$6", "$7", "$2 + 8")} bra END;
@@ -330,30 +330,20 @@ if not INTERPRETED:
         """`store` to a peer's memory; the words of a packet and packets among themselves arrive in any order."""
         m = mask.to(tl.int32)
         if WORDS == 4:
-            tl.inline_asm_elementwise(
-                _SEND4, _STORE_CONSTRAINTS, [address, a, b, c, d, m], dtype=tl.int32, is_pure=False, pack=1
-            )
+            tl.inline_asm_elementwise(_SEND4, _STORE_CONSTRAINTS, [address, a, b, c, d, m], dtype=tl.int32, is_pure=False, pack=1)
         elif WORDS == 2:
-            tl.inline_asm_elementwise(
-                _SEND2, _STORE_CONSTRAINTS, [address, a, b, c, d, m], dtype=tl.int32, is_pure=False, pack=1
-            )
+            tl.inline_asm_elementwise(_SEND2, _STORE_CONSTRAINTS, [address, a, b, c, d, m], dtype=tl.int32, is_pure=False, pack=1)
         else:
-            tl.inline_asm_elementwise(
-                _SEND1, _STORE_CONSTRAINTS, [address, a, b, c, d, m], dtype=tl.int32, is_pure=False, pack=1
-            )
+            tl.inline_asm_elementwise(_SEND1, _STORE_CONSTRAINTS, [address, a, b, c, d, m], dtype=tl.int32, is_pure=False, pack=1)
 
     @triton.jit
     def multicast(address, a, b, c, d, mask, control, size, stride, WORDS: tl.constexpr):
         """`send` to all ranks at once; `address` is in the multicast mapping (`size` and `stride` are for the interpreter)."""
         m = mask.to(tl.int32)
         if WORDS == 4:
-            tl.inline_asm_elementwise(
-                _CAST4, _STORE_CONSTRAINTS, [address, a, b, c, d, m], dtype=tl.int32, is_pure=False, pack=1
-            )
+            tl.inline_asm_elementwise(_CAST4, _STORE_CONSTRAINTS, [address, a, b, c, d, m], dtype=tl.int32, is_pure=False, pack=1)
         else:
-            tl.inline_asm_elementwise(
-                _CAST2, _STORE_CONSTRAINTS, [address, a, b, c, d, m], dtype=tl.int32, is_pure=False, pack=1
-            )
+            tl.inline_asm_elementwise(_CAST2, _STORE_CONSTRAINTS, [address, a, b, c, d, m], dtype=tl.int32, is_pure=False, pack=1)
 
     @triton.jit
     def take(address, mask, control, blamed, hint, WORDS: tl.constexpr):
@@ -444,11 +434,11 @@ if not INTERPRETED:
     @triton.jit
     def pack(low, high, DTYPE: tl.constexpr):
         """Two float32 -> the word that holds both, rounded to nearest even; for float32 the bits of `low` alone."""
-        if DTYPE == tl.bfloat16:
+        if tl.bfloat16 == DTYPE:
             return tl.inline_asm_elementwise(
                 "cvt.rn.bf16x2.f32 $0, $1, $2;", _PACK_CONSTRAINTS, [high, low], dtype=tl.uint32, is_pure=True, pack=1
             )
-        elif DTYPE == tl.float16:
+        elif tl.float16 == DTYPE:
             return tl.inline_asm_elementwise(
                 "cvt.rn.f16x2.f32 $0, $1, $2;", _PACK_CONSTRAINTS, [high, low], dtype=tl.uint32, is_pure=True, pack=1
             )
@@ -458,9 +448,9 @@ if not INTERPRETED:
     @triton.jit
     def unpack(word, DTYPE: tl.constexpr):
         """A word -> its two float32 values, exactly; for float32 the value twice."""
-        if DTYPE == tl.bfloat16:
+        if tl.bfloat16 == DTYPE:
             return (word << 16).to(tl.float32, bitcast=True), (word & 0xFFFF0000).to(tl.float32, bitcast=True)
-        elif DTYPE == tl.float16:
+        elif tl.float16 == DTYPE:
             return tl.inline_asm_elementwise(
                 "{ .reg .f16 %l, %h; mov.b32 {%l, %h}, $2; cvt.f32.f16 $0, %l; cvt.f32.f16 $1, %h; }",
                 "=&f,=&f,r",

@@ -92,10 +92,11 @@ class Rounds:
 
     def begin_step(self, request: StepRequest, layer: int) -> None:
         self._request = request
-        real = request.num_real_tokens
-        is_known = isinstance(real, int)
-        self._num_real = self._place.state + wire.STATE_NUM_REAL.value if isinstance(real, int) else real.data_ptr()
         place, group = self._place, self._settings.group
+        if isinstance(request.num_real_tokens, int):
+            known_real, self._num_real = request.num_real_tokens, place.state + wire.STATE_NUM_REAL.value
+        else:  # read when the kernels run
+            known_real, self._num_real = 0, request.num_real_tokens.data_ptr()
         self._kernels.counts(
             1,
             self._buffer.address,
@@ -109,7 +110,7 @@ class Rounds:
             group.size,
             request.num_tokens,
             request.flags,
-            real if is_known else 0,
+            known_real,
             self._settings.generation,
         )
 
@@ -313,6 +314,12 @@ class SymmetricTransport(Rounds):
 
     def close(self) -> None:
         super().close()
+        if not self._is_cpu:  # this rank's kernels end by themselves: every wait in them is bounded
+            device = self._settings.group.device
+            if self._buffer.is_virtual:
+                torch.cuda.current_stream(device).synchronize()
+            else:
+                torch.cuda.synchronize(device)
         self._record = ctypes.c_int64(0)
         self._buffer.close()
         self._views = self._alone._views = _no_views()

@@ -1,0 +1,152 @@
+"""How many warps, programs and slot rows: times round trips of the bare transport over a grid of settings, on 2 GPUs.
+
+python benchmarks/tune.py OUTPUT.jsonl [quick]
+"""
+
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import tokenferry as tf
+from tokenferry.cli.bench import Bench, Point
+from tokenferry.step import StepRequest, StepTensors
+from tokenferry.testing import run_ranks
+from tokenferry.transports.base import TransportSettings
+from tokenferry.transports.symmetric import SymmetricTransport
+from tokenferry.transports.symmetric_launch import Tuning
+
+
+def open_bare(group, hidden_size, capacity, tuning, slot_rows):
+    config = tf.MoEConfig(hidden_size=hidden_size, num_experts=64, topk=8)
+    settings = TransportSettings(
+        config=config,
+        group=group,
+        max_tokens_per_rank=capacity,
+        combine_dtype=torch.bfloat16,
+        combine_order="rank",
+        counts="uneven",
+        timeout_s=10,
+        open_timeout_s=120,
+        max_ctas=None,
+        name=group.unique_name("tune"),
+        generation=0,
+    )
+    step_tensors = StepTensors(group.rank, group.size, group.device)
+    return SymmetricTransport(settings, step_tensors, slot_rows=slot_rows, tuning=tuning)
+
+
+def measure(group, bench, hidden_size, count, tuning, slot_rows):
+    transport = open_bare(group, hidden_size, count, tuning, slot_rows)
+    point = Point(transport="p2p", hidden_size=hidden_size, tokens=(count,) * group.size, capacity=count)
+    own = bench.inputs(point, group.rank, 1)
+    terms = transport.combine_input()
+    terms[: sum(point.tokens)] = bench.partial(point, group.rank, 1)
+    result = []
+
+    def step():
+        transport.begin_step(StepRequest(1, count, count), -1)
+
+    def dispatch():
+        transport.dispatch_begin(0, own.hidden, own.topk_idx, own.topk_weights)
+        return transport.dispatch_end()
+
+    def combine():
+        transport.combine_begin(terms)
+        return transport.combine_end()
+
+    def chain():
+        step()
+        for _ in range(20):
+            got = dispatch()
+            out = combine()
+        result[:] = [got, out]
+
+    def steps():
+        for _ in range(20):
+            step()
+
+    median, spread = bench.time_graph(chain, 20)
+    record = {"H": hidden_size, "T": count, "warps": tuning.num_warps, "programs": transport._grid, "limit": tuning.max_programs,
+              "slots": slot_rows, "us": round(median, 2), "spread": round(spread, 2)}  # fmt: skip
+    differences = [
+        name
+        for name, a, b in (
+            (
+                "hidden",
+                result[0].hidden_RH[: sum(point.tokens)],
+                torch.cat([bench.inputs(point, r, 1).hidden for r in range(group.size)]),
+            ),
+        )
+        if not torch.equal(a, b)
+    ]
+    terms_all = [bench.partial(point, r, 1) for r in range(group.size)]
+    total = terms_all[0].float()
+    for term in terms_all[1:]:
+        total += term.float()
+    start = sum(point.tokens[: group.rank])
+    if not torch.equal(result[1], total.to(torch.bfloat16)[start : start + count]):
+        differences.append("combined")
+    transport.check()
+    record["wrong"] = differences
+    if tuning == Tuning():
+        record["begin_step_us"] = round(bench.time_graph(steps, 20)[0], 2)
+    bench.meet()
+    transport.close()
+    return record
+
+
+def host_time(group, bench):
+    config = tf.MoEConfig(hidden_size=7168, num_experts=64, topk=8)
+    start = time.monotonic()
+    with tf.Workspace(config, group, max_tokens_per_rank=8, transport="p2p") as ws:
+        opened_s = time.monotonic() - start
+        point = Point(transport="p2p", hidden_size=7168, tokens=(8,) * group.size, capacity=8)
+        own = bench.inputs(point, group.rank, 1)
+        layer = ws.dispatcher()
+        ws.begin_step(8)
+        terms = None
+        times = {"dispatch": [], "combine": [], "begin_step": []}
+        for _ in range(300):
+            a = time.perf_counter()
+            ws.begin_step(8)
+            b = time.perf_counter()
+            layer.dispatch(own.hidden, own.topk_idx, own.topk_weights)
+            c = time.perf_counter()
+            terms = layer.combine_input()
+            d = time.perf_counter()
+            layer.combine(terms)
+            e = time.perf_counter()
+            for name, span in (("begin_step", b - a), ("dispatch", c - b), ("combine", e - d)):
+                times[name].append(span)
+        torch.cuda.synchronize()
+        ws.check()
+    return {"opened_s": round(opened_s, 2), **{f"host_{k}_us": round(sorted(v)[len(v) // 2] * 1e6, 1) for k, v in times.items()}}
+
+
+def worker(group, grid, path):
+    bench = Bench(group, repeats=7)
+    records = [{"copy": round(bench.copy_ceiling(), 1)}]
+    records += [host_time(group, bench), host_time(group, bench)]
+    if group.rank == 0:
+        print(*records, sep="\n", flush=True)
+    for hidden_size, count, warps, limit, slots in grid:
+        record = measure(group, bench, hidden_size, count, Tuning(num_warps=warps, max_programs=limit), slots)
+        records.append(record)
+        if group.rank == 0:
+            print(record, flush=True)
+            Path(path).write_text("".join(json.dumps(r) + "\n" for r in records))
+    return len(records)
+
+
+if __name__ == "__main__":
+    small = itertools.product((7168, 2048), (1, 8, 32, 128), (4, 8, 16), (None, 64, 32, 264), (192,))
+    large = itertools.product((7168, 2048), (512, 4096), (8, 16, 32), (None, 264), (192,))
+    slots = itertools.product((7168, 2048), (128, 256, 512), (8, 16), (None, 264), (64, 512))
+    grid = [(h, t, w, p, s) for h, t, w, p, s in (*small, *large, *slots)]
+    if "quick" in sys.argv:
+        grid = [(h, t, 8, None, 192) for h in (7168, 2048) for t in (1, 8, 32, 128, 512, 4096)]
+    print(run_ranks(worker, 2, grid, sys.argv[1], backend="nccl", timeout_s=540))

@@ -1,0 +1,228 @@
+"""Symmetric transports on GPUs: bits as the reference, eager and in graphs, on real ranks and on virtual ranks of one GPU."""
+
+import dataclasses
+import random
+import time
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import tokenferry as tf
+from cases import CASES, PROPERTY, Case, StepCase, begin, run_case, run_layer, same, scenarios
+from tokenferry.testing import run_ranks
+from tokenferry.testing.data import make_inputs
+from tokenferry.testing.ranks import run_virtual
+
+two_gpus = pytest.mark.gpu(count=2)
+one_gpu = pytest.mark.gpu(count=1)
+
+CARRIED = [name for name, (_, case) in CASES.items() if case.combine_order == "rank"]
+
+
+def on_p2p(case: Case) -> Case:
+    """The case on the symmetric transport. Rows are widened to what it carries (multiples of 8 bytes)."""
+    width = -(-case.hidden_size // 4) * 4
+    return dataclasses.replace(case, transport="p2p", hidden_size=width, counts="uneven")
+
+
+def many(group: tf.EPGroup, cases: list[Case]) -> int:
+    return sum(run_case(group, case) for case in cases)
+
+
+def drawn_cases(world_size: int, wanted: int, capacity: int) -> list[Case]:
+    drawn: list[Case] = []
+
+    @settings(max_examples=wanted * 8, **PROPERTY)
+    @given(scenarios(capacity=capacity))
+    def draw(scenario: tuple[int, Case]) -> None:
+        if scenario[0] == world_size:
+            drawn.append(on_p2p(scenario[1]))
+
+    draw()
+    return drawn[:wanted]
+
+
+@two_gpus
+def test_bits_as_reference_on_two_gpus() -> None:
+    cases = [on_p2p(CASES[name][1]) for name in CARRIED if CASES[name][0] == 2] + drawn_cases(2, 12, 300)
+    compared = run_ranks(many, 2, cases, backend="nccl", timeout_s=240)
+    assert compared == [sum(step.layers for case in cases for step in case.steps)] * 2
+
+
+def virtual(group: tf.EPGroup, world_size: int, case: Case) -> list[int]:
+    return run_virtual(run_case, world_size, case, device=group.device)
+
+
+VIRTUAL = {"CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+"""Loading a kernel waits for the device, so nothing may be loaded while a rank waits; and each rank needs a queue of its own."""
+
+
+@one_gpu
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+def test_bits_as_reference_on_virtual_ranks(world_size: int) -> None:
+    rng = random.Random(world_size)
+
+    def step(most: int) -> StepCase:
+        return StepCase(
+            tuple(rng.choice((0, 1, rng.randint(0, most), most)) for _ in range(world_size)), layers=2, seed=rng.randint(0, 99)
+        )
+
+    steps = tuple(step(most) for most in (3, 250, 7, 0, 192, 193, 250))
+    case = Case(hidden_size=72, num_experts=11, topk=3, capacity=250, transport="p2p", steps=steps)
+    assert run_ranks(virtual, 1, world_size, case, backend="nccl", timeout_s=150, env=VIRTUAL) == [[2 * len(steps)] * world_size]
+
+
+# --- graphs ---------------------------------------------------------------------------------------------------------
+
+
+def graphs(group: tf.EPGroup) -> None:
+    """One graph per local count, replayed at any counts of the peer, mixed with eager steps, across the slot threshold."""
+    config = tf.MoEConfig(hidden_size=64, num_experts=8, topk=2)
+    rng = random.Random(3)
+    sizes = (0, 1, 5, 200)
+    with tf.Workspace(config, group, max_tokens_per_rank=200, transport="p2p", timeout_s=20) as ws:
+        layers = [ws.dispatcher() for _ in range(2)]
+        static, captured = {}, {}
+        real = torch.zeros(1, dtype=torch.int32, device=ws.device)
+
+        def forward(count: int) -> list[tuple[torch.Tensor, ...]]:
+            hidden, idx, weights, partial = static[count]
+            ws.begin_step(count, real)
+            done = []
+            for layer in layers:
+                got = layer.dispatch(hidden, idx, weights)
+                kept = tf.Dispatched(
+                    hidden=got.hidden.clone(),
+                    topk_idx=got.topk_idx.clone(),
+                    topk_weights=got.topk_weights.clone(),
+                    valid_tokens=got.valid_tokens,
+                )
+                done.append((kept, layer.combine(partial, got)))
+            return done
+
+        stream = torch.cuda.Stream()
+        for count in sizes:
+            static[count] = (
+                torch.zeros(count, 64, dtype=torch.bfloat16, device=ws.device),
+                torch.zeros(count, 2, dtype=torch.int32, device=ws.device),
+                torch.zeros(count, 2, device=ws.device),
+                torch.zeros(200 * group.size, 64, dtype=torch.bfloat16, device=ws.device),
+            )
+            with torch.cuda.stream(stream), ws.solo():
+                forward(count)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                results = forward(count)
+            captured[count] = (graph, results)
+        for seed in range(60):
+            counts = [rng.choice(sizes) for _ in range(group.size)]
+            reals = [rng.randint(0, count) for count in counts]
+            eager = [rng.random() < 0.3 for _ in range(group.size)]
+            inputs = make_inputs(config, counts, seed=seed, index_dtype=torch.int32, payload="hostile")
+            own, count = inputs[group.rank], counts[group.rank]
+            hidden, idx, weights, partial = static[count]
+            with torch.cuda.stream(stream):
+                for tensor, value in ((hidden, own.hidden), (idx, own.topk_idx), (weights, own.topk_weights)):
+                    tensor.copy_(value)
+                partial[: sum(counts)] = own.partial.to(ws.device)
+                real.fill_(reals[group.rank])
+                if eager[group.rank]:
+                    results = forward(count)
+                else:
+                    captured[count][0].replay()
+                    results = captured[count][1]
+            stream.synchronize()
+            ws.check()
+            expected = tf.reference.dispatch(
+                [i.hidden for i in inputs], [i.topk_idx for i in inputs], [i.topk_weights for i in inputs], reals
+            )
+            total = tf.reference.combine([i.partial for i in inputs], counts, config.dtype, config.dtype)[group.rank]
+            valid = sum(counts)
+            for got_hidden, got_idx, got_weights, out in results:
+                same("hidden", got_hidden[:valid], expected.hidden)
+                same("topk_idx", got_idx[:valid], expected.topk_idx)
+                same("topk_weights", got_weights[:valid], expected.topk_weights)
+                assert bool((got_idx[valid:] == -1).all())
+                same("combined", out, total)
+
+
+@two_gpus
+def test_each_rank_replays_its_own_graph_at_any_counts_of_the_others() -> None:
+    run_ranks(graphs, 2, backend="nccl", timeout_s=150)
+
+
+# --- no synchronisation ---------------------------------------------------------------------------------------------
+
+
+def without_synchronisation(group: tf.EPGroup) -> int:
+    config = tf.MoEConfig(hidden_size=64, num_experts=8, topk=2)
+    with tf.Workspace(config, group, max_tokens_per_rank=200, transport="p2p", timeout_s=20) as ws:
+        layer = ws.dispatcher()
+        hidden = torch.zeros(7, 64, dtype=torch.bfloat16, device=ws.device)
+        idx = torch.zeros(7, 2, dtype=torch.int64, device=ws.device)
+        weights = torch.zeros(7, 2, device=ws.device)
+        ws.begin_step(7)
+        layer.combine(layer.dispatch(hidden, idx, weights).hidden)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()["allocated_bytes.all.current"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the mode says that it is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(20):
+                ws.begin_step(7)
+                layer.combine(layer.dispatch(hidden, idx, weights).hidden)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        ws.check()
+        return torch.cuda.memory_stats()["allocated_bytes.all.current"] - before
+
+
+@two_gpus
+def test_nothing_waits_for_the_device_and_nothing_grows() -> None:
+    assert run_ranks(without_synchronisation, 2, backend="nccl", timeout_s=120) == [0, 0]
+
+
+# --- faults ---------------------------------------------------------------------------------------------------------
+
+
+def late(group: tf.EPGroup) -> list[str]:
+    config = tf.MoEConfig(hidden_size=64, num_experts=8, topk=2)
+    said = []
+    with tf.Workspace(config, group, max_tokens_per_rank=200, transport="p2p", timeout_s=3) as ws:
+        for rows in (1, 200):
+            dispatcher = ws.dispatcher()
+            ws.begin_step(rows)
+            if group.rank == 1:
+                time.sleep(6)
+            start = time.monotonic()
+            try:
+                run_layer(ws, dispatcher, StepCase((rows, rows)), 0)
+                torch.cuda.synchronize()
+                ws.check()
+                ws.begin_step(1)
+                said.append("nothing")
+            except (tf.PeerError, AssertionError):
+                torch.cuda.synchronize()
+                with pytest.raises(tf.PeerError) as caught:
+                    ws.check()
+                said.append(
+                    f"{type(caught.value).__name__} {caught.value.rank} {caught.value.phase} {time.monotonic() - start < 5}"
+                )
+            ws.reset(timeout_s=60)
+            for seed in range(10):
+                step = StepCase((seed % 4, (seed + 1) % 4), seed=seed)
+                begin(ws, step)
+                run_layer(ws, dispatcher, step, 0)
+    return said
+
+
+@two_gpus
+def test_a_late_rank_is_named_and_after_a_reset_all_is_right() -> None:
+    said = run_ranks(late, 2, backend="nccl", timeout_s=150)
+    assert said[0] == ["PeerTimeoutError 1 data-missing True"] * 2
+    assert said[1] == ["PeerFailedError 1 data-missing True"] * 2
