@@ -124,13 +124,13 @@ def _compatible(module: ModuleType, name: str, ours: type, version: str) -> Any:
 
 
 def _patches(originals: dict[str, Any]) -> list[_Patch]:
-    """Every place that holds one of the originals, under whatever name."""
+    """Every place that imported one of the originals. Outside Megatron only under its own name: who keeps the original under
+    another one, to compare with, means the original."""
     found = []
-    for module in list(sys.modules.values()):
-        if not isinstance(module, ModuleType):
-            continue
+    for module in {id(module): module for module in list(sys.modules.values()) if isinstance(module, ModuleType)}.values():
+        inside = module.__name__.partition(".")[0] == "megatron"
         for name, value in list(vars(module).items()):
-            if any(value is original for original in originals.values()):
+            if any(value is original and (inside or name == own) for own, original in originals.items()):
                 found.append(_Patch(module, name, value))
     return found
 
