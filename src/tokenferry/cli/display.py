@@ -19,7 +19,7 @@ from tokenferry.cli.start import OnMessage
 
 @contextmanager
 def progress_bars(console: Console, names: Sequence[str]) -> Iterator[OnMessage]:
-    """A bar for each name; yields a function that takes the ranks' messages (see `answer_as_rank`)."""
+    """A bar for each name, gone after an error. Yields a function that takes the ranks' messages (see `answer_as_rank`)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
     with Progress(*columns, console=console) as bars:
         tasks = [bars.add_task(f"{name}: loading", total=None) for name in names]
@@ -34,7 +34,11 @@ def progress_bars(console: Console, names: Sequence[str]) -> Iterator[OnMessage]
             elif "done" in message:  # answers may be shorter than allowed
                 bars.update(tasks[rank], total=bars.tasks[tasks[rank]].completed)
 
-        yield on_message
+        try:
+            yield on_message
+        except BaseException:
+            bars.live.transient, console.quiet = True, not console.is_terminal  # the error's line is to stand alone
+            raise
 
 
 def print_answers(console: Console, prompts: Sequence[str], results: Sequence[RankResult]) -> None:

@@ -13,7 +13,7 @@ from tokenferry import env
 from tokenferry.errors import RankFailedError, TokenferryError
 
 EXIT_CODE: Final = 2
-LAST_EXCEPTION: Final = re.compile(r"^(?P<type>[A-Za-z_][\w.]*): (?P<message>.*)", re.MULTILINE | re.DOTALL)
+EXCEPTION: Final = re.compile(r"^(?P<type>[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt|Warning))\b:? ?", re.MULTILINE)
 
 
 @contextmanager
@@ -44,10 +44,10 @@ def summary(traceback: str) -> str:
         "Traceback ...\\n  File ...\\ntokenferry.errors.ConfigError: 4 experts are too few\\n" gives "4 experts are too few", and
         "killed by SIGKILL" stays as it is.
     """
-    last = traceback.rstrip().rpartition("\n  ")[2]  # behind the last indented line
-    found = LAST_EXCEPTION.search(last)
-    if not traceback.startswith("Traceback") or found is None:
+    found = list(EXCEPTION.finditer(traceback))
+    if not traceback.startswith("Traceback") or not found:
         return traceback.strip()
-    if found["type"].startswith("tokenferry."):
-        return found["message"]
-    return f"{found['type'].removeprefix('builtins.')}: {found['message'].splitlines()[0]} (TOKENFERRY_DEBUG=1 shows where)"
+    kind, message = found[-1]["type"], traceback[found[-1].end() :].strip()
+    if kind.startswith("tokenferry."):
+        return message
+    return f"{kind}: {message.partition(chr(10))[0]} (TOKENFERRY_DEBUG=1 shows where)"

@@ -10,11 +10,11 @@ from tokenferry.errors import ConfigError
 
 DEFAULT_PROMPTS: Final = (
     "What is the capital of France?",
-    "Why is the sky blue? Answer in two sentences.",
-    "Write a short poem about a ferry that crosses a wide river at night, and about the people who wait on the other side.",
-    "Name three planets.",
-    "A friend wants to learn to cook but owns only one pot, one knife and a small stove. Suggest a simple dinner, list what has "
-    "to be bought for it, and explain step by step how it is made, so that nothing can go wrong on the first evening.",
+    "What is photosynthesis?",
+    "Give me three tips for sleeping better.",
+    "Tell me a short story about a lighthouse keeper and a lost dog who becomes his best friend.",
+    "My neighbour wants to grow tomatoes on a small balcony that gets sun only in the morning. Which pots, soil and seeds "
+    "should she buy, how often should she water them, and when can she expect the first ripe ones?",
 )
 """Questions of different lengths, so that ranks get different numbers of them."""
 

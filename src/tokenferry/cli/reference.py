@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenferry.cli.job import Answer, Job, RankResult
+from tokenferry.cli.quiet import quiet_transformers
 from tokenferry.cli.spread import batches, spread
 from tokenferry.cli.start import PRELOAD, OnMessage, rank_environment
-from tokenferry.cli.work import Send, answer_batch, load_tokenizer, model_folder, quiet_transformers, tokenize, torch_dtype
+from tokenferry.cli.work import Send, answer_batch, load_tokenizer, model_folder, tokenize, torch_dtype
 from tokenferry.launch import run_processes
 
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 
+from tokenferry.cli.quiet import quiet_transformers
 from tokenferry.errors import ConfigError
 
 NUM_EXPERTS: Final = 4
@@ -36,6 +37,7 @@ def upcycle(source: Path, folder: Path) -> None:
     except ImportError as error:
         raise ConfigError(f"the demo needs the package {error.name}; run: pip install 'tokenferry[demo]'") from error
 
+    quiet_transformers()
     place: dict[str, Any] = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
     if hasattr(transformers, "GgufConfig"):  # newer releases leave weights packed where they have kernels for it

@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 
 from tokenferry.cli.job import Answer, Job, RankResult
+from tokenferry.cli.quiet import quiet_transformers
 from tokenferry.cli.spread import batches, capacity, spread
 from tokenferry.groups import EPGroup
 
@@ -118,14 +119,6 @@ def model_folder(job: Job) -> Iterator[Path]:
 
     with tempfile.TemporaryDirectory(prefix="tokenferry-tiny-") as folder:
         yield make_tiny(job.model.removeprefix(TINY), folder, seed=job.seed)
-
-
-def quiet_transformers() -> None:
-    """No bars and notes of transformers' in this process: ours suffice, and several ranks share a terminal."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def load_tokenizer(folder: Path) -> Any:

