@@ -51,8 +51,8 @@ def generate(model: Any, work: Work, rank: int) -> tuple[list[list[int]], list[t
         return [], []
     longest = max(work.prompt_lengths)
     padded = [(longest - len(prompt), prompt) for prompt in prompts(work.prompt_lengths, rank)]
-    ids = torch.tensor([[0] * padding + prompt for padding, prompt in padded])
-    mask = torch.tensor([[0] * padding + [1] * len(prompt) for padding, prompt in padded])
+    ids = torch.tensor([[0] * padding + prompt for padding, prompt in padded], device=model.device)
+    mask = torch.tensor([[0] * padding + [1] * len(prompt) for padding, prompt in padded], device=model.device)
     made = model.generate(
         ids, attention_mask=mask, max_new_tokens=work.new_tokens, output_logits=True, return_dict_in_generate=True
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import tokenferry as tf
 from tokenferry.testing import run_ranks
@@ -37,11 +38,14 @@ class Run:
     exact: bool = False
     batched: bool = False
     """Through generate_batch()."""
+    in_process_group: bool = False
+    """With a default process group, as under torchrun, whose ranks share the experts."""
 
     @property
     def name(self) -> str:
         way = "batch" if self.batched else "generate"
-        return f"EP{len(self.work)}-{self.family}-{str(self.dtype)[6:]}{'-exact' * self.exact}-{way}"
+        kind = f"{self.family}-{str(self.dtype)[6:]}{'-exact' * self.exact}-{way}"
+        return f"EP{len(self.work)}-{kind}{'-process-group' * self.in_process_group}"
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ RUNS = [
     Run("llama4", (*UNEVEN, Work()), torch.bfloat16, exact=True),
     Run("qwen3_moe", UNEVEN, torch.bfloat16, exact=True, batched=True),
     Run("gpt_oss", ONE_IDLE, batched=True),
+    Run("qwen3_moe", (UNEVEN[0], Work()), in_process_group=True),
+    Run("qwen3_moe", (UNEVEN[0], Work()), batched=True, in_process_group=True),
     Run("mixtral", (Work((5, 8), 6),)),
 ]
 
@@ -124,11 +130,20 @@ def test_experts_that_do_not_divide_by_the_ranks(run: Run, outcomes: Callable[[R
 
 def run_all(group: tf.EPGroup, runs: list[Run], models: Path) -> list[Outcome]:
     quiet()
-    return [_run(group, run, models / run.family) for run in runs]
+    return [_run_in_process_group(group, run, models) if run.in_process_group else _run(group, run, models) for run in runs]
 
 
-def _run(group: tf.EPGroup, run: Run, path: Path) -> Outcome:
-    work = run.work[group.rank]
+def _run_in_process_group(group: tf.EPGroup, run: Run, models: Path) -> Outcome:
+    store = dist.PrefixStore(group.unique_name("process-group"), group.store)
+    dist.init_process_group("gloo", store=store, rank=group.rank, world_size=group.size)
+    try:
+        return _run(tf.EPGroup(dist.group.WORLD), run, models)
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(group: tf.EPGroup, run: Run, models: Path) -> Outcome:
+    work, path = run.work[group.rank], models / run.family
     make = generate_batch if run.batched else generate
     kwargs = {"dtype": run.dtype} | ({"attn_implementation": "eager"} if run.family == "gpt_oss" else {})
     try:

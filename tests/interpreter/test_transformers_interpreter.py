@@ -1,0 +1,47 @@
+"""A transformers model over the symmetric transport: its kernels, interpreted, give the tokens of the unmodified model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokenferry as tf
+from tokenferry.testing import run_ranks
+from tokenferry.testing.tiny_models import make_tiny
+from transformers_work import Work, generate, load, quiet, unmodified
+
+pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("default")]  # transformers warns of its own affairs
+
+WORK = (Work((5, 3), 4), Work((6,), 6))
+RUNS = [(family, exact) for family in ("qwen3_moe", "llama4") for exact in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], list[float]]:
+    """The largest difference of logits on each rank; NaN where the tokens differ."""
+    folder = tmp_path_factory.mktemp("models")
+    for family, _ in RUNS:
+        make_tiny(family, folder / family)
+    by_rank = run_ranks(run_all, 2, folder, timeout_s=240, env={"TRITON_INTERPRET": "1"})
+    return {run: [rank[number] for rank in by_rank] for number, run in enumerate(RUNS)}
+
+
+@pytest.mark.parametrize(("family", "exact"), RUNS, ids=[f"{family}{'-exact' * exact}" for family, exact in RUNS])
+def test_tokens_of_the_unmodified_model(family: str, exact: bool, differences: dict[tuple[str, bool], list[float]]) -> None:
+    assert all(difference <= (0.0 if exact else 1e-4) for difference in differences[family, exact])
+
+
+def run_all(group: tf.EPGroup, folder: Path) -> list[float]:
+    quiet()
+    return [_difference(group, folder / family, exact) for family, exact in RUNS]
+
+
+def _difference(group: tf.EPGroup, path: Path, exact: bool) -> float:
+    model = load(path, group, exact=exact, transport="p2p", max_tokens_per_rank=12, dtype=torch.float32)
+    assert model.expert_parallel.workspace.transport == "p2p"
+    tokens, logits = generate(model, WORK[group.rank], group.rank)
+    model.expert_parallel.finish()
+    model.expert_parallel.close()
+    expected, expected_logits = generate(unmodified(path), WORK[group.rank], group.rank)
+    difference = max(float((a - b).abs().max()) for a, b in zip(logits, expected_logits, strict=True))
+    return difference if tokens == expected else float("nan")
