@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import traceback
 import warnings
 from dataclasses import dataclass
@@ -322,6 +323,7 @@ def run_two_groups(group: tf.EPGroup) -> None:
     assert NVLS._get_rsv_tensor().shape == (8, 8)
     assert NVLS._real_token_count_tensor is None, "the first group's count is not the second's"
     a = wide.make(NVLS, megatron.ProcessGroups(ep=first))
+    later = wide.make(NVLS, megatron.ProcessGroups(ep=first), first=False)
     b = narrow.make(NVLS, megatron.ProcessGroups(ep=second))
     for seed in range(3):
         tokens_a, tokens_b = (3, 4), (4, 1 + seed)
@@ -337,11 +339,14 @@ def run_two_groups(group: tf.EPGroup) -> None:
         same("first group's ids", a.routing_map[:7], gathered_a.topk_idx.long())
         same("second group", hidden_b[: 5 + seed], gathered_b.hidden)
         same("second group's ids", b.routing_map[: 5 + seed], gathered_b.topk_idx.long())
-        for layer, shape, inputs, combined in ((a, wide, inputs_a, combined_a), (b, narrow, inputs_b, combined_b)):
+        for layer, shape, inputs, combined in ((b, narrow, inputs_b, combined_b), (a, wide, inputs_a, combined_a)):
             own = inputs[group.rank].partial
             partial = torch.zeros(layer.routing_map.shape[0], shape.hidden_size)
             partial[: own.shape[0]] = own
             same("combined", combine(layer, partial), combined[group.rank])
+        dispatch(later, inputs_a[group.rank])
+        assert NVLS._get_rsv_tensor().shape == (16, 32), "so it is in a layer that begins no step"
+        combine(later, NVLS._get_rsv_tensor())
         assert NVLS._get_rsv_tensor().shape == (8, 8), "outside a layer the group allocated last is shown"
     megatron.close()
     dist.destroy_process_group()
@@ -572,30 +577,50 @@ def megatron_setup(group: tf.EPGroup) -> SimpleNamespace:
     return SimpleNamespace(config=config, groups=groups, original=token_dispatcher_inference, layer=moe_layer, experts=experts)
 
 
+def run_megatron_steps(group: tf.EPGroup, layer, switch) -> list[tuple[torch.Tensor, ...]]:
+    """Rows and sums of a few steps; `switch` holds the mode of the NCCL classes."""
+    results = []
+    for tokens, uneven in (((3, 3), False), ((2, 5), True), ((1, 8), True)):
+        switch._use_allgather_v = uneven
+        own, V = Shape(2).inputs(tokens, seed=sum(tokens))[group.rank], sum(tokens)
+        hidden, probs = dispatch(layer, own)
+        partial = torch.full((hidden.shape[0], 16), float("nan"))
+        partial[:V] = own.partial
+        results.append((hidden[:V].clone(), probs[:V].clone(), layer.routing_map[:V].clone(), combine(layer, partial)))
+    return results
+
+
+def same_names(theirs: type, ours: type) -> None:
+    """Every name that their class defines is ours too, with the same parameters."""
+    for name in vars(theirs):
+        assert hasattr(ours, name), f"{ours.__name__} has no {name}"
+        if not name.startswith("__") and callable(getattr(theirs, name)):
+            parameters = [list(inspect.signature(getattr(cls, name)).parameters) for cls in (theirs, ours)]
+            assert parameters[0] == parameters[1], f"{ours.__name__}.{name}"
+
+
 def run_against_megatron(group: tf.EPGroup) -> str:
     theirs = megatron_setup(group)
     original = theirs.original.NCCLAllGatherDispatcher
     original.allocate_buffers()
+    arguments = {
+        "num_local_experts": 2,
+        "local_expert_indices": [2 * group.rank, 2 * group.rank + 1],
+        "config": theirs.config,
+        "pg_collection": theirs.groups,
+    }
+    wanted = run_megatron_steps(group, original(**arguments), original)
+    for name in (BASE.__name__, NCCL.__name__, NVLS.__name__):
+        same_names(getattr(theirs.original, name), getattr(megatron, name))
     undo = megatron.install()
     assert theirs.layer.NVLSAllGatherVDispatcher is theirs.experts.NVLSAllGatherVDispatcher is NVLS
     assert issubclass(theirs.layer.NCCLAllGatherDispatcher, theirs.original.MoEAllGatherTokenDispatcher)
     NCCL.allocate_buffers()
     NVLS.allocate_buffers(per_rank_worst_case_token_count=W, topk=2, hidden_size=16, ep_group=theirs.groups.ep)
-    arguments = (2, [2 * group.rank, 2 * group.rank + 1])
-    layers = [cls(*arguments, config=theirs.config, pg_collection=theirs.groups) for cls in (original, NCCL, NVLS)]
-    for tokens, uneven in (((3, 3), False), ((2, 5), True), ((1, 8), True)):
-        original._use_allgather_v = NCCL._use_allgather_v = uneven
-        inputs = Shape(2).inputs(tokens, seed=sum(tokens))
-        results = []
-        for layer in layers:
-            hidden, probs = dispatch(layer, inputs[group.rank])
-            V = sum(tokens)
-            partial = torch.full((hidden.shape[0], 16), float("nan"))
-            partial[:V] = inputs[group.rank].partial
-            results.append((hidden[:V], probs[:V], layer.routing_map[:V], combine(layer, partial)))
-        for ours in results[1:]:
-            for name, got, want in zip(("hidden", "probs", "routing", "combined"), ours, results[0], strict=True):
-                same(name, got, want)
+    for cls in (theirs.layer.NCCLAllGatherDispatcher, theirs.layer.NVLSAllGatherVDispatcher):
+        for want, ours in zip(wanted, run_megatron_steps(group, cls(**arguments), NCCL), strict=True):
+            for name, a, b in zip(("hidden", "probs", "routing", "combined"), ours, want, strict=True):
+                same(f"{cls.__name__} {name}", a, b)
     undo()
     assert theirs.layer.NCCLAllGatherDispatcher is original
     megatron.close()

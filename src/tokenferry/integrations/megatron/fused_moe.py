@@ -47,7 +47,7 @@ def fused_moe(
         out: [R, H] to write into, e.g. the RSV buffer. None: a new float32 tensor.
 
     Returns:
-        `out`: rows < V, of which those without a local expert are 0. Rows >= V are undefined.
+        `out`. Rows without a local expert are 0, and so are rows >= V.
 
     Raises:
         ConfigError: an activation that is not known.

@@ -67,7 +67,8 @@ class Installation:
 def install(*, allow_unknown_version: bool = False) -> Installation:
     """Replaces megatron-core's three inference dispatchers by ours, in every module that has imported them, until undone.
 
-    Comes before the model is built: dispatchers that exist stay what they are. Ours become subclasses of Megatron's
+    Comes before the model is built: dispatchers that exist stay what they are, and must not be used until undone, since
+    Megatron's code finds their class attributes by the names that are replaced. Ours become subclasses of Megatron's
     `MoEAllGatherTokenDispatcher` for as long. All ranks do it.
 
     Args:
