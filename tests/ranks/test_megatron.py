@@ -177,6 +177,24 @@ def test_nccl_round_trips(case: Case) -> None:
     assert run_ranks(run_nccl, case.shape.ep, case) == [len(case.steps)] * case.shape.ep
 
 
+def run_nvls_on_kernels(group: tf.EPGroup, case: Case) -> str:
+    megatron.configure(transport="p2p")
+    run_nvls(group, case)
+    return NVLS._symm_rsv["handle"].transport
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "case",
+    [Case(Shape(2), ((3, 1), (0, 8), (0, 0))), Case(Shape(3, topk=3, hidden_size=12), ((8, 0, 1), (1, 2, 3)), aliased=False)],
+    ids=["EP2", "EP3-K3-H12"],
+)
+def test_nvls_round_trips_on_the_symmetric_kernels(case: Case) -> None:
+    """No multicast, an EP size that is no power of two, and odd K: the original has none of them."""
+    transports = run_ranks(run_nvls_on_kernels, case.shape.ep, case, env={"TRITON_INTERPRET": "1"})
+    assert transports == ["p2p"] * case.shape.ep
+
+
 def run_alone(group: tf.EPGroup) -> list[int]:
     shape = Shape(1)
     NVLS.allocate_buffers(W, shape.topk, shape.hidden_size, group)
