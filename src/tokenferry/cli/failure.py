@@ -50,4 +50,5 @@ def summary(traceback: str) -> str:
     kind, message = found[-1]["type"], traceback[found[-1].end() :].strip()
     if kind.startswith("tokenferry."):
         return message
-    return f"{kind}: {message.partition(chr(10))[0]} (TOKENFERRY_DEBUG=1 shows where)"
+    first_line = message.partition("\n")[0]
+    return f"{kind}{': ' if first_line else ''}{first_line} (TOKENFERRY_DEBUG=1 shows where)"

@@ -1,0 +1,259 @@
+"""The parts of the command line that need no rank: prompts, spreading, verdicts, errors, JSON."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tokenferry.cli import output
+from tokenferry.cli.display import printable
+from tokenferry.cli.failure import summary
+from tokenferry.cli.job import Answer, Job, RankResult
+from tokenferry.cli.main import app
+from tokenferry.cli.prompts import DEFAULT_PROMPTS, read_prompts
+from tokenferry.cli.reference import compare
+from tokenferry.cli.spread import TOKENS_PER_BATCH, batches, capacity, spread
+from tokenferry.errors import ConfigError
+
+# Prompts
+
+
+def test_text_file_has_a_prompt_a_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("Wer da?\r\n\n  ¿Qué?  \n{not json}\n".encode())
+    assert read_prompts(path) == ("Wer da?", "¿Qué?", "{not json}")
+
+
+def test_jsonl_file_has_an_object_a_line(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one\\ntwo"}\n\n{"prompt": "three"}')
+    assert read_prompts(path) == ("one\ntwo", "three")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": 3}', "line 2: each line must be an object"),
+        ("a.jsonl", b'{"prompt": "a", "seed": 1}', "line 1: each line must be an object"),
+        ("a.jsonl", b'\n\n{"prompt": "a}', r"line 3: not JSON \(.* at column 12\)"),
+        ("a.jsonl", b'{"prompt": " "}', "line 1: the prompt is empty"),
+        ("a.txt", b"fine\nbad \xff", r"line 2: not UTF-8 \(byte 0xff at column 5\)"),
+        ("a.txt", b"\0\0", "line 1: a NUL byte"),
+        ("a.txt", b" \n\n", "holds no prompt"),
+    ],
+)
+def test_malformed_prompts_file_is_named_with_its_line(tmp_path, name, content, reason):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=reason):
+        read_prompts(path)
+
+
+def test_prompts_file_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.txt cannot be read: No such file"):
+        read_prompts(tmp_path / "none.txt")
+
+
+# Spreading
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_ranks", "expected"),
+    [
+        ((10, 4, 3, 2, 1), 2, [[0], [1, 2, 3, 4]]),
+        ((1, 2, 3, 4, 10), 2, [[4], [3, 2, 1, 0]]),
+        ((5, 5, 5, 5), 2, [[0, 1], [2, 3]]),
+        ((7,), 3, [[], [0], []]),
+        ((9, 1), 1, [[0, 1]]),
+    ],
+    ids=["longest-first", "any-order", "equal", "fewer-prompts-than-ranks", "one-rank"],
+)
+def test_spread(lengths, num_ranks, expected):
+    assert spread(lengths, num_ranks) == expected
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
+def test_every_prompt_is_spread_once(num_ranks):
+    lengths = [(37 * i) % 101 + 1 for i in range(23)]
+    assert sorted(prompt for own in spread(lengths, num_ranks) for prompt in own) == list(range(23))
+
+
+def test_batches_stay_within_the_limit_and_capacity_covers_them():
+    lengths = [TOKENS_PER_BATCH + 500, 900, 800, 700, 10]
+    assert batches([0, 1, 2, 3, 4], lengths) == [[0], [1, 2], [3, 4]]
+    assert capacity(lengths, 1) == TOKENS_PER_BATCH + 500
+    assert capacity([3, 5], 1) == 10
+
+
+# Verdicts
+
+
+def answer(prompt, ids, shift=0.0, complete=True):
+    logits = torch.arange(len(ids) * 4, dtype=torch.float32).view(len(ids), 4) + shift
+    return Answer(prompt=prompt, num_prompt_tokens=3, token_ids=ids, text="text", complete=complete, logits=logits)
+
+
+def result(rank, answers, num_layers=2):
+    return RankResult(
+        rank=rank, device="cpu", transport="collective", dtype="float32", answers=tuple(answers), generate_s=2.0, total_s=4.0,
+        communication_s=1.0, num_layers=num_layers, experts=(2 * rank, 2 * rank + 2), num_experts=4, num_threads=1,
+        peak_memory_bytes=2**20,
+    )  # fmt: skip
+
+
+REFERENCE = [answer(0, (5, 6, 7)), answer(1, (8, 9))]
+
+
+def test_equal_tokens_pass_and_the_largest_logit_difference_is_known():
+    comparison = compare([result(0, [answer(1, (8, 9), shift=0.25)]), result(1, [answer(0, (5, 6, 7))])], REFERENCE)
+    assert comparison.passed
+    assert (comparison.num_equal, comparison.num_prompts, comparison.largest_logit_difference) == (2, 2, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("results", "reason"),
+    [
+        ([result(0, REFERENCE, num_layers=0)], "rank 0: no MoE layer is under expert parallelism"),
+        ([result(0, [answer(0, (5, 6, 4)), REFERENCE[1]])], r"rank 0, prompt 0: token 2 is \[4\], alone it is \[7\]"),
+        ([result(0, [answer(0, (5, 6)), REFERENCE[1]])], r"rank 0, prompt 0: token 2 is the end, alone it is \[7\]"),
+        ([result(0, [REFERENCE[0], answer(1, (8, 9), complete=False)])], "rank 0, prompt 1: ended after 2 tokens"),
+        ([result(0, REFERENCE[:1])], "prompt 1: no rank answered it"),
+    ],
+    ids=["no-layers", "other-token", "too-short", "incomplete", "unanswered"],
+)
+def test_what_makes_verify_fail(results, reason):
+    comparison = compare(results, REFERENCE)
+    assert not comparison.passed
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError("\n".join(comparison.reasons))
+
+
+def test_logits_count_up_to_the_first_token_that_differs():
+    logits = REFERENCE[0].logits.clone()
+    logits[1] += 0.5
+    logits[2] += 9.0
+    got = dataclasses.replace(answer(0, (5, 4, 7)), logits=logits)
+    assert compare([result(0, [got])], REFERENCE[:1]).largest_logit_difference == 0.5
+
+
+# Output
+
+
+def test_json_has_the_documented_keys():
+    job = Job(model="demo", prompts=("first", "second"), max_new_tokens=3)
+    results = [result(0, [REFERENCE[1]]), result(1, [REFERENCE[0]])]
+    document = json.loads(output.as_json("verify", job, results, compare(results, REFERENCE)))
+    assert set(document) == {"schema", "command", "model", "max_new_tokens", "exact", "ranks", "prompts", "verify"}
+    assert document["ranks"][1] | {"peak_memory_bytes": 0} == {
+        "rank": 1, "device": "cpu", "transport": "collective", "dtype": "float32", "num_prompts": 1, "num_prompt_tokens": 3,
+        "num_new_tokens": 3, "generate_s": 2.0, "total_s": 4.0, "tokens_per_s": 1.5, "communication_share": 0.25,
+        "num_layers": 2, "experts": [2, 3], "num_experts": 4, "peak_memory_bytes": 0,
+    }  # fmt: skip
+    assert document["prompts"][1] == {
+        "prompt_id": 1, "rank": 0, "prompt": "second", "text": "text", "token_ids": [8, 9], "num_prompt_tokens": 3,
+        "complete": True,
+    }  # fmt: skip
+    assert document["verify"]["passed"] is True
+
+
+def test_unknown_logit_difference_is_null_in_json():
+    results = [result(0, [dataclasses.replace(entry, logits=None) for entry in REFERENCE])]
+    comparison = compare(results, REFERENCE)
+    assert math.isnan(comparison.largest_logit_difference)
+    text = output.as_json("verify", Job(model="demo", prompts=("a", "b"), max_new_tokens=3), results, comparison)
+    assert json.loads(text)["verify"]["largest_logit_difference"] is None
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert printable("a\x1b[31mb\tc\nd\r").plain == "a\N{REPLACEMENT CHARACTER}[31mb\tc\nd\N{REPLACEMENT CHARACTER}"
+
+
+def test_default_prompts_differ_in_length():
+    assert len({len(prompt) for prompt in DEFAULT_PROMPTS}) == 5
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("traceback", "expected"),
+    [
+        ("killed by SIGKILL", "killed by SIGKILL"),
+        (
+            'Traceback (most recent call last):\n  File "a.py", line 1\ntokenferry.errors.ConfigError: 4 experts are too few\n',
+            "4 experts are too few",
+        ),
+        (
+            "Traceback (most recent call last):\n  File\ntokenferry.errors.TransportUnavailableError: none:\n  local: rejected\n",
+            "none:\n  local: rejected",
+        ),
+        (
+            "Traceback (most recent call last):\n  File\nKeyError: 'a'\n\nDuring handling\n\nTraceback (most recent call last):\n"
+            "  File\nRuntimeError: out of luck\nand more\n",
+            "RuntimeError: out of luck (TOKENFERRY_DEBUG=1 shows where)",
+        ),
+        ("Traceback (most recent call last):\n  File\nAssertionError\n", "AssertionError (TOKENFERRY_DEBUG=1 shows where)"),
+    ],
+    ids=["signal", "ours", "ours-of-many-lines", "chained", "no-message"],
+)
+def test_summary_of_a_rank_traceback(traceback, expected):
+    assert summary(traceback) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["generate", "--model", "/nowhere"], "no model at /nowhere"),
+        (["generate", "--model", "tiny:nothing"], "no tiny model of family 'nothing'"),
+        (["verify", "--model", "tiny:mixtral", "--ranks", "5"], "has 4 experts, too few for 5 ranks"),
+        (["generate", "--prompts", "/nowhere.txt"], "prompts file /nowhere.txt cannot be read"),
+        (["generate", "--transport", "pigeon"], "--transport must be auto or one of"),
+        (["generate", "--ranks", "0"], "Invalid value"),
+        (["verify", "--dtype", "int8"], "Invalid value"),
+    ],
+    ids=["model", "family", "experts", "prompts", "transport", "ranks", "dtype"],
+)
+def test_what_a_user_can_cause_is_a_line_and_exit_code_2(arguments, reason):
+    outcome = CliRunner().invoke(app, arguments)
+    assert outcome.exit_code == 2
+    assert reason in outcome.stderr
+    assert outcome.stdout == ""
+    assert "Traceback" not in outcome.stderr
+
+
+def test_fewer_processes_under_torchrun_than_asked_for(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    outcome = CliRunner().invoke(app, ["generate", "--ranks", "3", "--model", "tiny:mixtral"])
+    assert (outcome.exit_code, "--ranks is 3 but torchrun started 2" in outcome.stderr) == (2, True)
+
+
+def test_unwritable_cache_is_a_line_and_exit_code_2(monkeypatch, tmp_path):
+    pytest.importorskip("gguf", reason="the demo's packages are not installed")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TOKENFERRY_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr("tokenferry.cli.demo_model.source_file", lambda: tmp_path / "weights.gguf")
+    outcome = CliRunner().invoke(app, ["generate"])
+    assert outcome.exit_code == 2
+    assert "cannot be written to the cache folder" in outcome.stderr
+    assert "set TOKENFERRY_CACHE_DIR" in outcome.stderr
+
+
+def test_doctor_names_every_transport_with_its_reason():
+    outcome = CliRunner().invoke(app, ["doctor", "--json"])
+    document = json.loads(outcome.stdout)
+    pair = next(trial for trial in document["transports"] if (trial["num_ranks"], trial["device"]) == (2, "cpu"))
+    assert {decision["name"] for decision in pair["decisions"]} == {"local", "nvls", "p2p", "collective"}
+    assert all(decision["reason"] for decision in pair["decisions"])
+    assert document["topology"]["num_cpus"] >= 1
+    assert document["topology"]["versions"]["torch"] == torch.__version__
+    assert "TOKENFERRY_DEBUG" in document["environment"]
+
+
+def test_doctor_prints_for_people():
+    outcome = CliRunner().invoke(app, ["doctor"])
+    assert outcome.exit_code == 0
+    assert "Transports for 2 ranks on cpu" in outcome.stdout
