@@ -1,6 +1,7 @@
 """Loading and running a rank's own experts, without other processes: what is read, and that nothing else leaks in."""
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +70,20 @@ def test_the_weights_are_those_of_the_whole_model(family: str, tmp_path: Path, m
     for name, tensor in AutoModelForCausalLM.from_pretrained(path).state_dict().items():
         rows = shards[name].rows if name in shards else range(tensor.shape[0] if tensor.dim() else 0)
         assert torch.equal(model.state_dict()[name], tensor[rows.start : rows.stop] if tensor.dim() else tensor), name
+
+
+def test_packed_experts_are_cut_before_they_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real gpt_oss checkpoints hold MXFP4 blocks and scales, which transformers makes bfloat16 while it loads."""
+    from transformers import AutoModelForCausalLM, Mxfp4Config
+
+    path = pack_experts(make_tiny("gpt_oss", tmp_path))
+    quantization = {"quantization_config": Mxfp4Config(dequantize=True)}
+    group = tf.EPGroup.from_store(dist.HashStore(), 1, 3)
+    model, reads = load_recorded(path, group, monkeypatch, "bfloat16", **quantization)
+    assert {tuple(rows) for key, rows in reads.items() if key.endswith(("_blocks", "_scales"))} == {(range(3, 6),)}
+    whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **quantization).state_dict()
+    for name, shard in model.expert_parallel.shards(model).items():
+        assert torch.equal(model.state_dict()[name], whole[name][shard.rows.start : shard.rows.stop]), name
 
 
 def test_own_rows_reads_rows_of_dimension_0() -> None:
@@ -160,7 +175,7 @@ class Recorder:
         return list(self._tensor.shape)
 
     def get_dtype(self) -> str:
-        return {torch.float32: "F32", torch.int64: "I64"}[self._tensor.dtype]
+        return {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}[self._tensor.dtype]
 
 
 class Static:
@@ -207,8 +222,28 @@ def stored(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model.safetensors")
 
 
+def pack_experts(path: Path) -> Path:
+    """Puts random MXFP4 blocks in the place of a gpt_oss checkpoint's expert matrices."""
+    from safetensors.torch import save_file
+
+    packed, generator = {}, torch.Generator().manual_seed(0)
+    for key, tensor in stored(path).items():
+        if key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            num_experts, num_inputs, num_outputs = tensor.shape
+            shape = (num_experts, num_outputs, num_inputs // 32)
+            packed[f"{key}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+            packed[f"{key}_scales"] = torch.full(shape, 124, dtype=torch.uint8)
+        else:
+            packed[key] = tensor
+    save_file(packed, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "router", "lm_head"]}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
 def load_recorded(
-    path: Path, group: tf.EPGroup, monkeypatch: pytest.MonkeyPatch, dtype: str = "auto"
+    path: Path, group: tf.EPGroup, monkeypatch: pytest.MonkeyPatch, dtype: str = "auto", **kwargs: Any
 ) -> tuple[Any, dict[str, list[range]]]:
     """A model as one rank has it, with no peers and no workspace, and the rows that were read of each stored tensor."""
     reads: dict[str, list[range]] = {}
@@ -233,5 +268,5 @@ def load_recorded(
     monkeypatch.setattr("tokenferry.integrations.transformers.expert_parallel.Workspace", stop)
     monkeypatch.setattr(ExpertParallel, "open", keep_and_open)
     with pytest.raises(Opened):
-        from_pretrained(str(path), group=group, max_tokens_per_rank=16, dtype=dtype)
+        from_pretrained(str(path), group=group, max_tokens_per_rank=16, dtype=dtype, **kwargs)
     return kept[0], reads

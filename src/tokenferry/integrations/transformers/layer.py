@@ -12,7 +12,8 @@ from typing import Any, Final, Protocol
 
 import torch
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tokenferry.errors import ConfigError
 from tokenferry.integrations.transformers.loading import Shard, keep_rows
@@ -88,7 +89,8 @@ class Llama4Block:
 
 def register() -> None:
     """Makes our names known to transformers. `from_pretrained` does it; calling it again changes nothing."""
-    ALL_EXPERTS_FUNCTIONS.register(LOCAL_EXPERTS, grouped_mm_experts_forward)
+    for functions in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):
+        functions.register(LOCAL_EXPERTS, functions["grouped_mm"])
     slot = _slot()
     if slot is not None:
         slot.EPImplementationInterface.register(EP_IMPLEMENTATION, ExpertLayer)

@@ -107,10 +107,7 @@ class ExpertParallelModel:
             return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         install_layers(model, parallel)
         if not parallel.installed:
-            raise ConfigError(
-                f"{type(model).__name__} has no MoE layer whose experts can be spread: none of its modules carries transformers' "
-                "@use_experts_implementation, and it is not Llama 4. Load it with transformers alone"
-            )
+            raise ConfigError(_no_layers(model, load_config.hf_quantizer))
         _keep_local_experts(model)
         if state_dict is not None:
             loaded = load(model, _own(model, state_dict, load_config), checkpoint_files, load_config, *args, **kwargs)
@@ -191,6 +188,18 @@ class _OwnClasses(Mapping[Any, Any]):
             "__doc__": model_class.__doc__,
         }
         return type(model_class.__name__, (ExpertParallelModel, model_class), namespace)
+
+
+def _no_layers(model: Any, quantizer: Any) -> str:
+    packed = (
+        ""
+        if quantizer is None
+        else "; if its experts are packed, have them unpacked (`dequantize=True` in the quantization config)"
+    )
+    return (
+        f"{type(model).__name__} has no MoE layer whose experts can be spread: none of its modules carries transformers' "
+        f"@use_experts_implementation, and it is not Llama 4{packed}. Otherwise load it with transformers alone"
+    )
 
 
 def _own(model: Any, tensors: Mapping[str, Any], load_config: Any) -> dict[str, Any]:
