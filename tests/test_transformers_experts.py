@@ -146,6 +146,38 @@ def test_gathered_rows_beyond_those_of_the_ranks(
     torch.testing.assert_close(exchange_slots(dispatcher, layer.experts, rows, [5], Stopwatch(CPU)), expected)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kwargs", "combine_dtype"),
+    [
+        (torch.bfloat16, {}, torch.float32),
+        (torch.bfloat16, {"combine_dtype": None}, torch.bfloat16),
+        (torch.bfloat16, {"exact": True}, torch.bfloat16),
+        (torch.float32, {"combine_dtype": None}, torch.float32),
+    ],
+    ids=["bf16", "bf16-None", "bf16-exact", "fp32-None"],
+)
+def test_alone_it_is_the_usual_model(
+    dtype: torch.dtype, kwargs: dict[str, Any], combine_dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """A group of one, on the local transport."""
+    from transformers import MixtralForCausalLM
+
+    group = tf.EPGroup(device="cpu")
+    model = from_pretrained(str(make_tiny("mixtral", tmp_path)), group=group, max_tokens_per_rank=16, dtype=dtype, **kwargs)
+    assert isinstance(model, MixtralForCausalLM)
+    assert type(model).__name__ == "MixtralForCausalLM"
+    assert model.dtype == dtype
+    assert model.expert_parallel.workspace.combine_dtype == combine_dtype
+    assert model.expert_parallel.num_local_experts == 4
+    assert len(model.expert_parallel.layers) == 2
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = MixtralForCausalLM.from_pretrained(tmp_path, dtype=dtype).generate(ids, max_new_tokens=6)
+    assert torch.equal(model.generate(ids, max_new_tokens=6), expected)
+    model.expert_parallel.finish()
+    assert model.expert_parallel.communication_s > 0
+    model.expert_parallel.close()
+
+
 def test_stopwatch_adds_up() -> None:
     stopwatch = Stopwatch(CPU)
     assert stopwatch.total_s == 0.0
