@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
 import mmap
 import os
 import secrets
@@ -150,7 +151,7 @@ class SymmetricBuffer:
             self._agree("allocate symmetric memory", error)
             handle: Any = None
             try:
-                handle = symmetric_memory.rendezvous(self.tensor, self._group_name())
+                handle = self._rendezvous(symmetric_memory.rendezvous)
             except RuntimeError as problem:
                 error = problem
             self._agree("map the other ranks' memory", error)
@@ -158,13 +159,20 @@ class SymmetricBuffer:
         self.peers = [int(address) for address in handle.buffer_ptrs]
         self.multicast_address = int(handle.multicast_ptr or 0)
 
-    def _group_name(self) -> Any:
-        """A name under which PyTorch finds this group's store: our own, since the group need not have a process group."""
-        from torch._C._distributed_c10d import _SymmetricMemory
+    def _rendezvous(self, rendezvous: Any) -> Any:
+        """PyTorch looks a group's store up by the name of a registered process group. This group need not have one (ranks may
+        meet in a store alone), so a bare one, without any backend, stands under our name for the moment."""
+        from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 
         store = dist.PrefixStore(f"{self._name}/rendezvous", self._group.store)
-        _SymmetricMemory.set_group_info(self._name, self._group.rank, self._group.size, store)
-        return self._name
+        store.set_timeout(datetime.timedelta(seconds=self._timeout_s))
+        bare = dist.ProcessGroup(store, self._group.rank, self._group.size)
+        name: Any = self._name  # newer releases of PyTorch have a type of their own for it
+        _register_process_group(name, bare)
+        try:
+            return rendezvous(self.tensor, name)
+        finally:
+            _unregister_process_group(name)
 
     def of_peer(self, rank: int) -> torch.Tensor:
         """A peer's buffer, uint8. For benchmarks and tests; kernels use the addresses."""

@@ -157,19 +157,12 @@ def combine_kernel(
     Example:
         Two ranks with one row each, bfloat16: partials [[1], [2]] on rank 0 and [[10], [20]] on rank 1 give [[11]] and [[22]].
     """
-    wire.wait_for_previous_kernel(PDL)
     own = own.to(tl.int64)
     peer_table = peers.to(tl.int64).to(tl.pointer_type(tl.int64))
     state = state.to(tl.int64)
     words = block.to(tl.int64).to(tl.pointer_type(tl.int32))
     partial = partial.to(tl.int64)
     out = out.to(tl.int64)
-    valid = tl.load(words)
-    largest = tl.load(words + 1)
-    mine = tl.load(words + 2 + rank)
-    first = tl.load(words + 2 + size + rank)
-    current = wire.read_round(state)
-    step = tl.load(wire.field(state, wire.STATE_STEP, tl.int32))
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     lanes = tl.arange(0, BLOCK)
@@ -177,19 +170,38 @@ def combine_kernel(
     PER_PACKET: tl.constexpr = WORDS * 4 // WIRE_BYTES
     PER_ROW: tl.constexpr = H // PER_PACKET
     ROW_BYTES: tl.constexpr = H * WIRE_BYTES
-    if not wire.is_aborted(own):
+    nearest = tl.load(peer_table + (rank + 1) % size)
+    wire.wait_for_previous_kernel(PDL)
+    wire.let_next_kernel_start(PDL)
+    record = wire.read_record(own)
+    valid = tl.load(words)
+    largest = tl.load(words + 1)
+    mine = tl.load(words + 2 + rank)
+    first = tl.load(words + 2 + size + rank)
+    current = wire.read_round(state)
+    step = tl.load(wire.field(state, wire.STATE_STEP, tl.int32))
+    if record != 0:
+        wire.report(own, record)
+    else:
         ticket = wire.take_ticket(state)
         in_slots = largest <= slot_rows
         parity_slots = slots + (current & 1) * (size - 1) * slot_bytes
         blamed = wire.blame(step, layer, rank, wire.DATA_MISSING)
         hints = own + counts + ((step + 1) & 1) * size * 16 + 8
+        own_packets = mine * PER_ROW
+        own_terms = first.to(tl.int64) * H
+        packet = pid * BLOCK + lanes
+        at = own_terms + packet.to(tl.int64) * PER_PACKET
+        n0, n1, n2, n3 = load_term(partial, at, packet < own_packets, PARTIAL, WIRE, WORDS)
         if in_slots:
             shift = 0
+            address = nearest
             for i in range(1, size):
                 owner = (rank + i) % size
                 num_packets = tl.load(words + 2 + owner) * PER_ROW
                 base = tl.load(words + 2 + size + owner).to(tl.int64) * H
-                goal = tl.load(peer_table + owner) + parity_slots + (rank - (rank > owner).to(tl.int32)) * slot_bytes
+                goal = address + parity_slots + (rank - (rank > owner).to(tl.int32)) * slot_bytes
+                address = tl.load(peer_table + (owner + 1) % size)
                 blocks = (num_packets + BLOCK - 1) // BLOCK
                 for b in range((pid + programs - shift % programs) % programs, blocks, programs):
                     packet = b * BLOCK + lanes
@@ -218,13 +230,18 @@ def combine_kernel(
             sources = wire.accuse(blamed, lanes)
             wanted = is_peer & (mine > 0)
             wire.await_signal(flag, (current + 1).to(tl.uint32), wanted, own, sources, hints + lanes * 16)
-        wire.let_next_kernel_start(PDL)
 
-        num_packets = mine * PER_ROW
-        for b in range(pid, (num_packets + BLOCK - 1) // BLOCK, programs):
+        for b in range(pid, (own_packets + BLOCK - 1) // BLOCK, programs):
             packet = b * BLOCK + lanes
-            live = packet < num_packets
+            live = packet < own_packets
             place = packet.to(tl.int64)
+            o0 = n0
+            o1 = n1
+            o2 = n2
+            o3 = n3
+            following = packet + programs * BLOCK
+            at = own_terms + following.to(tl.int64) * PER_PACKET
+            n0, n1, n2, n3 = load_term(partial, at, following < own_packets, PARTIAL, WIRE, WORDS)
             s0 = tl.zeros([BLOCK], tl.float32)
             s1 = s0
             s2 = s0
@@ -234,9 +251,12 @@ def combine_kernel(
             s6 = s0
             s7 = s0
             for source in range(size):
+                w0 = o0
+                w1 = o1
+                w2 = o2
+                w3 = o3
                 if source == rank:
-                    at = first.to(tl.int64) * H + place * PER_PACKET
-                    w0, w1, w2, w3 = load_term(partial, at, live, PARTIAL, WIRE, WORDS)
+                    pass
                 elif in_slots:
                     slot = own + parity_slots + (source - (source > rank).to(tl.int32)) * slot_bytes
                     blamed_source = wire.accuse(blamed, source)
@@ -259,6 +279,4 @@ def combine_kernel(
                 s7 = tl.where(source == 0, h3, s7 + h3)
             kept = live & (packet < num_out * PER_ROW)
             store_sum(out, place * PER_PACKET, kept, s0, s1, s2, s3, s4, s5, s6, s7, WIRE, OUT, WORDS)
-        if ticket == programs - 1:
-            wire.end_round(state, current)
-            tl.store(wire.field(own, wire.DIRTY_ROWS, tl.int32), valid)
+        wire.end_round(own, state, ticket, programs, current, valid)

@@ -63,18 +63,21 @@ def counts_kernel(
     Example:
         Counts 2, 0 and 3 on three ranks: block is [5, 3, 2, 0, 3, 0, 2, 2] and public, on rank 2, [5, 2, 3, 2, 0, 3, flags].
     """
-    wire.wait_for_previous_kernel(PDL)
     own = own.to(tl.int64)
     state = state.to(tl.int64)
-    if not wire.is_aborted(own):
-        lanes = tl.arange(0, LANES)
-        is_peer = (lanes < size) & (lanes != rank)
-        step_pointer = wire.field(state, wire.STATE_STEP, tl.int32)
-        step = tl.load(step_pointer) + 1
+    lanes = tl.arange(0, LANES)
+    is_peer = (lanes < size) & (lanes != rank)
+    buffers = tl.load(peers.to(tl.int64).to(tl.pointer_type(tl.int64)) + lanes, mask=is_peer, other=0)
+    wire.wait_for_previous_kernel(PDL)
+    wire.let_next_kernel_start(PDL)
+    record = wire.read_record(own)
+    step_pointer = wire.field(state, wire.STATE_STEP, tl.int32)
+    step = tl.load(step_pointer) + 1
+    if record != 0:
+        wire.report(own, record)
+    else:
         packets = COUNTS_OFFSET + (step & 1) * size * PACKET_BYTES
-        buffers = tl.load(peers.to(tl.int64).to(tl.pointer_type(tl.int64)) + lanes, mask=is_peer, other=0)
         wire.send_count(buffers + packets + rank * PACKET_BYTES, num_tokens, flags, step, generation, is_peer, own)
-        wire.let_next_kernel_start(PDL)
         mine = (own + packets) + lanes * PACKET_BYTES
         blamed = wire.accuse(wire.blame(step, tl.full([], -1, tl.int32), rank, wire.NOT_ENTERED), lanes)
         counts, all_flags = wire.await_count(mine, is_peer, step, generation, own, blamed)

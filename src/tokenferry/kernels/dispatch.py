@@ -42,25 +42,30 @@ SIGNATURE = {
 
 
 @triton.jit
-def routing_words(
-    word, live, topk_idx, topk_weights, num_supplied, num_real, K: tl.constexpr, IDX: tl.constexpr, WEIGHTS: tl.constexpr
-):
-    """Words of the routing message, [rows][K numbers, then K float32 weights]: the number -1 in padding rows and in rows that
-    were not supplied.
+def load_routing(word, topk_idx, topk_weights, num_supplied, K: tl.constexpr, IDX: tl.constexpr, WEIGHTS: tl.constexpr):
+    """Words of the routing message, [rows][K numbers, then K float32 weights]; the number -1 in rows that were not supplied.
 
     Example:
         K = 2, one row with numbers (3, 5) and weights (0.5, 0.25): words 3, 5, 0x3F000000, 0x3E800000.
     """
     row = word // (2 * K)
     column = word - row * (2 * K)
-    is_idx = column < K
-    present = live & (row < num_supplied)
+    present = row < num_supplied
     place = row.to(tl.int64) * K + column
-    idx = tl.load(topk_idx.to(tl.pointer_type(IDX)) + place, mask=present & is_idx, other=-1).to(tl.int32)
-    idx = tl.maximum(tl.where(row < num_real, idx, -1), -1)
+    idx = tl.load(topk_idx.to(tl.pointer_type(IDX)) + place, mask=present & (column < K), other=-1).to(tl.int32)
     weight = tl.load(topk_weights.to(tl.pointer_type(WEIGHTS)) + place - K, mask=present & (column >= K), other=0.0)
-    bits = tl.where(is_idx, idx.to(tl.uint32, bitcast=True), weight.to(tl.float32).to(tl.uint32, bitcast=True))
-    return tl.where(live, wire.escape(bits), 0)
+    bits = weight.to(tl.float32).to(tl.uint32, bitcast=True)
+    return tl.where(column < K, tl.maximum(idx, -1).to(tl.uint32, bitcast=True), bits)
+
+
+@triton.jit
+def mask_routing(word, bits, num_words, num_real, K: tl.constexpr):
+    """The words as they travel: the number -1 in padding rows, escaped, and 0 behind the message's end."""
+    row = word // (2 * K)
+    is_idx = word - row * (2 * K) < K
+    minus_one = tl.full(bits.shape, 0xFFFFFFFF, tl.uint32)
+    bits = tl.where(is_idx & (row >= num_real), minus_one, bits)
+    return tl.where(word < num_words, wire.escape(bits), 0)
 
 
 @triton.jit
@@ -124,7 +129,6 @@ def dispatch_kernel(
     Example:
         Two ranks with rows [a, b] and [c], of which b is padding: both end with hidden [a, b, c], ids [ids(a), -1, ids(c)].
     """
-    wire.wait_for_previous_kernel(PDL)
     own = own.to(tl.int64)
     peer_table = peers.to(tl.int64).to(tl.pointer_type(tl.int64))
     state = state.to(tl.int64)
@@ -132,6 +136,17 @@ def dispatch_kernel(
     hidden = hidden.to(tl.int64)
     topk_idx = topk_idx.to(tl.int64)
     topk_weights = topk_weights.to(tl.int64)
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    lanes = tl.arange(0, BLOCK)
+    ROW_BYTES: tl.constexpr = ROW_WORDS * 4
+    PER_ROW: tl.constexpr = ROW_WORDS // WORDS
+    nearest = tl.load(peer_table + (rank + 1) % size)
+    wire.wait_for_previous_kernel(PDL)
+    wire.let_next_kernel_start(PDL)
+
+    # All that the first packets need is asked for at once: a trip to memory costs half a microsecond, of less than two.
+    record = wire.read_record(own)
     valid = tl.load(words)
     largest = tl.load(words + 1)
     mine = tl.load(words + 2 + rank)
@@ -140,12 +155,19 @@ def dispatch_kernel(
     dirty = tl.load(wire.field(own, wire.DIRTY_ROWS, tl.int32))
     current = wire.read_round(state)
     step = tl.load(wire.field(state, wire.STATE_STEP, tl.int32))
-    pid = tl.program_id(0)
-    programs = tl.num_programs(0)
-    lanes = tl.arange(0, BLOCK)
-    ROW_BYTES: tl.constexpr = ROW_WORDS * 4
-    PER_ROW: tl.constexpr = ROW_WORDS // WORDS
-    if not wire.is_aborted(own):
+    supplied = num_supplied * PER_ROW
+    packet = pid * BLOCK + lanes
+    n0, n1, n2, n3 = wire.load(hidden + packet.to(tl.int64) * (WORDS * 4), packet < supplied, WORDS)
+    # Routing packets go to the programs after those with hidden rows.
+    routing_program = (pid + programs - ((supplied + BLOCK - 1) // BLOCK) % programs) % programs
+    word = (routing_program * BLOCK + lanes) * 4
+    m0 = load_routing(word, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
+    m1 = load_routing(word + 1, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
+    m2 = load_routing(word + 2, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
+    m3 = load_routing(word + 3, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
+    if record != 0:
+        wire.report(own, record)
+    else:
         in_slots = largest <= slot_rows
         num_slots = size - 1
         if MULTICAST:
@@ -154,45 +176,52 @@ def dispatch_kernel(
         routing_offset = (slot_rows.to(tl.int64) * ROW_BYTES + 15) // 16 * 16
         hidden_place = out_hidden + first.to(tl.int64) * ROW_BYTES
 
-        # Hidden rows: to every peer, and to this rank's own place.
+        # Hidden rows: to every peer, and to this rank's own place. The next packets are loaded while these are sent.
         num_packets = mine * PER_ROW
         for b in range(pid, (num_packets + BLOCK - 1) // BLOCK, programs):
             packet = b * BLOCK + lanes
             live = packet < num_packets
             place = packet.to(tl.int64) * (WORDS * 4)
-            w0, w1, w2, w3 = wire.load(hidden + place, packet < num_supplied * PER_ROW, WORDS)
-            w0 = wire.escape(w0)
-            w1 = wire.escape(w1)
-            w2 = wire.escape(w2)
-            w3 = wire.escape(w3)
+            w0 = wire.escape(n0)
+            w1 = wire.escape(n1)
+            w2 = wire.escape(n2)
+            w3 = wire.escape(n3)
+            following = packet + programs * BLOCK
+            n0, n1, n2, n3 = wire.load(hidden + following.to(tl.int64) * (WORDS * 4), following < supplied, WORDS)
             if MULTICAST:
                 goal = tl.where(in_slots, parity_slots + rank * slot_bytes, hidden_place)
                 wire.multicast(cast + goal + place, w0, w1, w2, w3, live, own, size, 0, WORDS)
             else:
-                wire.store(own + hidden_place + place, w0, w1, w2, w3, live, WORDS)
+                address = nearest
                 for i in range(1, size):
                     peer = (rank + i) % size
                     slot = parity_slots + (rank - (rank > peer).to(tl.int32)) * slot_bytes
-                    goal = tl.load(peer_table + peer) + tl.where(in_slots, slot, hidden_place)
+                    goal = address + tl.where(in_slots, slot, hidden_place)
+                    address = tl.load(peer_table + (peer + 1) % size)
                     wire.send(goal + place, w0, w1, w2, w3, live, own, WORDS)
+                wire.store(own + hidden_place + place, w0, w1, w2, w3, live, WORDS)
 
-        # Expert numbers and weights, four words a packet; the next programs after those with hidden rows begin.
+        # Expert numbers and weights, four words a packet.
         num_words = mine * (2 * K)
         num_packets = (num_words + 3) // 4
-        shift = (mine * PER_ROW + BLOCK - 1) // BLOCK
-        for b in range((pid + programs - shift % programs) % programs, (num_packets + BLOCK - 1) // BLOCK, programs):
+        for b in range(routing_program, (num_packets + BLOCK - 1) // BLOCK, programs):
             packet = b * BLOCK + lanes
             word = packet * 4
-            r0 = routing_words(word, word < num_words, topk_idx, topk_weights, num_supplied, real, K, IDX, WEIGHTS)
-            r1 = routing_words(word + 1, word + 1 < num_words, topk_idx, topk_weights, num_supplied, real, K, IDX, WEIGHTS)
-            r2 = routing_words(word + 2, word + 2 < num_words, topk_idx, topk_weights, num_supplied, real, K, IDX, WEIGHTS)
-            r3 = routing_words(word + 3, word + 3 < num_words, topk_idx, topk_weights, num_supplied, real, K, IDX, WEIGHTS)
-            for i in range(size):
+            r0 = mask_routing(word, m0, num_words, real, K)
+            r1 = mask_routing(word + 1, m1, num_words, real, K)
+            r2 = mask_routing(word + 2, m2, num_words, real, K)
+            r3 = mask_routing(word + 3, m3, num_words, real, K)
+            following = word + programs * (BLOCK * 4)
+            m0 = load_routing(following, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
+            m1 = load_routing(following + 1, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
+            m2 = load_routing(following + 2, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
+            m3 = load_routing(following + 3, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
+            address = nearest
+            for i in range(1, size + 1):
                 peer = (rank + i) % size
-                goal = own
-                if i > 0:
-                    goal = tl.load(peer_table + peer)
-                if in_slots and i > 0:
+                goal = address
+                address = tl.load(peer_table + (peer + 1) % size)
+                if in_slots and i < size:
                     slot = parity_slots + (rank - (rank > peer).to(tl.int32)) * slot_bytes
                     if MULTICAST:
                         slot = parity_slots + rank * slot_bytes
@@ -203,7 +232,6 @@ def dispatch_kernel(
                     store_routing(word + 1, r1, word + 1 < num_words, goal + out_idx, goal + out_weights, first, K, OUT_IDX)
                     store_routing(word + 2, r2, word + 2 < num_words, goal + out_idx, goal + out_weights, first, K, OUT_IDX)
                     store_routing(word + 3, r3, word + 3 < num_words, goal + out_idx, goal + out_weights, first, K, OUT_IDX)
-        wire.let_next_kernel_start(PDL)
 
         # Rows that an earlier, larger step has left behind.
         idx_pointer = (own + out_idx).to(tl.pointer_type(OUT_IDX))

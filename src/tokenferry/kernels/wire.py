@@ -186,6 +186,14 @@ _AWAIT_SIGNAL = f"""{{ {_REGISTERS} mov.u32 $0, 0;
       W: ld.acquire.sys.global.u32 %i, [$1]; sub.u32 %i, %i, $3; setp.ge.s32 %p0, %i, 0;
       {_waiting_text("END", "$4", "$5", "$6")} END: }}"""
 
+_TICKET = f"""{{ .reg .pred %p0; .reg .u32 %t; mov.u32 %t, %tid.x; setp.eq.u32 %p0, %t, 0; mov.u64 $0, 0;
+      @%p0 atom.relaxed.gpu.global.add.u64 $0, [$1 + {STATE_ROUND.value}], 1; }}"""
+
+_END_ROUND = f"""{{ .reg .pred %p0; .reg .u32 %t; .reg .u64 %w; mov.u32 %t, %tid.x; setp.eq.u32 %p0, %t, 0;
+      cvt.u32.u64 %t, $2; add.u32 %t, %t, 1; setp.eq.and.u32 %p0, %t, $3, %p0;
+      add.u32 %t, $4, 1; cvt.u64.u32 %w, %t; shl.b64 %w, %w, 32;
+      @%p0 st.global.u64 [$1 + {STATE_ROUND.value}], %w; @%p0 st.global.u32 [$5], $6; mov.u32 $0, 0; }}"""
+
 _LOAD1, _LOAD2, _LOAD4 = (tl.constexpr(_load_text(words, "")) for words in (1, 2, 4))
 _PEER1, _PEER2, _PEER4 = (tl.constexpr(_load_text(words, ".relaxed.sys")) for words in (1, 2, 4))
 _STORE1, _STORE2, _STORE4 = (tl.constexpr(_store_text(words, "st.global")) for words in (1, 2, 4))
@@ -199,6 +207,8 @@ _CAST_REDUCE_TEXT: tl.constexpr = tl.constexpr(_CAST_REDUCE)
 _TAKE2, _TAKE4 = (tl.constexpr(_take_text(words)) for words in (2, 4))
 _AWAIT_COUNT_TEXT: tl.constexpr = tl.constexpr(_AWAIT_COUNT)
 _SEND_COUNT_TEXT: tl.constexpr = tl.constexpr(_SEND_COUNT)
+_TICKET_TEXT: tl.constexpr = tl.constexpr(_TICKET)
+_END_ROUND_TEXT: tl.constexpr = tl.constexpr(_END_ROUND)
 _SIGNAL_TEXT: tl.constexpr = tl.constexpr(_SIGNAL)
 _AWAIT_SIGNAL_TEXT: tl.constexpr = tl.constexpr(_AWAIT_SIGNAL)
 _LOAD_CONSTRAINTS: tl.constexpr = tl.constexpr(f"{_OUT4},l,r")
@@ -229,14 +239,17 @@ def field(address, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def is_aborted(control):
-    """Whether the group has given up. Leaves a copy of the record where the host sees it without asking the device."""
-    record = tl.load(field(control, RECORD, tl.int64), volatile=True)
-    if record != 0:
-        mirror = tl.load(field(control, MIRROR, tl.int64))
-        if mirror != 0:
-            tl.store(mirror.to(tl.pointer_type(tl.int64)), record)
-    return record != 0
+def read_record(control):
+    """The abort record, 0 if there is none. Read first, with everything else that a kernel needs to begin: one trip to memory."""
+    return tl.load(field(control, RECORD, tl.int64), volatile=True)
+
+
+@triton.jit
+def report(control, record):
+    """Leaves a copy of the record where the host sees it without asking the device."""
+    mirror = tl.load(field(control, MIRROR, tl.int64))
+    if mirror != 0:
+        tl.store(mirror.to(tl.pointer_type(tl.int64)), record)
 
 
 @triton.jit
@@ -247,21 +260,9 @@ def claim_record(control, record):
 
 
 @triton.jit
-def take_ticket(state):
-    """One ticket a program; returns how many were taken before. The round, in the upper half, is not touched."""
-    return tl.atomic_add(field(state, STATE_ROUND, tl.int64), 1, sem="relaxed", scope="gpu").to(tl.int32)
-
-
-@triton.jit
 def read_round(state):
     """The number of rounds done. A program that takes a ticket reads it before: then it cannot read the next one."""
     return (tl.load(field(state, STATE_ROUND, tl.int64)) >> 32).to(tl.int32)
-
-
-@triton.jit
-def end_round(state, current):
-    """Advances the round and takes back all tickets. By the holder of the last ticket alone."""
-    tl.store(field(state, STATE_ROUND, tl.int64), (current + 1).to(tl.int64) << 32)
 
 
 @triton.jit
@@ -371,6 +372,26 @@ if not INTERPRETED:
                 is_pure=False,
                 pack=1,
             )
+
+    @triton.jit
+    def take_ticket(state):
+        """One ticket a program, known to its first thread alone: telling the others would cost all a trip to memory. Returns how
+        many were taken before, in the lower half. The round, in the upper half, is not touched."""
+        return tl.inline_asm_elementwise(_TICKET_TEXT, "=&l,l", [state], dtype=tl.int64, is_pure=False, pack=1)
+
+    @triton.jit
+    def end_round(control, state, ticket, programs, current, valid):
+        """By the holder of the last ticket alone: all tickets are taken back, the round is over, and gathered rows from `valid`
+        on have id -1."""
+        dirty = control + DIRTY_ROWS
+        tl.inline_asm_elementwise(
+            _END_ROUND_TEXT,
+            "=r,l,l,r,r,l,r",
+            [state, ticket, programs, current, dirty, valid],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
     @triton.jit
     def send_count(address, num_tokens, flags, step, generation, mask, control):
@@ -612,6 +633,13 @@ else:
 
             _wait(live, poll, control, _array(blamed, addresses.shape), _array(hint, addresses.shape))
         return tuple(_tensor(output, tl.uint32) for output in outputs)
+
+    def take_ticket(state):
+        return tl.full([], 0, tl.int64)  # of the one program
+
+    def end_round(control, state, ticket, programs, current, valid):
+        tl.store(field(state, STATE_ROUND, tl.int64), (current + 1).to(tl.int64) << 32)
+        tl.store(field(control, DIRTY_ROWS, tl.int32), valid)
 
     def send_count(address, num_tokens, flags, step, generation, mask, control):
         # Word by word, the step last: x86 keeps the order of stores, and the step is what the receiver waits for.

@@ -1,0 +1,302 @@
+"""The symmetric kernels in Triton's interpreter, rank processes over shared memory: the bits of the reference, however late
+and in whatever order packets arrive."""
+
+import dataclasses
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tokenferry as tf
+from cases import CASES, DTYPES, Case, StepCase, begin, run_case, run_layer, same
+from tokenferry.testing import run_ranks
+from tokenferry.testing.data import make_inputs
+
+pytestmark = pytest.mark.interpreter
+
+INTERPRETER = {"TRITON_INTERPRET": "1"}
+SHARED = Path("/dev/shm")
+CARRIED = [name for name, (world_size, case) in CASES.items() if case.combine_order == "rank" and world_size <= 4]
+SLOT_ROWS = 192
+"""Steps with more rows than this go the bulk way."""
+
+
+def on_p2p(case: Case) -> Case:
+    return dataclasses.replace(case, transport="p2p", counts="uneven")
+
+
+def many(group: tf.EPGroup, cases: list[Case]) -> list[int]:
+    return [run_case(group, case) for case in cases]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_named_cases_give_the_bits_of_the_reference(world_size: int) -> None:
+    cases = [on_p2p(case) for size, case in (CASES[name] for name in CARRIED) if size == world_size]
+    expected = [sum(step.layers for step in case.steps) for case in cases]
+    assert run_ranks(many, world_size, cases, env=INTERPRETER) == [expected] * world_size
+
+
+EVERY_DTYPE = [
+    Case(
+        hidden_size=hidden_size,
+        dtype=dtype,
+        combine_dtype=combine_dtype,
+        topk=3,
+        transport="p2p",
+        steps=(
+            StepCase(
+                (3, 2),
+                partial_dtype=partial_dtype,
+                index_dtype=torch.int32 if partial_dtype is dtype else torch.int64,
+                weight_dtype=partial_dtype,
+                payload="hostile",
+            ),
+        ),
+    )
+    for dtype in DTYPES
+    for combine_dtype in DTYPES
+    for partial_dtype in DTYPES
+    for hidden_size in ((4, 8) if torch.float32 not in (dtype, combine_dtype) else (6, 8) if dtype == combine_dtype else (4, 8))
+]
+
+
+def test_every_mix_of_dtypes_in_whole_and_half_packets() -> None:
+    assert run_ranks(many, 2, EVERY_DTYPE, env=INTERPRETER, timeout_s=120) == [[1] * len(EVERY_DTYPE)] * 2
+
+
+# --- random steps ---------------------------------------------------------------------------------------------------
+
+
+def random_steps(seed: int, count: int, world_size: int, most: int) -> list[StepCase]:
+    """Any counts, mostly small, some empty, some on both sides of the threshold between slots and bulk."""
+    rng = random.Random(seed)
+    steps = []
+    for number in range(count):
+        few = rng.random() < 0.9
+        tokens = tuple(rng.choice((0, rng.randint(0, 5 if few else most), 1 if few else most)) for _ in range(world_size))
+        if rng.random() < 0.1:
+            tokens = tuple(most if rank == number % world_size else 0 for rank in range(world_size))
+        steps.append(
+            StepCase(
+                tokens,
+                real=tuple(rng.randint(0, rows) for rows in tokens),
+                supplied=tuple(rng.randint(0, rows) for rows in tokens) if rng.random() < 0.3 else None,
+                real_as_tensor=rng.random() < 0.5,
+                own_buffer=rng.random() < 0.5,
+                halves=rng.random() < 0.3,
+                layers=rng.randint(1, 2),
+                payload="hostile",
+                routing=rng.choice(("uniform", "skewed", "none", "repeated")),
+                seed=seed * 7919 + number,
+            )
+        )
+    return steps
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_random_steps_across_the_threshold(world_size: int) -> None:
+    steps = tuple(random_steps(world_size, 100, world_size, SLOT_ROWS + 8))
+    case = Case(hidden_size=8, topk=3, capacity=SLOT_ROWS + 8, transport="p2p", steps=steps)
+    assert run_ranks(run_case, world_size, case, env=INTERPRETER, timeout_s=150) == [sum(s.layers for s in steps)] * world_size
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_thousands_of_random_steps(world_size: int) -> None:
+    steps = tuple(random_steps(10 + world_size, 700, world_size, SLOT_ROWS + 8))
+    case = Case(hidden_size=8, topk=3, capacity=SLOT_ROWS + 8, transport="p2p", steps=steps)
+    assert run_ranks(run_case, world_size, case, env=INTERPRETER, timeout_s=1400) == [sum(s.layers for s in steps)] * world_size
+
+
+# --- delays between packets -----------------------------------------------------------------------------------------
+
+
+def delayed(group: tf.EPGroup, steps: list[StepCase]) -> list[str]:
+    """All ranks send each block's packets in random pieces, in random order, with pauses; returns the kinds of event seen."""
+    from tokenferry.kernels import wire
+
+    class Slow(wire.Observer):
+        def __init__(self) -> None:
+            self.random, self.kinds = random.Random(group.rank), set()
+
+        def pieces(self, kind: str, num_packets: int) -> list[np.ndarray]:
+            order = np.array(self.random.sample(range(num_packets), num_packets), dtype=np.int64)
+            parts = np.array_split(order, self.random.randint(1, 3)) if num_packets > 1 else [order]
+            time.sleep(self.random.choice((0, 0, 0.003)))
+            return parts
+
+        def event(self, kind: str, addresses: np.ndarray) -> None:
+            self.kinds.add(kind)
+            if self.random.random() < 0.2:
+                time.sleep(0.001)
+
+    observer = Slow()
+    config = tf.MoEConfig(hidden_size=16, num_experts=8, topk=2)
+    with tf.Workspace(config, group, max_tokens_per_rank=SLOT_ROWS + 2, transport="p2p", timeout_s=20) as ws:
+        ws.active_transport.observe(observer)
+        layers = [ws.dispatcher(), ws.dispatcher()]
+        for step in steps:
+            begin(ws, step)
+            for number, layer in enumerate(layers[: step.layers]):
+                run_layer(ws, layer, step, number)
+                time.sleep(observer.random.choice((0, 0, 0.004)))
+    return sorted(observer.kinds)
+
+
+def test_packets_in_any_order_with_pauses_between_them() -> None:
+    steps = random_steps(5, 25, 3, 4) + [StepCase((SLOT_ROWS + 1, 0, 3)), StepCase((2, 2, 2))]
+    kinds = run_ranks(delayed, 3, steps, env=INTERPRETER, timeout_s=120)
+    assert kinds == [["count", "restore", "send", "signal", "take"]] * 3
+
+
+# --- two workspaces, solo, memory -----------------------------------------------------------------------------------
+
+
+def two_workspaces(group: tf.EPGroup) -> None:
+    small, large = Case(hidden_size=8, topk=1).config, Case(hidden_size=40, topk=4, dtype=torch.float32).config
+    with (
+        tf.Workspace(small, group, max_tokens_per_rank=4, transport="p2p") as first,
+        tf.Workspace(large, group, max_tokens_per_rank=9, transport="p2p") as second,
+    ):
+        layers = first.dispatcher(), second.dispatcher()
+        for seed in range(5):
+            for ws, tokens in ((first, (3, 1)), (second, (0, 9))):
+                ws.begin_step(tokens[group.rank])
+            inputs = make_inputs(small, (3, 1), seed=seed)
+            own = inputs[group.rank]
+            got = layers[0].dispatch(own.hidden, own.topk_idx, own.topk_weights)
+            run_layer(second, layers[1], StepCase((0, 9), seed=seed), 0)
+            partial = torch.full((8, 8), torch.nan, dtype=torch.bfloat16)
+            partial[:4] = own.partial
+            wanted = tf.reference.combine([i.partial for i in inputs], (3, 1), small.dtype, small.dtype)[group.rank]
+            same("combined", layers[0].combine(partial, got), wanted)
+
+
+def test_two_workspaces_of_different_shape_interleave() -> None:
+    run_ranks(two_workspaces, 2, env=INTERPRETER)
+
+
+def solo_between_steps(group: tf.EPGroup) -> None:
+    config = Case().config
+    with tf.Workspace(config, group, max_tokens_per_rank=8, transport="p2p") as ws:
+        layer = ws.dispatcher()
+        for seed in range(4):
+            step = StepCase((8, 8) if seed % 2 else (2, 3), seed=seed)
+            begin(ws, step)
+            run_layer(ws, layer, step, 0)
+            if group.rank == 0:  # alone: the other rank takes no part
+                with ws.solo():
+                    own = make_inputs(config, (5,), seed=seed)[0]
+                    published = ws.begin_step(5)
+                    assert published.tokens_per_rank.tolist() == [5, 0]
+                    got = layer.dispatch(own.hidden, own.topk_idx, own.topk_weights)
+                    same("hidden", got.hidden[:5], own.hidden)
+                    assert bool((got.topk_idx[5:] == -1).all())
+                    partial = torch.full((16, 16), torch.nan, dtype=torch.bfloat16)
+                    partial[:5] = own.partial
+                    same("combined", layer.combine(partial, got), own.partial)
+
+
+def test_solo_disturbs_neither_counts_nor_peers() -> None:
+    run_ranks(solo_between_steps, 2, env=INTERPRETER)
+
+
+def held(group: tf.EPGroup) -> tuple[int, int, int, list[str]]:
+    config = tf.MoEConfig(hidden_size=24, num_experts=8, topk=3)
+    before = {path.name for path in SHARED.iterdir()}
+    with tf.Workspace(config, group, max_tokens_per_rank=300, transport="p2p", combine_dtype=torch.float32) as ws:
+        left = sorted({path.name for path in SHARED.iterdir() if path.name.startswith("tokenferry-")} - before)
+        required = tf.Workspace.required_bytes(config, 2, 300, transport="p2p", combine_dtype=torch.float32)
+        return ws.nbytes, required, ws.step_tensors_nbytes if hasattr(ws, "step_tensors_nbytes") else 0, left
+
+
+def test_required_bytes_is_what_is_held_and_no_name_is_left_in_shared_memory() -> None:
+    for nbytes, required, _, left in run_ranks(held, 2, env=INTERPRETER):
+        assert nbytes == required
+        assert left == []
+
+
+# --- faults ---------------------------------------------------------------------------------------------------------
+
+
+def late(group: tf.EPGroup, rows: int) -> list[str]:
+    with tf.Workspace(Case().config, group, max_tokens_per_rank=SLOT_ROWS + 8, transport="p2p", timeout_s=1.5) as ws:
+        dispatcher = ws.dispatcher()
+        ws.begin_step(rows)
+        if group.rank == 1:
+            time.sleep(4)
+        start = time.monotonic()
+        with pytest.raises(tf.PeerError) as caught:
+            run_layer(ws, dispatcher, StepCase((rows,) * group.size), 0)
+        error, waited_s = caught.value, time.monotonic() - start
+        with pytest.raises(tf.PeerError):
+            ws.check()
+        ws.reset(timeout_s=30)
+        for seed in range(10):
+            step = StepCase(tuple((seed + rank) % 4 for rank in range(group.size)), seed=seed)
+            begin(ws, step)
+            run_layer(ws, dispatcher, step, 0)
+        return [type(error).__name__, error.rank, error.phase, waited_s < 3.5]
+
+
+@pytest.mark.parametrize("rows", [1, SLOT_ROWS + 8], ids=["slots", "bulk"])
+def test_a_late_rank_is_named_on_all_ranks_and_after_a_reset_all_is_right(rows: int) -> None:
+    said = run_ranks(late, 3, rows, env=INTERPRETER)
+    assert said[0] == said[2] == ["PeerTimeoutError", 1, "data-missing", True]
+    assert said[1] == ["PeerFailedError", 1, "data-missing", True]
+
+
+def absent(group: tf.EPGroup) -> list[str]:
+    with tf.Workspace(Case().config, group, max_tokens_per_rank=8, transport="p2p", timeout_s=1) as ws:
+        if group.rank == 1:
+            time.sleep(3)
+        with pytest.raises(tf.PeerError) as caught:
+            ws.begin_step(1)
+        return [type(caught.value).__name__, caught.value.rank, caught.value.phase]
+
+
+def test_a_rank_that_does_not_begin_the_step_is_named() -> None:
+    said = run_ranks(absent, 2, env=INTERPRETER)
+    assert said == [["PeerTimeoutError", 1, "not-entered"], ["PeerFailedError", 1, "not-entered"]]
+
+
+def one_step_off(group: tf.EPGroup) -> list[str]:
+    """Rank 1 leaves a layer out and begins the next step; rank 0's limit is the shorter one."""
+    timeout_s = 1.5 if group.rank == 0 else 30.0
+    with tf.Workspace(Case().config, group, max_tokens_per_rank=8, transport="p2p", timeout_s=timeout_s) as ws:
+        dispatcher = ws.dispatcher()
+        ws.begin_step(1)
+        with pytest.raises(tf.PeerError) as caught:
+            if group.rank == 0:
+                run_layer(ws, dispatcher, StepCase((1, 1)), 0)
+            ws.begin_step(1)
+        return [type(caught.value).__name__, caught.value.rank, caught.value.phase]
+
+
+def test_a_rank_that_is_one_step_on_disagrees_about_counts() -> None:
+    said = run_ranks(one_step_off, 2, env=INTERPRETER)
+    assert said == [["PeerTimeoutError", 1, "counts-disagree"], ["PeerFailedError", 1, "counts-disagree"]]
+
+
+def gives_up(group: tf.EPGroup) -> list[object]:
+    try:
+        with tf.Workspace(Case().config, group, max_tokens_per_rank=8, transport="p2p", timeout_s=30) as ws:
+            ws.begin_step(1)
+            if group.rank == 1:
+                raise ValueError("out of luck")
+            run_layer(ws, ws.dispatcher(), StepCase((1, 1)), 0)
+    except tf.PeerError as error:
+        return [type(error).__name__, error.rank, "out of luck" in str(error)]
+    except ValueError:
+        return ["ValueError"]
+    return []
+
+
+def test_a_failing_rank_is_heard_at_once_with_its_reason() -> None:
+    start = time.monotonic()
+    assert run_ranks(gives_up, 2, env=INTERPRETER) == [["PeerFailedError", 1, True], ["ValueError"]]
+    assert time.monotonic() - start < 15
