@@ -14,6 +14,7 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -236,6 +237,7 @@ def _run_rank(rank: int, world_size: int, folder: str, call: bytes, wants_messag
         except BaseException:  # noqa: BLE001 - SystemExit too is a failure of this rank, and the supervisor must hear of it
             failure = [time.monotonic(), rank, traceback.format_exc()]
             connection.send_bytes(b"failure " + json.dumps(failure).encode())
+            sys.stdout.flush()
             os._exit(1)  # at once: a rank that waits for others here would hide its failure from them
         finally:
             faulthandler.unregister(signal.SIGUSR1)
