@@ -3,6 +3,7 @@
 python benchmarks/tune.py OUTPUT.jsonl [quick]
 """
 
+import copy
 import itertools
 import json
 import sys
@@ -15,6 +16,7 @@ import tokenferry as tf
 from tokenferry.cli.bench import Bench, Point
 from tokenferry.step import StepRequest, StepTensors
 from tokenferry.testing import run_ranks
+from tokenferry.transports import symmetric
 from tokenferry.transports.base import TransportSettings
 from tokenferry.transports.symmetric import SymmetricTransport
 from tokenferry.transports.symmetric_launch import Tuning
@@ -36,6 +38,7 @@ def open_bare(group, hidden_size, capacity, tuning, slot_rows):
         generation=0,
     )
     step_tensors = StepTensors(group.rank, group.size, group.device)
+    symmetric.INDEX_DTYPES, symmetric.FLOAT_DTYPES = (torch.int32,), (torch.float32, torch.bfloat16)  # compile what is used here
     return SymmetricTransport(settings, step_tensors, slot_rows=slot_rows, tuning=tuning)
 
 
@@ -124,6 +127,28 @@ def host_time(group, bench):
                 times[name].append(span)
         torch.cuda.synchronize()
         ws.check()
+        transport = ws.active_transport
+        alone = transport.solo()
+        counts = alone._kernels.counts
+        tensor = torch.zeros(64, device=ws.device)
+        plain = copy.copy(counts)
+        plain._run = copy.copy(counts._run)
+        plain._run.launch_pdl = False
+        solo_args = (1, alone._buffer.address, alone._buffer.table_address, 0, 1, alone._place.state, alone._place.block,
+                     alone._step_tensors.packed.data_ptr(), group.rank, group.size, 1, 0, 1, 0)  # fmt: skip
+        for name, call in (
+            ("torch_add", lambda: tensor.add_(1)),
+            ("launch_pdl", lambda: counts(*solo_args)),
+            ("launch_plain", lambda: plain(*solo_args)),
+            ("raw_stream", lambda: torch._C._cuda_getCurrentRawStream(group.device.index)),
+        ):
+            spans = []
+            for _ in range(200):
+                a = time.perf_counter()
+                call()
+                spans.append(time.perf_counter() - a)
+            torch.cuda.synchronize()
+            times[name] = spans
     return {"opened_s": round(opened_s, 2), **{f"host_{k}_us": round(sorted(v)[len(v) // 2] * 1e6, 1) for k, v in times.items()}}
 
 
@@ -143,10 +168,10 @@ def worker(group, grid, path):
 
 
 if __name__ == "__main__":
-    small = itertools.product((7168, 2048), (1, 8, 32, 128), (4, 8, 16), (None, 64, 32, 264), (192,))
-    large = itertools.product((7168, 2048), (512, 4096), (8, 16, 32), (None, 264), (192,))
-    slots = itertools.product((7168, 2048), (128, 256, 512), (8, 16), (None, 264), (64, 512))
-    grid = [(h, t, w, p, s) for h, t, w, p, s in (*small, *large, *slots)]
+    small = itertools.product((4, 8, 16), (7168, 2048), (1, 8, 32, 128), (None, 264), (192,))
+    large = itertools.product((8, 16, 32), (7168, 2048), (512, 4096), (None, 264, 528), (192,))
+    slots = itertools.product((8, 16), (7168, 2048), (256, 512), (None, 264), (128, 512))
+    grid = [(h, t, w, p, s) for w, h, t, p, s in (*small, *large, *slots) if w * (p or 132) <= 132 * 32]
     if "quick" in sys.argv:
         grid = [(h, t, 8, None, 192) for h in (7168, 2048) for t in (1, 8, 32, 128, 512, 4096)]
     print(run_ranks(worker, 2, grid, sys.argv[1], backend="nccl", timeout_s=540))

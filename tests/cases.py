@@ -79,12 +79,20 @@ def run_case(group: tf.EPGroup, case: Case) -> int:
     return compared
 
 
+def settle(ws: tf.Workspace) -> None:
+    """Waits for this rank's stream. A copy between host and device behind a waiting kernel holds a lock of the driver: virtual
+    ranks, which share the driver, would keep one another from launching."""
+    if ws.device.type == "cuda":
+        torch.cuda.current_stream(ws.device).synchronize()
+
+
 def begin(ws: tf.Workspace, step: StepCase) -> None:
     rank = ws.group.rank
     real: int | torch.Tensor | None = None if step.real is None else step.real[rank]
     if step.real_as_tensor and real is not None:
         real = torch.tensor([real], dtype=torch.int32, device=ws.device)
     published = ws.begin_step(step.tokens[rank], real)
+    settle(ws)
     assert published.tokens_per_rank.tolist() == list(step.tokens)
     assert published.valid_tokens.item() == sum(step.tokens)
     assert published.rank_token_offset.item() == sum(step.tokens[:rank])
@@ -111,6 +119,7 @@ def run_layer(ws: tf.Workspace, dispatcher: tf.Dispatcher, step: StepCase, layer
         got = dispatcher.dispatch_end()
     else:
         got = dispatcher.dispatch(*given)
+    settle(ws)
     expected = expected_dispatch(inputs, step)
     num_valid = sum(step.tokens)
     same("hidden", got.hidden[:num_valid], expected.hidden)
@@ -128,6 +137,7 @@ def run_layer(ws: tf.Workspace, dispatcher: tf.Dispatcher, step: StepCase, layer
         out = dispatcher.combine_end()
     else:
         out = dispatcher.combine(partial, got)
+    settle(ws)
     wanted = tf.reference.combine([i.partial for i in inputs], step.tokens, ws.combine_dtype, ws.config.dtype)[rank]
     same("combined", out, wanted[: own.hidden.shape[0]])
 

@@ -230,7 +230,8 @@ class SymmetricTransport(Rounds):
         views = _views(settings, buffer, layout)
         address = buffer.address
         place = Place(group.rank, group.size, address + wire.STATE, address + layout.block.offset)
-        grid = _grid(settings, layout, tuning, buffer.is_virtual)
+        resident = min(launch.resident for launch in (*kernels.dispatch.values(), *kernels.combine.values()))
+        grid = _grid(settings, layout, tuning, resident, buffer.is_virtual)
         super().__init__(settings, step_tensors, buffer, layout, kernels, views, place, grid)
         self.name = "nvls" if multicast else "p2p"
         alone = Place(0, 1, address + wire.SOLO_STATE, address + layout.solo_block.offset)
@@ -401,11 +402,12 @@ def _no_views() -> Views:
     return Views(Gathered(empty, empty, empty), empty)
 
 
-def _grid(settings: TransportSettings, layout: Layout, tuning: Tuning, is_virtual: bool) -> int:
+def _grid(settings: TransportSettings, layout: Layout, tuning: Tuning, resident: int, is_virtual: bool) -> int:
     """Programs of a dispatch or combine launch, from C and EP alone: a graph is captured at one count and replayed at another."""
     if settings.group.device.type == "cpu":
         return 1
     limit = tuning.max_programs or torch.cuda.get_device_properties(settings.group.device).multi_processor_count
+    limit = min(limit, resident)
     if settings.max_ctas is not None:
         limit = min(limit, settings.max_ctas)
     if is_virtual:  # every rank's programs must be on the GPU at once, and the next kernel's wait there too

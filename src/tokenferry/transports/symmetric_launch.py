@@ -22,6 +22,9 @@ DTYPES: Mapping[torch.dtype, Any] = {
     torch.int64: tl.int64,
 }
 
+REGISTERS_PER_SM = 65536
+"""On every NVIDIA GPU since 2014."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
@@ -42,7 +45,10 @@ class Tuning:
 
 
 class Launch(Protocol):
-    """A kernel ready to run."""
+    """A kernel ready to run. `resident`: the most programs of it that the device holds at once."""
+
+    @property
+    def resident(self) -> int: ...
 
     def __call__(self, grid: int, *args: int) -> None:
         """Runs `grid` programs on the current stream."""
@@ -54,6 +60,7 @@ class InterpretedLaunch:
 
     kernel: Any
     constants: Mapping[str, Any]
+    resident: int = 1
 
     def __call__(self, grid: int, *args: int) -> None:
         """See `Launch`."""
@@ -69,11 +76,22 @@ class CompiledLaunch:
         self._compiled, self._run, self._function = compiled, compiled.run, compiled.function
         self._metadata, self._constants = compiled.packed_metadata, tuple(constants.values())
         self._device_index = device_index
+        self.resident = _resident(compiled, device_index)
 
     def __call__(self, grid: int, *args: int) -> None:
         """See `Launch`."""
         stream = torch._C._cuda_getCurrentRawStream(self._device_index)
         self._run(grid, 1, 1, stream, self._function, self._metadata, None, None, None, *args, *self._constants)
+
+
+def _resident(compiled: Any, device_index: int) -> int:
+    """Programs that the whole GPU holds at once, which a launch must not exceed: one that waits for room cannot send what the
+    peers' waiting programs, and through them its own, wait for."""
+    properties = torch.cuda.get_device_properties(device_index)
+    threads = compiled.metadata.num_warps * properties.warp_size
+    registers = -(-compiled.n_regs // 8) * 8 * threads
+    by_threads = properties.max_threads_per_multi_processor // threads
+    return properties.multi_processor_count * min(by_threads, REGISTERS_PER_SM // registers)
 
 
 def source(kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any]) -> ASTSource:
