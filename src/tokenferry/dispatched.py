@@ -13,7 +13,8 @@ class Dispatched:
 
     Attributes:
         hidden: [R, H] in the configuration's dtype. Rows >= V are undefined, NaNs included.
-        topk_idx: [R, K] int32 global expert numbers; -1 = no expert: padding rows, and every row >= V.
+        topk_idx: [R, K] global expert numbers, int32 or the workspace's `index_dtype`; -1 = no expert: padding rows, and every
+            row >= V.
         topk_weights: [R, K] float32, carried unchanged, also where the id is -1. Rows >= V are undefined.
         valid_tokens: [1] int32, V, on the device.
 

@@ -70,7 +70,7 @@ class StoreChannel:
 
 
 class EPGroup:
-    """The ranks that share a model's experts.
+    """The ranks that share a model's experts. All ranks make their groups on a process group in the same order.
 
     Args:
         process_group: a `torch.distributed` process group (`torch.distributed.group.WORLD` for all ranks). None makes a
@@ -118,8 +118,10 @@ class EPGroup:
         self, store: dist.Store, rank: int, size: int, device: torch.device, process_group: dist.ProcessGroup | None
     ) -> None:
         self.rank, self.size, self.device, self.process_group = rank, size, device, process_group
-        self.store = store
-        self.channel: Channel = StoreChannel(store, rank, size)
+        # A second group on the same store must not find the first one's words: each rank counts the groups that it has made.
+        number = store.add(f"groups made by rank {rank}", 1)
+        self.store = dist.PrefixStore(f"group.{number}", store)
+        self.channel: Channel = StoreChannel(self.store, rank, size)
         self._names_given: dict[str, int] = {}
 
     def subset(self, ranks: Sequence[int]) -> EPGroup:

@@ -47,6 +47,7 @@ class Workspace:
         max_tokens_per_rank: C, the most rows a rank may bring to a step, padding included.
         transport: "auto", or one of `transports.select.TRANSPORTS`.
         combine_dtype: of the partial rows on the wire. Default: `config.dtype`.
+        index_dtype: of `Dispatched.topk_idx`: int32, or int64 for expert kernels that want it; written so, without a pass.
         combine_order: "rank": terms are summed in rank order, the same bits on every transport. "any": the library's or the
             hardware's own order where that is faster, outside every promise of equal bits.
         counts: "uneven": ranks bring different numbers of rows. "equal": all ranks promise the same number in every step, and
@@ -69,6 +70,7 @@ class Workspace:
         max_tokens_per_rank: int,
         transport: str = "auto",
         combine_dtype: torch.dtype | None = None,
+        index_dtype: torch.dtype = torch.int32,
         combine_order: CombineOrder = "rank",
         counts: Counts = "uneven",
         timeout_s: float = 30.0,
@@ -80,6 +82,7 @@ class Workspace:
             group=group,
             max_tokens_per_rank=max_tokens_per_rank,
             combine_dtype=config.dtype if combine_dtype is None else combine_dtype,
+            index_dtype=index_dtype,
             combine_order=combine_order,
             counts=counts,
             timeout_s=timeout_s,
@@ -157,11 +160,12 @@ class Workspace:
         *,
         transport: str,
         combine_dtype: torch.dtype | None = None,
+        index_dtype: torch.dtype = torch.int32,
     ) -> int:
         """What `nbytes` would be, without opening anything. `transport` is a name, not "auto"."""
         if transport not in select.TRANSPORTS:
             raise ConfigError(f"transport must be one of {', '.join(select.TRANSPORTS)}, got {transport!r}")
-        return required_bytes(transport, config, ep_size, max_tokens_per_rank, combine_dtype or config.dtype)
+        return required_bytes(transport, config, ep_size, max_tokens_per_rank, combine_dtype or config.dtype, index_dtype)
 
     # --- step -------------------------------------------------------------------------------------------------------
 
@@ -332,6 +336,8 @@ class Workspace:
 def _check_settings(settings: TransportSettings) -> None:
     if not isinstance(settings.max_tokens_per_rank, int) or settings.max_tokens_per_rank < 1:
         raise ConfigError(f"max_tokens_per_rank must be a positive int, got {settings.max_tokens_per_rank!r}")
+    if settings.index_dtype not in (torch.int32, torch.int64):
+        raise ConfigError(f"index_dtype must be torch.int32 or torch.int64, got {settings.index_dtype}")
     if settings.combine_dtype not in HIDDEN_DTYPES:
         raise ConfigError(f"combine_dtype must be one of {', '.join(map(str, HIDDEN_DTYPES))}, got {settings.combine_dtype}")
     if settings.combine_order not in ("rank", "any"):
@@ -375,6 +381,7 @@ def _agree_to_open(settings: TransportSettings, requested: str, phase: Phase) ->
         "dtype": str(config.dtype),
         "max_tokens_per_rank": settings.max_tokens_per_rank,
         "combine_dtype": str(settings.combine_dtype),
+        "index_dtype": str(settings.index_dtype),
         "combine_order": settings.combine_order,
         "counts": settings.counts,
         "transport": requested,

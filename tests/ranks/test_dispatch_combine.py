@@ -72,3 +72,24 @@ def test_settings_that_differ_are_an_error_on_every_rank() -> None:
     said = run_ranks(differing_settings, 2)
     assert said[0].startswith("hidden_size differs between ranks: rank 0 has 8, rank 1 has 9")
     assert said[1].startswith("hidden_size differs between ranks: rank 1 has 9, rank 0 has 8")
+
+
+def two_groups(group: tf.EPGroup) -> bool:
+    other = tf.EPGroup.from_store(group.store, group.rank, group.size)
+    third = tf.EPGroup.from_store(group.store, group.rank, group.size)
+    case = Case(steps=(StepCase((2, 3)),))
+    return all(run_case(each, case) == 1 for each in (other, third, group))
+
+
+def test_groups_on_one_store_do_not_read_each_others_words() -> None:
+    assert all(run_ranks(two_groups, 2))
+
+
+@pytest.mark.parametrize("transport", ["local", "collective"])
+def test_ids_come_in_the_dtype_asked_for(transport: str) -> None:
+    group = tf.EPGroup(device="cpu")
+    with tf.Workspace(Case().config, group, max_tokens_per_rank=4, transport=transport, index_dtype=torch.int64) as ws:
+        ws.begin_step(1)
+        ids = torch.tensor([[3, -1]], dtype=torch.int32)
+        got = ws.dispatcher().dispatch(torch.zeros(1, 16, dtype=torch.bfloat16), ids, torch.ones(1, 2))
+        assert got.topk_idx.dtype == torch.int64 and got.topk_idx.tolist() == [[3, -1]]

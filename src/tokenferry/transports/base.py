@@ -39,6 +39,8 @@ class TransportSettings:
     name: str
     generation: int
     debug: bool = False
+    index_dtype: torch.dtype = torch.int32
+    """Of the gathered expert numbers."""
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ class CollectiveTransport:
         assert dispatch is not None, "the workspace orders the halves"
         self._finish(dispatch.pending)
         idx, weights = unpack_routing(dispatch.routing_R2K)
-        return Gathered(dispatch.hidden_RH, idx, weights)
+        return Gathered(dispatch.hidden_RH, idx.to(self._settings.index_dtype), weights)
 
     # --- combine ----------------------------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ class LocalTransport:
         if self._num_supplied < self._request.num_tokens:
             hidden, topk_idx, topk_weights = pad_rows(hidden, topk_idx, topk_weights, self._request.num_tokens)
         masked = mask_padding(topk_idx, self._request.num_real_tokens)
-        self._gathered = Gathered(hidden, masked, topk_weights.to(torch.float32))
+        self._gathered = Gathered(hidden, masked.to(self._settings.index_dtype), topk_weights.to(torch.float32))
 
     def dispatch_end(self) -> Gathered:
         gathered, self._gathered = self._gathered, None

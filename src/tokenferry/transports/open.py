@@ -25,8 +25,15 @@ def open_transport(name: str, settings: TransportSettings, step_tensors: StepTen
     return CollectiveTransport(settings, step_tensors)
 
 
-def required_bytes(name: str, config: MoEConfig, ep_size: int, max_tokens_per_rank: int, combine_dtype: torch.dtype) -> int:
+def required_bytes(
+    name: str,
+    config: MoEConfig,
+    ep_size: int,
+    max_tokens_per_rank: int,
+    combine_dtype: torch.dtype,
+    index_dtype: torch.dtype = torch.int32,
+) -> int:
     """Bytes that a rank's workspace holds for as long as it is open."""
     if name in SYMMETRIC:
-        return symmetric_layout.required_bytes(config, ep_size, max_tokens_per_rank, combine_dtype, name == "nvls")
+        return symmetric_layout.required_bytes(config, ep_size, max_tokens_per_rank, combine_dtype, name == "nvls", index_dtype)
     return LocalTransport.required_bytes(ep_size) if name == "local" else CollectiveTransport.required_bytes(ep_size)

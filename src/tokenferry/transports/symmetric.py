@@ -216,7 +216,13 @@ class SymmetricTransport(Rounds):
         tuning = tuning or Tuning()
         group, config = settings.group, settings.config
         layout = plan(
-            config, group.size, settings.max_tokens_per_rank, settings.combine_dtype, multicast=multicast, slot_rows=slot_rows
+            config,
+            group.size,
+            settings.max_tokens_per_rank,
+            settings.combine_dtype,
+            multicast=multicast,
+            slot_rows=slot_rows,
+            index_dtype=settings.index_dtype,
         )
         buffer = SymmetricBuffer(group, layout.num_bytes, f"{settings.name}/memory", settings.open_timeout_s)
         check_addresses(buffer.peers)
@@ -340,7 +346,7 @@ def load_kernels(settings: TransportSettings, tuning: Tuning, multicast: bool) -
             "K": config.topk,
             "IDX": DTYPES[idx],
             "WEIGHTS": DTYPES[weights],
-            "OUT_IDX": DTYPES[torch.int32],
+            "OUT_IDX": DTYPES[settings.index_dtype],
             "WORDS": 4 if row_bytes % 16 == 0 else 2,
             "BLOCK": tuning.block,
             "MULTICAST": int(multicast),
@@ -391,7 +397,7 @@ def _views(settings: TransportSettings, buffer: SymmetricBuffer, layout: Layout)
 
     gathered = Gathered(
         view(layout.hidden, config.dtype, config.hidden_size),
-        view(layout.topk_idx, torch.int32, config.topk),
+        view(layout.topk_idx, settings.index_dtype, config.topk),
         view(layout.topk_weights, torch.float32, config.topk),
     )
     return Views(gathered, view(layout.terms, settings.combine_dtype, config.hidden_size))

@@ -79,6 +79,7 @@ def plan(
     *,
     multicast: bool = False,
     slot_rows: int = SLOT_ROWS,
+    index_dtype: torch.dtype = torch.int32,
 ) -> Layout:
     """The layout for C = `max_tokens_per_rank` rows a rank.
 
@@ -111,7 +112,7 @@ def plan(
         "dispatch_slots": 2 * num_slots * dispatch_slot_bytes,
         "combine_slots": 2 * (ep_size - 1) * combine_slot_bytes,
         "hidden": rows * row_bytes,
-        "topk_idx": rows * config.topk * 4,
+        "topk_idx": rows * config.topk * index_dtype.itemsize,
         "topk_weights": rows * config.topk * 4,
         "terms": rows * wire_row_bytes,
     }
@@ -129,7 +130,14 @@ def plan(
     )
 
 
-def required_bytes(config: MoEConfig, ep_size: int, max_tokens_per_rank: int, combine_dtype: torch.dtype, multicast: bool) -> int:
+def required_bytes(
+    config: MoEConfig,
+    ep_size: int,
+    max_tokens_per_rank: int,
+    combine_dtype: torch.dtype,
+    multicast: bool,
+    index_dtype: torch.dtype = torch.int32,
+) -> int:
     """What a rank holds: the buffer, the table of addresses, and the step's counts."""
-    layout = plan(config, ep_size, max_tokens_per_rank, combine_dtype, multicast=multicast)
+    layout = plan(config, ep_size, max_tokens_per_rank, combine_dtype, multicast=multicast, index_dtype=index_dtype)
     return layout.num_bytes + ep_size * 8 + (3 + 2 * ep_size) * 4

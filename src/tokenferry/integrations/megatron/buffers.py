@@ -73,14 +73,11 @@ class StaticRows:
         )
         self.rsv_GH = layer.combine_input()
         layer.combine(self.rsv_GH, got)
-        self._routing_GK = got.topk_idx.to(torch.int64)
-        self.gathered = GatheredRows(got.hidden, self._routing_GK, got.topk_weights)
+        self.gathered = GatheredRows(got.hidden, got.topk_idx, got.topk_weights)
 
     def dispatch(self, layer: Dispatcher, hidden: torch.Tensor, routing: torch.Tensor, probs: torch.Tensor) -> GatheredRows:
         got = layer.dispatch(hidden, routing, probs)
-        if got.topk_idx.data_ptr() != self._routing_GK.data_ptr():
-            self._routing_GK.copy_(got.topk_idx)
-        return GatheredRows(got.hidden, self._routing_GK, got.topk_weights)
+        return GatheredRows(got.hidden, got.topk_idx, got.topk_weights)
 
     def combine(self, layer: Dispatcher, partial_GH: torch.Tensor) -> torch.Tensor:
         return layer.combine(partial_GH)
@@ -208,6 +205,7 @@ def open_workspace(
         max_tokens_per_rank=max_tokens_per_rank,
         transport=transport,
         combine_dtype=settings.combine_dtype,
+        index_dtype=torch.int64,
         counts=counts,
         timeout_s=settings.timeout_s,
         open_timeout_s=settings.open_timeout_s,
