@@ -21,7 +21,8 @@ INTERPRETER = {"TRITON_INTERPRET": "1"}
 SHARED = Path("/dev/shm")
 CARRIED = [name for name, (world_size, case) in CASES.items() if case.combine_order == "rank" and world_size <= 4]
 SLOT_ROWS = 192
-"""Steps with more rows than this go the bulk way."""
+"""Steps with more rows than this go the bulk way in a workspace of `CAPACITY` rows or more."""
+CAPACITY = 1025
 
 
 def on_p2p(case: Case) -> Case:
@@ -99,7 +100,7 @@ def random_steps(seed: int, count: int, world_size: int, most: int) -> list[Step
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_random_steps_across_the_threshold(world_size: int) -> None:
     steps = tuple(random_steps(world_size, 100, world_size, SLOT_ROWS + 8))
-    case = Case(hidden_size=8, topk=3, capacity=SLOT_ROWS + 8, transport="p2p", steps=steps)
+    case = Case(hidden_size=8, topk=3, capacity=CAPACITY, transport="p2p", steps=steps)
     assert run_ranks(run_case, world_size, case, env=INTERPRETER, timeout_s=150) == [sum(s.layers for s in steps)] * world_size
 
 
@@ -108,7 +109,7 @@ def test_random_steps_across_the_threshold(world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_thousands_of_random_steps(world_size: int) -> None:
     steps = tuple(random_steps(10 + world_size, 700, world_size, SLOT_ROWS + 8))
-    case = Case(hidden_size=8, topk=3, capacity=SLOT_ROWS + 8, transport="p2p", steps=steps)
+    case = Case(hidden_size=8, topk=3, capacity=CAPACITY, transport="p2p", steps=steps)
     assert run_ranks(run_case, world_size, case, env=INTERPRETER, timeout_s=1400) == [sum(s.layers for s in steps)] * world_size
 
 
@@ -136,7 +137,7 @@ def delayed(group: tf.EPGroup, steps: list[StepCase]) -> list[str]:
 
     observer = Slow()
     config = tf.MoEConfig(hidden_size=16, num_experts=8, topk=2)
-    with tf.Workspace(config, group, max_tokens_per_rank=SLOT_ROWS + 2, transport="p2p", timeout_s=20) as ws:
+    with tf.Workspace(config, group, max_tokens_per_rank=CAPACITY, transport="p2p", timeout_s=20) as ws:
         ws.active_transport.observe(observer)
         layers = [ws.dispatcher(), ws.dispatcher()]
         for step in steps:
@@ -148,7 +149,7 @@ def delayed(group: tf.EPGroup, steps: list[StepCase]) -> list[str]:
 
 
 def test_packets_in_any_order_with_pauses_between_them() -> None:
-    steps = random_steps(5, 25, 3, 4) + [StepCase((SLOT_ROWS + 1, 0, 3)), StepCase((2, 2, 2))]
+    steps = [*random_steps(5, 25, 3, 4), StepCase((SLOT_ROWS + 1, 0, 3)), StepCase((2, 2, 2))]
     kinds = run_ranks(delayed, 3, steps, env=INTERPRETER, timeout_s=120)
     assert kinds == [["count", "restore", "send", "signal", "take"]] * 3
 
@@ -205,17 +206,17 @@ def test_solo_disturbs_neither_counts_nor_peers() -> None:
     run_ranks(solo_between_steps, 2, env=INTERPRETER)
 
 
-def held(group: tf.EPGroup) -> tuple[int, int, int, list[str]]:
+def held(group: tf.EPGroup) -> tuple[int, int, list[str]]:
     config = tf.MoEConfig(hidden_size=24, num_experts=8, topk=3)
     before = {path.name for path in SHARED.iterdir()}
     with tf.Workspace(config, group, max_tokens_per_rank=300, transport="p2p", combine_dtype=torch.float32) as ws:
         left = sorted({path.name for path in SHARED.iterdir() if path.name.startswith("tokenferry-")} - before)
         required = tf.Workspace.required_bytes(config, 2, 300, transport="p2p", combine_dtype=torch.float32)
-        return ws.nbytes, required, ws.step_tensors_nbytes if hasattr(ws, "step_tensors_nbytes") else 0, left
+        return ws.nbytes, required, left
 
 
 def test_required_bytes_is_what_is_held_and_no_name_is_left_in_shared_memory() -> None:
-    for nbytes, required, _, left in run_ranks(held, 2, env=INTERPRETER):
+    for nbytes, required, left in run_ranks(held, 2, env=INTERPRETER):
         assert nbytes == required
         assert left == []
 
@@ -224,7 +225,7 @@ def test_required_bytes_is_what_is_held_and_no_name_is_left_in_shared_memory() -
 
 
 def late(group: tf.EPGroup, rows: int) -> list[str]:
-    with tf.Workspace(Case().config, group, max_tokens_per_rank=SLOT_ROWS + 8, transport="p2p", timeout_s=1.5) as ws:
+    with tf.Workspace(Case().config, group, max_tokens_per_rank=CAPACITY, transport="p2p", timeout_s=1.5) as ws:
         dispatcher = ws.dispatcher()
         ws.begin_step(rows)
         if group.rank == 1:

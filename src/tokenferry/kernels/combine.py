@@ -170,16 +170,18 @@ def combine_kernel(
     PER_PACKET: tl.constexpr = WORDS * 4 // WIRE_BYTES
     PER_ROW: tl.constexpr = H // PER_PACKET
     ROW_BYTES: tl.constexpr = H * WIRE_BYTES
-    nearest = tl.load(peer_table + (rank + 1) % size)
-    wire.wait_for_previous_kernel(PDL)
-    wire.let_next_kernel_start(PDL)
-    record = wire.read_record(own)
+    # Before the previous kernel has ended: the step's counts and the round are as they were when it began, since a dispatch
+    # always lies between this kernel and whatever last wrote them.
+    nearest = tl.load(peer_table + wire.wrap(rank + 1, size))
     valid = tl.load(words)
     largest = tl.load(words + 1)
     mine = tl.load(words + 2 + rank)
     first = tl.load(words + 2 + size + rank)
     current = wire.read_round(state)
     step = tl.load(wire.field(state, wire.STATE_STEP, tl.int32))
+    wire.wait_for_previous_kernel(PDL)
+    wire.let_next_kernel_start(PDL)
+    record = wire.read_record(own)
     if record != 0:
         wire.report(own, record)
     else:
@@ -194,22 +196,23 @@ def combine_kernel(
         at = own_terms + packet.to(tl.int64) * PER_PACKET
         n0, n1, n2, n3 = load_term(partial, at, packet < own_packets, PARTIAL, WIRE, WORDS)
         if in_slots:
-            shift = 0
+            begin = pid
             address = nearest
             for i in range(1, size):
-                owner = (rank + i) % size
+                owner = wire.wrap(rank + i, size)
                 num_packets = tl.load(words + 2 + owner) * PER_ROW
                 base = tl.load(words + 2 + size + owner).to(tl.int64) * H
                 goal = address + parity_slots + (rank - (rank > owner).to(tl.int32)) * slot_bytes
-                address = tl.load(peer_table + (owner + 1) % size)
+                address = tl.load(peer_table + wire.wrap(owner + 1, size))
                 blocks = (num_packets + BLOCK - 1) // BLOCK
-                for b in range((pid + programs - shift % programs) % programs, blocks, programs):
+                for b in range(begin, blocks, programs):
                     packet = b * BLOCK + lanes
                     live = packet < num_packets
                     place = packet.to(tl.int64)
                     w0, w1, w2, w3 = load_term(partial, base + place * PER_PACKET, live, PARTIAL, WIRE, WORDS)
                     wire.send(goal + place * (WORDS * 4), w0, w1, w2, w3, live, own, WORDS)
-                shift += blocks
+                begin -= tl.where(blocks < programs, blocks, blocks % programs)
+                begin = tl.where(begin < 0, begin + programs, begin)
         elif size > 1:
             turn = pid + programs - 1  # nothing to copy: the first program may tell at once
             if is_in_place == 0:

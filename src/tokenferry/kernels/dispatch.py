@@ -43,7 +43,7 @@ SIGNATURE = {
 
 @triton.jit
 def load_routing(word, topk_idx, topk_weights, num_supplied, K: tl.constexpr, IDX: tl.constexpr, WEIGHTS: tl.constexpr):
-    """Words of the routing message, [rows][K numbers, then K float32 weights]; the number -1 in rows that were not supplied.
+    """Words of the routing message, [rows][K numbers, then K float32 weights].
 
     Example:
         K = 2, one row with numbers (3, 5) and weights (0.5, 0.25): words 3, 5, 0x3F000000, 0x3E800000.
@@ -59,13 +59,24 @@ def load_routing(word, topk_idx, topk_weights, num_supplied, K: tl.constexpr, ID
 
 
 @triton.jit
-def mask_routing(word, bits, num_words, num_real, K: tl.constexpr):
-    """The words as they travel: the number -1 in padding rows, escaped, and 0 behind the message's end."""
+def mask_routing(word, bits, num_words, num_supplied, num_real, K: tl.constexpr):
+    """The words as they travel: the number -1 in rows of padding or not supplied, escaped, and 0 behind the message's end."""
     row = word // (2 * K)
     is_idx = word - row * (2 * K) < K
     minus_one = tl.full(bits.shape, 0xFFFFFFFF, tl.uint32)
-    bits = tl.where(is_idx & (row >= num_real), minus_one, bits)
+    bits = tl.where(is_idx & (row >= tl.minimum(num_supplied, num_real)), minus_one, bits)
     return tl.where(word < num_words, wire.escape(bits), 0)
+
+
+@triton.jit
+def next_share(begin, blocks, programs):
+    """Where this program begins in the next list of blocks, so that all lists together are dealt out evenly.
+
+    Example:
+        Of 4 programs the one that began at 1 in a list of 3 blocks begins at 2 in the next: programs 3, 0 and 1 go first.
+    """
+    begin -= tl.where(blocks < programs, blocks, blocks % programs)
+    return tl.where(begin < 0, begin + programs, begin)
 
 
 @triton.jit
@@ -141,7 +152,12 @@ def dispatch_kernel(
     lanes = tl.arange(0, BLOCK)
     ROW_BYTES: tl.constexpr = ROW_WORDS * 4
     PER_ROW: tl.constexpr = ROW_WORDS // WORDS
-    nearest = tl.load(peer_table + (rank + 1) % size)
+    nearest = tl.load(peer_table + wire.wrap(rank + 1, size))
+    supplied = num_supplied * PER_ROW
+    # Routing packets go to the programs after those with hidden rows.
+    routing_program = pid - ((supplied + BLOCK - 1) // BLOCK) % programs
+    routing_program = tl.where(routing_program < 0, routing_program + programs, routing_program)
+    word = (routing_program * BLOCK + lanes) * 4
     wire.wait_for_previous_kernel(PDL)
     wire.let_next_kernel_start(PDL)
 
@@ -155,16 +171,17 @@ def dispatch_kernel(
     dirty = tl.load(wire.field(own, wire.DIRTY_ROWS, tl.int32))
     current = wire.read_round(state)
     step = tl.load(wire.field(state, wire.STATE_STEP, tl.int32))
-    supplied = num_supplied * PER_ROW
     packet = pid * BLOCK + lanes
     n0, n1, n2, n3 = wire.load(hidden + packet.to(tl.int64) * (WORDS * 4), packet < supplied, WORDS)
-    # Routing packets go to the programs after those with hidden rows.
-    routing_program = (pid + programs - ((supplied + BLOCK - 1) // BLOCK) % programs) % programs
-    word = (routing_program * BLOCK + lanes) * 4
-    m0 = load_routing(word, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
-    m1 = load_routing(word + 1, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
-    m2 = load_routing(word + 2, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
-    m3 = load_routing(word + 3, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
+    m0 = tl.zeros([BLOCK], tl.uint32)
+    m1 = m0
+    m2 = m0
+    m3 = m0
+    if routing_program * (BLOCK * 4) < num_supplied * (2 * K):
+        m0 = load_routing(word, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
+        m1 = load_routing(word + 1, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
+        m2 = load_routing(word + 2, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
+        m3 = load_routing(word + 3, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
     if record != 0:
         wire.report(own, record)
     else:
@@ -194,10 +211,10 @@ def dispatch_kernel(
             else:
                 address = nearest
                 for i in range(1, size):
-                    peer = (rank + i) % size
+                    peer = wire.wrap(rank + i, size)
                     slot = parity_slots + (rank - (rank > peer).to(tl.int32)) * slot_bytes
                     goal = address + tl.where(in_slots, slot, hidden_place)
-                    address = tl.load(peer_table + (peer + 1) % size)
+                    address = tl.load(peer_table + wire.wrap(peer + 1, size))
                     wire.send(goal + place, w0, w1, w2, w3, live, own, WORDS)
                 wire.store(own + hidden_place + place, w0, w1, w2, w3, live, WORDS)
 
@@ -207,10 +224,10 @@ def dispatch_kernel(
         for b in range(routing_program, (num_packets + BLOCK - 1) // BLOCK, programs):
             packet = b * BLOCK + lanes
             word = packet * 4
-            r0 = mask_routing(word, m0, num_words, real, K)
-            r1 = mask_routing(word + 1, m1, num_words, real, K)
-            r2 = mask_routing(word + 2, m2, num_words, real, K)
-            r3 = mask_routing(word + 3, m3, num_words, real, K)
+            r0 = mask_routing(word, m0, num_words, num_supplied, real, K)
+            r1 = mask_routing(word + 1, m1, num_words, num_supplied, real, K)
+            r2 = mask_routing(word + 2, m2, num_words, num_supplied, real, K)
+            r3 = mask_routing(word + 3, m3, num_words, num_supplied, real, K)
             following = word + programs * (BLOCK * 4)
             m0 = load_routing(following, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
             m1 = load_routing(following + 1, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
@@ -218,9 +235,9 @@ def dispatch_kernel(
             m3 = load_routing(following + 3, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
             address = nearest
             for i in range(1, size + 1):
-                peer = (rank + i) % size
+                peer = wire.wrap(rank + i, size)
                 goal = address
-                address = tl.load(peer_table + (peer + 1) % size)
+                address = tl.load(peer_table + wire.wrap(peer + 1, size))
                 if in_slots and i < size:
                     slot = parity_slots + (rank - (rank > peer).to(tl.int32)) * slot_bytes
                     if MULTICAST:
@@ -243,9 +260,9 @@ def dispatch_kernel(
         blamed = wire.blame(step, layer, rank, wire.DATA_MISSING)
         hints = own + counts + ((step + 1) & 1) * size * 16 + 8
         if in_slots:
-            shift = 0
+            begin = pid
             for i in range(1 - MULTICAST, size):  # the multicast writes this rank's own slot too
-                source = (rank + i) % size
+                source = wire.wrap(rank + i, size)
                 count = tl.load(words + 2 + source)
                 start = tl.load(words + 2 + size + source)
                 slot = own + parity_slots + (source - (source > rank).to(tl.int32)) * slot_bytes
@@ -256,19 +273,19 @@ def dispatch_kernel(
                 num_packets = count * PER_ROW
                 goal = own + out_hidden + start.to(tl.int64) * ROW_BYTES
                 blocks = (num_packets + BLOCK - 1) // BLOCK
-                for b in range((pid + programs - shift % programs) % programs, blocks, programs):
+                for b in range(begin, blocks, programs):
                     packet = b * BLOCK + lanes
                     live = packet < num_packets
                     place = packet.to(tl.int64) * (WORDS * 4)
                     w0, w1, w2, w3 = wire.take(slot + place, live, own, blamed_source, hint, WORDS)
                     wire.store(goal + place, w0, w1, w2, w3, live, WORDS)
-                shift += blocks
+                begin = next_share(begin, blocks, programs)
                 num_words = count * (2 * K)
                 if MULTICAST:
                     num_words = tl.where(i == 0, 0, num_words)
                 num_packets = (num_words + 3) // 4
                 blocks = (num_packets + BLOCK - 1) // BLOCK
-                for b in range((pid + programs - shift % programs) % programs, blocks, programs):
+                for b in range(begin, blocks, programs):
                     packet = b * BLOCK + lanes
                     word = packet * 4
                     place = slot + routing_offset + packet.to(tl.int64) * 16
@@ -277,7 +294,7 @@ def dispatch_kernel(
                     store_routing(word + 1, r1, word + 1 < num_words, own + out_idx, own + out_weights, start, K, OUT_IDX)
                     store_routing(word + 2, r2, word + 2 < num_words, own + out_idx, own + out_weights, start, K, OUT_IDX)
                     store_routing(word + 3, r3, word + 3 < num_words, own + out_idx, own + out_weights, start, K, OUT_IDX)
-                shift += blocks
+                begin = next_share(begin, blocks, programs)
         else:
             if wire.arrive(state) == programs - 1:
                 tl.store(wire.field(state, wire.STATE_ARRIVALS, tl.int32), 0)

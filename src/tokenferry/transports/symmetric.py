@@ -24,8 +24,8 @@ from tokenferry.kernels.dispatch import dispatch_kernel
 from tokenferry.memory import SymmetricBuffer
 from tokenferry.step import StepRequest, StepTensors
 from tokenferry.transports.base import AbortRecord, Gathered, TransportSettings
-from tokenferry.transports.symmetric_launch import DTYPES, Launch, Tuning, check_addresses, prepare
-from tokenferry.transports.symmetric_layout import SLOT_ROWS, Layout, Region, plan
+from tokenferry.transports.symmetric_launch import DTYPES, PROGRAMS_PER_SM, Launch, Tuning, check_addresses, prepare, tuning_for
+from tokenferry.transports.symmetric_layout import Layout, Region, plan
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -210,10 +210,9 @@ class SymmetricTransport(Rounds):
         step_tensors: StepTensors,
         *,
         multicast: bool = False,
-        slot_rows: int = SLOT_ROWS,
+        slot_rows: int | None = None,
         tuning: Tuning | None = None,
     ) -> None:
-        tuning = tuning or Tuning()
         group, config = settings.group, settings.config
         layout = plan(
             config,
@@ -224,6 +223,7 @@ class SymmetricTransport(Rounds):
             slot_rows=slot_rows,
             index_dtype=settings.index_dtype,
         )
+        tuning = tuning or _tuning(settings, layout)
         buffer = SymmetricBuffer(group, layout.num_bytes, f"{settings.name}/memory", settings.open_timeout_s)
         check_addresses(buffer.peers)
         if multicast and group.size > 1 and not buffer.multicast_address:
@@ -408,20 +408,32 @@ def _no_views() -> Views:
     return Views(Gathered(empty, empty, empty), empty)
 
 
+def _num_packets(settings: TransportSettings, layout: Layout) -> int:
+    """Packets that the largest rank of a step in slots sends, or gets back."""
+    config = settings.config
+    largest = max(config.dtype.itemsize, settings.combine_dtype.itemsize)
+    return layout.slot_rows * (config.hidden_size * largest // 16 + config.topk * 2 // 4 + 1)
+
+
+def _tuning(settings: TransportSettings, layout: Layout) -> Tuning:
+    if settings.group.device.type == "cpu":
+        return Tuning(num_warps=8, max_programs=1)
+    num_sms = torch.cuda.get_device_properties(settings.group.device).multi_processor_count
+    if settings.max_tokens_per_rank > layout.slot_rows:
+        return Tuning(num_warps=16, max_programs=PROGRAMS_PER_SM * num_sms)
+    return tuning_for(_num_packets(settings, layout), num_sms)
+
+
 def _grid(settings: TransportSettings, layout: Layout, tuning: Tuning, resident: int, is_virtual: bool) -> int:
     """Programs of a dispatch or combine launch, from C and EP alone: a graph is captured at one count and replayed at another."""
     if settings.group.device.type == "cpu":
         return 1
-    limit = tuning.max_programs or torch.cuda.get_device_properties(settings.group.device).multi_processor_count
-    limit = min(limit, resident)
+    limit = min(tuning.max_programs, resident)
     if settings.max_ctas is not None:
         limit = min(limit, settings.max_ctas)
     if is_virtual:  # every rank's programs must be on the GPU at once, and the next kernel's wait there too
         limit = max(1, limit // (2 * settings.group.size))
     if settings.max_tokens_per_rank > layout.slot_rows:
         return limit
-    config = settings.config
-    packets = layout.slot_rows * config.hidden_size * max(config.dtype.itemsize, settings.combine_dtype.itemsize) // 16
-    routing = layout.slot_rows * config.topk * 2 // 4
-    blocks = -(-packets // tuning.block) + -(-routing // tuning.block)
+    blocks = -(-_num_packets(settings, layout) // tuning.block) + 1
     return max(1, min(limit, blocks * max(1, settings.group.size - 1)))
