@@ -1,0 +1,214 @@
+/* Bulk rounds: rows stored straight to their final place, arrival counters that hold the number of the round.
+ *
+ * N ranks run steps for ever. Each step: one full exchange of counts (its own protocol is in slots.pml; here it is a
+ * rendezvous), then ROUNDS rounds. In every step every rank brings rows (tokens 1) or none (0), and the step is bulk or goes
+ * through slots: those rounds count too but touch neither rows nor counters here.
+ *
+ * Memory as in slots.pml: stores to different addresses become visible in any order. A counter is stored with release: it
+ * becomes visible only after all that its rank has stored before. A store of one step is visible before its rank enters the next
+ * (else a counter that nobody waits for could be on its way for a whole range of epochs). Counters hold the round modulo EPOCHS (2**32 in the code).
+ *
+ * Rules (the same names in rules.py): send, signal.
+ *
+ * Checked: overwrote_unread_row, read_stale_row (rows and terms), and no deadlock.
+ *
+ * Variants:
+ *   AT_LEAST           a counter is compared as "not behind, by less than half the range", and not for equality
+ *   MAX_SLOT_ROUNDS    at most so many rounds in a row go through slots: a counter may be that old when it is looked at
+ *   WRITE_AFTER_STEP   after the last combine of a step a rank writes its terms without any exchange (a bug to be found)
+ *   UNORDERED_SIGNAL   the counter is an ordinary store (a bug to be found)
+ */
+#ifndef N
+#define N 2
+#endif
+#ifndef ROUNDS
+#define ROUNDS 2
+#endif
+#ifndef EPOCHS
+#define EPOCHS 4
+#endif
+#ifndef MAX_SLOT_ROUNDS
+#define MAX_SLOT_ROUNDS (EPOCHS - 2)
+#endif
+
+#define AT(dst, src) ((dst) * N + (src))
+#define DISPATCH 0
+#define COMBINE 1
+#define NOTHING 255
+
+#ifdef AT_LEAST
+#define REACHED(counter, wanted) (((counter) + EPOCHS - (wanted)) % EPOCHS < EPOCHS / 2)
+#else
+#define REACHED(counter, wanted) ((counter) == (wanted))
+#endif
+
+/* The truth about a row is the round that it belongs to, which does not repeat with the counters: modulo twice their range. */
+#define TRUE_ROUNDS (2 * EPOCHS)
+
+byte row[N * N];      /* [dst][src] gathered row: the true round of its contents */
+byte row_sent[N * N]; /* not visible yet, or NOTHING */
+bool row_unread[N * N];
+byte terms[N * N];    /* [holder][owner] term: the true round; written and fetched in the holder's memory */
+byte arrived[N * N], arrived_sent[N * N];
+byte ready[N * N], ready_sent[N * N];
+byte entered;         /* ranks that have entered the exchange of counts; the last one opens it */
+bool opened;
+byte passed;
+byte busy, brings;    /* bit r: rank r brings rows in this step; in the one that is being entered */
+bool is_bulk;         /* else this step has one round through slots */
+byte slot_rounds;     /* how many of those there have been in a row */
+
+bool overwrote_unread_row, read_stale_row;
+
+/* Rows that a rank has sent and that are not visible yet. A signal waits for them. */
+#if N == 2
+#define LANDED(places, src) (places[AT(0, src)] == NOTHING && places[AT(1, src)] == NOTHING)
+#else
+#define LANDED(places, src) (places[AT(0, src)] == NOTHING && places[AT(1, src)] == NOTHING && places[AT(2, src)] == NOTHING)
+#endif
+#define ALL_LANDED(src) (LANDED(row_sent, src) && LANDED(arrived_sent, src) && LANDED(ready_sent, src))
+#ifdef UNORDERED_SIGNAL
+#define RELEASED(src) true
+#else
+#define RELEASED(src) LANDED(row_sent, src)
+#endif
+
+#define LANDS(i) \
+    :: atomic { row_sent[i] != NOTHING -> \
+        overwrote_unread_row = row_unread[i]; assert(!overwrote_unread_row); \
+        row[i] = row_sent[i]; row_sent[i] = NOTHING; row_unread[i] = true } \
+    :: atomic { arrived_sent[i] != NOTHING && RELEASED((i) % N) -> arrived[i] = arrived_sent[i]; arrived_sent[i] = NOTHING } \
+    :: atomic { ready_sent[i] != NOTHING -> ready[i] = ready_sent[i]; ready_sent[i] = NOTHING }
+
+proctype Wires() {
+end:
+    do
+#if N == 2
+    LANDS(1) LANDS(2)
+#else
+    LANDS(1) LANDS(2) LANDS(3) LANDS(5) LANDS(6) LANDS(7)
+#endif
+    od
+}
+
+/* A later signal to the same place may overtake an earlier one only by replacing it: stores to one address keep their order. */
+#define SIGNAL(counters, epoch) \
+    peer = 0; \
+    do \
+    :: peer < N && peer != me -> counters[AT(peer, me)] = epoch; peer++ \
+    :: peer == me -> peer++ \
+    :: peer == N -> peer = 0; break \
+    od
+
+inline next_round() {
+    round = (round + 1) % EPOCHS;
+    true_round = (true_round + 1) % TRUE_ROUNDS
+}
+
+#define EPOCH ((round + 1) % EPOCHS)
+
+proctype Rank(byte me) {
+    byte round, true_round, done, tokens, peer;
+    do
+    :: true ->
+        if :: tokens = 0 :: tokens = 1 fi;
+        /* Exchange of counts: nobody leaves before all have come. */
+        atomic { !opened && ALL_LANDED(me) ->
+            brings = brings | (tokens << me);
+            entered++;
+            if
+            :: entered == N -> opened = true; entered = 0; busy = brings; brings = 0;
+                if
+                :: slot_rounds = 0; is_bulk = true
+                :: slot_rounds < MAX_SLOT_ROUNDS -> slot_rounds++; is_bulk = false
+                fi
+            :: else
+            fi };
+        atomic { opened -> passed++; if :: passed == N -> passed = 0; opened = false :: else fi };
+        if
+        :: atomic { !is_bulk -> next_round() }
+        :: is_bulk ->
+            do
+            :: done < ROUNDS ->
+                /* dispatch: rows to every peer, then the counter; wait for those that bring rows */
+                atomic {
+                    peer = 0;
+                    do
+                    :: peer < N && peer != me ->
+                        if
+                        :: tokens ->
+                            overwrote_unread_row = (row_sent[AT(peer, me)] != NOTHING); assert(!overwrote_unread_row);
+                            row_sent[AT(peer, me)] = true_round
+                        :: else
+                        fi;
+                        peer++
+                    :: peer == me -> peer++
+                    :: peer == N -> peer = 0; break
+                    od;
+                    SIGNAL(arrived_sent, EPOCH)
+                };
+                do
+                :: atomic { peer < N && peer != me && (busy & (1 << peer)) && REACHED(arrived[AT(me, peer)], EPOCH) -> peer++ }
+                :: atomic { peer < N && (peer == me || !(busy & (1 << peer))) -> peer++ }
+                :: atomic { peer == N -> peer = 0; break }
+                od;
+                /* The experts read everybody's rows, and write their terms where owners fetch them. */
+                atomic {
+                    do
+                    :: peer < N ->
+                        if
+                        :: peer != me && (busy & (1 << peer)) ->
+                            read_stale_row = (row[AT(me, peer)] != true_round); assert(!read_stale_row);
+                            row_unread[AT(me, peer)] = false; row[AT(me, peer)] = NOTHING
+                        :: else
+                        fi;
+                        terms[AT(me, peer)] = true_round;
+                        peer++
+                    :: peer == N -> peer = 0; break
+                    od
+                };
+                /* combine: the counter, after the terms; an owner waits for every rank and fetches */
+                atomic { SIGNAL(ready_sent, EPOCH) };
+                do
+                :: atomic { peer < N && peer != me && tokens && REACHED(ready[AT(me, peer)], EPOCH) -> peer++ }
+                :: atomic { peer < N && (peer == me || !tokens) -> peer++ }
+                :: atomic { peer == N -> peer = 0; break }
+                od;
+                do
+                :: atomic { peer < N && peer != me && tokens ->
+                    read_stale_row = (terms[AT(peer, me)] != true_round); assert(!read_stale_row); peer++ }
+                :: atomic { peer < N && (peer == me || !tokens) -> peer++ }
+                :: atomic { peer == N -> peer = 0; break }
+                od;
+                atomic { next_round(); done++ }
+            :: atomic { done == ROUNDS -> done = 0; break }
+            od
+        fi;
+#ifdef WRITE_AFTER_STEP
+        /* E.g. a warm-up of this rank alone, whose experts write into the same terms. */
+        atomic {
+            do
+            :: peer < N -> terms[AT(me, peer)] = NOTHING; peer++
+            :: peer == N -> peer = 0; break
+            od
+        }
+#endif
+    od
+}
+
+init {
+    atomic {
+        byte i = 0;
+        do
+        :: i < N * N ->
+            row[i] = NOTHING; row_sent[i] = NOTHING; terms[i] = NOTHING; arrived_sent[i] = NOTHING; ready_sent[i] = NOTHING; i++
+        :: else -> break
+        od;
+        run Wires();
+        i = 0;
+        do
+        :: i < N -> run Rank(i); i++
+        :: else -> break
+        od
+    }
+}
