@@ -182,58 +182,59 @@ def combine_kernel(
     wire.wait_for_previous_kernel(PDL)
     wire.let_next_kernel_start(PDL)
     record = wire.read_record(own)
+    ticket = wire.take_ticket(state)
+    in_slots = largest <= slot_rows
+    parity_slots = slots + (current & 1) * (size - 1) * slot_bytes
+    blamed = wire.blame(step, layer, rank, wire.DATA_MISSING)
+    hints = own + counts + ((step + 1) & 1) * size * 16 + 8
+    own_packets = mine * PER_ROW
+    own_terms = first.to(tl.int64) * H
+    packet = pid * BLOCK + lanes
+    at = own_terms + packet.to(tl.int64) * PER_PACKET
+    n0, n1, n2, n3 = load_term(partial, at, packet < own_packets, PARTIAL, WIRE, WORDS)
+    if in_slots:
+        begin = pid
+        address = nearest
+        for i in range(1, size):
+            owner = wire.wrap(rank + i, size)
+            num_packets = tl.load(words + 2 + owner) * PER_ROW
+            base = tl.load(words + 2 + size + owner).to(tl.int64) * H
+            goal = address + parity_slots + (rank - (rank > owner).to(tl.int32)) * slot_bytes
+            address = tl.load(peer_table + wire.wrap(owner + 1, size))
+            blocks = (num_packets + BLOCK - 1) // BLOCK
+            for b in range(begin, blocks, programs):
+                packet = b * BLOCK + lanes
+                live = packet < num_packets
+                place = packet.to(tl.int64)
+                w0, w1, w2, w3 = load_term(partial, base + place * PER_PACKET, live, PARTIAL, WIRE, WORDS)
+                wire.send(goal + place * (WORDS * 4), w0, w1, w2, w3, live, own, WORDS)
+            begin -= tl.where(blocks < programs, blocks, blocks % programs)
+            begin = tl.where(begin < 0, begin + programs, begin)
+    elif size > 1:
+        turn = pid + programs - 1  # nothing to copy: the first program may tell at once
+        if is_in_place == 0:
+            num_packets = valid * PER_ROW
+            for b in range(pid, (num_packets + BLOCK - 1) // BLOCK, programs):
+                packet = b * BLOCK + lanes
+                live = packet < num_packets
+                place = packet.to(tl.int64)
+                w0, w1, w2, w3 = load_term(partial, place * PER_PACKET, live, PARTIAL, WIRE, WORDS)
+                wire.store(own + terms + place * (WORDS * 4), w0, w1, w2, w3, live, WORDS)
+            turn = wire.arrive(state)
+        is_peer = (lanes < size) & (lanes != rank)
+        if turn == programs - 1:
+            tl.store(wire.field(state, wire.STATE_ARRIVALS, tl.int32), 0)
+            buffers = tl.load(peer_table + lanes, mask=is_peer, other=0)
+            wire.signal(buffers + ready + rank * 4, (current + 1).to(tl.uint32), is_peer, own)
+        flag = (own + ready) + lanes * 4
+        sources = wire.accuse(blamed, lanes)
+        wanted = is_peer & (mine > 0)
+        wire.await_signal(flag, (current + 1).to(tl.uint32), wanted, own, sources, hints + lanes * 16)
+
+    # The abort record was asked for first and is looked at here: what goes to a group that has given up does no harm.
     if record != 0:
         wire.report(own, record)
     else:
-        ticket = wire.take_ticket(state)
-        in_slots = largest <= slot_rows
-        parity_slots = slots + (current & 1) * (size - 1) * slot_bytes
-        blamed = wire.blame(step, layer, rank, wire.DATA_MISSING)
-        hints = own + counts + ((step + 1) & 1) * size * 16 + 8
-        own_packets = mine * PER_ROW
-        own_terms = first.to(tl.int64) * H
-        packet = pid * BLOCK + lanes
-        at = own_terms + packet.to(tl.int64) * PER_PACKET
-        n0, n1, n2, n3 = load_term(partial, at, packet < own_packets, PARTIAL, WIRE, WORDS)
-        if in_slots:
-            begin = pid
-            address = nearest
-            for i in range(1, size):
-                owner = wire.wrap(rank + i, size)
-                num_packets = tl.load(words + 2 + owner) * PER_ROW
-                base = tl.load(words + 2 + size + owner).to(tl.int64) * H
-                goal = address + parity_slots + (rank - (rank > owner).to(tl.int32)) * slot_bytes
-                address = tl.load(peer_table + wire.wrap(owner + 1, size))
-                blocks = (num_packets + BLOCK - 1) // BLOCK
-                for b in range(begin, blocks, programs):
-                    packet = b * BLOCK + lanes
-                    live = packet < num_packets
-                    place = packet.to(tl.int64)
-                    w0, w1, w2, w3 = load_term(partial, base + place * PER_PACKET, live, PARTIAL, WIRE, WORDS)
-                    wire.send(goal + place * (WORDS * 4), w0, w1, w2, w3, live, own, WORDS)
-                begin -= tl.where(blocks < programs, blocks, blocks % programs)
-                begin = tl.where(begin < 0, begin + programs, begin)
-        elif size > 1:
-            turn = pid + programs - 1  # nothing to copy: the first program may tell at once
-            if is_in_place == 0:
-                num_packets = valid * PER_ROW
-                for b in range(pid, (num_packets + BLOCK - 1) // BLOCK, programs):
-                    packet = b * BLOCK + lanes
-                    live = packet < num_packets
-                    place = packet.to(tl.int64)
-                    w0, w1, w2, w3 = load_term(partial, place * PER_PACKET, live, PARTIAL, WIRE, WORDS)
-                    wire.store(own + terms + place * (WORDS * 4), w0, w1, w2, w3, live, WORDS)
-                turn = wire.arrive(state)
-            is_peer = (lanes < size) & (lanes != rank)
-            if turn == programs - 1:
-                tl.store(wire.field(state, wire.STATE_ARRIVALS, tl.int32), 0)
-                buffers = tl.load(peer_table + lanes, mask=is_peer, other=0)
-                wire.signal(buffers + ready + rank * 4, (current + 1).to(tl.uint32), is_peer, own)
-            flag = (own + ready) + lanes * 4
-            sources = wire.accuse(blamed, lanes)
-            wanted = is_peer & (mine > 0)
-            wire.await_signal(flag, (current + 1).to(tl.uint32), wanted, own, sources, hints + lanes * 16)
-
         for b in range(pid, (own_packets + BLOCK - 1) // BLOCK, programs):
             packet = b * BLOCK + lanes
             live = packet < own_packets

@@ -73,11 +73,11 @@ def counts_kernel(
     record = wire.read_record(own)
     step_pointer = wire.field(state, wire.STATE_STEP, tl.int32)
     step = tl.load(step_pointer) + 1
+    packets = COUNTS_OFFSET + (step & 1) * size * PACKET_BYTES
+    wire.send_count(buffers + packets + rank * PACKET_BYTES, num_tokens, flags, step, generation, is_peer, own)
     if record != 0:
         wire.report(own, record)
     else:
-        packets = COUNTS_OFFSET + (step & 1) * size * PACKET_BYTES
-        wire.send_count(buffers + packets + rank * PACKET_BYTES, num_tokens, flags, step, generation, is_peer, own)
         mine = (own + packets) + lanes * PACKET_BYTES
         blamed = wire.accuse(wire.blame(step, tl.full([], -1, tl.int32), rank, wire.NOT_ENTERED), lanes)
         counts, all_flags = wire.await_count(mine, is_peer, step, generation, own, blamed)

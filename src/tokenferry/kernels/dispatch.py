@@ -182,81 +182,82 @@ def dispatch_kernel(
         m1 = load_routing(word + 1, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
         m2 = load_routing(word + 2, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
         m3 = load_routing(word + 3, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
+    in_slots = largest <= slot_rows
+    num_slots = size - 1
+    if MULTICAST:
+        num_slots = size
+    parity_slots = slots + (current & 1) * num_slots * slot_bytes
+    routing_offset = (slot_rows.to(tl.int64) * ROW_BYTES + 15) // 16 * 16
+    hidden_place = out_hidden + first.to(tl.int64) * ROW_BYTES
+
+    # Hidden rows: to every peer, and to this rank's own place. The next packets are loaded while these are sent.
+    num_packets = mine * PER_ROW
+    for b in range(pid, (num_packets + BLOCK - 1) // BLOCK, programs):
+        packet = b * BLOCK + lanes
+        live = packet < num_packets
+        place = packet.to(tl.int64) * (WORDS * 4)
+        w0 = wire.escape(n0)
+        w1 = wire.escape(n1)
+        w2 = wire.escape(n2)
+        w3 = wire.escape(n3)
+        following = packet + programs * BLOCK
+        n0, n1, n2, n3 = wire.load(hidden + following.to(tl.int64) * (WORDS * 4), following < supplied, WORDS)
+        if MULTICAST:
+            goal = tl.where(in_slots, parity_slots + rank * slot_bytes, hidden_place)
+            wire.multicast(cast + goal + place, w0, w1, w2, w3, live, own, size, 0, WORDS)
+        else:
+            address = nearest
+            for i in range(1, size):
+                peer = wire.wrap(rank + i, size)
+                slot = parity_slots + (rank - (rank > peer).to(tl.int32)) * slot_bytes
+                goal = address + tl.where(in_slots, slot, hidden_place)
+                address = tl.load(peer_table + wire.wrap(peer + 1, size))
+                wire.send(goal + place, w0, w1, w2, w3, live, own, WORDS)
+            wire.store(own + hidden_place + place, w0, w1, w2, w3, live, WORDS)
+
+    # Expert numbers and weights, four words a packet.
+    num_words = mine * (2 * K)
+    num_packets = (num_words + 3) // 4
+    for b in range(routing_program, (num_packets + BLOCK - 1) // BLOCK, programs):
+        packet = b * BLOCK + lanes
+        word = packet * 4
+        r0 = mask_routing(word, m0, num_words, num_supplied, real, K)
+        r1 = mask_routing(word + 1, m1, num_words, num_supplied, real, K)
+        r2 = mask_routing(word + 2, m2, num_words, num_supplied, real, K)
+        r3 = mask_routing(word + 3, m3, num_words, num_supplied, real, K)
+        following = word + programs * (BLOCK * 4)
+        m0 = load_routing(following, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
+        m1 = load_routing(following + 1, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
+        m2 = load_routing(following + 2, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
+        m3 = load_routing(following + 3, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
+        address = nearest
+        for i in range(1, size + 1):
+            peer = wire.wrap(rank + i, size)
+            goal = address
+            address = tl.load(peer_table + wire.wrap(peer + 1, size))
+            if in_slots and i < size:
+                slot = parity_slots + (rank - (rank > peer).to(tl.int32)) * slot_bytes
+                if MULTICAST:
+                    slot = parity_slots + rank * slot_bytes
+                place = slot + routing_offset + packet.to(tl.int64) * 16
+                wire.send(goal + place, r0, r1, r2, r3, packet < num_packets, own, 4)
+            else:
+                store_routing(word, r0, word < num_words, goal + out_idx, goal + out_weights, first, K, OUT_IDX)
+                store_routing(word + 1, r1, word + 1 < num_words, goal + out_idx, goal + out_weights, first, K, OUT_IDX)
+                store_routing(word + 2, r2, word + 2 < num_words, goal + out_idx, goal + out_weights, first, K, OUT_IDX)
+                store_routing(word + 3, r3, word + 3 < num_words, goal + out_idx, goal + out_weights, first, K, OUT_IDX)
+
+    # Rows that an earlier, larger step has left behind.
+    idx_pointer = (own + out_idx).to(tl.pointer_type(OUT_IDX))
+    for b in range(pid, ((dirty - valid) * K + BLOCK - 1) // BLOCK, programs):
+        entry = b * BLOCK + lanes
+        minus_one = tl.full([BLOCK], -1, OUT_IDX)
+        tl.store(idx_pointer + valid.to(tl.int64) * K + entry, minus_one, mask=entry < (dirty - valid) * K)
+
+    # The abort record was asked for first and is looked at here: what goes to a group that has given up does no harm.
     if record != 0:
         wire.report(own, record)
     else:
-        in_slots = largest <= slot_rows
-        num_slots = size - 1
-        if MULTICAST:
-            num_slots = size
-        parity_slots = slots + (current & 1) * num_slots * slot_bytes
-        routing_offset = (slot_rows.to(tl.int64) * ROW_BYTES + 15) // 16 * 16
-        hidden_place = out_hidden + first.to(tl.int64) * ROW_BYTES
-
-        # Hidden rows: to every peer, and to this rank's own place. The next packets are loaded while these are sent.
-        num_packets = mine * PER_ROW
-        for b in range(pid, (num_packets + BLOCK - 1) // BLOCK, programs):
-            packet = b * BLOCK + lanes
-            live = packet < num_packets
-            place = packet.to(tl.int64) * (WORDS * 4)
-            w0 = wire.escape(n0)
-            w1 = wire.escape(n1)
-            w2 = wire.escape(n2)
-            w3 = wire.escape(n3)
-            following = packet + programs * BLOCK
-            n0, n1, n2, n3 = wire.load(hidden + following.to(tl.int64) * (WORDS * 4), following < supplied, WORDS)
-            if MULTICAST:
-                goal = tl.where(in_slots, parity_slots + rank * slot_bytes, hidden_place)
-                wire.multicast(cast + goal + place, w0, w1, w2, w3, live, own, size, 0, WORDS)
-            else:
-                address = nearest
-                for i in range(1, size):
-                    peer = wire.wrap(rank + i, size)
-                    slot = parity_slots + (rank - (rank > peer).to(tl.int32)) * slot_bytes
-                    goal = address + tl.where(in_slots, slot, hidden_place)
-                    address = tl.load(peer_table + wire.wrap(peer + 1, size))
-                    wire.send(goal + place, w0, w1, w2, w3, live, own, WORDS)
-                wire.store(own + hidden_place + place, w0, w1, w2, w3, live, WORDS)
-
-        # Expert numbers and weights, four words a packet.
-        num_words = mine * (2 * K)
-        num_packets = (num_words + 3) // 4
-        for b in range(routing_program, (num_packets + BLOCK - 1) // BLOCK, programs):
-            packet = b * BLOCK + lanes
-            word = packet * 4
-            r0 = mask_routing(word, m0, num_words, num_supplied, real, K)
-            r1 = mask_routing(word + 1, m1, num_words, num_supplied, real, K)
-            r2 = mask_routing(word + 2, m2, num_words, num_supplied, real, K)
-            r3 = mask_routing(word + 3, m3, num_words, num_supplied, real, K)
-            following = word + programs * (BLOCK * 4)
-            m0 = load_routing(following, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
-            m1 = load_routing(following + 1, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
-            m2 = load_routing(following + 2, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
-            m3 = load_routing(following + 3, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
-            address = nearest
-            for i in range(1, size + 1):
-                peer = wire.wrap(rank + i, size)
-                goal = address
-                address = tl.load(peer_table + wire.wrap(peer + 1, size))
-                if in_slots and i < size:
-                    slot = parity_slots + (rank - (rank > peer).to(tl.int32)) * slot_bytes
-                    if MULTICAST:
-                        slot = parity_slots + rank * slot_bytes
-                    place = slot + routing_offset + packet.to(tl.int64) * 16
-                    wire.send(goal + place, r0, r1, r2, r3, packet < num_packets, own, 4)
-                else:
-                    store_routing(word, r0, word < num_words, goal + out_idx, goal + out_weights, first, K, OUT_IDX)
-                    store_routing(word + 1, r1, word + 1 < num_words, goal + out_idx, goal + out_weights, first, K, OUT_IDX)
-                    store_routing(word + 2, r2, word + 2 < num_words, goal + out_idx, goal + out_weights, first, K, OUT_IDX)
-                    store_routing(word + 3, r3, word + 3 < num_words, goal + out_idx, goal + out_weights, first, K, OUT_IDX)
-
-        # Rows that an earlier, larger step has left behind.
-        idx_pointer = (own + out_idx).to(tl.pointer_type(OUT_IDX))
-        for b in range(pid, ((dirty - valid) * K + BLOCK - 1) // BLOCK, programs):
-            entry = b * BLOCK + lanes
-            minus_one = tl.full([BLOCK], -1, OUT_IDX)
-            tl.store(idx_pointer + valid.to(tl.int64) * K + entry, minus_one, mask=entry < (dirty - valid) * K)
-
         blamed = wire.blame(step, layer, rank, wire.DATA_MISSING)
         hints = own + counts + ((step + 1) & 1) * size * 16 + 8
         if in_slots:
