@@ -95,12 +95,19 @@ def descendants(pid):
     return found - {pid}
 
 
-def test_ctrl_c_is_a_line_and_exit_code_2_and_leaves_no_process(environment, tmp_path):
+def test_ctrl_c_is_a_line_and_exit_code_2_and_leaves_nothing_behind(environment, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\ntwo two\n")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
     command = [*CLI, "generate", "--model", "tiny:mixtral", "--prompts", str(prompts), "--max-new-tokens", "400"]
     process = subprocess.Popen(
-        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env={**environment, "TMPDIR": str(scratch)},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 60
     while len(below := descendants(process.pid)) < 4 and time.monotonic() < deadline:
@@ -113,6 +120,7 @@ def test_ctrl_c_is_a_line_and_exit_code_2_and_leaves_no_process(environment, tmp
     while (left := {pid for pid in below if Path(f"/proc/{pid}").exists()}) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left
+    assert not list(scratch.glob("tokenferry-*"))
 
 
 @pytest.mark.long

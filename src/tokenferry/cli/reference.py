@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tokenferry.cli.job import Answer, Job, RankResult
@@ -52,7 +53,7 @@ def _reference_process(rank: int, world_size: int, store_path: str, job: Job, nu
     import transformers
 
     quiet_transformers()
-    with model_folder(job) as folder:
+    with model_folder(job, Path(store_path).parent) as folder:
         tokenizer = load_tokenizer(folder)
         token_ids = tokenize(tokenizer, job.prompts)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype(job))

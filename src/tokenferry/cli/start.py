@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -45,7 +46,7 @@ def _launched_rank(rank: int, world_size: int, store_path: str, job: Job, send: 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store = dist.FileStore(store_path, world_size)
-    return answer_as_rank(job, EPGroup.from_store(store, rank, world_size, device), send)
+    return answer_as_rank(job, EPGroup.from_store(store, rank, world_size, device), send, Path(store_path).parent)
 
 
 def run_under_torchrun(job: Job, place: env.TorchrunSettings, on_message: OnMessage) -> list[RankResult] | None:

@@ -20,17 +20,19 @@ from tokenferry.groups import EPGroup
 
 Send = Callable[[dict[str, Any]], None]
 TINY: Final = "tiny:"
+LOADING_TIMEOUT_S: Final = 600.0
 
 
-def answer_as_rank(job: Job, group: EPGroup, send: Send) -> RankResult:
+def answer_as_rank(job: Job, group: EPGroup, send: Send, scratch: Path | None = None) -> RankResult:
     """Answer this rank's prompts under expert parallelism. Collective over `group`.
 
-    `send` gets `{"total": ..., "prompts": ...}` once the rank is loaded, and `{"new": ...}` as tokens come.
+    `send` gets `{"total": ..., "prompts": ...}` once the rank is loaded, `{"new": ...}` as tokens come, and `{"done": true}`.
+    `scratch` is a folder that somebody else removes, also if this process is killed.
     """
     from tokenferry.integrations.transformers import from_pretrained
 
     quiet_transformers()
-    with model_folder(job) as folder:
+    with model_folder(job, scratch) as folder:
         tokenizer = load_tokenizer(folder)
         token_ids = tokenize(tokenizer, job.prompts)
         lengths = [len(ids) for ids in token_ids]
@@ -43,20 +45,18 @@ def answer_as_rank(job: Job, group: EPGroup, send: Send) -> RankResult:
             exact=job.exact,
             timeout_s=job.timeout_s,
         )
+    parallel = model.expert_parallel
     own = spread(lengths, group.size)[group.rank]
     send({"prompts": len(own), "total": len(own) * job.max_new_tokens})
-    group.channel.barrier(group.unique_name("cli/loaded"), timeout_s=600.0)
-    start_s, before_s = time.perf_counter(), model.expert_parallel.communication_s
+    group.channel.barrier(group.unique_name("cli/loaded"), timeout_s=LOADING_TIMEOUT_S)
+
+    start_s, communication_before_s = time.perf_counter(), parallel.communication_s
     answers = [
         answer for batch in batches(own, lengths) for answer in answer_batch(job, model, tokenizer, token_ids, batch, send)
     ]
     generate_s = time.perf_counter() - start_s
     send({"done": True})
-    model.expert_parallel.finish()
-    total_s = time.perf_counter() - start_s
-    parallel = model.expert_parallel
-    num_experts = parallel.layers[0].num_experts if parallel.layers else 0
-    experts = group.expert_range(num_experts) if num_experts else range(0)
+    parallel.finish()
     result = RankResult(
         rank=group.rank,
         device=str(group.device),
@@ -64,16 +64,23 @@ def answer_as_rank(job: Job, group: EPGroup, send: Send) -> RankResult:
         dtype=str(model.dtype).removeprefix("torch."),
         answers=tuple(answers),
         generate_s=generate_s,
-        total_s=total_s,
-        communication_s=parallel.communication_s - before_s,
-        num_layers=len(parallel.layers),
-        experts=(experts.start, experts.stop),
-        num_experts=num_experts,
+        total_s=time.perf_counter() - start_s,
+        communication_s=parallel.communication_s - communication_before_s,
         num_threads=torch.get_num_threads(),
         peak_memory_bytes=peak_memory_bytes(group.device),
+        **layers_held(parallel, group),
     )
     parallel.close()
     return result
+
+
+def layers_held(parallel: Any, group: EPGroup) -> dict[str, Any]:
+    """How many layers are under expert parallelism, and which of their experts this rank holds."""
+    if not parallel.layers:
+        return {"num_layers": 0, "experts": (0, 0), "num_experts": 0}
+    num_experts = parallel.layers[0].num_experts
+    own = group.expert_range(num_experts)
+    return {"num_layers": len(parallel.layers), "experts": (own.start, own.stop), "num_experts": num_experts}
 
 
 def answer_batch(
@@ -110,14 +117,14 @@ def answer_batch(
 
 
 @contextlib.contextmanager
-def model_folder(job: Job) -> Iterator[Path]:
-    """The job's model as a folder; a tiny one is made for as long as it is needed."""
+def model_folder(job: Job, scratch: Path | None) -> Iterator[Path]:
+    """The job's model as a folder; a tiny one is made in `scratch` (None: the system's) for as long as it is needed."""
     if not job.model.startswith(TINY):
         yield Path(job.model)
         return
     from tokenferry.testing.tiny_models import make_tiny
 
-    with tempfile.TemporaryDirectory(prefix="tokenferry-tiny-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tokenferry-tiny-", dir=scratch) as folder:
         yield make_tiny(job.model.removeprefix(TINY), folder, seed=job.seed)
 
 
