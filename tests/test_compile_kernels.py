@@ -1,0 +1,158 @@
+"""Every kernel compiles to a cubin for Hopper and Blackwell without a GPU, quickly at any group size, and holds the
+instructions that it is meant to hold."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+
+from tokenferry.kernels import abort, combine, counts, dispatch, wire
+from tokenferry.transports.symmetric_launch import options, source
+
+pytestmark = pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+
+DISPATCH = {
+    "ROW_WORDS": 3584, "K": 8, "IDX": tl.int64, "WEIGHTS": tl.bfloat16, "OUT_IDX": tl.int32, "WORDS": 4, "BLOCK": 256,
+    "MULTICAST": 0, "PDL": 1,
+}  # fmt: skip
+COMBINE = {"H": 7168, "PARTIAL": tl.bfloat16, "WIRE": tl.bfloat16, "OUT": tl.bfloat16, "WORDS": 4, "BLOCK": 256, "PDL": 1}
+VARIANTS = {
+    "counts-EP2": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 32, "PDL": 1}, 1),
+    "counts-EP72": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 128, "PDL": 1}, 1),
+    "abort": (abort.abort_kernel, abort.SIGNATURE, {"PDL": 0}, 1),
+    "dispatch": (dispatch.dispatch_kernel, dispatch.SIGNATURE, DISPATCH, 8),
+    "dispatch-K7-half-packets-int64-out": (
+        dispatch.dispatch_kernel,
+        dispatch.SIGNATURE,
+        {**DISPATCH, "K": 7, "ROW_WORDS": 18, "WORDS": 2, "OUT_IDX": tl.int64, "WEIGHTS": tl.float16, "BLOCK": 128},
+        4,
+    ),
+    "dispatch-multicast": (dispatch.dispatch_kernel, dispatch.SIGNATURE, {**DISPATCH, "MULTICAST": 1}, 8),
+    "combine": (combine.combine_kernel, combine.SIGNATURE, COMBINE, 8),
+    "combine-fp32-to-bf16": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "PARTIAL": tl.float32}, 8),
+    "combine-fp16-to-fp32-wire": (
+        combine.combine_kernel,
+        combine.SIGNATURE,
+        {**COMBINE, "PARTIAL": tl.float16, "WIRE": tl.float32},
+        8,
+    ),
+    "combine-half-packets": (
+        combine.combine_kernel,
+        combine.SIGNATURE,
+        {**COMBINE, "H": 36, "WIRE": tl.float16, "OUT": tl.float32, "WORDS": 2, "BLOCK": 512},
+        16,
+    ),
+}
+
+
+def compiled(name: str, capability: int) -> triton.compiler.CompiledKernel:
+    kernel, signature, constants, num_warps = VARIANTS[name]
+    return triton.compile(
+        source(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options=options(num_warps, True)
+    )
+
+
+def sass(cubin: bytes, folder: Path) -> str:
+    """What ptxas made of it; the disassembler comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    if not tool.exists():
+        pytest.skip("this build of Triton has no nvdisasm")
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    return subprocess.run([str(tool), str(path)], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiles_to_a_cubin(name: str, capability: int) -> None:
+    assert len(compiled(name, capability).asm["cubin"]) > 1000
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+def test_packets_are_16_bytes_and_polls_skip_the_cache(capability: int, tmp_path: Path) -> None:
+    for name in ("dispatch", "combine"):
+        text = sass(compiled(name, capability).asm["cubin"], tmp_path)
+        assert "LDG.E.128.STRONG.SYS" in text, "the poll"
+        assert "STG.E.128.STRONG.SYS" in text, "the packet, and the sentinel that is put back"
+        if capability == 90:  # where it was tuned
+            assert not re.search(r"\b(LDL|STL)\b", text), "nothing may spill"
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+def test_multicast_stores_are_there_and_only_there(capability: int, tmp_path: Path) -> None:
+    ptx = {name: compiled(name, capability).asm["ptx"] for name in ("dispatch", "dispatch-multicast")}
+    assert "multimem.st.relaxed.sys.global.v4.f32" in ptx["dispatch-multicast"]
+    assert "multimem" not in ptx["dispatch"]
+    # In SASS a multicast store is an ordinary 16-byte store (ptxas 12.9): the address alone makes it a multicast.
+    assert "STG.E.128.STRONG.SYS" in sass(compiled("dispatch-multicast", capability).asm["cubin"], tmp_path)
+
+
+@triton.jit
+def switch_sum(cast, out, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    a, b, c, d = wire.multicast_sum(cast + lanes * 16, lanes < BLOCK, cast, 1, 0)
+    wire.store(out + lanes * 16, a, b, c, d, lanes < BLOCK, 4)
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+def test_the_sum_in_the_switch_compiles(capability: int, tmp_path: Path) -> None:
+    signature = {"cast": "i64", "out": "i64", "BLOCK": "constexpr"}
+    kernel = triton.compile(
+        source(switch_sum, signature, {"BLOCK": 128}), target=GPUTarget("cuda", capability, 32), options=options(4, False)
+    )
+    assert "multimem.ld_reduce.relaxed.sys.global.add.v4.f32" in kernel.asm["ptx"]
+    text = sass(kernel.asm["cubin"], tmp_path)
+    assert "LDGMC" in text, sorted(set(re.findall(r"[A-Z][A-Z0-9]+(?:\.[A-Z0-9_]+)+", text)))
+
+
+def test_group_size_is_no_constant() -> None:
+    """A group of 72 runs the code of a group of 2: nothing is unrolled over peers."""
+    for signature in (dispatch.SIGNATURE, combine.SIGNATURE, counts.SIGNATURE):
+        assert signature["size"] == "i32"
+
+
+def test_a_cold_compilation_takes_seconds(tmp_path: Path) -> None:
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", COLD], check=True, env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)})
+    assert time.monotonic() - start < 60
+
+
+COLD = """
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from tokenferry.kernels import counts
+from tokenferry.transports.symmetric_launch import options, source
+triton.compile(source(counts.counts_kernel, counts.SIGNATURE, {"LANES": 128, "PDL": 1}),
+               target=GPUTarget("cuda", 90, 32), options=options(1, True))
+"""
+
+
+def test_a_poll_refuses_blocks_that_are_not_whole_threads() -> None:
+    """A packet that two threads wait for is taken by one, and the other waits for ever; seen on a GPU."""
+    constants = {**DISPATCH, "BLOCK": 128}
+    with pytest.raises(triton.compiler.CompilationError) as caught:
+        triton.compile(
+            source(dispatch.dispatch_kernel, dispatch.SIGNATURE, constants),
+            target=GPUTarget("cuda", 90, 32),
+            options=options(8, True),
+        )
+    reason: BaseException | None = caught.value
+    while reason is not None and "owner thread" not in str(reason):
+        reason = reason.__cause__
+    assert reason is not None
+
+
+def test_records_fit_one_word() -> None:
+    record = wire.Record(rank=1, reporter=0, phase="data-missing", step=7, layer=-1)
+    assert record.pack() == 0x4200001000000007
+    for each in (record, wire.Record(rank=255, reporter=71, phase="counts-disagree", step=2**24 - 1, layer=4000)):
+        assert wire.Record.unpack(each.pack()) == each
