@@ -51,7 +51,7 @@ def many(group: tf.EPGroup, cases: list[Case]) -> int:
 
 @two_gpus
 def test_bits_as_reference_on_two_gpus() -> None:
-    cases = [dataclasses.replace(CASES[name][1], transport="p2p") for name in NAMED]
+    cases = [dataclasses.replace(CASES[name][1], transport="p2p", hidden_size=64, topk=2) for name in NAMED]
     cases.append(Case(hidden_size=72, num_experts=11, topk=3, capacity=CAPACITY, transport="p2p", steps=random_steps(1, 60, 2)))
     compared = run_ranks(many, 2, cases, backend="nccl", timeout_s=240)
     assert compared == [sum(step.layers for case in cases for step in case.steps)] * 2

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from tokenferry.config import MoEConfig
-from tokenferry.errors import TokenferryError
+from tokenferry.errors import DeviceError, TokenferryError
 from tokenferry.groups import EPGroup
 from tokenferry.memory import SymmetricBuffer
 from tokenferry.reference import sum_in_rank_order
@@ -185,6 +185,38 @@ class Bench:
             point=point, round_trip_us=median, spread_us=spread, wire_bytes=wire_bytes, correct=self.slowest(not correct) == 0
         )
 
+    def parts(self, hidden_size: int, count: int) -> dict[str, float]:
+        """Microseconds of `begin_step` alone and of the host in an eager call; seconds that opening took."""
+        point = Point(transport="p2p", hidden_size=hidden_size, tokens=(count,) * self.group.size, capacity=count)
+        start = time.monotonic()
+        with self.opened(point) as ws:
+            opened_s = time.monotonic() - start
+            own, dispatcher = self.inputs(point, self.group.rank, 1), ws.dispatcher()
+            ws.begin_step(count)
+            spans: dict[str, list[float]] = {"begin_step": [], "dispatch": [], "combine": []}
+            for _ in range(200):
+                marks = [time.perf_counter()]
+                ws.begin_step(count)
+                marks.append(time.perf_counter())
+                got = dispatcher.dispatch(own.hidden, own.topk_idx, own.topk_weights)
+                marks.append(time.perf_counter())
+                dispatcher.combine(got.hidden, got)
+                marks.append(time.perf_counter())
+                for name, begin, end in zip(spans, marks, marks[1:], strict=False):
+                    spans[name].append(end - begin)
+            torch.cuda.synchronize()
+
+            def steps() -> None:
+                for _ in range(self.chain):
+                    ws.begin_step(count)
+
+            begin_step_us, _ = self.time_graph(steps, self.chain)
+            torch.cuda.synchronize()
+            ws.check()
+            self.meet()
+        host = {f"host_{name}_us": round(self.slowest(statistics.median(span) * 1e6), 1) for name, span in spans.items()}
+        return {"opened_s": round(opened_s, 2), "begin_step_us": round(begin_step_us, 2), **host}
+
     def differences(self, point: Point, seed: int, got: Any, out: torch.Tensor) -> list[str]:
         """What is not as the reference says."""
         everyone = [self.inputs(point, rank, seed) for rank in range(self.group.size)]
@@ -244,7 +276,9 @@ def worker(group: EPGroup, table: Sequence[Point]) -> list[dict[str, Any]]:
     """Measures all points in one process a rank; one record each, the same on every rank."""
     bench = Bench(group)
     ceiling = bench.copy_ceiling()
-    records = []
+    records: list[dict[str, Any]] = []
+    if any(point.transport == "p2p" for point in table):
+        records.append({"transport": "p2p", "what": "parts", **bench.parts(7168, 8), **environment()})
     for point in table:
         try:
             measured = bench.roundtrip(point)
@@ -304,6 +338,9 @@ def show(records: Sequence[dict[str, Any]]) -> str:
     """The table as text."""
     lines = [f"{'transport':<12}{'order':<6}{'H':>6} {'T per rank':<14}{'us':>9}{'±':>7}{'GB/s':>8}{'of copy':>9}  correct"]
     for r in records:
+        if "what" in r:
+            lines.append(", ".join(f"{name} {value}" for name, value in r.items() if name.endswith(("_us", "_s"))))
+            continue
         tokens = "x".join(map(str, r["tokens"]))
         head = f"{r['transport']:<12}{r['combine_order']:<6}{r['hidden_size']:>6} {tokens:<14}"
         if "error" in r:
@@ -313,3 +350,15 @@ def show(records: Sequence[dict[str, Any]]) -> str:
         figures = f"{r['round_trip_us']:>9.2f}{r['spread_us']:>7.2f}{r['gb_per_s']:>8.0f}{of_copy:>9}"
         lines.append(f"{head}{figures}  {'yes' if r['correct'] else 'NO'}")
     return "\n".join(lines)
+
+
+def roundtrip_command(ranks: int, output: Path | None) -> int:
+    """`tokenferry bench roundtrip`: the exit code, 1 if a result was wrong."""
+    found = torch.cuda.device_count()
+    if found < ranks:
+        raise DeviceError(f"bench roundtrip needs {ranks} CUDA GPUs, found {found}; give --ranks {found}, if that is more than 0")
+    records = run(ranks, (7168, 2048), (1, 8, 32, 128, 512, 4096), ("p2p", "collective"))
+    if output is not None:
+        write(records, output, "unknown")
+    print(show(records))
+    return int(not all(record.get("correct", True) for record in records))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import typer
 
 from tokenferry.cli import options
@@ -63,6 +65,22 @@ def doctor(json: options.Json = False) -> None:
         from tokenferry.cli.doctor import print_report
 
         print_report(as_json=json)
+
+
+bench = typer.Typer(no_args_is_help=True, help="Measure on this machine's GPUs.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command("roundtrip")
+def bench_roundtrip(
+    ranks: int = typer.Option(2, help="GPUs to use."),
+    output: Path = typer.Option(None, help="Write the records there, one JSON object a line."),
+) -> None:
+    """Time dispatch + combine of every transport, beside a plain copy."""
+    with one_line_errors():
+        from tokenferry.cli import bench as measure
+
+        raise typer.Exit(measure.roundtrip_command(ranks, output))
 
 
 def run() -> None:

@@ -1,0 +1,29 @@
+"""Round trips of every transport beside a plain copy: `tokenferry bench roundtrip` as a script that also writes JSON lines.
+
+python benchmarks/roundtrip.py OUTPUT.jsonl [--ranks 2] [--commit HASH] [--transports p2p,collective]
+"""
+
+import argparse
+from pathlib import Path
+
+from tokenferry.cli import bench
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--transports", default="p2p,collective")
+    parser.add_argument("--hidden", default="7168,2048")
+    parser.add_argument("--tokens", default="1,8,32,128,512,4096")
+    given = parser.parse_args()
+    hidden_sizes = [int(size) for size in given.hidden.split(",")]
+    tokens = [int(count) for count in given.tokens.split(",")]
+    records = bench.run(given.ranks, hidden_sizes, tokens, given.transports.split(","))
+    bench.write(records, given.output, given.commit)
+    print(bench.show(records))
+
+
+if __name__ == "__main__":
+    main()
