@@ -63,19 +63,19 @@ class Dispatcher:
     def dispatch_begin(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         """The sending half of `dispatch`: returns at once, so that other work can overlap."""
         workspace = self._workspace
-        workspace.lifecycle.require("dispatch_begin", self.layer)
-        self._check_rows(hidden, topk_idx, topk_weights)
-        workspace.lifecycle.advance("dispatch_begin", self.layer)
-        with _Guarded(workspace):
+        with _Guarded(workspace, "dispatch_begin"):
+            workspace.lifecycle.require("dispatch_begin", self.layer)
+            self._check_rows(hidden, topk_idx, topk_weights)
+            workspace.lifecycle.advance("dispatch_begin", self.layer)
             workspace.active_transport.dispatch_begin(self.layer, hidden, topk_idx, topk_weights)
 
     def dispatch_end(self) -> Dispatched:
         """The receiving half of `dispatch`."""
         workspace = self._workspace
-        workspace.lifecycle.require("dispatch_end", self.layer)
-        with _Guarded(workspace):
+        with _Guarded(workspace, "dispatch_end"):
+            workspace.lifecycle.require("dispatch_end", self.layer)
             gathered = workspace.active_transport.dispatch_end()
-        workspace.lifecycle.advance("dispatch_end", self.layer)
+            workspace.lifecycle.advance("dispatch_end", self.layer)
         self._gathered_rows = gathered.hidden_RH.shape[0]
         return Dispatched(
             hidden=gathered.hidden_RH,
@@ -87,7 +87,7 @@ class Dispatcher:
 
     def combine_input(self) -> torch.Tensor:
         """[R, H] in `combine_dtype`: experts that write their partial rows here save a copy. Valid until `combine_begin`."""
-        self._workspace.lifecycle.require("combine_begin", self.layer)
+        self._workspace.lifecycle.require("combine_input", self.layer)
         return self._workspace.active_transport.combine_input()
 
     def combine(self, partial: torch.Tensor, dispatched: Dispatched | None = None) -> torch.Tensor:
@@ -110,25 +110,20 @@ class Dispatcher:
     def combine_begin(self, partial: torch.Tensor, dispatched: Dispatched | None = None) -> None:
         """The sending half of `combine`."""
         workspace = self._workspace
-        if dispatched is not None and dispatched.ticket is not workspace.lifecycle.ticket:
-            workspace.lifecycle.require_usable("combine_begin")
-            raise StateError(
-                "combine: `dispatched` was combined already, or belongs to another dispatch or workspace; "
-                "pass what this layer's last dispatch returned"
-            )
-        workspace.lifecycle.require("combine_begin", self.layer)
-        self._check_partial(partial)
-        workspace.lifecycle.advance("combine_begin", self.layer)
-        with _Guarded(workspace):
+        with _Guarded(workspace, "combine_begin"):
+            self._check_pairing(dispatched)
+            workspace.lifecycle.require("combine_begin", self.layer)
+            self._check_partial(partial)
+            workspace.lifecycle.advance("combine_begin", self.layer)
             workspace.active_transport.combine_begin(partial)
 
     def combine_end(self) -> torch.Tensor:
         """The receiving half of `combine`."""
         workspace = self._workspace
-        workspace.lifecycle.require("combine_end", self.layer)
-        with _Guarded(workspace):
+        with _Guarded(workspace, "combine_end"):
+            workspace.lifecycle.require("combine_end", self.layer)
             combined = workspace.active_transport.combine_end()
-        workspace.lifecycle.advance("combine_end", self.layer)
+            workspace.lifecycle.advance("combine_end", self.layer)
         return combined
 
     def _check_rows(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
@@ -152,6 +147,19 @@ class Dispatcher:
                     f"to {config.num_experts - 1} (num_experts is {config.num_experts})"
                 )
 
+    def _check_pairing(self, dispatched: Dispatched | None) -> None:
+        if dispatched is None:
+            return
+        if not isinstance(dispatched, Dispatched):
+            raise UsageError(f"dispatched must be what dispatch returned, or None; got {type(dispatched).__name__}")
+        lifecycle = self._workspace.lifecycle
+        if dispatched.ticket is not lifecycle.ticket:
+            lifecycle.require_usable("combine_begin")
+            raise StateError(
+                "combine: `dispatched` was combined already, or belongs to another dispatch or workspace; "
+                "pass what this layer's last dispatch returned"
+            )
+
     def _check_partial(self, partial: torch.Tensor) -> None:
         _check_tensor("partial", partial, self._workspace.config.hidden_size, HIDDEN_DTYPES, self._workspace.device)
         if partial.shape[0] != self._gathered_rows:
@@ -162,17 +170,18 @@ class Dispatcher:
 
 
 class _Guarded:
-    """No gradient inside, and a peer error is remembered in the workspace, so that every later call raises it too.
+    """One thread and no gradient inside; a peer error is remembered in the workspace, so that every later call raises it too.
 
     By hand, since `torch.no_grad()` alone takes two microseconds, four times a round trip.
     """
 
-    __slots__ = ("_had_gradient", "_workspace")
+    __slots__ = ("_had_gradient", "_lifecycle", "_operation", "_workspace")
 
-    def __init__(self, workspace: WorkspaceView) -> None:
-        self._workspace = workspace
+    def __init__(self, workspace: WorkspaceView, operation: str) -> None:
+        self._workspace, self._lifecycle, self._operation = workspace, workspace.lifecycle, operation
 
     def __enter__(self) -> None:
+        self._lifecycle.enter(self._operation)
         self._had_gradient = torch.is_grad_enabled()
         if self._had_gradient:
             torch._C._set_grad_enabled(False)
@@ -182,6 +191,7 @@ class _Guarded:
             torch._C._set_grad_enabled(True)
         if isinstance(error, PeerError):
             self._workspace.record_failure(error)
+        self._lifecycle.leave()
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, columns: int, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
@@ -193,5 +203,9 @@ def _check_tensor(name: str, tensor: torch.Tensor, columns: int, dtypes: tuple[t
         raise DtypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}; convert it with .to()")
     if tensor.device != device:
         raise DeviceError(f"{name} is on {tensor.device} but the workspace is on {device}; move it there")
+    if tensor.layout is not torch.strided:
+        raise LayoutError(f"{name} must be a dense tensor, got {tensor.layout}; call .to_dense()")
+    if tensor.is_neg():  # its memory holds the values with the other sign
+        raise LayoutError(f"{name} is a negated view; call .resolve_neg()")
     if not tensor.is_contiguous():
         raise LayoutError(f"{name} must be contiguous, got strides {list(tensor.stride())}; call .contiguous()")
