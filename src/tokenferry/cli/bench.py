@@ -6,6 +6,8 @@ replays, of the slowest rank. Results are compared with the reference after the 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import datetime
 import json
 import statistics
@@ -211,11 +213,32 @@ class Bench:
                     ws.begin_step(count)
 
             begin_step_us, _ = self.time_graph(steps, self.chain)
+            dispatch_us = self.dispatch_alone(ws, own, count)
             torch.cuda.synchronize()
             ws.check()
             self.meet()
         host = {f"host_{name}_us": round(self.slowest(statistics.median(span) * 1e6), 1) for name, span in spans.items()}
-        return {"opened_s": round(opened_s, 2), "begin_step_us": round(begin_step_us, 2), **host}
+        return {"opened_s": round(opened_s, 2), "begin_step_us": round(begin_step_us, 2), "dispatch_us": dispatch_us, **host}
+
+    def dispatch_alone(self, ws: Workspace, own: Rows, count: int) -> float:
+        """Microseconds of a dispatch without its combine. Only a combine moves on to the other parity's slots, so every second
+        dispatch reads its round from a copy of the counters that is one ahead. Safe where every rank brings rows."""
+        from tokenferry.kernels import wire  # needs Triton
+
+        ws.begin_step(count)
+        transport: Any = ws.active_transport
+        place = transport._place
+        counters = transport._buffer.tensor[wire.STATE : wire.STATE + 64].clone().view(torch.int64)
+        counters[wire.STATE_ROUND.value // 8] += 1 << 32
+        second = copy.copy(transport)
+        second._place = dataclasses.replace(place, state=counters.data_ptr())
+
+        def chain() -> None:
+            for number in range(self.chain):
+                sender = second if number % 2 else transport
+                sender.dispatch_begin(0, own.hidden, own.topk_idx, own.topk_weights)
+
+        return round(self.time_graph(chain, self.chain)[0], 2)
 
     def differences(self, point: Point, seed: int, got: Any, out: torch.Tensor) -> list[str]:
         """What is not as the reference says."""
