@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -92,6 +92,11 @@ class EPGroup:
         if process_group is None:
             self._setup(dist.HashStore(), 0, 1, _device(device, prefer_cuda=torch.cuda.is_available()), None)
             return
+        if not isinstance(process_group, dist.ProcessGroup):
+            raise ConfigError(
+                f"process_group must be a torch.distributed process group, got {type(process_group).__name__}; for all ranks "
+                "give torch.distributed.group.WORLD, after init_process_group()"
+            )
         rank = dist.get_rank(process_group)
         if rank < 0:
             raise ConfigError("this process is not a member of process_group; open the workspace on its members only")
@@ -108,7 +113,9 @@ class EPGroup:
     @classmethod
     def from_store(cls, store: dist.Store, rank: int, size: int, device: torch.device | str | None = None) -> EPGroup:
         """A group of `size` ranks that meet in `store` (no process group needed). `device` defaults to the CPU."""
-        if not 0 <= rank < size:
+        if not isinstance(store, dist.Store):
+            raise ConfigError(f"store must be a torch.distributed store, got {type(store).__name__}")
+        if not _are_ints(rank, size) or not 0 <= rank < size:
             raise ConfigError(f"rank must lie in [0, {size}), got {rank}")
         group = cls.__new__(cls)
         group._setup(store, rank, size, _device(device, prefer_cuda=False), None)
@@ -127,6 +134,8 @@ class EPGroup:
     def subset(self, ranks: Sequence[int]) -> EPGroup:
         """The group of those `ranks` (numbered in this group), for `Workspace.reset(group=...)`. Called by its members only,
         with the same list; a second call with the same list is another group."""
+        if isinstance(ranks, str) or not isinstance(ranks, Iterable) or not _are_ints(*(ranks := list(ranks))):
+            raise ConfigError(f"ranks must be a list of ints, got {ranks!r}")
         chosen = sorted(set(ranks))
         if self.rank not in chosen or chosen[0] < 0 or chosen[-1] >= self.size:
             raise ConfigError(f"ranks must be a part of 0..{self.size - 1} that holds this rank, {self.rank}; got {list(ranks)}")
@@ -143,11 +152,15 @@ class EPGroup:
         """The experts of `rank` (this rank by default): contiguous blocks, the first `num_experts % size` ranks hold one more.
 
         Raises:
-            ConfigError: fewer experts than ranks.
+            ConfigError: fewer experts than ranks, or no such rank.
         """
+        if not _are_ints(num_experts):
+            raise ConfigError(f"num_experts must be an int, got {num_experts!r}")
         if num_experts < self.size:
             raise ConfigError(f"{num_experts} experts cannot be spread over {self.size} ranks; use at most {num_experts} ranks")
         rank = self.rank if rank is None else rank
+        if not _are_ints(rank) or not 0 <= rank < self.size:
+            raise ConfigError(f"rank must lie in [0, {self.size}), got {rank!r}")
         share, extra = divmod(num_experts, self.size)
         start = rank * share + min(rank, extra)
         return range(start, start + share + (rank < extra))
@@ -156,8 +169,17 @@ class EPGroup:
         return f"EPGroup(rank={self.rank}, size={self.size}, device={str(self.device)!r})"
 
 
+def _are_ints(*values: object) -> bool:
+    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+
+
 def _device(device: torch.device | str | None, *, prefer_cuda: bool) -> torch.device:
-    chosen = torch.device(device if device is not None else ("cuda" if prefer_cuda else "cpu"))
+    try:
+        chosen = torch.device(device if device is not None else ("cuda" if prefer_cuda else "cpu"))
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device must be a torch.device or its name, got {device!r}") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {str(chosen)!r} but this process has no CUDA device; give device='cpu'")
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device("cuda", torch.cuda.current_device())
     return chosen

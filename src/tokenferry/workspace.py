@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tokenferry import env
-from tokenferry.config import HIDDEN_DTYPES, MoEConfig
+from tokenferry.config import MoEConfig
 from tokenferry.dispatcher import Dispatcher
 from tokenferry.errors import (
     CapacityError,
@@ -27,6 +27,7 @@ from tokenferry.errors import (
     ShapeError,
     StateError,
     TransportUnavailableError,
+    UsageError,
 )
 from tokenferry.groups import EPGroup
 from tokenferry.lifecycle import Lifecycle, Stage
@@ -34,6 +35,7 @@ from tokenferry.step import Step, StepRequest, StepTensors
 from tokenferry.transports import select
 from tokenferry.transports.base import PROTOCOL_VERSION, CombineOrder, Counts, Transport, TransportSettings
 from tokenferry.transports.open import open_transport, required_bytes
+from tokenferry.transports.validation import check_dtypes, check_kinds, check_positive_ints, check_reset, check_settings
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ class Workspace:
         open_timeout_s: float = 300.0,
         max_ctas: int | None = None,
     ) -> None:
+        check_kinds(config, group)
         self._settings = TransportSettings(
             config=config,
             group=group,
@@ -88,16 +91,19 @@ class Workspace:
             timeout_s=timeout_s,
             open_timeout_s=open_timeout_s,
             max_ctas=max_ctas,
-            name=group.unique_name("workspace"),
+            name="",
             generation=0,
             debug=env.read(env.DebugSettings).enabled,
         )
-        _check_settings(self._settings)
-        self._base_name = self._settings.name
+        check_settings(self._settings, transport)
+        # After the checks: a call that is refused on one rank must not shift that rank's names against its peers'.
+        self._base_name = group.unique_name("workspace")
+        self._settings = dataclasses.replace(self._settings, name=self._base_name)
         self._requested = transport
         self.lifecycle = Lifecycle()
         self._num_layers = 0
         self._step: Step | None = None
+        self._num_step_writes = 0
         self._stand_in: Transport | None = None
         self._open("open")
 
@@ -163,16 +169,20 @@ class Workspace:
         index_dtype: torch.dtype = torch.int32,
     ) -> int:
         """What `nbytes` would be, without opening anything. `transport` is a name, not "auto"."""
-        if transport not in select.TRANSPORTS:
+        if not isinstance(transport, str) or transport not in select.TRANSPORTS:
             raise ConfigError(f"transport must be one of {', '.join(select.TRANSPORTS)}, got {transport!r}")
+        if not isinstance(config, MoEConfig):
+            raise ConfigError(f"config must be a MoEConfig, got {type(config).__name__}")
+        check_positive_ints(ep_size=ep_size, max_tokens_per_rank=max_tokens_per_rank)
+        check_dtypes(combine_dtype or config.dtype, index_dtype)
         return required_bytes(transport, config, ep_size, max_tokens_per_rank, combine_dtype or config.dtype, index_dtype)
 
     # --- step -------------------------------------------------------------------------------------------------------
 
     @property
     def step(self) -> Step:
-        """The step that was begun last."""
-        if self._step is None:
+        """The step that was begun last; none after a reset, nor after `solo()`, whose own counts stand there now."""
+        if self._step is None or self.lifecycle.stage is Stage.NO_STEP:
             raise StateError("no step has begun; call begin_step() once per model forward, first")
         return self._step
 
@@ -187,22 +197,41 @@ class Workspace:
 
         Raises:
             CapacityError: T > C, or num_real_tokens > T.
-            StateError: a dispatch waits for its combine, or the workspace is closed.
+            StateError: a dispatch waits for its combine, or the workspace is closed; with TOKENFERRY_DEBUG=1 also if the last
+                step's tensors were written.
             PeerTimeoutError, PeerFailedError: another rank is the cause.
         """
-        self.lifecycle.begin_step()
-        request = StepRequest(
-            (self._step.index if self._step else 0) + 1, num_tokens, self._check_counts(num_tokens, num_real_tokens), done
-        )
+        lifecycle = self.lifecycle
+        lifecycle.enter("begin_step")
         try:
-            with torch.no_grad():
-                self.active_transport.begin_step(request, -1)
+            return self._begin_step(num_tokens, num_real_tokens, done)
         except PeerError as error:
             self.record_failure(error)
             raise
+        finally:
+            lifecycle.leave()
+
+    def _begin_step(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None, done: bool) -> Step:
+        self.lifecycle.begin_step()
+        self._check_step_unwritten()
+        real = self._check_counts(num_tokens, num_real_tokens)
+        if not isinstance(done, bool):
+            raise UsageError(f"done must be a bool, got {done!r}")
+        request = StepRequest((self._step.index if self._step else 0) + 1, num_tokens, real, done)
+        with torch.no_grad():
+            self.active_transport.begin_step(request, -1)
         self._step = self._step_tensors.view(request)
+        self._num_step_writes = self._step_tensors.num_writes
         self.lifecycle.enter_ready()
         return self._step
+
+    def _check_step_unwritten(self) -> None:
+        if self._settings.debug and self.lifecycle.stage is Stage.READY:
+            num_writes = self._step_tensors.num_writes - self._num_step_writes
+            if num_writes:
+                raise StateError(
+                    f"the tensors of step {self.step.index} were written {num_writes} times; read or clone them only"
+                )
 
     def _check_counts(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None) -> int | torch.Tensor:
         if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 0:
@@ -222,12 +251,16 @@ class Workspace:
             if num_real_tokens.device != self.device:
                 raise DeviceError(f"num_real_tokens is on {num_real_tokens.device} but the workspace is on {self.device}")
             return num_real_tokens
-        if not isinstance(num_real_tokens, int) or not 0 <= num_real_tokens <= num_tokens:
+        if not isinstance(num_real_tokens, int) or isinstance(num_real_tokens, bool):
+            raise UsageError(f"num_real_tokens must be an int or an int32 tensor, got {num_real_tokens!r}")
+        if not 0 <= num_real_tokens <= num_tokens:
             raise CapacityError(f"num_real_tokens must lie between 0 and num_tokens, {num_tokens}; got {num_real_tokens!r}")
         return num_real_tokens
 
     def dispatcher(self) -> Dispatcher:
         """A dispatcher for the next MoE layer. All ranks ask in the same order; the number names the layer in errors."""
+        if self.lifecycle.stage is Stage.CLOSED:
+            self.lifecycle.require_usable("dispatcher")
         layer, self._num_layers = self._num_layers, self._num_layers + 1
         return Dispatcher(self, layer)
 
@@ -241,6 +274,7 @@ class Workspace:
     def check(self) -> None:
         """Raises what a peer, or this rank, has failed with. Call it after your own synchronisation, before trusting results."""
         self.lifecycle.require_usable("check")
+        self._check_step_unwritten()
         try:
             self._transport.check()
         except PeerError as error:
@@ -268,10 +302,14 @@ class Workspace:
         Graphs captured before a reset must not be replayed. Dispatchers stay valid.
 
         Raises:
+            ConfigError, DeviceError: an argument is wrong; nothing has changed.
             PeerTimeoutError: a rank did not come; phase "reset". Call it again with the ranks that are left.
         """
         if self.lifecycle.stage is Stage.CLOSED:
             raise StateError("reset: the workspace is closed; open a new Workspace")
+        if self._stand_in is not None:
+            raise StateError("reset: inside solo(); leave it first")
+        check_reset(self.group, group, timeout_s)
         old = self._settings
         self._transport.close()
         if self.device.type == "cuda":
@@ -312,7 +350,7 @@ class Workspace:
         finally:
             self._stand_in, self._step = None, before
             if self.lifecycle.stage is not Stage.CLOSED and self.lifecycle.error is None:
-                self.lifecycle.stage = Stage.NO_STEP
+                self.lifecycle.leave_step()
 
     def close(self) -> None:
         """Releases everything. Never waits for a peer; calling it again does nothing."""
@@ -322,6 +360,8 @@ class Workspace:
         self._transport.close()
 
     def __enter__(self) -> Workspace:
+        if self.lifecycle.stage is Stage.CLOSED:
+            self.lifecycle.require_usable("with")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -331,23 +371,6 @@ class Workspace:
 
     def __repr__(self) -> str:
         return f"Workspace(transport={self.transport!r}, {self.group!r}, max_tokens_per_rank={self.max_tokens_per_rank})"
-
-
-def _check_settings(settings: TransportSettings) -> None:
-    if not isinstance(settings.max_tokens_per_rank, int) or settings.max_tokens_per_rank < 1:
-        raise ConfigError(f"max_tokens_per_rank must be a positive int, got {settings.max_tokens_per_rank!r}")
-    if settings.index_dtype not in (torch.int32, torch.int64):
-        raise ConfigError(f"index_dtype must be torch.int32 or torch.int64, got {settings.index_dtype}")
-    if settings.combine_dtype not in HIDDEN_DTYPES:
-        raise ConfigError(f"combine_dtype must be one of {', '.join(map(str, HIDDEN_DTYPES))}, got {settings.combine_dtype}")
-    if settings.combine_order not in ("rank", "any"):
-        raise ConfigError(f"combine_order must be 'rank' or 'any', got {settings.combine_order!r}")
-    if settings.counts not in ("uneven", "equal"):
-        raise ConfigError(f"counts must be 'uneven' or 'equal', got {settings.counts!r}")
-    for name in ("timeout_s", "open_timeout_s"):
-        if not getattr(settings, name) > 0:
-            raise ConfigError(f"{name} must be positive, got {getattr(settings, name)!r}")
-    settings.group.expert_range(settings.config.num_experts)  # raises if there are fewer experts than ranks
 
 
 def _open_together(name: str, settings: TransportSettings, step_tensors: StepTensors, phase: Phase) -> Transport:
