@@ -127,8 +127,40 @@ def test_solo_runs_without_the_peers_and_leaves_no_step() -> None:
             ws.begin_step(2)
             got = dispatcher.dispatch(*rows(2))
             dispatcher.combine(got.hidden.clone())
-        with pytest.raises(tf.StateError, match="begin_step"):
+        with pytest.raises(tf.StateError, match="dispatch_begin in layer 0: the workspace is without a step; call begin_step"):
             dispatcher.dispatch(*rows(2))
+
+
+def test_after_solo_there_is_no_step_to_read_but_numbers_go_on(ws: tf.Workspace) -> None:
+    ws.begin_step(1)
+    with ws.solo():
+        ws.begin_step(2)
+    with pytest.raises(tf.StateError, match="no step has begun"):
+        _ = ws.step
+    assert ws.begin_step(3).index == 2
+
+
+def test_in_debug_mode_a_write_to_the_counts_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENFERRY_DEBUG", "1")
+    with tf.Workspace(CONFIG, tf.EPGroup(device="cpu"), max_tokens_per_rank=4) as ws:
+        for _ in range(3):
+            ws.begin_step(2)
+            ws.check()
+        ws.step.tokens_per_rank.fill_(1)
+        with pytest.raises(tf.StateError, match="the tensors of step 3 were written 1 times"):
+            ws.check()
+        with pytest.raises(tf.StateError, match="were written"):
+            ws.begin_step(2)
+
+
+@pytest.mark.parametrize("transport", ["local", "collective"])
+def test_the_callers_default_device_does_not_matter(transport: str) -> None:
+    given = rows(2)
+    with torch.device("meta"), tf.Workspace(CONFIG, tf.EPGroup(device="cpu"), max_tokens_per_rank=4, transport=transport) as ws:
+        step, dispatcher = ws.begin_step(2), ws.dispatcher()
+        got = dispatcher.dispatch(*given)
+        out = dispatcher.combine(got.hidden, got)
+    assert torch.equal(out, given[0]) and step.valid_tokens.tolist() == [2]
 
 
 def test_the_halves_equal_the_whole(ws: tf.Workspace) -> None:
@@ -219,6 +251,8 @@ def test_misuse_names_the_argument_and_the_remedy(ws: tf.Workspace, misuse: str)
         ({"combine_order": "random"}, "combine_order must be 'rank' or 'any'"),
         ({"counts": "odd"}, "counts must be 'uneven' or 'equal'"),
         ({"timeout_s": 0}, "timeout_s must be positive"),
+        ({"timeout_s": "30"}, "timeout_s must be positive, got '30'"),
+        ({"max_ctas": 0}, "max_ctas must be a positive int or None, got 0"),
         ({"transport": "carrier-pigeon"}, "transport must be 'auto' or one of"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -226,3 +260,11 @@ def test_misuse_names_the_argument_and_the_remedy(ws: tf.Workspace, misuse: str)
 def test_settings_are_checked(settings: dict, error: str) -> None:
     with pytest.raises(tf.ConfigError, match=error):
         tf.Workspace(CONFIG, tf.EPGroup(device="cpu"), **{"max_tokens_per_rank": 4, **settings})
+
+
+@pytest.mark.parametrize(
+    ("config", "group", "said"), [({}, None, "config must be a MoEConfig"), (CONFIG, None, "make one with EPGroup")]
+)
+def test_what_is_no_config_and_no_group_is_named(config: object, group: object, said: str) -> None:
+    with pytest.raises(tf.ConfigError, match=said):
+        tf.Workspace(config, group, max_tokens_per_rank=4)

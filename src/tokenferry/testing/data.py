@@ -47,15 +47,16 @@ def make_inputs(
     partial_dtype = config.dtype if partial_dtype is None else partial_dtype
     rows = tokens_per_rank if supplied is None else supplied
     num_valid = sum(tokens_per_rank)
-    return [
-        RankInputs(
-            hidden=_payload((count, config.hidden_size), config.dtype, payload, generator),
-            topk_idx=_routing((count, config.topk), config.num_experts, routing, generator).to(index_dtype),
-            topk_weights=torch.rand((count, config.topk), generator=generator).to(weight_dtype),
-            partial=_payload((num_valid, config.hidden_size), partial_dtype, payload, generator),
-        )
-        for count in rows
-    ]
+    with torch.device("cpu"):  # the caller's default device may be another
+        return [
+            RankInputs(
+                hidden=_payload((count, config.hidden_size), config.dtype, payload, generator),
+                topk_idx=_routing((count, config.topk), config.num_experts, routing, generator).to(index_dtype),
+                topk_weights=torch.rand((count, config.topk), generator=generator).to(weight_dtype),
+                partial=_payload((num_valid, config.hidden_size), partial_dtype, payload, generator),
+            )
+            for count in rows
+        ]
 
 
 def _payload(shape: tuple[int, int], dtype: torch.dtype, payload: Payload, generator: torch.Generator) -> torch.Tensor:

@@ -121,7 +121,7 @@ class GlooPending:
     def __init__(self, communicator: GlooCommunicator, header: Header, outgoing: Rows, incoming: Rows) -> None:
         self._communicator, self._incoming = communicator, incoming
         self._start = time.monotonic()
-        words = torch.tensor(astuple(header), dtype=torch.int64)
+        words = torch.tensor(astuple(header), dtype=torch.int64, device="cpu")
         self._words = [words.clone() for _ in range(communicator.size)]
         self._header_receives, self._sends = [], []
         for peer in communicator.peers:

@@ -49,7 +49,7 @@ class NcclCommunicator:
         options._timeout = _NO_TORCH_TIMEOUT
         with env.nccl_errors_stay_ours():
             self._backend: Any = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), self.rank, self.size, options)
-        self._pinned = torch.zeros(self.size * HEADER_WORDS, dtype=torch.int64).pin_memory()
+        self._pinned = torch.zeros(self.size * HEADER_WORDS, dtype=torch.int64, device="cpu").pin_memory()
         self._captured = False
         self._watchman = _Watchman(self, open_timeout_s)
         self._watchman.start()
@@ -68,7 +68,7 @@ class NcclCommunicator:
         """See `GlooCommunicator`. The one place where the host waits for the device, once a step."""
         self.raise_if_broken()
         call = self._watchman.watch()
-        words = torch.tensor(astuple(header), dtype=torch.int64).to(self.device, non_blocking=True)
+        words = torch.tensor(astuple(header), dtype=torch.int64, device="cpu").to(self.device, non_blocking=True)
         gathered = words.new_empty(self.size * HEADER_WORDS)
         self._backend._allgather_base(gathered, words).wait()
         self._pinned.copy_(gathered, non_blocking=True)
