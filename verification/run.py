@@ -1,8 +1,8 @@
 """Runs the protocol models through SPIN: `python verification/run.py [--long] [NAME ...]`. Needs `spin` and `gcc`.
 
 Every variant is either claimed to hold, and then SPIN explores all its states without an error, or has a bug put into it,
-and then SPIN must find that bug. Exploration is breadth first, so that a trace is the shortest that there is; for the largest variants depth first, which
-needs a quarter of the memory.
+and then SPIN must find that bug. Exploration is breadth first, so that a trace is the shortest that there is; the largest
+variants go depth first, which needs a quarter of the memory.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class EPGroup:
         if process_group is None:
             self._setup(dist.HashStore(), 0, 1, _device(device, prefer_cuda=torch.cuda.is_available()), None)
             return
-        if not isinstance(process_group, dist.ProcessGroup):
+        if not isinstance(process_group, dist.ProcessGroup) and process_group != dist.GroupMember.NON_GROUP_MEMBER:
             raise ConfigError(
                 f"process_group must be a torch.distributed process group, got {type(process_group).__name__}; for all ranks "
                 "give torch.distributed.group.WORLD, after init_process_group()"
@@ -178,6 +178,8 @@ def _device(device: torch.device | str | None, *, prefer_cuda: bool) -> torch.de
         chosen = torch.device(device if device is not None else ("cuda" if prefer_cuda else "cpu"))
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device must be a torch.device or its name, got {device!r}") from error
+    if chosen.type == "meta":
+        raise ConfigError("device is 'meta', where no rows can lie; give 'cuda' or 'cpu'")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device is {str(chosen)!r} but this process has no CUDA device; give device='cpu'")
     if chosen.type == "cuda" and chosen.index is None:

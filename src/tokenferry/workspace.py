@@ -307,9 +307,17 @@ class Workspace:
         """
         if self.lifecycle.stage is Stage.CLOSED:
             raise StateError("reset: the workspace is closed; open a new Workspace")
-        if self._stand_in is not None:
-            raise StateError("reset: inside solo(); leave it first")
-        check_reset(self.group, group, timeout_s)
+        lifecycle = self.lifecycle
+        lifecycle.enter("reset")
+        try:
+            if self._stand_in is not None:
+                raise StateError("reset: inside solo(); leave it first")
+            check_reset(self.group, group, timeout_s)
+            self._reset(group, timeout_s)
+        finally:
+            lifecycle.leave()
+
+    def _reset(self, group: EPGroup | None, timeout_s: float | None) -> None:
         old = self._settings
         self._transport.close()
         if self.device.type == "cuda":
