@@ -92,13 +92,8 @@ def graphs(group: tf.EPGroup) -> None:
             done = []
             for layer in layers:
                 got = layer.dispatch(hidden, idx, weights)
-                kept = tf.Dispatched(
-                    hidden=got.hidden.clone(),
-                    topk_idx=got.topk_idx.clone(),
-                    topk_weights=got.topk_weights.clone(),
-                    valid_tokens=got.valid_tokens,
-                )
-                done.append((kept, layer.combine(partial, got)))
+                kept = got.hidden.clone(), got.topk_idx.clone(), got.topk_weights.clone()  # views, gone with combine
+                done.append((*kept, layer.combine(partial, got)))
             return done
 
         stream = torch.cuda.Stream()

@@ -1,0 +1,87 @@
+"""The multicast transport's own instructions, in their interpreter form: a store that reaches every rank's buffer."""
+
+import numpy as np
+import pytest
+import torch
+
+import triton
+import triton.language as tl
+
+import tokenferry as tf
+from cases import Case, StepCase, begin, run_layer
+from tokenferry.kernels import wire
+from tokenferry.testing import run_ranks
+
+pytestmark = pytest.mark.interpreter
+
+INTERPRETER = {"TRITON_INTERPRET": "1"}
+
+
+def over_multicast(group: tf.EPGroup, steps: list[StepCase]) -> int:
+    """`nvls` on a buffer whose own address stands for the multicast mapping: the interpreter stores to each rank in turn."""
+    from tokenferry.memory import SymmetricBuffer
+    from tokenferry.transports import symmetric
+
+    class WithSwitch(SymmetricBuffer):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)
+            self.multicast_address = self.address
+
+    symmetric.SymmetricBuffer = WithSwitch
+    compared = 0
+    with tf.Workspace(Case().config, group, max_tokens_per_rank=1025, transport="nvls", timeout_s=20) as ws:
+        assert ws.transport == "nvls"
+        layers = [ws.dispatcher(), ws.dispatcher()]
+        for step in steps:
+            begin(ws, step)
+            for number, layer in enumerate(layers):
+                run_layer(ws, layer, step, number)
+                compared += 1
+    return compared
+
+
+def test_multicast_dispatch_gives_the_bits_of_the_reference() -> None:
+    steps = [
+        StepCase((3, 0, 5)),
+        StepCase((0, 0, 0)),
+        StepCase((1, 195, 2), own_buffer=True),
+        StepCase((4, 4, 4), real=(2, 0, 4)),
+    ]
+    assert run_ranks(over_multicast, 3, steps, env=INTERPRETER, timeout_s=90) == [2 * len(steps)] * 3
+
+
+def without_switch(group: tf.EPGroup) -> str:
+    with pytest.raises(tf.TransportUnavailableError) as caught:
+        tf.Workspace(Case().config, group, max_tokens_per_rank=8, transport="nvls")
+    return str(caught.value)
+
+
+def test_without_a_multicast_address_nvls_does_not_open() -> None:
+    for said in run_ranks(without_switch, 2, env=INTERPRETER):
+        assert "no multicast address" in said
+
+
+@triton.jit
+def add(control, size, out, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    a, b, c, d = wire.multicast_sum(control.to(tl.int64) + 1024 + lanes * 16, lanes < BLOCK, control, size, 0)
+    wire.store(out.to(tl.int64) + lanes * 16, a, b, c, d, lanes < BLOCK, 4)
+
+
+def summed(group: tf.EPGroup) -> list[float]:
+    from tokenferry.memory import SymmetricBuffer
+
+    buffer = SymmetricBuffer(group, 4096, "sum", 30.0)
+    words = buffer.tensor.view(torch.int64)
+    words[wire.PEER_TABLE.value // 8] = buffer.table_address
+    values = buffer.tensor[1024 : 1024 + 128].view(torch.float32)
+    values[:] = torch.arange(32) + 100 * group.rank
+    group.channel.barrier("filled", 30.0)
+    out = torch.empty(32)
+    add[(1,)](buffer.address, group.size, out.data_ptr(), BLOCK=8)
+    group.channel.barrier("read", 30.0)
+    return np.asarray(out).tolist()
+
+
+def test_the_switch_sums_float32_over_all_ranks() -> None:
+    assert run_ranks(summed, 3, env=INTERPRETER) == [[3.0 * value + 300 for value in range(32)]] * 3
