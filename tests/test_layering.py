@@ -80,3 +80,15 @@ def test_public_names_are_sorted_and_there() -> None:
 def test_importing_pulls_in_neither_transformers_nor_a_command_line() -> None:
     code = "import sys, tokenferry; sys.exit(any(name in sys.modules for name in ('transformers', 'typer', 'rich')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_without_transformers_its_integration_names_the_extra() -> None:
+    code = (
+        "import importlib.util as util\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'transformers' else find(name, *rest)\n"
+        "import tokenferry.integrations.transformers"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    last_line = done.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("ModuleNotFoundError: ") and 'pip install ".[transformers]"' in last_line

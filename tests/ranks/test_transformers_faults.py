@@ -261,6 +261,11 @@ def test_capacity_must_be_positive(path: Path) -> None:
         load(path, alone_of(2), max_tokens_per_rank=0)
 
 
+def test_what_is_no_group_is_named(path: Path) -> None:
+    with pytest.raises(ConfigError, match="group must be an EPGroup, got str; make one with EPGroup"):
+        load(path, "WORLD")
+
+
 DENSE = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 

@@ -10,6 +10,15 @@
 between its router and its experts, `expert_parallel.py` keeps the steps of all layers together.
 """
 
+import importlib.util
+
+if importlib.util.find_spec("transformers") is None:
+    raise ModuleNotFoundError(
+        "tokenferry.integrations.transformers needs the package transformers, which the extra `transformers` brings: "
+        'pip install ".[transformers]" in a clone of tokenferry',
+        name="transformers",
+    )
+
 from tokenferry.integrations.transformers.expert_parallel import ExpertParallel
 from tokenferry.integrations.transformers.layer import LOCAL_EXPERTS, register
 from tokenferry.integrations.transformers.model import from_pretrained

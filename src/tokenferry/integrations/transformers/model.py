@@ -66,6 +66,8 @@ def from_pretrained(
     for name in _NOT_OURS:
         if kwargs.get(name) is not None:
             raise ConfigError(f"{name} and expert parallelism by tokenferry exclude one another; leave {name} out")
+    if not isinstance(group, EPGroup):
+        raise ConfigError(f"group must be an EPGroup, got {type(group).__name__}; make one with EPGroup(process_group)")
     if max_tokens_per_rank < 1:
         raise ConfigError(f"max_tokens_per_rank must be at least 1, got {max_tokens_per_rank}")
     options = Options(
