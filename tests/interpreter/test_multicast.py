@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 import triton
 import triton.language as tl
 

@@ -103,8 +103,9 @@ def plan(
     if ep_size > MAX_RANKS:
         raise ConfigError(f"symmetric transports serve up to {MAX_RANKS} ranks, got {ep_size}; use transport='collective'")
     rows = max_tokens_per_rank * ep_size
-    if rows * max(row_bytes, wire_row_bytes) // 8 + 2**20 > 2**31 or rows * config.topk * 2 > 2**31 - 2**20:
-        raise ConfigError(f"{rows} gathered rows of {row_bytes} bytes exceed 2**31 packets; lower max_tokens_per_rank")
+    num_packets = max(rows * each // (16 if each % 16 == 0 else 8) for each in (row_bytes, wire_row_bytes))
+    if max(num_packets, rows * config.topk * 2) > 2**31 - 2**20:
+        raise ConfigError(f"{rows} gathered rows make {num_packets} packets, more than 2**31; lower max_tokens_per_rank")
     if slot_rows is None:
         is_small = max_tokens_per_rank <= SMALL_CAPACITY and ep_size <= SMALL_GROUP
         slot_rows = SLOT_ROWS_SMALL if is_small else SLOT_ROWS
