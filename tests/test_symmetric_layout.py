@@ -46,7 +46,7 @@ def test_slots_hold_no_more_rows_than_a_rank_may_bring() -> None:
 
 
 def test_rows_of_a_fraction_of_a_packet_are_refused_with_the_remedy() -> None:
-    with pytest.raises(tf.ConfigError, match="hidden rows have 14 bytes .* pad hidden_size"):
+    with pytest.raises(tf.ConfigError, match=r"hidden rows have 14 bytes .* pad hidden_size"):
         plan(tf.MoEConfig(hidden_size=7, num_experts=8, topk=2), 2, 8, torch.bfloat16)
     with pytest.raises(tf.ConfigError, match="more than 2"):
         plan(CONFIG, 72, 65536, torch.bfloat16)
