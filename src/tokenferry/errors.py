@@ -59,6 +59,12 @@ class ConfigError(UsageError):
     """Settings exclude one another, or differ between the ranks of a group."""
 
 
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Raises UsageError unless `value`, the argument `name`, is a `kind`."""
+    if not isinstance(value, kind):
+        raise UsageError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
+
+
 class StateError(TokenferryError, RuntimeError):
     """A call that is right in itself, at a time when it is not."""
 

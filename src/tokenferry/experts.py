@@ -23,7 +23,7 @@ from torch import nn
 from tokenferry.activations import Activation
 from tokenferry.config import HIDDEN_DTYPES
 from tokenferry.dispatched import Dispatched
-from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError
+from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, check_kind
 
 GROUPED_MM_ALIGNMENT_BYTES = 16
 """torch.nn.functional.grouped_mm refuses operands whose rows do not start at multiples of this."""
@@ -59,8 +59,10 @@ class ExpertsConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_experts"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value!r}; give an int")
+        check_kind("activation", self.activation, Activation)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -157,6 +159,8 @@ class Experts(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        check_kind("config", config, ExpertsConfig)
+        check_kind("expert_range", expert_range, range)
         if not expert_range or expert_range.step != 1 or expert_range.start < 0 or expert_range.stop > config.num_experts:
             raise ConfigError(
                 f"expert_range must be a part of range(0, {config.num_experts}) without gaps, got {expert_range}; "
@@ -211,7 +215,8 @@ class Experts(nn.Module):
                 target.copy_(self._part_of_this_rank(name, source, target))
 
     def _part_of_this_rank(self, name: str, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        if source.shape[0] == self.config.num_experts:
+        check_kind(name, source, torch.Tensor)
+        if source.dim() and source.shape[0] == self.config.num_experts:
             source = source[self.expert_range.start : self.expert_range.stop]
         if source.shape != target.shape:
             raise ShapeError(
@@ -223,6 +228,7 @@ class Experts(nn.Module):
     @torch.no_grad()
     def forward(self, dispatched: Dispatched, out: torch.Tensor | None = None) -> torch.Tensor:
         """`apply_experts` with this rank's weights: [R, H] partial rows, in `out` if given."""
+        check_kind("dispatched", dispatched, Dispatched)
         return apply_experts(dispatched, self.weights, self.expert_range.start, self.config.activation, out)
 
     def extra_repr(self) -> str:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError
+from tokenferry.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError, check_kind
 from tokenferry.experts import Experts
 from tokenferry.router import Router
 from tokenferry.shared_experts import PendingShared, SharedExperts
@@ -55,6 +55,9 @@ class MoELayer(nn.Module):
         side_stream: torch.cuda.Stream | None = None,
     ) -> None:
         super().__init__()
+        check_kind("workspace", workspace, Workspace)
+        check_kind("router", router, Router)
+        check_kind("experts", experts, Experts)
         if shared_overlap not in get_args(SharedOverlap):
             raise ConfigError(f"shared_overlap must be one of {', '.join(get_args(SharedOverlap))}; got {shared_overlap!r}")
         if (latent_down is None) != (latent_up is None):
@@ -134,6 +137,7 @@ class MoELayer(nn.Module):
         return output.view(hidden.shape)
 
     def _check_hidden(self, hidden: torch.Tensor) -> None:
+        check_kind("hidden", hidden, torch.Tensor)
         full_size, workspace = self.router.config.hidden_size, self.workspace
         if hidden.dim() < 1 or hidden.shape[-1] != full_size:
             raise ShapeError(f"hidden must be [..., {full_size}] (the router's hidden_size), got {list(hidden.shape)}")
@@ -141,6 +145,8 @@ class MoELayer(nn.Module):
             raise DtypeError(f"hidden is {hidden.dtype} but the workspace moves {workspace.config.dtype}; convert it with .to()")
         if hidden.device != workspace.device:
             raise DeviceError(f"hidden is on {hidden.device} but the workspace is on {workspace.device}; move it there")
+        if hidden.layout is not torch.strided:
+            raise LayoutError(f"hidden must be a dense tensor, got {hidden.layout}; call .to_dense()")
 
     def _begin_shared(self, hidden_TH: torch.Tensor) -> PendingShared | None:
         if self.shared_experts is None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenferry.errors import ConfigError, DtypeError, ShapeError
+from tokenferry.errors import ConfigError, DtypeError, ShapeError, check_kind
 
 ScoreFunction = Literal["softmax", "sigmoid"]
 
@@ -71,8 +71,9 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_experts", "topk", "num_groups", "topk_groups", "group_score_topk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value!r}; give an int")
         if self.topk > self.num_experts:
             raise ConfigError(f"topk is {self.topk} but there are only {self.num_experts} experts; lower topk")
         if self.score_function not in get_args(ScoreFunction):
@@ -115,10 +116,15 @@ def route(
 
     Raises:
         ShapeError: columns other than E.
+        DtypeError: no floating dtype.
         ConfigError: a correction without its setting, or the setting without a correction.
     """
+    check_kind("logits", logits_TE, torch.Tensor)
+    check_kind("config", config, RouterConfig)
     if logits_TE.dim() != 2 or logits_TE.shape[1] != config.num_experts:
         raise ShapeError(f"logits must be [T, {config.num_experts}] (num_experts), got {list(logits_TE.shape)}")
+    if not logits_TE.is_floating_point():
+        raise DtypeError(f"logits must be of a floating dtype, got {logits_TE.dtype}; convert them with .float()")
     if config.score_correction_bias != (score_correction_bias_E is not None):
         given = "given" if score_correction_bias_E is not None else "missing"
         raise ConfigError(f"score_correction_bias is {config.score_correction_bias} but the tensor is {given}")
@@ -193,6 +199,7 @@ class Router(nn.Module):
             ShapeError: `hidden` is not [T, H].
             DtypeError: `hidden` has another dtype than the parameters, without `float32_logits`.
         """
+        check_kind("hidden", hidden_TH, torch.Tensor)
         if hidden_TH.dim() != 2 or hidden_TH.shape[1] != self.config.hidden_size:
             raise ShapeError(f"hidden must be [T, {self.config.hidden_size}] (the router's), got {list(hidden_TH.shape)}")
         weight: torch.Tensor = self.weight

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenferry.activations import Activation
-from tokenferry.errors import ConfigError, DtypeError, ShapeError
+from tokenferry.errors import ConfigError, DtypeError, ShapeError, check_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,10 @@ class SharedExpertsConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value!r}; give an int")
+        check_kind("activation", self.activation, Activation)
 
 
 class SharedExperts(nn.Module):
@@ -78,6 +80,7 @@ class SharedExperts(nn.Module):
         Raises:
             ShapeError, DtypeError: `hidden` is not [T, H] of the parameters' dtype.
         """
+        check_kind("hidden", hidden_TH, torch.Tensor)
         if hidden_TH.dim() != 2 or hidden_TH.shape[1] != self.config.hidden_size:
             raise ShapeError(f"hidden must be [T, {self.config.hidden_size}] (the shared experts'), got {list(hidden_TH.shape)}")
         if hidden_TH.dtype != self.up_proj.dtype:
