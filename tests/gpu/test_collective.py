@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 
 import tokenferry as tf
-from cases import CASES, PROPERTY, Case, StepCase, begin, run_case, run_layer, same, scenarios
+from cases import CASES, Case, StepCase, begin, run_case, run_layer, same
+from scenarios import PROPERTY, scenarios
 from tokenferry.testing import run_ranks
 from tokenferry.testing.data import make_inputs
 
