@@ -95,6 +95,17 @@ def descendants(pid):
     return found - {pid}
 
 
+@pytest.mark.parametrize("after_s", [0.1, 0.5])
+def test_ctrl_c_while_it_loads_is_a_line_and_exit_code_2(environment, after_s):
+    command = [sys.executable, "-c", "import tokenferry_command; print('loads', flush=True); tokenferry_command.run()", "doctor"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "loads\n"
+    time.sleep(after_s)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (2, "tokenferry: interrupted\n")
+
+
 def test_ctrl_c_is_a_line_and_exit_code_2_and_leaves_nothing_behind(environment, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\ntwo two\n")

@@ -15,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from filelock import FileLock
-
 from tokenferry import env
 from tokenferry.cli import manifest, upcycle
 from tokenferry.errors import ConfigError
@@ -39,6 +37,8 @@ def demo_checkpoint(report: Callable[[str], None] = lambda line: None) -> Path:
     if manifest.damage(final) is None:
         return final
     source = source_file()
+    from filelock import FileLock  # an extra's package, needed here only
+
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{FOLDER_NAME}.lock"):

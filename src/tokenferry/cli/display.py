@@ -59,7 +59,8 @@ def printable(text: str) -> Text:
 def rank_table(results: Sequence[RankResult]) -> Table:
     """What each rank did, a row a rank; "comm." is the share of its time spent in communication."""
     first = results[0]
-    title = f"{len(results)} ranks, {first.num_layers} MoE layers, {first.dtype}, transport {first.transport}"
+    ranks = "1 rank" if len(results) == 1 else f"{len(results)} ranks"
+    title = f"{ranks}, {first.num_layers} MoE layers, {first.dtype}, transport {first.transport}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for name in ("rank", "device", "prompts", "prompt tokens", "new tokens", "tokens/s", "comm.", "experts", "memory"):
         table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)

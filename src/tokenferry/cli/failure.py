@@ -10,7 +10,7 @@ from typing import Final
 import typer
 
 from tokenferry import env
-from tokenferry.errors import RankFailedError, TokenferryError
+from tokenferry.errors import ConfigError, RankFailedError, TokenferryError
 
 EXIT_CODE: Final = 2
 EXCEPTION: Final = re.compile(r"^(?P<type>[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt|Warning))\b:? ?", re.MULTILINE)
@@ -24,7 +24,7 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         fail("interrupted")
     except RankFailedError as error:
-        if env.read(env.DebugSettings).enabled:
+        if _wants_traceback():
             typer.echo(error.traceback, err=True)
         fail(f"rank {error.rank}: {summary(error.traceback)}")
     except (TokenferryError, OSError) as error:
@@ -35,6 +35,13 @@ def fail(message: str) -> None:
     """Print the line and leave."""
     typer.echo(f"tokenferry: {message}", err=True)
     raise typer.Exit(EXIT_CODE)
+
+
+def _wants_traceback() -> bool:
+    try:
+        return env.read(env.DebugSettings).enabled
+    except ConfigError:  # the rank has failed with the same, and its line follows
+        return False
 
 
 def summary(traceback: str) -> str:

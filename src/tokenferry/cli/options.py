@@ -74,7 +74,7 @@ def choose_model(model: str, num_ranks: int, report: Callable[[str], None]) -> s
         ConfigError: no such model, or fewer experts than ranks; see also `demo_checkpoint`.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise ConfigError("this command needs the package transformers; run: pip install 'tokenferry[demo]'")
+        raise ConfigError("this command needs the package transformers; run, in tokenferry's folder: pip install '.[demo]'")
     if model.startswith(TINY):
         family = model.removeprefix(TINY)
         if family not in FAMILIES:

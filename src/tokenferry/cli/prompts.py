@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Final
@@ -29,7 +30,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         ConfigError: the file cannot be read, holds no prompt, or has a malformed line (the message gives its number).
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise ConfigError(f"prompts file {path} cannot be read: {error.strerror}") from error
     parse = _parse_json if path.suffix == ".jsonl" else _parse_text

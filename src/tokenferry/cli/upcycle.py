@@ -35,7 +35,9 @@ def upcycle(source: Path, folder: Path) -> None:
         import transformers
         from safetensors.torch import save_file
     except ImportError as error:
-        raise ConfigError(f"the demo needs the package {error.name}; run: pip install 'tokenferry[demo]'") from error
+        raise ConfigError(
+            f"the demo needs the package {error.name}; run, in tokenferry's folder: pip install '.[demo]'"
+        ) from error
 
     quiet_transformers()
     place: dict[str, Any] = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
