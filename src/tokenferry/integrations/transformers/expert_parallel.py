@@ -265,9 +265,9 @@ class ExpertParallel:
             raise error
         if num_tokens > capacity:
             self._last_error = CapacityError(
-                f"this forward has {num_tokens} tokens (batch, times beams, times length) but max_tokens_per_rank is {capacity}; load "
-                f"the model with max_tokens_per_rank={num_tokens}, send fewer prompts at once, or have generate() split long ones "
-                f"with prefill_chunk_size (times the prompts of the batch, at most {capacity})"
+                f"this forward has {num_tokens} tokens (batch, times beams, times length) but max_tokens_per_rank is "
+                f"{capacity}; load the model with max_tokens_per_rank={num_tokens}, send fewer prompts at once, or have "
+                f"generate() split long ones with prefill_chunk_size (times the prompts of the batch, at most {capacity})"
             )
             raise self._last_error
         with self._stopwatch.running():
