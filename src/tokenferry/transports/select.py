@@ -15,10 +15,11 @@ from tokenferry.errors import ConfigError, TransportUnavailableError
 from tokenferry.groups import EPGroup
 from tokenferry.transports import symmetric_layout
 
-TRANSPORTS = ("local", "nvls", "p2p", "collective")
-"""All transports, in the order in which `auto` prefers them."""
+TRANSPORTS = ("local", "p2p", "nvls", "collective")
+"""All transports, in the order in which `auto` prefers them. `nvls` stands behind `p2p` for as long as no GPU with multicast has
+run it: whoever wants it asks for it by name."""
 
-SYMMETRIC = ("nvls", "p2p")
+SYMMETRIC = ("p2p", "nvls")
 """Those that stand on symmetric memory."""
 
 
@@ -89,7 +90,7 @@ def _symmetric(group: EPGroup, requested: str) -> tuple[Decision, ...]:
     if unreachable and group.size > 1:
         reason = f"GPU {group.device.index} cannot map the memory of GPU {unreachable[0]}"
         return tuple(Rejected(name, reason) for name in SYMMETRIC)
-    return _nvls(group), Accepted("p2p", "peer stores and loads over symmetric memory")
+    return Accepted("p2p", "peer stores and loads over symmetric memory"), _nvls(group)
 
 
 def _interpreted(name: str, requested: str) -> Decision:
