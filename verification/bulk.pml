@@ -13,6 +13,7 @@
  * Checked: overwrote_unread_row, read_stale_row (rows and terms), and no deadlock.
  *
  * Variants:
+ *   ALWAYS, NEVER      sets of ranks that always bring rows, or never: fewer states
  *   AT_LEAST           a counter is compared as "not behind, by less than half the range", and not for equality
  *   MAX_SLOT_ROUNDS    at most so many rounds in a row go through slots: a counter may be that old when it is looked at
  *   WRITE_AFTER_STEP   after the last combine of a step a rank writes its terms without any exchange (a bug to be found)
@@ -35,6 +36,15 @@
 #define DISPATCH 0
 #define COMBINE 1
 #define NOTHING 255
+
+/* Sets of ranks, as bits: which always bring rows, which never. */
+#ifndef ALWAYS
+#define ALWAYS 0
+#endif
+#ifndef NEVER
+#define NEVER 0
+#endif
+#define CHOOSE_TOKENS if :: !((NEVER >> me) & 1) -> tokens = 1 :: !((ALWAYS >> me) & 1) -> tokens = 0 fi
 
 #ifdef AT_LEAST
 #define REACHED(counter, wanted) (((counter) + EPOCHS - (wanted)) % EPOCHS < EPOCHS / 2)
@@ -111,7 +121,7 @@ proctype Rank(byte me) {
     byte round, true_round, done, tokens, peer;
     do
     :: true ->
-        if :: tokens = 0 :: tokens = 1 fi;
+        CHOOSE_TOKENS;
         /* Exchange of counts: nobody leaves before all have come. */
         atomic { !opened && ALL_LANDED(me) ->
             brings = brings | (tokens << me);

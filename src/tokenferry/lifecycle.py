@@ -111,6 +111,8 @@ class Lifecycle:
             self.layer, self.ticket = layer, Ticket(layer)
         elif operation == "combine_begin":
             self.ticket = None
+        elif operation == "combine_end":
+            self.layer = -1
 
     def fail(self, error: PeerError) -> None:
         """Every call raises `error` from now on, until the workspace is reset."""
