@@ -1,7 +1,14 @@
-"""Skips say what is missing."""
+"""Skips say what is missing; and Ctrl-C reaches the processes that tests start."""
+
+import signal
 
 import pytest
 import torch
+
+
+def pytest_configure() -> None:
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell ran pytest in the background: children would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
