@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from plain_moe import plain_expert
-from tokenferry import experts as experts_module
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched
 from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError
-from tokenferry.experts import Experts, ExpertsConfig, ExpertWeights, apply_experts, choose_path
+from tokenferry.experts import Experts, ExpertsConfig, ExpertWeights, apply_experts, choose_path, torch_path
 from tokenferry.testing.numeric import same_bits
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -112,7 +111,7 @@ STATIC_CASES = [name for name in CASES if "unaligned" not in name]
 @pytest.fixture(params=["trimmed", "static", "dense"])
 def path(request, monkeypatch):
     """Each way through, on CPU tensors, with NaNs in memory that nothing has written yet."""
-    monkeypatch.setattr(experts_module, "choose_path", lambda *_: request.param)
+    monkeypatch.setattr(torch_path, "choose_path", lambda *_: request.param)
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
     yield request.param
     torch.use_deterministic_algorithms(False)
@@ -187,7 +186,7 @@ def test_an_expert_named_twice_counts_twice(path):
 @pytest.mark.parametrize("name", ["static", "dense"])
 def test_the_ways_for_gpus_ask_the_host_nothing(monkeypatch, name):
     """Tensors on "meta" have no values: .item(), .tolist(), nonzero and masks as indices would raise."""
-    monkeypatch.setattr(experts_module, "choose_path", lambda *_: name)
+    monkeypatch.setattr(torch_path, "choose_path", lambda *_: name)
     shape = ExpertsConfig(
         hidden_size=16, intermediate_size=8, num_experts=NUM_EXPERTS, activation=Activation("clamped_swiglu"), bias=True
     )

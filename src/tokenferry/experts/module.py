@@ -1,0 +1,162 @@
+"""The routed experts of this rank as a module, and as a function of gathered rows.
+
+Legend of shape suffixes: R gathered rows, K slots of a row, H hidden size, I intermediate size, N columns of the first product
+(2·I with a gate, else I), E experts of the group, L experts of this rank (`e` elsewhere).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tokenferry.activations import Activation
+from tokenferry.config import HIDDEN_DTYPES
+from tokenferry.dispatched import Dispatched
+from tokenferry.errors import ConfigError, DtypeError, ShapeError, check_kind
+from tokenferry.experts import torch_path
+from tokenferry.experts.weights import ExpertsConfig, ExpertWeights, check_operands, check_out
+
+
+def apply_experts(
+    dispatched: Dispatched,
+    weights: ExpertWeights,
+    first_expert: int,
+    activation: Activation,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The weighted sum, for each gathered row, over this rank's experts.
+
+    Products are in the weights' dtype, the activation in float32 (rounded once), the sum over a row's slots in float32 in slot
+    order, rounded once to the dtype of `out`. A row without a local expert gives +0.0. Deterministic: no atomics.
+
+    Args:
+        dispatched: R rows; a slot counts if its id is in [first_expert, first_expert + L). Ids -1, other ranks' ids, and
+            so rows >= V, are left out, whatever their hidden values and weights are, NaNs included.
+        weights: of this rank's L experts.
+        first_expert: global number of the first of them.
+        activation: between the products.
+        out: [R, H] to write into, bfloat16, float16 or float32, e.g. `dispatcher.combine_input()`. None: a new tensor
+            in the dtype of `dispatched.hidden`.
+
+    Returns:
+        `out`, [R, H].
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: operands that do not fit one another; before anything is launched.
+    """
+    hidden_RH = dispatched.hidden
+    check_operands(hidden_RH, weights, activation)
+    if out is None:
+        out = torch.empty_like(hidden_RH)
+    else:
+        check_out(out, hidden_RH)
+    if hidden_RH.shape[0] == 0:
+        return out
+    return torch_path.run(torch_path.choose_path(hidden_RH, weights), dispatched, weights, first_expert, activation, out)
+
+
+class Experts(nn.Module):
+    """The routed experts that this rank holds.
+
+    Parameters (no gradients): `up_proj` [L, N, H], `down_proj` [L, H, I]; with `config.bias` also `up_bias` [L, N] and
+    `down_bias` [L, H].
+
+    Args:
+        config: the shape, of all experts.
+        expert_range: which global experts this rank holds: `group.expert_range(config.num_experts)`.
+        dtype: of the parameters, and of the hidden rows.
+        device: of the parameters.
+
+    Raises:
+        ConfigError: a range that is empty, has gaps, or leaves [0, E).
+        DtypeError: a dtype other than bfloat16, float16 and float32.
+    """
+
+    up_proj: nn.Parameter
+    down_proj: nn.Parameter
+    up_bias: nn.Parameter | None
+    down_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        config: ExpertsConfig,
+        expert_range: range,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        check_kind("config", config, ExpertsConfig)
+        check_kind("expert_range", expert_range, range)
+        if not expert_range or expert_range.step != 1 or expert_range.start < 0 or expert_range.stop > config.num_experts:
+            raise ConfigError(
+                f"expert_range must be a part of range(0, {config.num_experts}) without gaps, got {expert_range}; "
+                "take group.expert_range(num_experts)"
+            )
+        if dtype not in HIDDEN_DTYPES:
+            raise DtypeError(f"experts take {', '.join(map(str, HIDDEN_DTYPES))}, got {dtype}")
+        self.config, self.expert_range = config, expert_range
+        L, H, I = len(expert_range), config.hidden_size, config.intermediate_size
+        N = config.activation.num_columns(I)
+        shapes = {"up_proj": (L, N, H), "down_proj": (L, H, I), "up_bias": (L, N), "down_bias": (L, H)}
+        for name, shape in shapes.items():
+            absent = name.endswith("bias") and not config.bias
+            tensor = None if absent else nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
+            self.register_parameter(name, tensor)
+        nn.init.normal_(self.up_proj, std=H**-0.5)
+        nn.init.normal_(self.down_proj, std=I**-0.5)
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The parameters, as `apply_experts` takes them."""
+        return ExpertWeights(up_proj=self.up_proj, down_proj=self.down_proj, up_bias=self.up_bias, down_bias=self.down_bias)
+
+    @torch.no_grad()
+    def load(
+        self,
+        up_proj: torch.Tensor,
+        down_proj: torch.Tensor,
+        up_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
+        *,
+        transposed: bool = False,
+    ) -> None:
+        """Copy weights in, of all E experts (this rank's part is taken) or of this rank's L.
+
+        Args:
+            up_proj: [E or L, N, H]; gate and up rows lie as `config.activation.interleaved` says.
+            down_proj: [E or L, H, I].
+            up_bias, down_bias: [E or L, N], [E or L, H]; given if and only if `config.bias`.
+            transposed: the matrices come as [.., H, N] and [.., I, H] (gpt-oss checkpoints).
+
+        Raises:
+            ShapeError: a tensor of another shape, or a bias too many or missing.
+        """
+        if transposed:
+            up_proj, down_proj = up_proj.transpose(1, 2), down_proj.transpose(1, 2)
+        for name, source in (("up_proj", up_proj), ("down_proj", down_proj), ("up_bias", up_bias), ("down_bias", down_bias)):
+            target: torch.Tensor | None = getattr(self, name)
+            if (target is None) != (source is None):
+                raise ShapeError(f"{name} is {'missing' if source is None else 'given'} but config.bias is {self.config.bias}")
+            if target is not None and source is not None:
+                target.copy_(self._part_of_this_rank(name, source, target))
+
+    def _part_of_this_rank(self, name: str, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        check_kind(name, source, torch.Tensor)
+        if source.dim() and source.shape[0] == self.config.num_experts:
+            source = source[self.expert_range.start : self.expert_range.stop]
+        if source.shape != target.shape:
+            raise ShapeError(
+                f"{name} is {list(source.shape)} after transposition and slicing but this rank holds {list(target.shape)}; "
+                f"give {self.config.num_experts} (all) or {len(self.expert_range)} (this rank's) experts, or check `transposed`"
+            )
+        return source
+
+    @torch.no_grad()
+    def forward(self, dispatched: Dispatched, out: torch.Tensor | None = None) -> torch.Tensor:
+        """`apply_experts` with this rank's weights: [R, H] partial rows, in `out` if given."""
+        check_kind("dispatched", dispatched, Dispatched)
+        return apply_experts(dispatched, self.weights, self.expert_range.start, self.config.activation, out)
+
+    def extra_repr(self) -> str:
+        return f"{self.config}, {self.expert_range}"

@@ -1,0 +1,151 @@
+"""This rank's experts on the rows that a dispatch gathered: the torch path, for CPUs and GPUs.
+
+Legend of shape suffixes: R gathered rows, K slots of a row, P (row, slot) pairs sorted by expert, H hidden size, I intermediate
+size, N columns of the first product (2·I with a gate, else I), E experts of the group, L experts of this rank (`e` elsewhere).
+
+Three ways through, chosen from device, dtype and strides alone (`choose_path`):
+
+    trimmed  CPUs: P is the number of local pairs.
+    static   CUDA: nothing asks the device for a value. P is the bound R·K, pairs without a local expert sort to the tail, the
+             grouped product stops at the device's offsets, and what lies behind is masked by *selection* (0 · NaN is NaN).
+    dense    CUDA where the grouped product would wait for the device: every expert on every row, then selection.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from tokenferry.activations import Activation
+from tokenferry.dispatched import Dispatched
+from tokenferry.experts.weights import ExpertWeights
+
+GROUPED_MM_ALIGNMENT_BYTES = 16
+"""torch.nn.functional.grouped_mm refuses operands whose rows do not start at multiples of this."""
+
+GROUPED_MM_CUDA_MAJORS = (9, 10)
+"""Compute capabilities (major) where grouped_mm in bfloat16 runs without a host synchronisation. In other dtypes it copies the
+offsets to the host: H100, torch 2.11, sync debug mode: bfloat16 never waits, float16 and float32 do (2026-11-22). Other
+capabilities: read in torch's source, not run."""
+
+Path = Literal["trimmed", "static", "dense"]
+
+
+def run(
+    path: Path, dispatched: Dispatched, weights: ExpertWeights, first_expert: int, activation: Activation, out: torch.Tensor
+) -> torch.Tensor:
+    """`apply_experts` by `path`, on checked operands."""
+    hidden_RH, num_local_experts = dispatched.hidden, weights.up_proj.shape[0]
+    local_RK = _local_ids(dispatched.topk_idx, first_expert, num_local_experts)
+    if path == "dense":
+        output_PH, position_RK = _every_expert_on_every_row(hidden_RH, local_RK, weights, activation)
+    else:
+        output_PH, position_RK = _experts_on_sorted_pairs(hidden_RH, local_RK, weights, activation, trim=path == "trimmed")
+    return _weighted_sum(output_PH, position_RK, local_RK < num_local_experts, dispatched.topk_weights, out)
+
+
+def _local_ids(topk_idx_RK: torch.Tensor, first_expert: int, num_local_experts: int) -> torch.Tensor:
+    """0 .. L-1 where the slot's expert is here, else L (it sorts behind all of them)."""
+    local_RK = topk_idx_RK - first_expert
+    return torch.where((local_RK >= 0) & (local_RK < num_local_experts), local_RK, num_local_experts)
+
+
+def _experts_on_sorted_pairs(
+    hidden_RH: torch.Tensor, local_RK: torch.Tensor, weights: ExpertWeights, activation: Activation, *, trim: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Expert outputs by pair, and where each slot's pair is. Without `trim`, outputs behind the last local pair are undefined."""
+    num_local_experts, topk = weights.up_proj.shape[0], local_RK.shape[1]
+    sorted_P, order_P = torch.sort(local_RK.flatten(), stable=True)
+    experts_L = torch.arange(num_local_experts, dtype=sorted_P.dtype, device=sorted_P.device)
+    ends_L = torch.searchsorted(sorted_P, experts_L, right=True, out_int32=True)
+    position_RK = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(order_P.numel(), device=order_P.device))
+    position_RK = position_RK.view(local_RK.shape)
+    if trim:
+        num_pairs = int(ends_L[-1])
+        sorted_P, order_P = sorted_P[:num_pairs], order_P[:num_pairs]
+        position_RK = position_RK.clamp(max=max(num_pairs - 1, 0))  # where it exceeds the end the slot is not local: masked later
+    bias_index_P = sorted_P.clamp(max=num_local_experts - 1)
+    pairs_PH = hidden_RH.index_select(0, order_P // topk)
+    up_PN = _grouped_linear(pairs_PH, weights.up_proj, ends_L)
+    if weights.up_bias is not None:
+        up_PN += weights.up_bias.index_select(0, bias_index_P)
+    output_PH = _grouped_linear(activation(up_PN), weights.down_proj, ends_L)
+    if weights.down_bias is not None:
+        output_PH += weights.down_bias.index_select(0, bias_index_P)
+    return output_PH, position_RK
+
+
+def _every_expert_on_every_row(
+    hidden_RH: torch.Tensor, local_RK: torch.Tensor, weights: ExpertWeights, activation: Activation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The CUDA fall-back where grouped_mm would synchronise: L dense products, each kept in the slots that chose the expert.
+
+    About L·R / (local pairs) times the work of the sorted path; meant for float32 and float16 checks, and for GPUs before Hopper.
+    """
+    num_rows, topk = local_RK.shape
+    output_RKH = hidden_RH.new_zeros(num_rows, topk, hidden_RH.shape[1])
+    nothing = [None] * weights.up_proj.shape[0]
+    up_biases = nothing if weights.up_bias is None else weights.up_bias.unbind()
+    down_biases = nothing if weights.down_bias is None else weights.down_bias.unbind()
+    for expert, (up_proj, down_proj) in enumerate(zip(weights.up_proj.unbind(), weights.down_proj.unbind(), strict=True)):
+        up_RN = F.linear(hidden_RH, up_proj, up_biases[expert])
+        expert_output_RH = F.linear(activation(up_RN), down_proj, down_biases[expert])
+        output_RKH = torch.where((local_RK == expert).unsqueeze(-1), expert_output_RH.unsqueeze(1), output_RKH)
+    position_RK = torch.arange(num_rows * topk, device=local_RK.device).view(num_rows, topk)
+    return output_RKH.flatten(0, 1), position_RK
+
+
+def _grouped_linear(rows_PX: torch.Tensor, weight_LYX: torch.Tensor, ends_L: torch.Tensor) -> torch.Tensor:
+    """Each expert's rows times its [Y, X] transposed: [P, Y]. Rows of expert l end at ends[l]; behind the last: undefined."""
+    if rows_PX.is_cuda or (_aligned(rows_PX) and _aligned(weight_LYX)):
+        return F.grouped_mm(rows_PX, weight_LYX.transpose(1, 2), offs=ends_L)
+    output_PY = rows_PX.new_empty(rows_PX.shape[0], weight_LYX.shape[1])
+    begin = 0
+    for expert, end in enumerate(ends_L.tolist()):  # a CPU tensor: nothing waits
+        if end > begin:
+            torch.mm(rows_PX[begin:end], weight_LYX[expert].t(), out=output_PY[begin:end])
+        begin = end
+    return output_PY
+
+
+def _weighted_sum(
+    output_PH: torch.Tensor,
+    position_RK: torch.Tensor,
+    is_local_RK: torch.Tensor,
+    weights_RK: torch.Tensor,
+    out_RH: torch.Tensor,
+) -> torch.Tensor:
+    """Sum over the local slots in slot order, in float32, into `out`.
+
+    The mask selects and does not multiply: the pair behind a slot without a local expert may be NaN.
+    """
+    sum_RH = out_RH.zero_() if out_RH.dtype == torch.float32 else torch.zeros_like(out_RH, dtype=torch.float32)
+    if output_PH.shape[0]:
+        for position_R, is_local_R, weights_R in zip(*(x.unbind(1) for x in (position_RK, is_local_RK, weights_RK)), strict=True):
+            term_RH = output_PH.index_select(0, position_R).float() * weights_R.unsqueeze(1)
+            sum_RH += torch.where(is_local_R.unsqueeze(1), term_RH, 0.0)
+    return out_RH if sum_RH is out_RH else out_RH.copy_(sum_RH)
+
+
+def choose_path(hidden_RH: torch.Tensor, weights: ExpertWeights) -> Path:
+    """How `apply_experts` goes through these operands; see the head of this file."""
+    if not hidden_RH.is_cuda:
+        return "trimmed"
+    bytes_of_activated_row = weights.down_proj.shape[2] * weights.down_proj.element_size()
+    grouped_mm_serves = (
+        hidden_RH.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(hidden_RH.device)[0] in GROUPED_MM_CUDA_MAJORS
+        and hidden_RH.shape[1] * hidden_RH.element_size() % GROUPED_MM_ALIGNMENT_BYTES == 0
+        and bytes_of_activated_row % GROUPED_MM_ALIGNMENT_BYTES == 0
+        and _aligned(weights.up_proj)
+        and _aligned(weights.down_proj)
+    )
+    return "static" if grouped_mm_serves else "dense"
+
+
+def _aligned(matrices: torch.Tensor) -> bool:
+    """Whether every stride but the unit one is a multiple of 16 bytes."""
+    strides = matrices.stride()[-2:]
+    return 1 in strides and max(strides) * matrices.element_size() % GROUPED_MM_ALIGNMENT_BYTES == 0

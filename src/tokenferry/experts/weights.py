@@ -1,0 +1,88 @@
+"""The shape and the stacked weights of the routed experts, and what must fit what.
+
+Legend of shape suffixes: R gathered rows, H hidden size, I intermediate size, N columns of the first product (2·I with a gate,
+else I), L experts of this rank (`e` elsewhere).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from tokenferry.activations import Activation
+from tokenferry.config import HIDDEN_DTYPES
+from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, check_kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """The shape of the routed experts.
+
+    Attributes:
+        hidden_size: H, of the rows that experts see (the latent size in a latent layer).
+        intermediate_size: I, of one expert.
+        num_experts: E, of the whole group.
+        activation: between the products; says whether there is a gate, and how gate and up half lie in `up_proj`.
+        bias: both products have a bias.
+
+    Raises:
+        ConfigError: a size below 1.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    activation: Activation = field(default_factory=Activation)
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "intermediate_size", "num_experts"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value!r}; give an int")
+        check_kind("activation", self.activation, Activation)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExpertWeights:
+    """Stacked weights of L experts, bfloat16, float16 or float32, one dtype and device.
+
+    Attributes:
+        up_proj: [L, N, H]: gate rows, then up rows (or interleaved, as the `Activation` says); [L, I, H] without a gate.
+            A transposed view of [L, H, N] serves too, without a copy.
+        down_proj: [L, H, I], likewise.
+        up_bias: [L, N] or None.
+        down_bias: [L, H] or None.
+    """
+
+    up_proj: torch.Tensor
+    down_proj: torch.Tensor
+    up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+
+def check_operands(hidden_RH: torch.Tensor, weights: ExpertWeights, activation: Activation) -> None:
+    """Raises where hidden rows, weights and activation do not fit one another."""
+    L, H, I = weights.down_proj.shape
+    if hidden_RH.dim() != 2 or hidden_RH.shape[1] != H:
+        raise ShapeError(f"hidden must be [R, {H}] (down_proj is {[L, H, I]}), got {list(hidden_RH.shape)}")
+    if weights.up_proj.shape != (L, activation.num_columns(I), H):
+        raise ShapeError(
+            f"up_proj must be {[L, activation.num_columns(I), H]} for {activation.name} and a down_proj of {[L, H, I]}, "
+            f"got {list(weights.up_proj.shape)}"
+        )
+    if hidden_RH.dtype != weights.up_proj.dtype:
+        raise DtypeError(f"hidden is {hidden_RH.dtype} but the experts are {weights.up_proj.dtype}; convert one of them")
+    if hidden_RH.device != weights.up_proj.device:
+        raise DeviceError(f"hidden is on {hidden_RH.device} but the experts are on {weights.up_proj.device}; move one of them")
+
+
+def check_out(out: torch.Tensor, hidden_RH: torch.Tensor) -> None:
+    """Raises where `out` does not fit the gathered rows."""
+    if out.shape != hidden_RH.shape:
+        raise ShapeError(f"out is {list(out.shape)} but there are {list(hidden_RH.shape)} gathered rows; use combine_input()")
+    if out.dtype not in HIDDEN_DTYPES:
+        raise DtypeError(f"out must be {', '.join(map(str, HIDDEN_DTYPES))}, got {out.dtype}")
+    if out.device != hidden_RH.device:
+        raise DeviceError(f"out is on {out.device} but hidden is on {hidden_RH.device}; use combine_input()")

@@ -1,0 +1,290 @@
+"""Grouped matrix product: each local expert's weights times the rows that chose it, gated by the device's counts."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tokenferry.kernels import wire
+
+SIGNATURE = {
+    "rows": "*DTYPE",
+    "weights": "*WEIGHT",
+    "scales": "*fp32",
+    "bias": "*DTYPE",
+    "out": "*DTYPE",
+    "counts": "*i32",
+    "offsets": "*i32",
+    "pairs": "*i32",
+    "first_row": "i32",
+    "alpha": "fp32",
+    "limit": "fp32",
+    "L": "constexpr",
+    "K": "constexpr",
+    "DEPTH": "constexpr",
+    "WIDTH": "constexpr",
+    "STRIDE_E": "constexpr",
+    "STRIDE_N": "constexpr",
+    "STRIDE_D": "constexpr",
+    "FIRST": "constexpr",
+    "GATED": "constexpr",
+    "INTERLEAVED": "constexpr",
+    "ACTIVATION": "constexpr",
+    "BIAS": "constexpr",
+    "SCALED": "constexpr",
+    "LOW": "constexpr",
+    "HIGH": "constexpr",
+    "BM_FEW": "constexpr",
+    "BM": "constexpr",
+    "BN": "constexpr",
+    "BD": "constexpr",
+    "LANES": "constexpr",
+    "UPCAST": "constexpr",
+    "PDL": "constexpr",
+}
+FP8_MAX: tl.constexpr = tl.constexpr(448.0)
+"""Largest finite float8_e4m3fn."""
+SCALE_BLOCK: tl.constexpr = tl.constexpr(128)
+"""Weights share a scale per 128 x 128, rows per 1 x 128."""
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), float32."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def activate(x, NAME: tl.constexpr):
+    """The activations without a gate, float32.
+
+    Example:
+        squared_relu of -1, 0, 3: 0, 0, 9.
+    """
+    if NAME == "squared_relu":
+        x = tl.maximum(x, 0.0)
+        return x * x
+    elif NAME == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif NAME == "gelu_tanh":
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x * sigmoid(2.0 * inner)  # 0.5 * (1 + tanh(y)) is sigmoid(2 y)
+    elif NAME == "relu":
+        return tl.maximum(x, 0.0)
+    elif NAME == "silu":
+        return x * sigmoid(x)
+    else:
+        tl.static_assert(NAME == "none", "unknown activation")
+        return x
+
+
+@triton.jit
+def activate_gated(gate, up, alpha, limit, NAME: tl.constexpr):
+    """The activations with a gate, float32.
+
+    Example:
+        clamped_swiglu with alpha 0 and limit 2 of gate 9 and up -5: 2 * 0.5 * (-2 + 1) = -1.
+    """
+    if NAME == "swiglu":
+        return gate * sigmoid(gate) * up
+    else:
+        tl.static_assert(NAME == "clamped_swiglu", "unknown activation")
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+        return gate * sigmoid(gate * alpha) * (up + 1.0)
+
+
+@triton.jit
+def quantize(x):
+    """Rows of 128 float32 as float8_e4m3fn and their scales: the largest number of a row becomes 448.
+
+    Example:
+        224, -448, 1 and zeros: scale 1. 112, -224, 0.5: scale 0.5 and the same float8. Zeros: scale 1.
+    """
+    largest = tl.max(tl.abs(x), 1)
+    scale = tl.where(largest > 0, largest / FP8_MAX, 1.0)
+    return (x / scale[:, None]).to(tl.float8e4nv), scale
+
+
+@triton.jit
+def product_tile(
+    rows,
+    weights,
+    scales,
+    bias,
+    out,
+    pairs,
+    first_row,
+    alpha,
+    limit,
+    expert,
+    begin,
+    num,
+    first_column,
+    K: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STRIDE_E: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_D: tl.constexpr,
+    FIRST: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """BM x BN outputs of one expert: the pairs at begin .. begin + num - 1 (num > 0; those beyond BM are left out)."""
+    BB: tl.constexpr = 2 * BN if GATED else BN
+    NUM_COLUMNS: tl.constexpr = 2 * WIDTH if GATED else WIDTH
+    lanes = tl.arange(0, BM)
+    position = begin + tl.minimum(lanes, num - 1)  # a row that is there instead of one that is not: never stored
+    pair = tl.load(pairs + position)
+    source = (first_row + pair // K).to(tl.int64) if FIRST else position.to(tl.int64)
+    column = tl.arange(0, BB)
+    if GATED:
+        column = first_column + column % BN
+    else:
+        column = first_column + column
+    if WIDTH % BN != 0:
+        column = tl.minimum(column, WIDTH - 1)
+    if GATED:
+        half = tl.arange(0, BB) // BN
+        column = 2 * column + half if INTERLEAVED else column + half * WIDTH
+    depth = tl.arange(0, BD)
+    a = rows + source[:, None] * DEPTH + depth[None, :]
+    b = weights + expert.to(tl.int64) * STRIDE_E + column[None, :].to(tl.int64) * STRIDE_N + depth[:, None] * STRIDE_D
+    total = tl.zeros([BM, BB], tl.float32)
+    if SCALED:
+        tl.static_assert(BD == SCALE_BLOCK, "a step along the depth is one block of scales")
+        DEPTH_BLOCKS: tl.constexpr = (DEPTH + SCALE_BLOCK - 1) // SCALE_BLOCK
+        COLUMN_BLOCKS: tl.constexpr = (NUM_COLUMNS + SCALE_BLOCK - 1) // SCALE_BLOCK
+        scale_of_column = scales + (expert * COLUMN_BLOCKS + column // SCALE_BLOCK) * DEPTH_BLOCKS
+        for d in range(0, DEPTH, BD):
+            if DEPTH % BD == 0:
+                x = tl.load(a + d)
+                w = tl.load(b + d * STRIDE_D)
+            else:
+                x = tl.load(a + d, mask=(d + depth < DEPTH)[None, :], other=0.0)
+                w = tl.load(b + d * STRIDE_D, mask=(d + depth < DEPTH)[:, None], other=0.0)
+            q, row_scale = quantize(x.to(tl.float32))
+            column_scale = tl.load(scale_of_column + d // SCALE_BLOCK)
+            total += tl.dot(q, w, out_dtype=tl.float32) * (row_scale[:, None] * column_scale[None, :])
+    else:
+        for d in range(0, DEPTH, BD):
+            if DEPTH % BD == 0:
+                x = tl.load(a + d)
+                w = tl.load(b + d * STRIDE_D)
+            else:
+                x = tl.load(a + d, mask=(d + depth < DEPTH)[None, :], other=0.0)
+                w = tl.load(b + d * STRIDE_D, mask=(d + depth < DEPTH)[:, None], other=0.0)
+            if UPCAST:  # Triton's interpreter multiplies bfloat16 as if it were integers
+                x = x.to(tl.float32)
+                w = w.to(tl.float32)
+            total = tl.dot(x, w, total, input_precision="ieee")
+    if BIAS:
+        total += tl.load(bias + expert.to(tl.int64) * NUM_COLUMNS + column).to(tl.float32)[None, :]
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(total, [BM, 2, BN]), [0, 2, 1]))
+        value = activate_gated(gate, up, alpha, limit, ACTIVATION)
+    else:
+        value = activate(total, ACTIVATION)
+    target = position.to(tl.int64) if FIRST else pair.to(tl.int64)
+    own_column = first_column + tl.arange(0, BN)
+    keep = (lanes < num)[:, None] & (own_column < WIDTH)[None, :]
+    tl.store(out + target[:, None] * WIDTH + own_column[None, :], value.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def expert_gemm_kernel(
+    rows,
+    weights,
+    scales,
+    bias,
+    out,
+    counts,
+    offsets,
+    pairs,
+    first_row,
+    alpha,
+    limit,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STRIDE_E: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_D: tl.constexpr,
+    FIRST: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    BM_FEW: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    LANES: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Serves the experts with LOW < rows <= HIGH (HIGH 0: no upper limit). Tiles go round the programs, those of one weight tile
+    together; with none to serve all programs exit at once.
+
+    Args:
+        rows: first product: [R, DEPTH] gathered rows, read through `pairs`. Second: [pairs, DEPTH], in the order of `pairs`.
+        weights: element (expert, column, depth) lies at expert * STRIDE_E + column * STRIDE_N + depth * STRIDE_D.
+        scales: of float8 weights (SCALED): [L, columns / 128, DEPTH / 128]. bias: [L, columns], with BIAS. Else unused.
+        out: first product: activated [pairs, WIDTH] in the order of `pairs`. Second: row `pair` (r * K + slot), WIDTH columns.
+        counts, offsets, pairs: of `expert_table_kernel`.
+        WIDTH: columns of `out`; a GATED product has twice as many.
+        BM_FEW: an expert with at most so many rows is served by tiles of so many (0: never); others by tiles of BM.
+
+    Example:
+        Experts [[1, 0], [0, 1]] and [[0, 2], [2, 0]], rows [1, 2] and [3, 4] at K = 1 that chose expert 1 and 0, no activation:
+        the first product gives [3, 4], [4, 2] (sorted by expert), the second with such rows gives row 1 and row 0 of `out`.
+    """
+    TILES_N: tl.constexpr = (WIDTH + BN - 1) // BN
+    lanes = tl.arange(0, LANES)
+    wire.wait_for_previous_kernel(PDL)
+    wire.let_next_kernel_start(PDL)
+    count = tl.load(counts + lanes, mask=lanes < L, other=0)
+    served = count > LOW
+    if HIGH > 0:
+        served = served & (count <= HIGH)
+    tiles = tl.where(served, (count + BM - 1) // BM, 0) * TILES_N
+    ends = tl.cumsum(tiles, 0)
+    for tile in range(tl.program_id(0), tl.sum(tiles), tl.num_programs(0)):
+        expert = tl.sum((ends <= tile).to(tl.int32))
+        num = tl.load(counts + expert)
+        begin = tl.load(offsets + expert)
+        tiles_m = (num + BM - 1) // BM
+        within = tile - tl.sum(tl.where(lanes < expert, tiles, 0))
+        done = (within % tiles_m) * BM
+        first_column = (within // tiles_m) * BN
+        if BM_FEW > 0:
+            if num <= BM_FEW:
+                product_tile(
+                    rows, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin, num, first_column,
+                    K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, FIRST, GATED, INTERLEAVED, ACTIVATION, BIAS, SCALED,
+                    BM_FEW, BN, BD, UPCAST,
+                )  # fmt: skip
+            else:
+                product_tile(
+                    rows, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done, num - done, first_column,
+                    K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, FIRST, GATED, INTERLEAVED, ACTIVATION, BIAS, SCALED,
+                    BM, BN, BD, UPCAST,
+                )  # fmt: skip
+        else:
+            product_tile(
+                rows, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done, num - done, first_column,
+                K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, FIRST, GATED, INTERLEAVED, ACTIVATION, BIAS, SCALED,
+                BM, BN, BD, UPCAST,
+            )  # fmt: skip

@@ -1,0 +1,70 @@
+"""The weighted sum of a row's expert outputs, in slot order, in float32, written in the dtype of the wire."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tokenferry.kernels import wire
+
+SIGNATURE = {
+    "outputs": "*DTYPE",
+    "topk_idx": "*IDX",
+    "topk_weights": "*fp32",
+    "valid_tokens": "*i32",
+    "out": "*OUT",
+    "first_row": "i32",
+    "num_rows": "i32",
+    "first_expert": "i32",
+    "L": "constexpr",
+    "K": "constexpr",
+    "H": "constexpr",
+    "BLOCK": "constexpr",
+    "PDL": "constexpr",
+}
+
+
+@triton.jit
+def expert_sum_kernel(
+    outputs,
+    topk_idx,
+    topk_weights,
+    valid_tokens,
+    out,
+    first_row,
+    num_rows,
+    first_expert,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Rows go round the programs. Slots are selected, never multiplied by zero: what lies behind the others may be NaN.
+
+    Args:
+        outputs: [num_rows * K, H]; row r * K + k is the output of slot k of row first_row + r, if that slot's expert is here.
+        topk_weights: [R, K]; read for local slots only.
+        out: [R, H]. Rows >= V are not written; a row without a local expert becomes +0.0.
+
+    Example:
+        Outputs 1 and 2^-9 in slots 0 and 2 with weights 2 and 512, slot 1 elsewhere and NaN: 2 * 1 + 512 * 2^-9 = 3.
+    """
+    CHUNKS: tl.constexpr = (H + BLOCK - 1) // BLOCK
+    wire.wait_for_previous_kernel(PDL)
+    wire.let_next_kernel_start(PDL)
+    rows = tl.maximum(tl.minimum(tl.load(valid_tokens) - first_row, num_rows), 0)
+    for task in range(tl.program_id(0), rows * CHUNKS, tl.num_programs(0)):
+        row = task // CHUNKS
+        column = (task % CHUNKS) * BLOCK + tl.arange(0, BLOCK)
+        slots = (first_row + row).to(tl.int64) * K
+        total = tl.zeros([BLOCK], tl.float32)
+        for k in tl.static_range(K):
+            local = tl.load(topk_idx + slots + k).to(tl.int32) - first_expert
+            is_local = (local >= 0) & (local < L)
+            weight = tl.load(topk_weights + slots + k, mask=is_local, other=0.0)
+            source = outputs + (row * K + k).to(tl.int64) * H
+            value = tl.load(source + column, mask=is_local & (column < H), other=0.0).to(tl.float32)
+            total = tl.where(is_local, total + value * weight, total)
+        target = out + (first_row + row).to(tl.int64) * H
+        tl.store(target + column, total.to(out.dtype.element_ty), mask=column < H)

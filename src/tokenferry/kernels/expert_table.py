@@ -1,0 +1,78 @@
+"""Which rows each local expert works on: counts, offsets, and the (row, slot) pairs sorted by expert, in one launch."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tokenferry.kernels import wire
+
+SIGNATURE = {
+    "topk_idx": "*IDX",
+    "valid_tokens": "*i32",
+    "counts": "*i32",
+    "offsets": "*i32",
+    "pairs": "*i32",
+    "first_row": "i32",
+    "num_rows": "i32",
+    "first_expert": "i32",
+    "K": "constexpr",
+    "BLOCK": "constexpr",
+    "PDL": "constexpr",
+}
+
+
+@triton.jit
+def expert_table_kernel(
+    topk_idx,
+    valid_tokens,
+    counts,
+    offsets,
+    pairs,
+    first_row,
+    num_rows,
+    first_expert,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program an expert: it reads all ids of the round, so that no program waits for another and no atomic decides an order.
+
+    Args:
+        topk_idx: [R, K] global expert numbers; rows >= V are not read.
+        valid_tokens: [1] V.
+        counts, offsets: [L] out: pairs of each expert, and where they begin in `pairs`.
+        pairs: out: row * K + slot of each pair, rows counted from first_row; sorted by expert, then by row and slot.
+        first_row, num_rows: the rows of this round.
+        first_expert: global number of expert 0 here. The grid is L.
+
+    Example:
+        Experts 2 and 3 are here, K = 2, rows [3, 0], [2, 3], [-1, 2] are valid: counts [2, 2], offsets [0, 2], pairs [2, 5, 0, 3].
+    """
+    expert = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK)
+    wire.wait_for_previous_kernel(PDL)
+    wire.let_next_kernel_start(PDL)
+    valid = tl.load(valid_tokens)
+    total = tl.maximum(tl.minimum(valid - first_row, num_rows), 0) * K
+    ids_of_round = topk_idx + first_row.to(tl.int64) * K
+    before = tl.zeros([BLOCK], tl.int32)
+    own = tl.zeros([BLOCK], tl.int32)
+    for begin in range(0, total, BLOCK):
+        at = begin + lanes
+        local = tl.load(ids_of_round + at, mask=at < total, other=-1).to(tl.int32) - first_expert
+        here = at < total
+        before += (here & (local >= 0) & (local < expert)).to(tl.int32)
+        own += (here & (local == expert)).to(tl.int32)
+    position = tl.sum(before)
+    count = tl.sum(own)
+    tl.store(counts + expert, count)
+    tl.store(offsets + expert, position)
+    if count > 0:
+        for begin in range(0, total, BLOCK):
+            at = begin + lanes
+            local = tl.load(ids_of_round + at, mask=at < total, other=-1).to(tl.int32) - first_expert
+            here = ((at < total) & (local == expert)).to(tl.int32)
+            rank = tl.cumsum(here, 0) - here
+            tl.store(pairs + position + rank, at, mask=here > 0)
+            position += tl.sum(here)
