@@ -6,7 +6,6 @@ replays, of the slowest rank. Results are compared with the reference after the 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import datetime
 import json
@@ -230,8 +229,8 @@ class Bench:
         place = transport._place
         counters = transport._buffer.tensor[wire.STATE : wire.STATE + 64].clone().view(torch.int64)
         counters[wire.STATE_ROUND.value // 8] += 1 << 32
-        second = copy.copy(transport)
-        second._place = dataclasses.replace(place, state=counters.data_ptr())
+        second = transport.at(dataclasses.replace(place, state=counters.data_ptr()))
+        second._num_real = transport._num_real
 
         def chain() -> None:
             for number in range(self.chain):

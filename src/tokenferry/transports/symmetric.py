@@ -24,7 +24,16 @@ from tokenferry.kernels.dispatch import dispatch_kernel
 from tokenferry.memory import SymmetricBuffer
 from tokenferry.step import StepRequest, StepTensors
 from tokenferry.transports.base import AbortRecord, Gathered, TransportSettings
-from tokenferry.transports.symmetric_launch import DTYPES, PROGRAMS_PER_SM, Launch, Tuning, check_addresses, prepare, tuning_for
+from tokenferry.transports.symmetric_launch import (
+    DTYPES,
+    PROGRAMS_PER_SM,
+    Bound,
+    Launch,
+    Tuning,
+    check_addresses,
+    prepare,
+    tuning_for,
+)
 from tokenferry.transports.symmetric_layout import Layout, Region, plan
 
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -85,6 +94,58 @@ class Rounds:
         config = settings.config
         self._dispatch_alignment = 16 if config.hidden_size * config.dtype.itemsize % 16 == 0 else 8
         self._num_real = place.state + wire.STATE_NUM_REAL.value
+        self._terms_address = views.terms_RH.data_ptr()
+        self._counts, self._dispatches, self._combines = self._bind()
+
+    def _bind(self) -> tuple[Bound, dict[tuple[torch.dtype, torch.dtype], Bound], dict[torch.dtype, Bound]]:
+        """The launches, with all arguments in place that never change."""
+        place, layout, buffer, kernels = self._place, self._layout, self._buffer, self._kernels
+        group = self._settings.group
+        common = {
+            "own": buffer.address,
+            "peers": buffer.table_address,
+            "rank": place.rank,
+            "size": place.size,
+            "state": place.state,
+            "block": place.block,
+        }
+        counts = kernels.counts.bind(
+            1,
+            **common,
+            public=self._step_tensors.packed.data_ptr(),
+            public_rank=group.rank,
+            public_size=group.size,
+            generation=self._settings.generation,
+        )
+        rows = {**common, "counts": layout.counts.offset, "slot_rows": layout.slot_rows}
+        dispatch = {
+            **rows,
+            "cast": buffer.multicast_address,
+            "arrived": layout.arrived.offset,
+            "slots": layout.dispatch_slots.offset,
+            "slot_bytes": layout.dispatch_slot_bytes,
+            "out_hidden": layout.hidden.offset,
+            "out_idx": layout.topk_idx.offset,
+            "out_weights": layout.topk_weights.offset,
+        }
+        combine = {
+            **rows,
+            "ready": layout.ready.offset,
+            "slots": layout.combine_slots.offset,
+            "slot_bytes": layout.combine_slot_bytes,
+            "terms": layout.terms.offset,
+        }
+        return (
+            counts,
+            {dtypes: launch.bind(self._grid, **dispatch) for dtypes, launch in kernels.dispatch.items()},
+            {dtype: launch.bind(self._grid, **combine) for dtype, launch in kernels.combine.items()},
+        )
+
+    def at(self, place: Place) -> Rounds:
+        """The same buffer and kernels, run from another place; for measurements."""
+        return Rounds(
+            self._settings, self._step_tensors, self._buffer, self._layout, self._kernels, self._views, place, self._grid
+        )
 
     @property
     def nbytes(self) -> int:
@@ -92,27 +153,12 @@ class Rounds:
 
     def begin_step(self, request: StepRequest, layer: int) -> None:
         self._request = request
-        place, group = self._place, self._settings.group
+        place = self._place
         if isinstance(request.num_real_tokens, int):
             known_real, self._num_real = request.num_real_tokens, place.state + wire.STATE_NUM_REAL.value
         else:  # read when the kernels run
             known_real, self._num_real = 0, request.num_real_tokens.data_ptr()
-        self._kernels.counts(
-            1,
-            self._buffer.address,
-            self._buffer.table_address,
-            place.rank,
-            place.size,
-            place.state,
-            place.block,
-            self._step_tensors.packed.data_ptr(),
-            group.rank,
-            group.size,
-            request.num_tokens,
-            request.flags,
-            known_real,
-            self._settings.generation,
-        )
+        self._counts(request.num_tokens, request.flags, known_real)
 
     def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         self._layer, self._num_supplied = layer, hidden.shape[0]
@@ -120,30 +166,8 @@ class Rounds:
         if address % self._dispatch_alignment:
             hidden = hidden.clone()
             address = hidden.data_ptr()
-        place, layout = self._place, self._layout
-        self._kernels.dispatch[topk_idx.dtype, topk_weights.dtype](
-            self._grid,
-            self._buffer.address,
-            self._buffer.table_address,
-            self._buffer.multicast_address,
-            place.rank,
-            place.size,
-            place.state,
-            place.block,
-            layout.counts.offset,
-            layout.arrived.offset,
-            layout.dispatch_slots.offset,
-            layout.dispatch_slot_bytes,
-            layout.slot_rows,
-            layout.hidden.offset,
-            layout.topk_idx.offset,
-            layout.topk_weights.offset,
-            address,
-            topk_idx.data_ptr(),
-            topk_weights.data_ptr(),
-            self._num_supplied,
-            self._num_real,
-            layer,
+        self._dispatches[topk_idx.dtype, topk_weights.dtype](
+            address, topk_idx.data_ptr(), topk_weights.data_ptr(), self._num_supplied, self._num_real, layer
         )
 
     def dispatch_end(self) -> Gathered:
@@ -153,35 +177,17 @@ class Rounds:
         return self._views.terms_RH
 
     def combine_begin(self, partial: torch.Tensor) -> None:
-        settings, layout, place = self._settings, self._layout, self._place
+        settings, num_rows = self._settings, self._num_supplied
         config = settings.config
         address = partial.data_ptr()
         if address % 16:
             partial = partial.clone()
             address = partial.data_ptr()
-        out = torch.empty((self._num_supplied, config.hidden_size), dtype=config.dtype, device=settings.group.device)
+        dtype = partial.dtype
+        out = torch.empty((num_rows, config.hidden_size), dtype=config.dtype, device=settings.group.device)
         self._combined = out
-        is_in_place = address == self._views.terms_RH.data_ptr() and partial.dtype == settings.combine_dtype
-        self._kernels.combine[partial.dtype](
-            self._grid,
-            self._buffer.address,
-            self._buffer.table_address,
-            place.rank,
-            place.size,
-            place.state,
-            place.block,
-            layout.counts.offset,
-            layout.ready.offset,
-            layout.combine_slots.offset,
-            layout.combine_slot_bytes,
-            layout.slot_rows,
-            layout.terms.offset,
-            address,
-            int(is_in_place),
-            out.data_ptr(),
-            self._num_supplied,
-            self._layer,
-        )
+        is_in_place = address == self._terms_address and dtype == settings.combine_dtype
+        self._combines[dtype](address, is_in_place, out.data_ptr(), num_rows, self._layer)
 
     def combine_end(self) -> torch.Tensor:
         combined, self._combined = self._combined, None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import triton.language as tl
 from triton.compiler import ASTSource
 
 from tokenferry.kernels import wire
+from tokenferry.transports import direct_launch
 
 DTYPES: Mapping[torch.dtype, Any] = {
     torch.bfloat16: tl.bfloat16,
@@ -60,6 +62,10 @@ def tuning_for(num_packets: int, num_sms: int) -> Tuning:
     return Tuning(num_warps=16, max_programs=PROGRAMS_PER_SM * num_sms)
 
 
+Bound = Callable[..., None]
+"""A launch whose constant arguments are in place: called with the others, in the order of the signature."""
+
+
 class Launch(Protocol):
     """A kernel ready to run. `resident`: the most programs of it that the device holds at once."""
 
@@ -68,6 +74,9 @@ class Launch(Protocol):
 
     def __call__(self, grid: int, *args: int) -> None:
         """Runs `grid` programs on the current stream."""
+
+    def bind(self, grid: int, **fixed: int) -> Bound:
+        """The same, again and again, with `fixed` arguments by name. One thread at a time may call what this returns."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +92,20 @@ class InterpretedLaunch:
         with np.errstate(all="ignore"):  # infinities and NaNs are payload
             self.kernel[(1,)](*args, **self.constants)
 
+    def bind(self, grid: int, **fixed: int) -> Bound:
+        """See `Launch`."""
+        names = [name for name in self.kernel.arg_names if name not in self.constants]
+        return _in_order(names, fixed, lambda *args: self(grid, *args))
+
 
 class CompiledLaunch:
     """A kernel in the memory of one GPU."""
 
-    def __init__(self, compiled: Any, constants: Mapping[str, Any], device_index: int) -> None:
+    def __init__(self, compiled: Any, signature: Mapping[str, str], constants: Mapping[str, Any], device_index: int) -> None:
         compiled._init_handles()  # loads the module: that waits for the device, so never later, while a peer spins
         self._compiled, self._run, self._function = compiled, compiled.run, compiled.function
         self._metadata, self._constants = compiled.packed_metadata, tuple(constants.values())
+        self._types = {name: kind for name, kind in signature.items() if kind != "constexpr"}
         self._device_index = device_index
         self.resident = _resident(compiled, device_index)
 
@@ -98,6 +113,32 @@ class CompiledLaunch:
         """See `Launch`."""
         stream = torch._C._cuda_getCurrentRawStream(self._device_index)
         self._run(grid, 1, 1, stream, self._function, self._metadata, None, None, None, *args, *self._constants)
+
+    def bind(self, grid: int, **fixed: int) -> Bound:
+        """See `Launch`. By the driver itself where the kernel takes its arguments as expected, else by Triton's launcher."""
+        fallback = _in_order(list(self._types), fixed, lambda *args: self(grid, *args))
+        driver = direct_launch.find_driver()
+        shape = direct_launch.launch_shape(self._compiled, self._types)
+        if driver is None or shape is None:
+            return fallback
+        index, current = self._device_index, torch._C._cuda_getCurrentRawStream
+        return direct_launch.bind(
+            driver, self._function, shape, grid, self._types, fixed, functools.partial(current, index), fallback
+        )
+
+
+def _in_order(names: Sequence[str], fixed: Mapping[str, int], run: Callable[..., None]) -> Bound:
+    """Calls `run` with all arguments, the fixed ones in their places."""
+    varying = [names.index(name) for name in names if name not in fixed]
+    template = [fixed.get(name, 0) for name in names]
+
+    def bound(*args: int) -> None:
+        full = list(template)
+        for place, value in zip(varying, args, strict=True):
+            full[place] = value
+        run(*full)
+
+    return bound
 
 
 def _resident(compiled: Any, device_index: int) -> int:
@@ -128,7 +169,7 @@ def prepare(
         return InterpretedLaunch(kernel, constants)
     with torch.cuda.device(device):
         compiled = triton.compile(source(kernel, signature, constants), options=options(num_warps, bool(constants["PDL"])))
-        return CompiledLaunch(compiled, constants, device.index)
+        return CompiledLaunch(compiled, signature, constants, device.index)
 
 
 def check_addresses(addresses: Sequence[int]) -> None:
