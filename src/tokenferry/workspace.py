@@ -101,6 +101,8 @@ class Workspace:
         self._settings = dataclasses.replace(self._settings, name=self._base_name)
         self._requested = transport
         self.lifecycle = Lifecycle()
+        self.attached: dict[str, Any] = {}
+        """What the layers of this workspace share beside it, by name: the experts' scratch."""
         self._num_layers = 0
         self._step: Step | None = None
         self._num_step_writes = 0
@@ -142,6 +144,11 @@ class Workspace:
     def combine_dtype(self) -> torch.dtype:
         """Of the partial rows on the wire."""
         return self._settings.combine_dtype
+
+    @property
+    def index_dtype(self) -> torch.dtype:
+        """Of `Dispatched.topk_idx`."""
+        return self._settings.index_dtype
 
     @property
     def timeout_s(self) -> float:
@@ -366,6 +373,7 @@ class Workspace:
             return
         self.lifecycle.stage = Stage.CLOSED
         self._transport.close()
+        self.attached.clear()
 
     def __enter__(self) -> Workspace:
         if self.lifecycle.stage is Stage.CLOSED:

@@ -14,7 +14,12 @@ from tokenferry.config import HIDDEN_DTYPES
 from tokenferry.dispatched import Dispatched
 from tokenferry.errors import ConfigError, DtypeError, ShapeError, check_kind
 from tokenferry.experts import torch_path
+from tokenferry.experts.scratch import ExpertScratch
 from tokenferry.experts.weights import ExpertsConfig, ExpertWeights, check_operands, check_out
+from tokenferry.workspace import Workspace
+
+SCRATCH_NAME = "expert_scratch"
+"""Under which the experts of a workspace keep what they share."""
 
 
 def apply_experts(
@@ -23,11 +28,16 @@ def apply_experts(
     first_expert: int,
     activation: Activation,
     out: torch.Tensor | None = None,
+    *,
+    scratch: ExpertScratch | None = None,
+    batch_invariant: bool = False,
+    max_rows: int | None = None,
 ) -> torch.Tensor:
     """The weighted sum, for each gathered row, over this rank's experts.
 
     Products are in the weights' dtype, the activation in float32 (rounded once), the sum over a row's slots in float32 in slot
-    order, rounded once to the dtype of `out`. A row without a local expert gives +0.0. Deterministic: no atomics.
+    order, rounded once to the dtype of `out`. A row without a local expert gives +0.0. Deterministic: no atomics. With `scratch`,
+    rows >= V are neither read nor written, whatever their ids.
 
     Args:
         dispatched: R rows; a slot counts if its id is in [first_expert, first_expert + L). Ids -1, other ranks' ids, and
@@ -37,6 +47,10 @@ def apply_experts(
         activation: between the products.
         out: [R, H] to write into, bfloat16, float16 or float32, e.g. `dispatcher.combine_input()`. None: a new tensor
             in the dtype of `dispatched.hidden`.
+        scratch: working memory for the kernels of CUDA tensors; layers that never run at the same time share one. None: the
+            library's operators, which are slower and take temporary memory for R·K pairs.
+        batch_invariant: with `scratch`: a row's bits do not depend on how many other rows there are.
+        max_rows: with `scratch`: a promise that no expert gets more rows (C·EP, if no row names an expert twice).
 
     Returns:
         `out`, [R, H].
@@ -52,6 +66,8 @@ def apply_experts(
         check_out(out, hidden_RH)
     if hidden_RH.shape[0] == 0:
         return out
+    if scratch is not None:
+        return scratch.run(dispatched, weights, first_expert, activation, out, batch_invariant, max_rows)
     return torch_path.run(torch_path.choose_path(hidden_RH, weights), dispatched, weights, first_expert, activation, out)
 
 
@@ -66,6 +82,8 @@ class Experts(nn.Module):
         expert_range: which global experts this rank holds: `group.expert_range(config.num_experts)`.
         dtype: of the parameters, and of the hidden rows.
         device: of the parameters.
+        batch_invariant: on CUDA, a row's bits do not depend on how many other rows an expert gets (one cut of the products for
+            every number of rows); see docs/layer.md for its cost.
 
     Raises:
         ConfigError: a range that is empty, has gaps, or leaves [0, E).
@@ -84,6 +102,7 @@ class Experts(nn.Module):
         *,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         super().__init__()
         check_kind("config", config, ExpertsConfig)
@@ -95,7 +114,10 @@ class Experts(nn.Module):
             )
         if dtype not in HIDDEN_DTYPES:
             raise DtypeError(f"experts take {', '.join(map(str, HIDDEN_DTYPES))}, got {dtype}")
-        self.config, self.expert_range = config, expert_range
+        self.config, self.expert_range, self.batch_invariant = config, expert_range, batch_invariant
+        self.scratch: ExpertScratch | None = None
+        """Memory and kernels on CUDA: the workspace's after `prepare`, else this module's own from its first call."""
+        self._max_rows: int | None = None
         L, H, I = len(expert_range), config.hidden_size, config.intermediate_size
         N = config.activation.num_columns(I)
         shapes = {"up_proj": (L, N, H), "down_proj": (L, H, I), "up_bias": (L, N), "down_bias": (L, H)}
@@ -152,11 +174,53 @@ class Experts(nn.Module):
             )
         return source
 
+    def prepare(self, workspace: Workspace, scratch: ExpertScratch | None = None) -> None:
+        """Compiles and loads every kernel that this workspace can ask for, and takes their memory. Nothing to do on CPUs.
+
+        Before the first step: loading a kernel waits for the device, so never while a peer waits, nor during a capture.
+
+        Args:
+            workspace: its layers share one scratch.
+            scratch: another one, e.g. smaller; default: the workspace's, made here if it has none.
+        """
+        check_kind("workspace", workspace, Workspace)
+        if scratch is None:
+            if not ExpertScratch.serves(workspace.device):
+                return
+            scratch = workspace.attached.get(SCRATCH_NAME)
+            if scratch is None:
+                scratch = workspace.attached[SCRATCH_NAME] = ExpertScratch(workspace.device)
+        check_kind("scratch", scratch, ExpertScratch)
+        self.scratch, self._max_rows = scratch, workspace.max_tokens_per_rank * workspace.group.size
+        for out_dtype in {workspace.combine_dtype, workspace.config.dtype}:
+            scratch.prepare(
+                self.weights,
+                self.config.activation,
+                topk=workspace.config.topk,
+                index_dtype=workspace.index_dtype,
+                out_dtype=out_dtype,
+                batch_invariant=self.batch_invariant,
+                max_rows=self._max_rows,
+            )
+
     @torch.no_grad()
     def forward(self, dispatched: Dispatched, out: torch.Tensor | None = None) -> torch.Tensor:
-        """`apply_experts` with this rank's weights: [R, H] partial rows, in `out` if given."""
+        """`apply_experts` with this rank's weights: [R, H] partial rows, in `out` if given. Without `prepare`, the first call on
+        CUDA loads the kernels."""
         check_kind("dispatched", dispatched, Dispatched)
-        return apply_experts(dispatched, self.weights, self.expert_range.start, self.config.activation, out)
+        device = self.up_proj.device
+        if device.type == "cuda" and (self.scratch is None or self.scratch.device != device) and ExpertScratch.serves(device):
+            self.scratch, self._max_rows = ExpertScratch(device), None
+        return apply_experts(
+            dispatched,
+            self.weights,
+            self.expert_range.start,
+            self.config.activation,
+            out,
+            scratch=self.scratch,
+            batch_invariant=self.batch_invariant,
+            max_rows=self._max_rows,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.config}, {self.expert_range}"

@@ -54,12 +54,16 @@ class ExpertWeights:
         down_proj: [L, H, I], likewise.
         up_bias: [L, N] or None.
         down_bias: [L, H] or None.
+        up_scale, down_scale: of float8_e4m3fn weights: [L, ceil(N / 128), ceil(H / 128)] and [L, ceil(H / 128), ceil(I / 128)]
+            float32, what each 128 x 128 block is to be multiplied by; see `quantize_weights`. None for other dtypes.
     """
 
     up_proj: torch.Tensor
     down_proj: torch.Tensor
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
+    up_scale: torch.Tensor | None = None
+    down_scale: torch.Tensor | None = None
 
 
 def check_operands(hidden_RH: torch.Tensor, weights: ExpertWeights, activation: Activation) -> None:

@@ -64,7 +64,7 @@ def expert_sum_kernel(
             is_local = (local >= 0) & (local < L)
             weight = tl.load(topk_weights + slots + k, mask=is_local, other=0.0)
             source = outputs + (row * K + k).to(tl.int64) * H
-            value = tl.load(source + column, mask=is_local & (column < H), other=0.0).to(tl.float32)
+            value = tl.load(source + column, mask=column < tl.where(is_local, H, 0), other=0.0).to(tl.float32)
             total = tl.where(is_local, total + value * weight, total)
         target = out + (first_row + row).to(tl.int64) * H
         tl.store(target + column, total.to(out.dtype.element_ty), mask=column < H)
