@@ -9,9 +9,9 @@ import torch
 from tokenferry.config import HIDDEN_DTYPES, MoEConfig
 from tokenferry.dispatched import Dispatched
 from tokenferry.errors import CapacityError, DeviceError, DtypeError, LayoutError, PeerError, ShapeError, StateError, UsageError
-from tokenferry.lifecycle import Lifecycle
+from tokenferry.lifecycle import Lifecycle, Stage
 from tokenferry.step import Step
-from tokenferry.transports.base import Transport
+from tokenferry.transports.base import Gathered, Transport
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,7 +57,28 @@ class Dispatcher:
             StateError: no step, a dispatch whose combine has not come, or a closed workspace.
             PeerTimeoutError, PeerFailedError: another rank is the cause.
         """
-        self.dispatch_begin(hidden, topk_idx, topk_weights)
+        workspace, layer = self._workspace, self.layer
+        lifecycle = workspace.lifecycle
+        if lifecycle.try_enter():
+            had_gradient = torch.is_grad_enabled()
+            if had_gradient:
+                torch._C._set_grad_enabled(False)
+            try:
+                if lifecycle.allows(Stage.READY) and self._rows_fit(hidden, topk_idx, topk_weights):
+                    lifecycle.advance("dispatch_begin", layer)
+                    transport = workspace.active_transport
+                    transport.dispatch_begin(layer, hidden, topk_idx, topk_weights)
+                    gathered = transport.dispatch_end()
+                    lifecycle.advance("dispatch_end", layer)
+                    return self._dispatched(gathered)
+            except PeerError as error:
+                workspace.record_failure(error)
+                raise
+            finally:
+                if had_gradient:
+                    torch._C._set_grad_enabled(True)
+                lifecycle.leave()
+        self.dispatch_begin(hidden, topk_idx, topk_weights)  # the long way: it says what is wrong
         return self.dispatch_end()
 
     def dispatch_begin(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
@@ -76,14 +97,20 @@ class Dispatcher:
             workspace.lifecycle.require("dispatch_end", self.layer)
             gathered = workspace.active_transport.dispatch_end()
             workspace.lifecycle.advance("dispatch_end", self.layer)
+        return self._dispatched(gathered)
+
+    def _dispatched(self, gathered: Gathered) -> Dispatched:
+        workspace = self._workspace
         self._gathered_rows = gathered.hidden_RH.shape[0]
-        return Dispatched(
+        dispatched = object.__new__(Dispatched)  # as its constructor does, which takes two microseconds for a frozen class
+        dispatched.__dict__.update(
             hidden=gathered.hidden_RH,
             topk_idx=gathered.topk_idx_RK,
             topk_weights=gathered.topk_weights_RK,
             valid_tokens=workspace.step.valid_tokens,
             ticket=workspace.lifecycle.ticket,
         )
+        return dispatched
 
     def combine_input(self) -> torch.Tensor:
         """[R, H] in `combine_dtype`: experts that write their partial rows here save a copy. Valid until `combine_begin`."""
@@ -104,7 +131,28 @@ class Dispatcher:
         Raises:
             As `dispatch`; StateError also if `dispatched` is another dispatch's, or was combined already.
         """
-        self.combine_begin(partial, dispatched)
+        workspace, layer = self._workspace, self.layer
+        lifecycle = workspace.lifecycle
+        if lifecycle.try_enter():
+            had_gradient = torch.is_grad_enabled()
+            if had_gradient:
+                torch._C._set_grad_enabled(False)
+            try:
+                if lifecycle.allows(Stage.DISPATCHED) and lifecycle.layer == layer and self._partial_fits(partial, dispatched):
+                    lifecycle.advance("combine_begin", layer)
+                    transport = workspace.active_transport
+                    transport.combine_begin(partial)
+                    combined = transport.combine_end()
+                    lifecycle.advance("combine_end", layer)
+                    return combined
+            except PeerError as error:
+                workspace.record_failure(error)
+                raise
+            finally:
+                if had_gradient:
+                    torch._C._set_grad_enabled(True)
+                lifecycle.leave()
+        self.combine_begin(partial, dispatched)  # the long way: it says what is wrong
         return self.combine_end()
 
     def combine_begin(self, partial: torch.Tensor, dispatched: Dispatched | None = None) -> None:
@@ -126,6 +174,26 @@ class Dispatcher:
             workspace.lifecycle.advance("combine_end", self.layer)
         return combined
 
+    def _rows_fit(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> bool:
+        """What `_check_rows` checks, in one go and without a word."""
+        workspace = self._workspace
+        config, device = workspace.config, workspace.device
+        num_rows = _fitting_rows(hidden, config.hidden_size, (config.dtype,), device)
+        return (
+            0 <= num_rows <= workspace.step.num_tokens
+            and _fitting_rows(topk_idx, config.topk, INDEX_DTYPES, device) == num_rows
+            and _fitting_rows(topk_weights, config.topk, WEIGHT_DTYPES, device) == num_rows
+            and (device.type != "cpu" or not num_rows or _ids_out_of_range(topk_idx, config.num_experts) is None)
+        )
+
+    def _partial_fits(self, partial: torch.Tensor, dispatched: Dispatched | None) -> bool:
+        """What `_check_pairing` and `_check_partial` check, in one go and without a word."""
+        workspace = self._workspace
+        if dispatched is not None and not (type(dispatched) is Dispatched and dispatched.ticket is workspace.lifecycle.ticket):
+            return False
+        num_rows = _fitting_rows(partial, workspace.config.hidden_size, HIDDEN_DTYPES, workspace.device)
+        return num_rows == self._gathered_rows
+
     def _check_rows(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         config, step = self._workspace.config, self._workspace.step
         _check_tensor("hidden", hidden, config.hidden_size, (config.dtype,), self._workspace.device)
@@ -140,10 +208,10 @@ class Dispatcher:
                 f"hidden has {num_rows} rows but begin_step announced {step.num_tokens}; begin a step with at least {num_rows}"
             )
         if topk_idx.device.type == "cpu" and topk_idx.numel():  # on CUDA a look at the values would wait for the device
-            low, high = int(topk_idx.min()), int(topk_idx.max())
-            if low < -1 or high >= config.num_experts:
+            wrong = _ids_out_of_range(topk_idx, config.num_experts)
+            if wrong is not None:
                 raise UsageError(
-                    f"topk_idx holds {low if low < -1 else high}, but expert numbers are -1 (none) "
+                    f"topk_idx holds {wrong}, but expert numbers are -1 (none) "
                     f"to {config.num_experts - 1} (num_experts is {config.num_experts})"
                 )
 
@@ -192,6 +260,24 @@ class _Guarded:
         if isinstance(error, PeerError):
             self._workspace.record_failure(error)
         self._lifecycle.leave()
+
+
+def _fitting_rows(tensor: torch.Tensor, columns: int, dtypes: tuple[torch.dtype, ...], device: torch.device) -> int:
+    """The rows of a tensor in which `_check_tensor` finds nothing wrong; -1 if it must look."""
+    if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.dim() != 2:
+        return -1
+    num_rows, num_columns = tensor.shape
+    if num_columns != columns or tensor.dtype not in dtypes or tensor.device != device:
+        return -1
+    return num_rows if tensor.is_contiguous() and not tensor.is_neg() else -1
+
+
+def _ids_out_of_range(topk_idx: torch.Tensor, num_experts: int) -> int | None:
+    """An expert number that there is not, if any. Waits for the device."""
+    low, high = int(topk_idx.min()), int(topk_idx.max())
+    if low < -1:
+        return low
+    return high if high >= num_experts else None
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, columns: int, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:

@@ -66,6 +66,10 @@ class Lifecycle:
                 "second workspace for the other"
             )
 
+    def try_enter(self) -> bool:
+        """`enter` without an error: False if another thread is inside."""
+        return self._inside.acquire(False)
+
     def leave(self) -> None:
         """The call that `enter` began is over."""
         self._inside.release()
@@ -113,6 +117,10 @@ class Lifecycle:
             self.ticket = None
         elif operation == "combine_end":
             self.layer = -1
+
+    def allows(self, stage: Stage) -> bool:
+        """Whether the workspace stands at `stage` and works. The quick form of `require`, which says what is wrong."""
+        return self.stage is stage and self.error is None
 
     def fail(self, error: PeerError) -> None:
         """Every call raises `error` from now on, until the workspace is reset."""

@@ -97,7 +97,8 @@ class StepTensors:
     def view(self, request: StepRequest) -> Step:
         """The step as users see it."""
         valid_tokens, rank_token_offset, max_tokens, tokens_per_rank, flags_per_rank = self._views
-        return Step(
+        step = object.__new__(Step)  # as its constructor does, which takes two microseconds for a frozen class
+        step.__dict__.update(
             index=request.index,
             num_tokens=request.num_tokens,
             num_real_tokens=request.num_real_tokens,
@@ -107,3 +108,4 @@ class StepTensors:
             tokens_per_rank=tokens_per_rank,
             flags_per_rank=flags_per_rank,
         )
+        return step
