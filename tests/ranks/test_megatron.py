@@ -71,21 +71,36 @@ def same(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
     assert not difference, f"{name}: {difference}"
 
 
-def process_groups(group: tf.EPGroup) -> None:
-    """Makes torch's default group of these ranks."""
-    dist.init_process_group("gloo", store=dist.PrefixStore("torch", group.store), rank=group.rank, world_size=group.size)
+def process_groups(group: tf.EPGroup, name: str) -> None:
+    """Makes torch's default group of these ranks. `name` is used once in a process: a store keeps what it was told."""
+    backend = "nccl" if group.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore(name, group.store), rank=group.rank, world_size=group.size)
+
+
+def device_of(layer) -> torch.device:
+    """Of this rank. The workers below run on GPUs too."""
+    if isinstance(layer.ep_group, tf.EPGroup):
+        return layer.ep_group.device
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", dist.get_rank()) if on_gpu else torch.device("cpu")
 
 
 def dispatch(layer, own: RankInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """What an MoE layer does up to its experts; hidden states are [S, 1, H], as there."""
+    own = own if layer.ep_group is None else on(device_of(layer), own)
     hidden, probs = layer.dispatch_preprocess(own.hidden.unsqueeze(1), own.topk_idx, own.topk_weights)
     hidden, none, probs = layer.dispatch_postprocess(*layer.token_dispatch(hidden, probs))
     assert none is None
     return hidden, probs
 
 
+def on(device: torch.device, own: RankInputs) -> RankInputs:
+    return RankInputs(own.hidden.to(device), own.topk_idx.to(device), own.topk_weights.to(device), own.partial.to(device))
+
+
 def combine(layer, partial: torch.Tensor) -> torch.Tensor:
-    return layer.combine_postprocess(layer.token_combine(layer.combine_preprocess(partial))).squeeze(1)
+    rows = layer.combine_preprocess(partial.to(layer.routing_map.device))
+    return layer.combine_postprocess(layer.token_combine(rows)).squeeze(1)
 
 
 def expected(inputs: list[RankInputs], tokens, real=None) -> tuple[tf.Dispatched, list[torch.Tensor]]:
@@ -131,7 +146,7 @@ def check_nvls_layer(group: tf.EPGroup, case: Case, layer, tokens, seed: int) ->
     rsv = NVLS._get_rsv_tensor()
     assert (rsv.shape, rsv.dtype) == (hidden.shape, torch.float32)
     partial = rsv if case.aliased else torch.empty_like(rsv)
-    partial[:V] = inputs[group.rank].partial
+    partial[:V] = inputs[group.rank].partial.to(rsv.device)
     partial[V:] = float("nan")
     got = combine(layer, partial)
     assert got.dtype == torch.bfloat16
@@ -262,7 +277,7 @@ def run_padding(group: tf.EPGroup, case: PaddingCase) -> None:
     groups = megatron.ProcessGroups(ep=group, tp=group if case.sequence_parallel else None)
     main, prediction = shape.make(cls, groups), shape.make(cls, groups, first=False)
     assert main.sp_rank == (group.rank if case.sequence_parallel else 0)
-    cls.set_real_token_count_tensor(torch.tensor([case.real], dtype=torch.int32))
+    cls.set_real_token_count_tensor(torch.tensor([case.real], dtype=torch.int32, device=group.device))
     check_masked_layer(group, main, shape.inputs(case.tokens), case.tokens, case.expected)
     if case.mtp_rows is not None:
         cls.modify_real_token_count_for_mtp(case.mtp_real)
@@ -275,7 +290,7 @@ def run_padding(group: tf.EPGroup, case: PaddingCase) -> None:
 
 
 def check_masked_layer(group: tf.EPGroup, layer, inputs: list[RankInputs], tokens, real: tuple[int, ...]) -> None:
-    own = inputs[group.rank]
+    own = on(device_of(layer), inputs[group.rank])
     given = own.topk_idx.clone()
     dispatch(layer, own)
     same("the router's tensor", own.topk_idx, given)
@@ -296,13 +311,15 @@ def check_masked_layer(group: tf.EPGroup, layer, inputs: list[RankInputs], token
 class RecordingShared:
     """A shared expert that doubles, and remembers what it saw."""
 
-    stream = None
-
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.saw: list[torch.Size] = []
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         self.saw.append(hidden.shape)
+        if self.stream is not None:
+            assert torch.cuda.current_stream(hidden.device) == self.stream
+            torch.cuda._sleep(20_000_000)  # some 10 ms: who does not join the stream adds what is not there yet
         return hidden * 2
 
 
@@ -311,7 +328,7 @@ def run_shared(group: tf.EPGroup, external: bool) -> None:
     NVLS.allocate_buffers(W, shape.topk, shape.hidden_size, group)
     overlap = {"moe_shared_expert_overlap": True, "moe_shared_expert_intermediate_size": 8}
     layer = shape.make(NVLS, megatron.ProcessGroups(ep=group), **overlap)
-    shared = RecordingShared()
+    shared = RecordingShared(group.device)
     layer.set_shared_experts(shared)
     layer._external_shared_expert_launch = external
     assert layer.use_nccl_stream
@@ -331,11 +348,11 @@ def run_shared(group: tf.EPGroup, external: bool) -> None:
 
 
 def run_two_groups(group: tf.EPGroup) -> None:
-    process_groups(group)
+    process_groups(group, "two groups")
     wide, narrow = Shape(2, hidden_size=32, topk=3), Shape(2, hidden_size=8, topk=1)
     first, second = dist.new_group([0, 1]), dist.new_group([0, 1])
     NVLS.allocate_buffers(W, wide.topk, wide.hidden_size, first)
-    NVLS.set_real_token_count_tensor(torch.tensor([2], dtype=torch.int32))
+    NVLS.set_real_token_count_tensor(torch.tensor([2], dtype=torch.int32, device=group.device))
     NVLS.allocate_buffers(4, narrow.topk, narrow.hidden_size, second)
     assert NVLS._per_rank_worst_case_token_count == 4
     assert NVLS._get_rsv_tensor().shape == (8, 8)
@@ -371,7 +388,7 @@ def run_two_groups(group: tf.EPGroup) -> None:
 
 
 def run_expert_tensor_parallel(group: tf.EPGroup) -> None:
-    process_groups(group)
+    process_groups(group, "expert tensor parallelism")
     shape, tokens = Shape(2), (2, 3, 1, 2)
     pairs = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3], [0, 1], [2, 3])]
     ep, expt_tp = pairs[group.rank % 2], pairs[2 + group.rank // 2]
@@ -398,12 +415,12 @@ def test_rows_travel_between_all_shards_of_an_expert() -> None:
 
 def run_layer_alone_and_in_a_crowd(group: tf.EPGroup, backend: str) -> list[str]:
     """One token's bits, whatever else is in the batch: dispatch and combine in batch-invariant mode."""
-    shape = Shape(3)
+    shape = Shape(group.size)
     NVLS.allocate_buffers(W, shape.topk, shape.hidden_size, group)
     layer = shape.make(NVLS, megatron.ProcessGroups(ep=group), batch_invariant_mode=True, inference_grouped_gemm_backend=backend)
-    token = shape.inputs((1, 0, 0), seed=99)[0]
+    token = shape.inputs((1, 0, 0)[: group.size], seed=99)[0]
     results = []
-    for tokens in ((1, 0, 0), (1, 8, 3), (8, 0, 1)):
+    for tokens in ((1, 0, 0)[: group.size], (1, 8, 3)[: group.size], (8, 0, 1)[: group.size]):
         inputs = shape.inputs(tokens, seed=sum(tokens))
         first = inputs[0]
         hidden, ids, probs = (
@@ -435,9 +452,9 @@ def run_experts_through_class_methods(group: tf.EPGroup, name: str) -> None:
     NCCL._use_allgather_v = name == "nccl"
     torch.manual_seed(5)
     every = ExpertsConfig(hidden_size=16, intermediate_size=8, num_experts=6, activation=Activation("squared_relu"))
-    experts = Experts(every, range(6))
+    experts = Experts(every, range(6)).to(group.device)
     layer = shape.make(NVLS if name == "nvls" else NCCL, megatron.ProcessGroups(ep=group))
-    own = shape.inputs(tokens)[group.rank]
+    own = on(group.device, shape.inputs(tokens)[group.rank])
 
     def run(layer, start: int, count: int, out):
         hidden, probs = dispatch(layer, own)
@@ -576,10 +593,11 @@ def test_between_two_ranks(name: str, outcomes: list[dict[str, str]]) -> None:
 
 
 def megatron_setup(group: tf.EPGroup) -> SimpleNamespace:
-    """megatron-core's own objects for a group of these ranks, on CPUs."""
+    """megatron-core's own objects for a group of these ranks."""
     warnings.simplefilter("ignore")
-    torch.cuda.current_device = lambda: "cpu"  # its dispatchers ask for the device so
-    process_groups(group)
+    if group.device.type == "cpu":
+        torch.cuda.current_device = lambda: "cpu"  # its dispatchers ask for the device so
+    process_groups(group, "megatron")
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.moe import experts, moe_layer, token_dispatcher_inference
     from megatron.core.transformer.transformer_config import TransformerConfig
