@@ -1,34 +1,42 @@
 """Megatron-Core's NCCL dispatcher against ours under CUDA graphs, in one run: the table of docs/megatron.md.
 
-    python benchmarks/megatron_table.py --out megatron.jsonl        # 2 GPUs, megatron-core 0.19 installed
+    python benchmarks/megatron_table.py --out megatron.jsonl        # 2 GPUs, megatron-core 0.19 installed; some 2 minutes
     python benchmarks/megatron_table.py --rehearse                  # CPUs: the same calls and checks, no graphs, no times
 
 Each dispatcher runs one step of LAYERS layers, as a model's forward would: the counts once, then dispatch and combine a layer.
-Expert outputs are float32 rows that stand ready, so that what is timed is the dispatcher alone. Results are compared first.
+Expert outputs are rows that stand ready, so that what is timed is the dispatcher alone: float32, as Megatron's torch and vllm
+backends write them and both sides then send them, and bfloat16, as its flashinfer backend writes them. Gathered rows and sums
+of the two are compared first, in the same run.
 """
 
 import argparse
+import datetime
 import json
-import statistics
+import subprocess
+import time
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import triton
 
 import tokenferry as tf
+from tokenferry.cli.bench import Bench
 from tokenferry.integrations import megatron
 from tokenferry.testing import run_ranks
 
 LAYERS = 20
 TOPK = 8
 NUM_EXPERTS = 128
-REPEATS = 30
+REPEATS = 15
 """Timings of one graph, of which the median counts; of the ranks, the slowest."""
 
-SIZES = tuple((hidden, tokens) for hidden in (7168, 2048) for tokens in (1, 8, 32, 128, 512, 4096))
-REHEARSAL = ((64, 1), (64, 5))
+TOKENS = (1, 8, 32, 128, 512, 4096)
+SHAPES = ((7168, torch.float32), (7168, torch.bfloat16), (2048, torch.float32), (2048, torch.bfloat16))
+"""Hidden size, and dtype of the experts' output."""
+REHEARSAL = ((64, torch.float32), (64, torch.bfloat16))
 
 
 @dataclass(frozen=True)
@@ -37,15 +45,28 @@ class Row:
 
     hidden_size: int
     tokens_per_rank: int
+    expert_dtype: str
     megatron_us: float
+    megatron_spread_us: float
     tokenferry_us: float
+    tokenferry_spread_us: float
+    same_bits: bool
     transport: str
-    megatron_version: str
-    device: str
 
     @property
     def ratio(self) -> float:
         return self.megatron_us / self.tokenferry_us
+
+    def __str__(self) -> str:
+        return (
+            f"| {self.hidden_size} | {self.expert_dtype} | {self.tokens_per_rank} | {self.megatron_us:.1f} | "
+            f"{self.tokenferry_us:.1f} | {self.ratio:.1f} | {self.transport} | {'yes' if self.same_bits else 'no'} |"
+        )
+
+
+HEADER = (
+    "| H | expert output | T | megatron, µs | tokenferry, µs | ratio | transport | same bits |\n|---|---|---|---|---|---|---|---|"
+)
 
 
 class Step:
@@ -96,105 +117,140 @@ def inputs_of(rank: int, tokens: int, hidden_size: int, device: torch.device) ->
     return hidden.to(device), routing.to(device), probs.to(device)
 
 
-def partial_of(rank: int, rows: int, hidden_size: int, device: torch.device) -> torch.Tensor:
-    return torch.randn(rows, hidden_size, generator=torch.Generator().manual_seed(100 + rank)).to(device)
+def partial_of(rank: int, rows: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.randn(rows, hidden_size, generator=torch.Generator().manual_seed(100 + rank)).to(dtype).to(device)
 
 
-def graph_of(step: Step) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
+def gathered_rows(layer, inputs: tuple[torch.Tensor, ...], partial: torch.Tensor, valid: int) -> list[torch.Tensor]:
+    """What a dispatch gathers, and the sums."""
+    hidden, routing, probs = inputs
+    rows, row_probs = layer.token_dispatch(*layer.dispatch_preprocess(hidden, routing, probs))
+    kept = [tensor[:valid].clone() for tensor in (rows, row_probs, layer.routing_map)]  # views, gone with combine
+    return [*kept, layer.combine_postprocess(layer.token_combine(partial)).clone()]
 
 
-def layer_us(step: Step, group: tf.EPGroup, name: str) -> float:
-    """Median over the repeats, of the slowest rank."""
-    graph = graph_of(step)
-    times = []
-    for repeat in range(REPEATS):
-        torch.cuda.synchronize()
-        group.channel.barrier(f"{name}/{repeat}", 60.0)
-        graph.replay()  # the ranks leave the barrier apart: a first replay takes that up
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / LAYERS)
-    megatron.check()
-    return max(group.channel.exchange(f"{name}/median", statistics.median(times), 60.0))
+def compare(theirs: list[torch.Tensor], ours: list[torch.Tensor], where: str) -> bool:
+    """Whether the sums have the same bits. Rows that differ, or sums that differ by more than rounding, end the run."""
+    for name, want, got in zip(("hidden states", "probabilities", "routing"), theirs, ours, strict=False):
+        if not torch.equal(want, got):
+            raise AssertionError(f"{where}: gathered {name} differ")
+    want, got = theirs[-1], ours[-1]
+    if not torch.allclose(got.float(), want.float(), rtol=1e-2, atol=1e-2):
+        raise AssertionError(f"{where}: sums differ by {(got.float() - want.float()).abs().max()}")
+    return torch.equal(want, got)
 
 
-def run(group: tf.EPGroup, rehearse: bool) -> list[dict]:
+def run(group: tf.EPGroup, rehearse: bool, budget_s: float, out: Path | None) -> list[dict]:
     warnings.simplefilter("ignore")
+    began = time.monotonic()
     if rehearse:
         torch.cuda.current_device = lambda: "cpu"  # Megatron's dispatcher asks for the device so
     backend = "gloo" if rehearse else "nccl"
     dist.init_process_group(backend, store=dist.PrefixStore("torch", group.store), rank=group.rank, world_size=group.size)
-    from megatron.core import package_info
     from megatron.core.transformer.moe.token_dispatcher_inference import NCCLAllGatherDispatcher as Theirs
 
-    groups, sizes = groups_of(group.size, group.rank), REHEARSAL if rehearse else SIZES
-    capacity = max(tokens for _, tokens in sizes)
+    groups, bench = groups_of(group.size, group.rank), Bench(group, chain=LAYERS, repeats=REPEATS)
     Theirs.allocate_buffers()
-    ours = megatron.NVLSAllGatherVDispatcher
-    rows = []
-    for hidden_size, tokens in sizes:
-        config = config_of(hidden_size, group.size)
-        ours.allocate_buffers(capacity, TOPK, hidden_size, groups.ep)
-        inputs = inputs_of(group.rank, tokens, hidden_size, group.device)
-        partial = partial_of(group.rank, group.size * tokens, hidden_size, group.device)
+    ours, rows = megatron.NVLSAllGatherVDispatcher, []
+    for hidden_size, dtype in REHEARSAL if rehearse else SHAPES:
+        config, counts = config_of(hidden_size, group.size), (1, 5) if rehearse else TOKENS
+        ours._delete_buffers()
+        megatron.configure(combine_dtype=dtype)
+        ours.allocate_buffers(max(counts), TOPK, hidden_size, groups.ep)
         rsv = ours._get_rsv_tensor()
-        rsv[: partial.shape[0]] = partial
-        theirs_step = Step(make_layers(Theirs, config, groups, group), inputs, partial)
-        our_step = Step(make_layers(ours, config, groups, group), inputs, rsv)
-        wanted, got = theirs_step().clone(), our_step().clone()
-        if not torch.allclose(got.float(), wanted.float(), rtol=1e-2, atol=1e-2):
-            raise AssertionError(f"H {hidden_size}, T {tokens}: sums differ by {(got.float() - wanted.float()).abs().max()}")
-        if rehearse:
-            continue
-        name = f"{hidden_size}/{tokens}"
-        rows.append(
-            Row(
+        for tokens in counts:
+            if bench.slowest(time.monotonic() - began) > budget_s:
+                break
+            inputs = inputs_of(group.rank, tokens, hidden_size, group.device)
+            partial = partial_of(group.rank, group.size * tokens, hidden_size, dtype, group.device)
+            rsv[: partial.shape[0]] = partial
+            their_layers, our_layers = (make_layers(cls, config, groups, group) for cls in (Theirs, ours))
+            wanted = gathered_rows(their_layers[0], inputs, partial, partial.shape[0])
+            got = gathered_rows(our_layers[0], inputs, rsv, partial.shape[0])
+            same_bits = bench.slowest(not compare(wanted, got, f"H {hidden_size}, T {tokens}, {dtype}")) == 0
+            their_step, our_step = Step(their_layers, inputs, partial), Step(our_layers, inputs, rsv)
+            if rehearse:
+                their_step(), our_step()
+                continue
+            their_us, their_spread = bench.time_graph(their_step, LAYERS)
+            our_us, our_spread = bench.time_graph(our_step, LAYERS)
+            megatron.check()
+            row = Row(
                 hidden_size=hidden_size,
                 tokens_per_rank=tokens,
-                megatron_us=layer_us(theirs_step, group, f"{name}/theirs"),
-                tokenferry_us=layer_us(our_step, group, f"{name}/ours"),
+                expert_dtype=str(dtype).removeprefix("torch."),
+                megatron_us=their_us,
+                megatron_spread_us=their_spread,
+                tokenferry_us=our_us,
+                tokenferry_spread_us=our_spread,
+                same_bits=same_bits,
                 transport=ours._symm_rsv["handle"].transport,
-                megatron_version=package_info.__version__,
-                device=torch.cuda.get_device_name(group.device),
             )
-        )
+            rows.append(asdict(row))
+            if out is not None and group.rank == 0:
+                with out.open("a") as file:  # at once: a run that is stopped leaves what it measured
+                    file.write(json.dumps(asdict(row)) + "\n")
     megatron.close()
     dist.destroy_process_group()
-    return [asdict(row) for row in rows]
+    return rows
+
+
+def versions(commit: str, ranks: int, rehearse: bool) -> dict:
+    """The first line of the file: what the rows were measured with."""
+    from importlib import metadata
+
+    try:
+        megatron_version = metadata.version("megatron-core")
+    except metadata.PackageNotFoundError:
+        megatron_version = "unknown"
+    if not commit:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "device": "cpu" if rehearse else torch.cuda.get_device_name(0),
+        "ranks": ranks,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "nccl": None if rehearse else ".".join(map(str, torch.cuda.nccl.version())),
+        "megatron_core": megatron_version,
+        "commit": commit or "unknown",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "layers": LAYERS,
+        "topk": TOPK,
+        "num_experts": NUM_EXPERTS,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="write the rows as JSON lines")
+    parser.add_argument("--out", type=Path, help="write versions and rows as JSON lines")
+    parser.add_argument("--commit", default="", help="of the code measured, where there is no repository")
+    parser.add_argument("--budget-s", type=float, default=130.0, help="begin no further size after so many seconds")
     parser.add_argument("--rehearse", action="store_true", help="on CPUs: every call and check, no times")
     options = parser.parse_args()
-    backend = "gloo" if options.rehearse else "nccl"
-    found = run_ranks(run, options.ranks, options.rehearse, backend=backend, timeout_s=900.0, env={"NO_VCS_VERSION": "1"})
-    rows = [Row(**row) for row in found[0]]
-    if options.rehearse:
-        print("sums agree")
+    head = versions(options.commit, options.ranks, options.rehearse)
     if options.out:
-        options.out.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
-    for row in rows:
-        print(
-            f"| {row.hidden_size} | {row.tokens_per_rank} | {row.megatron_us:.1f} | {row.tokenferry_us:.1f} | {row.ratio:.1f} | "
-            f"{row.transport} |"
-        )
+        options.out.write_text(json.dumps(head) + "\n")
+    found = run_ranks(
+        run,
+        options.ranks,
+        options.rehearse,
+        options.budget_s,
+        options.out,
+        backend="gloo" if options.rehearse else "nccl",
+        timeout_s=options.budget_s + 50.0,
+        env={"NO_VCS_VERSION": "1"},
+    )
+    print(", ".join(f"{name} {value}" for name, value in head.items()))
+    if options.rehearse:
+        print("rows and sums agree")
+        return
+    rows = [Row(**row) for row in found[0]]
+    print(HEADER, *rows, sep="\n")
+    missing = len(SHAPES) * len(TOKENS) - len(rows)
+    if missing:
+        print(f"{missing} sizes were left out: --budget-s {options.budget_s:g} was over")
 
 
 if __name__ == "__main__":
