@@ -10,6 +10,7 @@ from tokenferry.config import HIDDEN_DTYPES, MoEConfig
 from tokenferry.dispatched import Dispatched
 from tokenferry.errors import CapacityError, DeviceError, DtypeError, LayoutError, PeerError, ShapeError, StateError, UsageError
 from tokenferry.lifecycle import Lifecycle, Stage
+from tokenferry.operators import Operators
 from tokenferry.step import Step
 from tokenferry.transports.base import Gathered, Transport
 
@@ -21,6 +22,8 @@ class WorkspaceView(Protocol):
     """What a dispatcher sees of its workspace."""
 
     lifecycle: Lifecycle
+    operators: Operators
+    num_tokens_traced: int
 
     @property
     def config(self) -> MoEConfig: ...
@@ -41,7 +44,7 @@ class Dispatcher:
 
     def __init__(self, workspace: WorkspaceView, layer: int) -> None:
         self._workspace, self.layer = workspace, layer
-        self._gathered_rows = 0
+        self._num_supplied = 0
 
     def dispatch(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Dispatched:
         """Sends this rank's rows to every rank and returns everybody's.
@@ -57,6 +60,10 @@ class Dispatcher:
             StateError: no step, a dispatch whose combine has not come, or a closed workspace.
             PeerTimeoutError, PeerFailedError: another rank is the cause.
         """
+        if torch.compiler.is_compiling():
+            self._num_supplied = hidden.shape[0]
+            operators, num_tokens = self._workspace.operators, self._workspace.num_tokens_traced
+            return operators.dispatch(self.layer, hidden, topk_idx, topk_weights, num_tokens)
         workspace, layer = self._workspace, self.layer
         lifecycle = workspace.lifecycle
         if lifecycle.try_enter():
@@ -66,6 +73,7 @@ class Dispatcher:
             try:
                 if lifecycle.allows(Stage.READY) and self._rows_fit(hidden, topk_idx, topk_weights):
                     lifecycle.advance("dispatch_begin", layer)
+                    self._num_supplied = hidden.shape[0]
                     transport = workspace.active_transport
                     transport.dispatch_begin(layer, hidden, topk_idx, topk_weights)
                     gathered = transport.dispatch_end()
@@ -88,6 +96,7 @@ class Dispatcher:
             workspace.lifecycle.require("dispatch_begin", self.layer)
             self._check_rows(hidden, topk_idx, topk_weights)
             workspace.lifecycle.advance("dispatch_begin", self.layer)
+            self._num_supplied = hidden.shape[0]
             workspace.active_transport.dispatch_begin(self.layer, hidden, topk_idx, topk_weights)
 
     def dispatch_end(self) -> Dispatched:
@@ -101,7 +110,7 @@ class Dispatcher:
 
     def _dispatched(self, gathered: Gathered) -> Dispatched:
         workspace = self._workspace
-        self._gathered_rows = gathered.hidden_RH.shape[0]
+        workspace.lifecycle.gathered_rows = gathered.hidden_RH.shape[0]
         dispatched = object.__new__(Dispatched)  # as its constructor does, which takes two microseconds for a frozen class
         dispatched.__dict__.update(
             hidden=gathered.hidden_RH,
@@ -131,6 +140,8 @@ class Dispatcher:
         Raises:
             As `dispatch`; StateError also if `dispatched` is another dispatch's, or was combined already.
         """
+        if torch.compiler.is_compiling():
+            return self._workspace.operators.combine(self.layer, partial, self._num_supplied)
         workspace, layer = self._workspace, self.layer
         lifecycle = workspace.lifecycle
         if lifecycle.try_enter():
@@ -192,7 +203,7 @@ class Dispatcher:
         if dispatched is not None and not (type(dispatched) is Dispatched and dispatched.ticket is workspace.lifecycle.ticket):
             return False
         num_rows = _fitting_rows(partial, workspace.config.hidden_size, HIDDEN_DTYPES, workspace.device)
-        return num_rows == self._gathered_rows
+        return num_rows == workspace.lifecycle.gathered_rows
 
     def _check_rows(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         config, step = self._workspace.config, self._workspace.step
@@ -221,7 +232,7 @@ class Dispatcher:
         if not isinstance(dispatched, Dispatched):
             raise UsageError(f"dispatched must be what dispatch returned, or None; got {type(dispatched).__name__}")
         lifecycle = self._workspace.lifecycle
-        if dispatched.ticket is not lifecycle.ticket:
+        if dispatched.ticket is not lifecycle.ticket and dispatched.ticket is not self._workspace.operators.ticket:
             lifecycle.require_usable("combine_begin")
             raise StateError(
                 "combine: `dispatched` was combined already, or belongs to another dispatch or workspace; "
@@ -230,9 +241,10 @@ class Dispatcher:
 
     def _check_partial(self, partial: torch.Tensor) -> None:
         _check_tensor("partial", partial, self._workspace.config.hidden_size, HIDDEN_DTYPES, self._workspace.device)
-        if partial.shape[0] != self._gathered_rows:
+        gathered_rows = self._workspace.lifecycle.gathered_rows
+        if partial.shape[0] != gathered_rows:
             raise ShapeError(
-                f"partial has {partial.shape[0]} rows but dispatch returned {self._gathered_rows}; "
+                f"partial has {partial.shape[0]} rows but dispatch returned {gathered_rows}; "
                 "give one partial row for each gathered row"
             )
 

@@ -54,6 +54,7 @@ class Lifecycle:
     def __init__(self) -> None:
         self.stage = Stage.NO_STEP
         self.layer = -1
+        self.gathered_rows = 0  # R of the dispatch under way
         self.ticket: Ticket | None = None
         self.error: PeerError | None = None
         self._inside = threading.Lock()  # taken without waiting: 0.1 microseconds a call

@@ -109,3 +109,19 @@ class StepTensors:
             flags_per_rank=flags_per_rank,
         )
         return step
+
+    def traced(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None) -> Step:
+        """The same for code that is being compiled: slices made there, and an index of 0, for it is not known when tracing."""
+        size = self._size
+        real = num_tokens if num_real_tokens is None else num_real_tokens
+        valid_tokens, rank_token_offset, max_tokens, tokens_per_rank, flags_per_rank = self.packed.split([1, 1, 1, size, size])
+        return Step(
+            index=0,
+            num_tokens=num_tokens,
+            num_real_tokens=real,
+            valid_tokens=valid_tokens,
+            rank_token_offset=rank_token_offset,
+            max_tokens=max_tokens,
+            tokens_per_rank=tokens_per_rank,
+            flags_per_rank=flags_per_rank,
+        )

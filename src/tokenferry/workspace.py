@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import platform
 import time
+import weakref
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from tokenferry import env
 from tokenferry.config import MoEConfig
+from tokenferry.dispatched import Dispatched
 from tokenferry.dispatcher import Dispatcher
 from tokenferry.errors import (
     CapacityError,
@@ -31,6 +33,7 @@ from tokenferry.errors import (
 )
 from tokenferry.groups import EPGroup
 from tokenferry.lifecycle import Lifecycle, Stage
+from tokenferry.operators import Operators, Shapes
 from tokenferry.step import Step, StepRequest, StepTensors
 from tokenferry.transports import select
 from tokenferry.transports.base import PROTOCOL_VERSION, CombineOrder, Counts, Transport, TransportSettings
@@ -103,7 +106,8 @@ class Workspace:
         self.lifecycle = Lifecycle()
         self._num_layers = 0
         self._step: Step | None = None
-        self._num_step_writes = 0
+        self._num_step_writes: int | None = 0
+        self.num_tokens_traced = 0
         self._stand_in: Transport | None = None
         self._open("open")
 
@@ -112,6 +116,7 @@ class Workspace:
         self.decisions, self.transport = _agree_to_open(settings, self._requested, phase)
         self._step_tensors = StepTensors(settings.group.rank, settings.group.size, settings.group.device)
         self._transport = _open_together(self.transport, settings, self._step_tensors, phase)
+        self.operators = _register(self)
         _log.info("workspace %s: transport %s", settings.name, self.transport)
         for decision in self.decisions:
             _log.debug("workspace %s: %s", settings.name, decision)
@@ -201,6 +206,10 @@ class Workspace:
                 step's tensors were written.
             PeerTimeoutError, PeerFailedError: another rank is the cause.
         """
+        if torch.compiler.is_compiling():
+            self.num_tokens_traced = num_tokens
+            self.operators.begin_step(num_tokens, num_real_tokens, done)
+            return self._step_tensors.traced(num_tokens, num_real_tokens)
         lifecycle = self.lifecycle
         lifecycle.enter("begin_step")
         try:
@@ -224,13 +233,17 @@ class Workspace:
             self.active_transport.begin_step(request, -1)
         finally:
             torch._C._set_grad_enabled(had_gradient)
-        self._step = self._step_tensors.view(request)
+        self._step, self.num_tokens_traced = self._step_tensors.view(request), num_tokens
         self._num_step_writes = self._step_tensors.num_writes
         self.lifecycle.enter_ready()
         return self._step
 
+    def forget_step_writes(self) -> None:
+        """Compiled code counts as a write to the counts where it begins a step; debug mode does not look at such a step."""
+        self._num_step_writes = None
+
     def _check_step_unwritten(self) -> None:
-        if self._settings.debug and self.lifecycle.stage is Stage.READY:
+        if self._settings.debug and self.lifecycle.stage is Stage.READY and self._num_step_writes is not None:
             num_writes = self._step_tensors.num_writes - self._num_step_writes
             if num_writes:
                 raise StateError(
@@ -323,6 +336,7 @@ class Workspace:
 
     def _reset(self, group: EPGroup | None, timeout_s: float | None) -> None:
         old = self._settings
+        self.operators.release()
         self._transport.close()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -369,6 +383,7 @@ class Workspace:
         if self.lifecycle.stage is Stage.CLOSED:
             return
         self.lifecycle.stage = Stage.CLOSED
+        self.operators.release()
         self._transport.close()
 
     def __enter__(self) -> Workspace:
@@ -383,6 +398,47 @@ class Workspace:
 
     def __repr__(self) -> str:
         return f"Workspace(transport={self.transport!r}, {self.group!r}, max_tokens_per_rank={self.max_tokens_per_rank})"
+
+
+class _Calls:
+    """What a workspace's operators do: its eager calls. Holds it weakly: it holds the operators."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = weakref.ref(workspace)
+
+    def _live(self) -> Workspace:
+        workspace = self._workspace()
+        if workspace is None:
+            raise StateError("compiled code outlived its workspace; compile it again for an open one")
+        return workspace
+
+    def require_usable(self) -> None:
+        self._live().lifecycle.require_usable("compiled code")
+
+    def begin_step(self, num_tokens: int, num_real_tokens: int | torch.Tensor, done: bool) -> None:
+        workspace = self._live()
+        workspace.forget_step_writes()  # the operator itself counts as one
+        workspace.begin_step(num_tokens, num_real_tokens, done=done)
+        workspace.forget_step_writes()
+
+    def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Dispatched:
+        return Dispatcher(self._live(), layer).dispatch(hidden, topk_idx, topk_weights)
+
+    def combine(self, layer: int, partial: torch.Tensor) -> torch.Tensor:
+        return Dispatcher(self._live(), layer).combine(partial)
+
+
+def _register(workspace: Workspace) -> Operators:
+    """The operators of what is open now. Symmetric transports have their rows at fixed addresses."""
+    settings, transport = workspace._settings, workspace._transport
+    fixed = transport.dispatch_end() if workspace.transport in ("p2p", "nvls") else None
+    per_token = {"local": 1, "collective": settings.group.size if settings.counts == "equal" else None}
+    shapes = Shapes(
+        dtype=settings.config.dtype,
+        index_dtype=settings.index_dtype,
+        rows_per_token=per_token.get(workspace.transport),
+    )
+    return Operators(_Calls(workspace), shapes, workspace._step_tensors.packed, fixed)
 
 
 def _open_together(name: str, settings: TransportSettings, step_tensors: StepTensors, phase: Phase) -> Transport:
