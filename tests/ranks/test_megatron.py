@@ -178,11 +178,17 @@ UNEVEN = {
     "EP3-K3-H10-uneven": Case(Shape(3, topk=3, hidden_size=10), ((3, 0, 1), (8, 8, 8), (0, 0, 1)), aliased=False),
     "EP4-K1-uneven": Case(Shape(4, topk=1), ((1, 2, 3, 4), (0, 8, 0, 1)), layers=1),
 }
-EQUAL = {"EP2-equal": Case(Shape(2), ((4, 4), (1, 1)), uneven=False)}
-NCCL_CASES = {"EP3-K3-H10-uneven": UNEVEN["EP3-K3-H10-uneven"], **EQUAL}
+EQUAL = {
+    "EP2-equal": Case(Shape(2), ((4, 4), (1, 1)), uneven=False),
+    "EP4-equal": Case(Shape(4), ((2,) * 4, (8,) * 4), uneven=False, layers=1),
+}
+NCCL_CASES = {**{name: UNEVEN[name] for name in ("EP3-K3-H10-uneven", "EP4-K1-uneven")}, **EQUAL}
 
 
-@pytest.mark.parametrize("case", UNEVEN.values(), ids=UNEVEN)
+NVLS_CASES = {**UNEVEN, "EP4-equal": EQUAL["EP4-equal"]}
+
+
+@pytest.mark.parametrize("case", NVLS_CASES.values(), ids=NVLS_CASES)
 def test_nvls_round_trips(case: Case) -> None:
     assert run_ranks(run_nvls, case.shape.ep, case) == [len(case.steps)] * case.shape.ep
 

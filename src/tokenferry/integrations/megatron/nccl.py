@@ -41,13 +41,7 @@ class NCCLAllGatherDispatcher(InferenceAllGatherDispatcherBase):
         pg_collection: Any = None,
         runs_metadata_sync: bool = True,
     ) -> None:
-        super().__init__(
-            num_local_experts=num_local_experts,
-            local_expert_indices=local_expert_indices,
-            config=config,
-            pg_collection=pg_collection,
-            runs_metadata_sync=runs_metadata_sync,
-        )
+        super().__init__(num_local_experts, local_expert_indices, config, pg_collection, runs_metadata_sync=runs_metadata_sync)
         # With expert tensor parallelism a row must meet all shards of an expert, so rows travel between all ranks of both.
         self._row_group = self.tp_ep_group if size_of(self.tp_ep_group) > self.ep_size else self.ep_group
         self._row_group_size = size_of(self._row_group)

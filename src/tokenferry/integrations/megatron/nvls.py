@@ -99,13 +99,7 @@ class NVLSAllGatherVDispatcher(InferenceAllGatherDispatcherBase):
         pg_collection: Any = None,
         runs_metadata_sync: bool = True,
     ) -> None:
-        super().__init__(
-            num_local_experts=num_local_experts,
-            local_expert_indices=local_expert_indices,
-            config=config,
-            pg_collection=pg_collection,
-            runs_metadata_sync=runs_metadata_sync,
-        )
+        super().__init__(num_local_experts, local_expert_indices, config, pg_collection, runs_metadata_sync=runs_metadata_sync)
         if self.tp_size > 1:
             raise ConfigError(
                 f"expert_tensor_parallel_size is {self.tp_size}, but rows travel in the expert-parallel group alone, where they "
