@@ -55,11 +55,26 @@ class StepRequest:
     num_tokens: int
     num_real_tokens: int | torch.Tensor
     done: bool = False
+    equal: bool = False
+    """Every rank promises the same `num_tokens`: nothing need be exchanged."""
 
     @property
     def flags(self) -> int:
         """The flag bits of the packet."""
         return FLAG_DONE if self.done else 0
+
+
+@dataclass(frozen=True)
+class Announced:
+    """What all ranks will bring to the next step, known to the host.
+
+    Attributes:
+        tokens_per_rank: in rank order.
+        all_done: every rank had set its done flag.
+    """
+
+    tokens_per_rank: tuple[int, ...]
+    all_done: bool
 
 
 class StepTensors:

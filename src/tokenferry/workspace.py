@@ -8,7 +8,7 @@ import logging
 import platform
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -34,9 +34,10 @@ from tokenferry.errors import (
 from tokenferry.groups import EPGroup
 from tokenferry.lifecycle import Lifecycle, Stage
 from tokenferry.operators import Operators, Shapes
-from tokenferry.step import Step, StepRequest, StepTensors
+from tokenferry.step import Announced, Step, StepRequest, StepTensors
 from tokenferry.transports import select
 from tokenferry.transports.base import PROTOCOL_VERSION, CombineOrder, Counts, Transport, TransportSettings
+from tokenferry.transports.collective import CollectiveTransport
 from tokenferry.transports.open import open_transport, required_bytes
 from tokenferry.transports.validation import check_dtypes, check_kinds, check_positive_ints, check_reset, check_settings
 
@@ -104,10 +105,15 @@ class Workspace:
         self._settings = dataclasses.replace(self._settings, name=self._base_name)
         self._requested = transport
         self.lifecycle = Lifecycle()
+        self.attached: dict[str, Any] = {}
+        """What the layers of this workspace share beside it, by name: the experts' scratch."""
         self._num_layers = 0
         self._step: Step | None = None
         self._num_step_writes: int | None = 0
         self.num_tokens_traced = 0
+        self._step_index = 0
+        self._has_stepped = False
+        self._promised_equal = False
         self._stand_in: Transport | None = None
         self._open("open")
 
@@ -149,9 +155,24 @@ class Workspace:
         return self._settings.combine_dtype
 
     @property
+    def index_dtype(self) -> torch.dtype:
+        """Of `Dispatched.topk_idx`."""
+        return self._settings.index_dtype
+
+    @property
     def timeout_s(self) -> float:
         """How long a peer may be late."""
         return self._settings.timeout_s
+
+    @property
+    def counts(self) -> Counts:
+        """Whether ranks bring different numbers of rows."""
+        return self._settings.counts
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether a step with the peers was begun since it was opened, or reset; equal on all ranks."""
+        return self._has_stepped
 
     @property
     def generation(self) -> int:
@@ -226,7 +247,9 @@ class Workspace:
         real = self._check_counts(num_tokens, num_real_tokens)
         if not isinstance(done, bool):
             raise UsageError(f"done must be a bool, got {done!r}")
-        request = StepRequest((self._step.index if self._step else 0) + 1, num_tokens, real, done)
+        request = StepRequest(self._step_index + 1, num_tokens, real, done, self._promised_equal)
+        self._has_stepped |= self._stand_in is None
+        self._step_index = request.index
         had_gradient = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # `torch.no_grad()` takes two microseconds
         try:
@@ -274,6 +297,74 @@ class Workspace:
             raise CapacityError(f"num_real_tokens must lie between 0 and num_tokens, {num_tokens}; got {num_real_tokens!r}")
         return num_real_tokens
 
+    def announce(self, num_tokens: int, *, done: bool = False) -> Announced | None:
+        """Tells the host what all ranks will bring to the next step, so that they can agree on a graph. Every rank calls it.
+
+        Returns:
+            On the collective transport the counts: one exchange, which saves `begin_step` its own. None on the others, where
+            each rank chooses alone; nothing is sent.
+
+        Raises:
+            As `begin_step`.
+        """
+        lifecycle = self.lifecycle
+        lifecycle.enter("announce")
+        try:
+            lifecycle.begin_step()
+            self._check_counts(num_tokens, None)
+            if not isinstance(self.active_transport, CollectiveTransport):
+                return None
+            return self.active_transport.announce(StepRequest(self._step_index + 1, num_tokens, num_tokens, done))
+        except PeerError as error:
+            self.record_failure(error)
+            raise
+        finally:
+            lifecycle.leave()
+
+    @contextlib.contextmanager
+    def equal_counts(self) -> Iterator[None]:
+        """Steps begun within it have the same num_tokens on every rank, which is not checked: the collective transport then
+        exchanges no counts, so that a graph may capture the step. Other transports exchange them as ever."""
+        before, self._promised_equal = self._promised_equal, True
+        try:
+            yield
+        finally:
+            self._promised_equal = before
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[Callable[[], int]]:
+        """Within it, calls are recorded in a CUDA graph and nothing runs: steps begun inside are not counted, and whatever was
+        under way when the block ends, by an exception too, is forgotten. The number of steps begun is in what it yields."""
+        before, index, has_stepped = self._enter_other("capturing")
+        num_steps = 0
+        try:
+            yield lambda: num_steps
+        finally:
+            num_steps = self._step_index - index
+            self._step, self._step_index, self._has_stepped = before, index, has_stepped
+            self._leave_other()
+
+    @contextlib.contextmanager
+    def replaying(self, num_steps: int = 1) -> Iterator[None]:
+        """Around the launch of a graph that holds `num_steps` steps. Afterwards the workspace is without a step.
+
+        Raises:
+            As `begin_step`; call `check()` after your own synchronisation.
+        """
+        lifecycle = self.lifecycle
+        lifecycle.enter("replaying")
+        try:
+            lifecycle.begin_step()
+            if self._stand_in is not None:
+                raise StateError("replaying: inside solo(), but a graph runs with the peers; leave it first")
+            transport, self._has_stepped = self._transport, True
+            with transport.watching_replay() if isinstance(transport, CollectiveTransport) else contextlib.nullcontext():
+                yield
+            self._step_index += num_steps
+            lifecycle.leave_step()
+        finally:
+            lifecycle.leave()
+
     def dispatcher(self) -> Dispatcher:
         """A dispatcher for the next MoE layer. All ranks ask in the same order; the number names the layer in errors."""
         if self.lifecycle.stage is Stage.CLOSED:
@@ -303,7 +394,7 @@ class Workspace:
         if self.lifecycle.stage is Stage.CLOSED or self.lifecycle.error is not None:
             return
         self._transport.fail(reason)
-        self.record_failure(PeerFailedError(self.group.rank, reason, self._step.index if self._step else 0))
+        self.record_failure(PeerFailedError(self.group.rank, reason, self._step_index))
 
     def record_failure(self, error: PeerError) -> None:
         """Breaks the workspace: every later call raises `error`, until a reset."""
@@ -358,7 +449,7 @@ class Workspace:
             raise
         finally:
             self._settings = dataclasses.replace(self._settings, open_timeout_s=old.open_timeout_s)
-        self._step = None
+        self._step, self._step_index, self._has_stepped = None, 0, False
         self.lifecycle = Lifecycle()
 
     @contextlib.contextmanager
@@ -367,16 +458,23 @@ class Workspace:
 
         Counts outside are not disturbed: a step begun inside is over when the block ends.
         """
-        self.lifecycle.begin_step()
-        if self._stand_in is not None:
-            raise StateError("solo: already inside solo()")
-        before, self._stand_in = self._step, self._transport.solo()
+        before, index, _ = self._enter_other("solo")
+        self._stand_in = self._transport.solo()
         try:
             yield
         finally:
-            self._stand_in, self._step = None, before
-            if self.lifecycle.stage is not Stage.CLOSED and self.lifecycle.error is None:
-                self.lifecycle.leave_step()
+            self._stand_in, self._step, self._step_index = None, before, index
+            self._leave_other()
+
+    def _enter_other(self, what: str) -> tuple[Step | None, int, bool]:
+        self.lifecycle.begin_step()
+        if self._stand_in is not None:
+            raise StateError(f"{what}: already inside solo()")
+        return self._step, self._step_index, self._has_stepped
+
+    def _leave_other(self) -> None:
+        if self.lifecycle.stage is not Stage.CLOSED and self.lifecycle.error is None:
+            self.lifecycle.leave_step()
 
     def close(self) -> None:
         """Releases everything. Never waits for a peer; calling it again does nothing."""
@@ -385,6 +483,7 @@ class Workspace:
         self.lifecycle.stage = Stage.CLOSED
         self.operators.release()
         self._transport.close()
+        self.attached.clear()
 
     def __enter__(self) -> Workspace:
         if self.lifecycle.stage is Stage.CLOSED:

@@ -7,21 +7,23 @@ rank sends every owner its rows) and a float32 sum in rank order, because a libr
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
 
-from tokenferry.errors import PeerError
+from tokenferry.errors import PeerError, StateError
 from tokenferry.reference import pad_rows, sum_in_rank_order
-from tokenferry.step import StepRequest, StepTensors
+from tokenferry.step import FLAG_DONE, Announced, StepRequest, StepTensors
 from tokenferry.transports.base import AbortRecord, Gathered, TransportSettings, mask_padding
 from tokenferry.transports.communicator import CommunicationError, GlooCommunicator, Header, Pending
 from tokenferry.transports.local import LocalTransport
 from tokenferry.transports.nccl import NcclCommunicator
 
-STEP, DISPATCH, COMBINE = 0, 1, 2
-"""Operations, in the order in which a rank goes through them within a layer."""
+STEP, DISPATCH, COMBINE, ANNOUNCE = 0, 1, 2, 3
+"""Operations, in the order in which a rank goes through them within a layer. Announcing stands apart, so that a rank which
+announces beside one which begins a step is found: they would bring different numbers of rows."""
 
 RECORD_GRACE_S = 0.3
 """How long a broken connection waits for the abort record that explains it: the reporter writes it just after it closes."""
@@ -53,6 +55,7 @@ class CollectiveTransport:
         self._settings, self._step_tensors = settings, step_tensors
         self._request = StepRequest(0, 0, 0)
         self._counts = [0] * settings.group.size
+        self._announced: list[Header] | None = None
         self._layer, self._operation, self._num_supplied = -1, STEP, 0
         self._dispatch: _Dispatch | None = None
         self._combine: _Combine | None = None
@@ -76,19 +79,41 @@ class CollectiveTransport:
     # --- step -------------------------------------------------------------------------------------------------------
 
     def begin_step(self, request: StepRequest, layer: int) -> None:
+        headers, self._announced = self._announced, None
         self._request, self._layer, self._operation = request, layer, STEP
         self._combine_input = None
-        if self._settings.counts == "equal":
+        if self._settings.counts == "equal" or request.equal:
             self._counts = [request.num_tokens] * self._settings.group.size
             self._step_tensors.publish_equal(request.num_tokens, request.flags)
             return
+        own = self._settings.group.rank
+        if headers is not None and headers[own].num_tokens != request.num_tokens:
+            raise StateError(
+                f"begin_step: {headers[own].num_tokens} tokens were announced but {request.num_tokens} come; the peers count on "
+                "the announced number"
+            )
+        if headers is None:
+            headers = self._exchange_headers()
+        self._counts = [header.num_tokens for header in headers]
+        self._step_tensors.publish(self._counts, [header.flags for header in headers])
+
+    def announce(self, request: StepRequest) -> Announced:
+        """Every rank's counts for the next step, known to the host; that step's `begin_step` then exchanges nothing."""
+        self._request, self._layer, self._operation = request, -1, ANNOUNCE
+        headers = self._announced = self._exchange_headers()
+        return Announced(tuple(header.num_tokens for header in headers), all(header.flags & FLAG_DONE for header in headers))
+
+    def watching_replay(self) -> AbstractContextManager[None]:
+        """Around the launch of a graph that was captured with this transport: a peer that does not come is noticed."""
+        return self._communicator.watching_replay()
+
+    def _exchange_headers(self) -> list[Header]:
         try:
             headers = self._communicator.exchange_headers(self._header())
         except CommunicationError as error:
             raise self._peer_error(error) from error
         self._compare(headers)
-        self._counts = [header.num_tokens for header in headers]
-        self._step_tensors.publish(self._counts, [header.flags for header in headers])
+        return headers
 
     # --- dispatch ---------------------------------------------------------------------------------------------------
 
@@ -185,14 +210,14 @@ class CollectiveTransport:
             return
         rank = self._settings.group.rank
         odd = min(range(len(positions)), key=lambda r: (positions.count(positions[r]), positions[r]))
-        names = ("begin_step", "dispatch", "combine")
+        names = ("begin_step", "dispatch", "combine", "announce")
         told = "; ".join(f"rank {r} is in {names[h.operation]} of step {h.step}, layer {h.layer}" for r, h in enumerate(headers))
         record = AbortRecord(odd, rank, "counts-disagree", self._request.index, self._layer, 0.0, f"counts disagree: {told}")
         raise self._settle(record)
 
     def _peer_error(self, error: CommunicationError) -> PeerError:
         """Turns what the communicator noticed into the error that the whole group agrees on."""
-        phase = "not-entered" if self._operation == STEP else "data-missing"
+        phase = "not-entered" if self._operation in (STEP, ANNOUNCE) else "data-missing"
         reason = "its connection is gone (the process ended, or closed its workspace)" if error.closed else ""
         rank = self._settings.group.rank
         record = AbortRecord(error.rank, rank, phase, self._request.index, self._layer, error.waited_s, reason)
@@ -209,7 +234,7 @@ class CollectiveTransport:
 
     def fail(self, reason: str) -> None:
         rank = self._settings.group.rank
-        phase = "not-entered" if self._operation == STEP else "data-missing"
+        phase = "not-entered" if self._operation in (STEP, ANNOUNCE) else "data-missing"
         self._settle(AbortRecord(rank, rank, phase, self._request.index, self._layer, 0.0, reason))
 
     def check(self) -> None:

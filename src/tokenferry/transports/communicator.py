@@ -6,9 +6,10 @@ application's own process groups stay as they are.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
@@ -96,6 +97,11 @@ class GlooCommunicator:
             return call([tensor], peer, tag)
         except RuntimeError as error:
             raise CommunicationError(peer, True, 0.0, str(error)) from error
+
+    @contextlib.contextmanager
+    def watching_replay(self) -> Iterator[None]:
+        """Nothing is captured over gloo."""
+        yield
 
     def raise_if_broken(self) -> None:
         """gloo's calls raise by themselves."""

@@ -35,7 +35,7 @@ class LocalTransport:
         self._request = request
         self._combine_input = None
         rank, size = self._settings.group.rank, self._settings.group.size
-        if request.done or size > 1 or not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+        if size > 1 or not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
             counts, flags = [0] * size, [0] * size
             counts[rank], flags[rank] = request.num_tokens, request.flags
             self._step_tensors.publish(counts, flags)

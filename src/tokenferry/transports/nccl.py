@@ -7,11 +7,13 @@ workspace raises. Ranks that wait post where they stand, so that the one that do
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -112,6 +114,16 @@ class NcclCommunicator:
             work.wait()
         if call is not None:
             self._watchman.launched(call, on_stream=bool(works))
+
+    @contextlib.contextmanager
+    def watching_replay(self) -> Iterator[None]:
+        """A captured call is nobody's to watch; its replay, launched in the block, is watched as one call."""
+        self.raise_if_broken()
+        call = self._watchman.watch()
+        try:
+            yield
+        finally:
+            self._watchman.launched(call)
 
     def _watch(self) -> _Call | None:
         if torch.cuda.is_current_stream_capturing():
