@@ -189,7 +189,15 @@ def chosen_plan(variant: Variant) -> Plan:
     if variant.plan is not None:
         return variant.plan
     scaled = variant.weight_dtype == torch.float8_e4m3fn
-    return plan(variant.dtype, variant.gated, variant.batch_invariant, scaled, variant.max_rows)
+    return plan(
+        variant.dtype,
+        variant.hidden_size,
+        variant.intermediate_size,
+        gated=variant.gated,
+        batch_invariant=variant.batch_invariant,
+        scaled=scaled,
+        max_rows=variant.max_rows,
+    )
 
 
 def specs(
@@ -240,12 +248,19 @@ def _gemm_spec(variant: Variant, tiles: Tiles, is_first: bool, pdl: int) -> Kern
         ("BM", tiles.rows),
         ("BN", tiles.columns),
         ("BD", tiles.depth),
+        ("WARM", _warm_lines(tiles, strides, depth, variant.weight_dtype)),
         ("LANES", triton.next_power_of_2(variant.num_local_experts)),
         ("UPCAST", wire.INTERPRETED),
         ("PDL", pdl),
     )
     types = (("DTYPE", variant.dtype), ("WEIGHT", variant.weight_dtype))
     return KernelSpec("gemm", types, constants, tiles.num_warps, tiles.num_stages, variant.aligned)
+
+
+def _warm_lines(tiles: Tiles, strides: tuple[int, ...], depth: int, dtype: torch.dtype) -> int:
+    """As the tiles say, but within a row, and only where rows lie in one piece. A power of two."""
+    lines = depth * dtype.itemsize // 128
+    return min(tiles.warm, 1 << lines.bit_length() - 1) if lines and strides[2] == 1 and not wire.INTERPRETED else 0
 
 
 def _num_sms(device: torch.device) -> int:

@@ -38,6 +38,7 @@ SIGNATURE = {
     "BM": "constexpr",
     "BN": "constexpr",
     "BD": "constexpr",
+    "WARM": "constexpr",
     "LANES": "constexpr",
     "UPCAST": "constexpr",
     "PDL": "constexpr",
@@ -107,6 +108,28 @@ def quantize(x):
 
 
 @triton.jit
+def columns_of(first_column, WIDTH: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BN: tl.constexpr):
+    """Columns of the product behind BN columns of `out`: gates, then ups, where there is a gate. Those beyond WIDTH stand for the
+    last one.
+
+    Example:
+        WIDTH 6 from column 4, BN 2: 4, 5; with a gate 4, 5, 10, 11; interleaved 8, 10, 9, 11.
+    """
+    if GATED:
+        within = tl.arange(0, 2 * BN)
+        column = first_column + within % BN
+        if WIDTH % BN != 0:
+            column = tl.minimum(column, WIDTH - 1)
+        half = within // BN
+        column = 2 * column + half if INTERLEAVED else column + half * WIDTH
+    else:
+        column = first_column + tl.arange(0, BN)
+        if WIDTH % BN != 0:
+            column = tl.minimum(column, WIDTH - 1)
+    return column
+
+
+@triton.jit
 def product_tile(
     rows,
     weights,
@@ -145,16 +168,7 @@ def product_tile(
     position = begin + tl.minimum(lanes, num - 1)  # a row that is there instead of one that is not: never stored
     pair = tl.load(pairs + position)
     source = (first_row + pair // K).to(tl.int64) if FIRST else position.to(tl.int64)
-    column = tl.arange(0, BB)
-    if GATED:
-        column = first_column + column % BN
-    else:
-        column = first_column + column
-    if WIDTH % BN != 0:
-        column = tl.minimum(column, WIDTH - 1)
-    if GATED:
-        half = tl.arange(0, BB) // BN
-        column = 2 * column + half if INTERLEAVED else column + half * WIDTH
+    column = columns_of(first_column, WIDTH, GATED, INTERLEAVED, BN)
     depth = tl.arange(0, BD)
     a = rows + source[:, None] * DEPTH + depth[None, :]
     b = weights + expert.to(tl.int64) * STRIDE_E + column[None, :].to(tl.int64) * STRIDE_N + depth[:, None] * STRIDE_D
@@ -231,6 +245,7 @@ def expert_gemm_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
+    WARM: tl.constexpr,
     LANES: tl.constexpr,
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
@@ -245,7 +260,8 @@ def expert_gemm_kernel(
         out: first product: activated [pairs, WIDTH] in the order of `pairs`. Second: row `pair` (r * K + slot), WIDTH columns.
         counts, offsets, pairs: of `expert_table_kernel`.
         WIDTH: columns of `out`; a GATED product has twice as many.
-        BM_FEW: an expert with at most so many rows is served by tiles of so many (0: never); others by tiles of BM.
+        BM_FEW: where at most so many rows of an expert are left, the tile has so many, else BM. They are equal for one cut alone.
+        WARM: lines of 128 bytes of each weight row that are asked for before anything that waits (0: none).
 
     Example:
         Experts [[1, 0], [0, 1]] and [[0, 2], [2, 0]], rows [1, 2] and [3, 4] at K = 1 that chose expert 1 and 0, no activation:
@@ -253,36 +269,45 @@ def expert_gemm_kernel(
     """
     TILES_N: tl.constexpr = (WIDTH + BN - 1) // BN
     lanes = tl.arange(0, LANES)
-    wire.wait_for_previous_kernel(PDL)
-    wire.let_next_kernel_start(PDL)
+    if FIRST:
+        wire.wait_for_previous_kernel(PDL)
+        wire.let_next_kernel_start(PDL)
+    # The second product's kernels may look at the table sooner: every kernel before them let them start after its own wait.
     count = tl.load(counts + lanes, mask=lanes < L, other=0)
+    offset = tl.load(offsets + lanes, mask=lanes < L, other=0)
     served = count > LOW
     if HIGH > 0:
         served = served & (count <= HIGH)
     tiles = tl.where(served, (count + BM - 1) // BM, 0) * TILES_N
     ends = tl.cumsum(tiles, 0)
-    for tile in range(tl.program_id(0), tl.sum(tiles), tl.num_programs(0)):
+    total = tl.sum(tiles)
+    if WARM > 0:
+        if tl.program_id(0) < total:  # noqa: SIM102 - the outer one is decided by the compiler
+            expert = tl.sum((ends <= tl.program_id(0)).to(tl.int32))
+            within = tl.program_id(0) - tl.sum(tl.where(lanes < expert, tiles, 0))
+            tiles_m = tl.sum(tl.where(lanes == expert, tiles, 0)) // TILES_N
+            column = columns_of((within // tiles_m) * BN, WIDTH, GATED, INTERLEAVED, BN)
+            b = weights + expert.to(tl.int64) * STRIDE_E + column[:, None].to(tl.int64) * STRIDE_N
+            LINE: tl.constexpr = 1024 // weights.dtype.element_ty.primitive_bitwidth
+            wire.warm(b + tl.arange(0, WARM)[None, :] * LINE)
+    if not FIRST:
+        wire.wait_for_previous_kernel(PDL)
+        wire.let_next_kernel_start(PDL)
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
         expert = tl.sum((ends <= tile).to(tl.int32))
-        num = tl.load(counts + expert)
-        begin = tl.load(offsets + expert)
-        tiles_m = (num + BM - 1) // BM
+        num = tl.sum(tl.where(lanes == expert, count, 0))
+        begin = tl.sum(tl.where(lanes == expert, offset, 0))
         within = tile - tl.sum(tl.where(lanes < expert, tiles, 0))
+        tiles_m = (num + BM - 1) // BM
         done = (within % tiles_m) * BM
         first_column = (within // tiles_m) * BN
-        if BM_FEW > 0:
-            if num <= BM_FEW:
-                product_tile(
-                    rows, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin, num, first_column,
-                    K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, FIRST, GATED, INTERLEAVED, ACTIVATION, BIAS, SCALED,
-                    BM_FEW, BN, BD, UPCAST,
-                )  # fmt: skip
-            else:
-                product_tile(
-                    rows, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done, num - done, first_column,
-                    K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, FIRST, GATED, INTERLEAVED, ACTIVATION, BIAS, SCALED,
-                    BM, BN, BD, UPCAST,
-                )  # fmt: skip
-        else:
+        if num - done <= BM_FEW:
+            product_tile(
+                rows, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done, num - done, first_column,
+                K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, FIRST, GATED, INTERLEAVED, ACTIVATION, BIAS, SCALED,
+                BM_FEW, BN, BD, UPCAST,
+            )  # fmt: skip
+        elif BM > BM_FEW:
             product_tile(
                 rows, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done, num - done, first_column,
                 K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, FIRST, GATED, INTERLEAVED, ACTIVATION, BIAS, SCALED,

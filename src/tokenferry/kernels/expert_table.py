@@ -47,7 +47,7 @@ def expert_table_kernel(
         first_expert: global number of expert 0 here. The grid is L.
 
     Example:
-        Experts 2 and 3 are here, K = 2, rows [3, 0], [2, 3], [-1, 2] are valid: counts [2, 2], offsets [0, 2], pairs [2, 5, 0, 3].
+        Experts 2 and 3 are here, K = 2, rows [3, 0], [2, 3], [-1, 2]: counts [2, 2], offsets [0, 2], pairs [2, 5, 0, 3].
     """
     expert = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
