@@ -119,11 +119,13 @@ class Workspace:
 
     def _open(self, phase: Phase) -> None:
         settings = self._settings
+        start = time.monotonic()
         self.decisions, self.transport = _agree_to_open(settings, self._requested, phase)
         self._step_tensors = StepTensors(settings.group.rank, settings.group.size, settings.group.device)
         self._transport = _open_together(self.transport, settings, self._step_tensors, phase)
         self.operators = _register(self)
-        _log.info("workspace %s: transport %s", settings.name, self.transport)
+        self.opened_s = time.monotonic() - start  # compiling and loading kernels included, the wait for peers too
+        _log.info("workspace %s: transport %s, opened in %.2f s", settings.name, self.transport, self.opened_s)
         for decision in self.decisions:
             _log.debug("workspace %s: %s", settings.name, decision)
 
