@@ -281,8 +281,8 @@ def expert_gemm_kernel(
     tiles = tl.where(served, (count + BM - 1) // BM, 0) * TILES_N
     ends = tl.cumsum(tiles, 0)
     total = tl.sum(tiles)
-    if WARM > 0:
-        if tl.program_id(0) < total:  # noqa: SIM102 - the outer one is decided by the compiler
+    if WARM > 0:  # noqa: SIM102 - decided by the compiler
+        if tl.program_id(0) < total:
             expert = tl.sum((ends <= tl.program_id(0)).to(tl.int32))
             within = tl.program_id(0) - tl.sum(tl.where(lanes < expert, tiles, 0))
             tiles_m = tl.sum(tl.where(lanes == expert, tiles, 0)) // TILES_N
