@@ -130,3 +130,17 @@ def test_no_orphan_when_the_supervisor_dies(tmp_path, signum):
     assert not any(alive(pid) for pid in pids)
     assert not list(tmp_path.glob("tokenferry-*"))
     assert stderr.count("KeyboardInterrupt") == (1 if signum == signal.SIGINT else 0)
+
+
+TYPED = """
+from tokenferry.launch import run_processes
+def worker(rank, world_size, store): return rank
+if __name__ == "__main__": run_processes(worker, 1, timeout_s=20)
+"""
+
+
+@pytest.mark.parametrize("way", ["standard-input", "command-line"])
+def test_program_without_a_file_is_told_to_have_one(way):
+    command, text = ([sys.executable, "-"], TYPED) if way == "standard-input" else ([sys.executable, "-c", TYPED], None)
+    ended = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+    assert ended.stderr.strip().splitlines()[-1].endswith("this one has no file; save it as a .py file")

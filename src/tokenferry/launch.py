@@ -84,7 +84,8 @@ def run_processes(
     Raises:
         RankFailedError: of the first failure: an exception (its traceback), death by a signal (its name), an exit without
             a result, or ranks that are stuck at the deadline (their numbers and stacks). All ranks are dead by then.
-        ConfigError: `world_size` < 1, or `target` or `args` cannot be pickled.
+        ConfigError: `world_size` < 1, or `target` or `args` cannot be pickled, or are of a program that rank processes cannot
+            import: one typed at a prompt, or read from standard input.
     """
     if world_size < 1:
         raise ConfigError(f"world_size must be at least 1, got {world_size}")
@@ -92,6 +93,8 @@ def run_processes(
         call = pickle.dumps((target, tuple(args)))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ConfigError(f"target must be a plain module-level function with picklable args: {error}") from error
+    if start_method != "fork":
+        _check_main_can_be_imported(call)
     deadline_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
     context = multiprocessing.get_context(start_method)
     if start_method == "forkserver":
@@ -113,6 +116,14 @@ def run_processes(
             return [pickle.loads(rank.result) for rank in ranks if rank.result is not None]
         finally:
             _end(ranks)
+
+
+def _check_main_can_be_imported(call: bytes) -> None:
+    """A program without a file fails in the rank processes only, with what says nothing about the cause."""
+    main_file = getattr(sys.modules["__main__"], "__file__", None)
+    from_stdin = main_file is not None and Path(main_file).name == "<stdin>"
+    if from_stdin or (main_file is None and b"__main__" in call):
+        raise ConfigError("rank processes import the program that starts them, and this one has no file; save it as a .py file")
 
 
 def _start(context: Any, environment: Mapping[str, str], start: Mapping[str, Any]) -> _Rank:
