@@ -193,6 +193,8 @@ class Bench:
         with self.opened(point) as ws:
             opened_s = time.monotonic() - start
             own, dispatcher = self.inputs(point, self.group.rank, 1), ws.dispatcher()
+            shape = (count * self.group.size, hidden_size)
+            partial = torch.zeros(shape, dtype=torch.bfloat16, device=self.group.device)  # gathered rows would be copied first
             ws.begin_step(count)
             spans: dict[str, list[float]] = {"begin_step": [], "dispatch": [], "combine": []}
             for _ in range(200):
@@ -201,7 +203,7 @@ class Bench:
                 marks.append(time.perf_counter())
                 got = dispatcher.dispatch(own.hidden, own.topk_idx, own.topk_weights)
                 marks.append(time.perf_counter())
-                dispatcher.combine(got.hidden, got)
+                dispatcher.combine(partial, got)
                 marks.append(time.perf_counter())
                 for name, begin, end in zip(spans, marks, marks[1:], strict=False):
                     spans[name].append(end - begin)
