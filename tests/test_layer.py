@@ -135,9 +135,9 @@ def test_two_layers_share_a_step(open_workspace):
 # --- order of events ----------------------------------------------------------------------------------------------------
 
 ORDERS = {
-    "off": "route shared down dispatch_begin dispatch_end experts combine_begin combine_end up",
-    "between": "route down dispatch_begin shared dispatch_end experts combine_begin combine_end up",
-    "stream": "route shared down dispatch_begin dispatch_end experts combine_begin combine_end up",
+    "off": "shared route down dispatch experts combine up",
+    "between": "route down dispatch_begin shared dispatch_end experts combine up",
+    "stream": "route shared down dispatch experts combine up",
 }
 
 
@@ -154,7 +154,7 @@ def test_order_of_events(open_workspace, monkeypatch, overlap):
     }.items():
         target = getattr(layer, module)
         monkeypatch.setattr(target, "forward", _recording(events, name, target.forward))
-    for name in ("dispatch_begin", "dispatch_end", "combine_begin", "combine_end"):
+    for name in ("dispatch", "dispatch_begin", "dispatch_end", "combine"):
         monkeypatch.setattr(layer.dispatcher, name, _recording(events, name, getattr(layer.dispatcher, name)))
     workspace.begin_step(len(parts.hidden))
     layer(parts.hidden)

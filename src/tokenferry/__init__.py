@@ -20,6 +20,7 @@ from tokenferry.errors import (
     TransportUnavailableError,
     UsageError,
 )
+from tokenferry.graphs import GraphRunner
 from tokenferry.groups import EPGroup
 from tokenferry.step import Step
 from tokenferry.workspace import Workspace
@@ -32,6 +33,7 @@ __all__ = [
     "Dispatcher",
     "DtypeError",
     "EPGroup",
+    "GraphRunner",
     "LayoutError",
     "MoEConfig",
     "PeerError",

@@ -98,11 +98,13 @@ class SharedExperts(nn.Module):
         Args:
             hidden_TH: as `forward`. It must not be written before `wait`.
             stream: a side stream; it is made to wait for the current one first. Capturable (a fork; `wait` is the join).
+                Without rows it is left alone: there is nothing to overlap, and a fork without a kernel would put a second,
+                needless dependency before the next launch.
 
         Returns:
             What `wait()` turns into the result. Call it exactly once, on the stream that was current here.
         """
-        if stream is None:
+        if stream is None or hidden_TH.shape[0] == 0:
             return PendingShared(self.forward(hidden_TH))
         stream.wait_stream(torch.cuda.current_stream(hidden_TH.device))
         with torch.cuda.stream(stream):
