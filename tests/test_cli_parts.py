@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from tokenferry.cli import output
 from tokenferry.cli.display import printable
-from tokenferry.cli.failure import summary
+from tokenferry.cli.failure import one_line, summary
 from tokenferry.cli.job import Answer, Job, RankResult
 from tokenferry.cli.main import app
 from tokenferry.cli.prompts import DEFAULT_PROMPTS, read_prompts
@@ -201,6 +201,13 @@ def test_default_prompts_differ_in_length():
 )
 def test_summary_of_a_rank_traceback(traceback, expected):
     assert summary(traceback) == expected
+
+
+def test_transport_that_cannot_be_had_gives_the_reason_for_that_one():
+    message = "rank 1: transport 'nvls' cannot serve this group:\n  p2p: accepted\n  nvls: rejected, no multicast\n  local: x"
+    expected = "rank 1: transport 'nvls' cannot serve this group: no multicast (`tokenferry doctor` shows them all)"
+    assert one_line(message) == expected
+    assert one_line("no other\n  message: changes") == "no other\n  message: changes"
 
 
 @pytest.mark.parametrize(

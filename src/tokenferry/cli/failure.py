@@ -13,6 +13,10 @@ from tokenferry import env
 from tokenferry.errors import ConfigError, RankFailedError, TokenferryError
 
 EXIT_CODE: Final = 2
+UNAVAILABLE: Final = re.compile(
+    r"transport '(?P<name>\w+)' cannot serve this group:(?:\n  .*)*\n  (?P=name): rejected, (?P<why>.*)(?:\n  .*)*"
+)
+"""The message of a transport that cannot be had; below it stand the reasons for every candidate, of which one was asked for."""
 EXCEPTION: Final = re.compile(r"^(?P<type>[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt|Warning))\b:? ?", re.MULTILINE)
 
 
@@ -33,8 +37,19 @@ def one_line_errors() -> Iterator[None]:
 
 def fail(message: str) -> None:
     """Print the line and leave."""
-    typer.echo(f"tokenferry: {message}", err=True)
+    typer.echo(f"tokenferry: {one_line(message)}", err=True)
     raise typer.Exit(EXIT_CODE)
+
+
+def one_line(message: str) -> str:
+    """`message`, where a transport was asked for by name without the candidates that were not.
+
+    Example:
+        "transport 'nvls' cannot serve this group:\\n  p2p: accepted, 2 GPUs\\n  nvls: rejected, no multicast" gives
+        "transport 'nvls' cannot serve this group: no multicast (`tokenferry doctor` shows them all)".
+    """
+    shorter = r"transport '\g<name>' cannot serve this group: \g<why> (`tokenferry doctor` shows them all)"
+    return UNAVAILABLE.sub(shorter, message)
 
 
 def _wants_traceback() -> bool:
