@@ -14,6 +14,7 @@ from tokenferry.config import HIDDEN_DTYPES
 from tokenferry.dispatched import Dispatched
 from tokenferry.errors import ConfigError, DtypeError, ShapeError, check_kind
 from tokenferry.experts import torch_path
+from tokenferry.experts.float8 import quantize_weights
 from tokenferry.experts.scratch import ExpertScratch
 from tokenferry.experts.weights import ExpertsConfig, ExpertWeights, check_operands, check_out
 from tokenferry.workspace import Workspace
@@ -75,7 +76,7 @@ class Experts(nn.Module):
     """The routed experts that this rank holds.
 
     Parameters (no gradients): `up_proj` [L, N, H], `down_proj` [L, H, I]; with `config.bias` also `up_bias` [L, N] and
-    `down_bias` [L, H].
+    `down_bias` [L, H]. After `quantize` the matrices are float8_e4m3fn, with buffers `up_scale` and `down_scale`.
 
     Args:
         config: the shape, of all experts.
@@ -94,6 +95,8 @@ class Experts(nn.Module):
     down_proj: nn.Parameter
     up_bias: nn.Parameter | None
     down_bias: nn.Parameter | None
+    up_scale: torch.Tensor | None
+    down_scale: torch.Tensor | None
 
     def __init__(
         self,
@@ -115,6 +118,8 @@ class Experts(nn.Module):
         if dtype not in HIDDEN_DTYPES:
             raise DtypeError(f"experts take {', '.join(map(str, HIDDEN_DTYPES))}, got {dtype}")
         self.config, self.expert_range, self.batch_invariant = config, expert_range, batch_invariant
+        self.dtype = dtype
+        """Of the hidden rows; of the parameters too unless they are float8."""
         self.scratch: ExpertScratch | None = None
         """Memory and kernels on CUDA: the workspace's after `prepare`, else this module's own from its first call."""
         self._max_rows: int | None = None
@@ -125,13 +130,37 @@ class Experts(nn.Module):
             absent = name.endswith("bias") and not config.bias
             tensor = None if absent else nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
             self.register_parameter(name, tensor)
+        self.register_buffer("up_scale", None)
+        self.register_buffer("down_scale", None)
         nn.init.normal_(self.up_proj, std=H**-0.5)
         nn.init.normal_(self.down_proj, std=I**-0.5)
 
     @property
     def weights(self) -> ExpertWeights:
         """The parameters, as `apply_experts` takes them."""
-        return ExpertWeights(up_proj=self.up_proj, down_proj=self.down_proj, up_bias=self.up_bias, down_bias=self.down_bias)
+        return ExpertWeights(
+            up_proj=self.up_proj,
+            down_proj=self.down_proj,
+            up_bias=self.up_bias,
+            down_bias=self.down_bias,
+            up_scale=self.up_scale,
+            down_scale=self.down_scale,
+        )
+
+    @torch.no_grad()
+    def quantize(self) -> None:
+        """Turns both stacks of matrices into block-scaled float8 (see `quantize_weights`): once, after `load`, before `prepare`.
+        Rows are quantized on their way into each product.
+
+        Raises:
+            DtypeError: they are float8 already, or hidden rows are float32.
+        """
+        if self.up_scale is not None or self.dtype == torch.float32:
+            raise DtypeError(f"quantize takes bfloat16 or float16 experts once; these are {self.up_proj.dtype}")
+        for name in ("up", "down"):
+            weights, scale = quantize_weights(getattr(self, f"{name}_proj"))
+            setattr(self, f"{name}_proj", nn.Parameter(weights, requires_grad=False))
+            setattr(self, f"{name}_scale", scale)
 
     @torch.no_grad()
     def load(
@@ -153,7 +182,10 @@ class Experts(nn.Module):
 
         Raises:
             ShapeError: a tensor of another shape, or a bias too many or missing.
+            DtypeError: after `quantize`.
         """
+        if self.up_scale is not None:
+            raise DtypeError("these experts are float8 already; load before quantize()")
         if transposed:
             up_proj, down_proj = up_proj.transpose(1, 2), down_proj.transpose(1, 2)
         for name, source in (("up_proj", up_proj), ("down_proj", down_proj), ("up_bias", up_bias), ("down_bias", down_bias)):
@@ -201,6 +233,7 @@ class Experts(nn.Module):
                 out_dtype=out_dtype,
                 batch_invariant=self.batch_invariant,
                 max_rows=self._max_rows,
+                hidden_dtype=self.dtype,
             )
 
     @torch.no_grad()

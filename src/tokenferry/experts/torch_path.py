@@ -20,6 +20,8 @@ import torch.nn.functional as F
 
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched
+from tokenferry.errors import DtypeError
+from tokenferry.experts import float8
 from tokenferry.experts.weights import ExpertWeights
 
 GROUPED_MM_ALIGNMENT_BYTES = 16
@@ -68,10 +70,10 @@ def _experts_on_sorted_pairs(
         position_RK = position_RK.clamp(max=max(num_pairs - 1, 0))  # where it exceeds the end the slot is not local: masked later
     bias_index_P = sorted_P.clamp(max=num_local_experts - 1)
     pairs_PH = hidden_RH.index_select(0, order_P // topk)
-    up_PN = _grouped_linear(pairs_PH, weights.up_proj, ends_L)
+    up_PN = _grouped_linear(pairs_PH, weights.up_proj, ends_L, weights.up_scale)
     if weights.up_bias is not None:
         up_PN += weights.up_bias.index_select(0, bias_index_P)
-    output_PH = _grouped_linear(activation(up_PN), weights.down_proj, ends_L)
+    output_PH = _grouped_linear(activation(up_PN), weights.down_proj, ends_L, weights.down_scale)
     if weights.down_bias is not None:
         output_PH += weights.down_bias.index_select(0, bias_index_P)
     return output_PH, position_RK
@@ -97,8 +99,12 @@ def _every_expert_on_every_row(
     return output_RKH.flatten(0, 1), position_RK
 
 
-def _grouped_linear(rows_PX: torch.Tensor, weight_LYX: torch.Tensor, ends_L: torch.Tensor) -> torch.Tensor:
+def _grouped_linear(
+    rows_PX: torch.Tensor, weight_LYX: torch.Tensor, ends_L: torch.Tensor, scale: torch.Tensor | None = None
+) -> torch.Tensor:
     """Each expert's rows times its [Y, X] transposed: [P, Y]. Rows of expert l end at ends[l]; behind the last: undefined."""
+    if scale is not None:
+        return _scaled_grouped_linear(rows_PX, weight_LYX, ends_L, scale)
     if rows_PX.is_cuda or (_aligned(rows_PX) and _aligned(weight_LYX)):
         return F.grouped_mm(rows_PX, weight_LYX.transpose(1, 2), offs=ends_L)
     output_PY = rows_PX.new_empty(rows_PX.shape[0], weight_LYX.shape[1])
@@ -106,6 +112,20 @@ def _grouped_linear(rows_PX: torch.Tensor, weight_LYX: torch.Tensor, ends_L: tor
     for expert, end in enumerate(ends_L.tolist()):  # a CPU tensor: nothing waits
         if end > begin:
             torch.mm(rows_PX[begin:end], weight_LYX[expert].t(), out=output_PY[begin:end])
+        begin = end
+    return output_PY
+
+
+def _scaled_grouped_linear(
+    rows_PX: torch.Tensor, weight_LYX: torch.Tensor, ends_L: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """The same for block-scaled float8, on CPUs: what the kernel computes, multiplied in float32."""
+    output_PY = rows_PX.new_empty(rows_PX.shape[0], weight_LYX.shape[1])
+    begin = 0
+    for expert, end in enumerate(ends_L.tolist()):
+        if end > begin:
+            weight_YX = float8.dequantize(weight_LYX[expert], scale[expert])
+            output_PY[begin:end] = float8.rounded_rows(rows_PX[begin:end]) @ weight_YX.t()
         begin = end
     return output_PY
 
@@ -133,6 +153,8 @@ def choose_path(hidden_RH: torch.Tensor, weights: ExpertWeights) -> Path:
     """How `apply_experts` goes through these operands; see the head of this file."""
     if not hidden_RH.is_cuda:
         return "trimmed"
+    if weights.up_scale is not None:
+        raise DtypeError("float8 experts on CUDA run by our own kernels alone; give apply_experts a scratch")
     bytes_of_activated_row = weights.down_proj.shape[2] * weights.down_proj.element_size()
     grouped_mm_serves = (
         hidden_RH.dtype == torch.bfloat16

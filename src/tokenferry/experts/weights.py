@@ -13,6 +13,7 @@ import torch
 from tokenferry.activations import Activation
 from tokenferry.config import HIDDEN_DTYPES
 from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, check_kind
+from tokenferry.experts.float8 import BLOCK, FLOAT8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class ExpertsConfig:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExpertWeights:
-    """Stacked weights of L experts, bfloat16, float16 or float32, one dtype and device.
+    """Stacked weights of L experts, bfloat16, float16, float32 or block-scaled float8_e4m3fn, one dtype and device.
 
     Attributes:
         up_proj: [L, N, H]: gate rows, then up rows (or interleaved, as the `Activation` says); [L, I, H] without a gate.
@@ -76,7 +77,11 @@ def check_operands(hidden_RH: torch.Tensor, weights: ExpertWeights, activation: 
             f"up_proj must be {[L, activation.num_columns(I), H]} for {activation.name} and a down_proj of {[L, H, I]}, "
             f"got {list(weights.up_proj.shape)}"
         )
-    if hidden_RH.dtype != weights.up_proj.dtype:
+    _check_scales(weights)
+    if weights.up_scale is not None:
+        if hidden_RH.dtype not in (torch.bfloat16, torch.float16):
+            raise DtypeError(f"hidden is {hidden_RH.dtype} but float8 experts take bfloat16 or float16; convert it")
+    elif hidden_RH.dtype != weights.up_proj.dtype:
         raise DtypeError(f"hidden is {hidden_RH.dtype} but the experts are {weights.up_proj.dtype}; convert one of them")
     if hidden_RH.device != weights.up_proj.device:
         raise DeviceError(f"hidden is on {hidden_RH.device} but the experts are on {weights.up_proj.device}; move one of them")
@@ -90,3 +95,20 @@ def check_out(out: torch.Tensor, hidden_RH: torch.Tensor) -> None:
         raise DtypeError(f"out must be {', '.join(map(str, HIDDEN_DTYPES))}, got {out.dtype}")
     if out.device != hidden_RH.device:
         raise DeviceError(f"out is on {out.device} but hidden is on {hidden_RH.device}; use combine_input()")
+
+
+def _check_scales(weights: ExpertWeights) -> None:
+    pairs = (("up", weights.up_proj, weights.up_scale), ("down", weights.down_proj, weights.down_scale))
+    for name, matrices, scale in pairs:
+        if (matrices.dtype == FLOAT8) != (scale is not None):
+            has = "no " if scale is None else ""
+            raise DtypeError(
+                f"{name}_proj is {matrices.dtype} but there is {has}{name}_scale; use quantize_weights, for both products"
+            )
+        L, Y, X = matrices.shape
+        expected = (L, -(-Y // BLOCK), -(-X // BLOCK))
+        if scale is not None and (scale.shape != expected or scale.dtype != torch.float32 or not scale.is_contiguous()):
+            raise ShapeError(
+                f"{name}_scale must be contiguous float32 {list(expected)} for {name}_proj {[L, Y, X]}, "
+                f"got {scale.dtype} {list(scale.shape)}"
+            )
