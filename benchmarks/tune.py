@@ -1,6 +1,6 @@
 """How many warps, programs and slot rows: times round trips of the bare transport over a grid of settings, on 2 GPUs.
 
-python benchmarks/tune.py OUTPUT.jsonl [quick]
+python benchmarks/tune.py OUTPUT.jsonl [small] [slots] [bulk]
 """
 
 import copy
@@ -73,7 +73,7 @@ def measure(group, bench, hidden_size, count, tuning, slot_rows):
             step()
 
     median, spread = bench.time_graph(chain, 20)
-    record = {"H": hidden_size, "T": count, "warps": tuning.num_warps, "programs": transport._grid, "limit": tuning.max_programs,
+    record = {"H": hidden_size, "T": count, "warps": tuning.num_warps, "programs": transport._grid, "limit": tuning.max_programs, "unit": tuning.unit_blocks, "lag": tuning.lag_units,
               "slots": slot_rows, "us": round(median, 2), "spread": round(spread, 2)}  # fmt: skip
     differences = [
         name
@@ -158,8 +158,8 @@ def worker(group, grid, path):
     records += [host_time(group, bench), host_time(group, bench)]
     if group.rank == 0:
         print(*records, sep="\n", flush=True)
-    for hidden_size, count, warps, limit, slots in grid:
-        record = measure(group, bench, hidden_size, count, Tuning(num_warps=warps, max_programs=limit), slots)
+    for hidden_size, count, slots, tuning in grid:
+        record = measure(group, bench, hidden_size, count, tuning, slots)
         records.append(record)
         if group.rank == 0:
             print(record, flush=True)
@@ -168,8 +168,15 @@ def worker(group, grid, path):
 
 
 if __name__ == "__main__":
-    small = itertools.product((2, 4, 8, 16), (7168, 2048), (1, 8, 32, 128), (264,), (192,))
-    large = itertools.product((8, 16), (7168, 2048), (512, 4096), (264,), (192,))
-    slots = itertools.product((8, 16), (7168, 2048), (256, 512), (264,), (512,))
-    grid = [(h, t, w, p, s) for w, h, t, p, s in (*small, *large, *slots)]
+    rows = {
+        "small": itertools.product((7168, 2048), (1, 8, 32, 128), (192,), (2, 4, 8, 16), (1,), (1,)),
+        "slots": itertools.product((7168, 2048), (256, 512), (512,), (8, 16), (1,), (1,)),
+        "bulk": itertools.product((7168, 2048), (512, 4096), (192,), (16,), (1, 2, 4), (1, 2)),
+    }
+    names = sys.argv[2:] or list(rows)
+    grid = [
+        (hidden, count, slots, Tuning(num_warps=warps, max_programs=264, unit_blocks=unit, lag_units=lag))
+        for name in names
+        for hidden, count, slots, warps, unit, lag in rows[name]
+    ]
     print(run_ranks(worker, 2, grid, sys.argv[1], backend="nccl", timeout_s=540))

@@ -22,9 +22,12 @@ pytestmark = pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 lea
 
 DISPATCH = {
     "ROW_WORDS": 3584, "K": 8, "IDX": tl.int64, "WEIGHTS": tl.bfloat16, "OUT_IDX": tl.int32, "WORDS": 4, "BLOCK": 256,
-    "MULTICAST": 0, "PDL": 1,
+    "MULTICAST": 0, "MAX_PROGRAMS": 512, "PDL": 1,
 }  # fmt: skip
-COMBINE = {"H": 7168, "PARTIAL": tl.bfloat16, "WIRE": tl.bfloat16, "OUT": tl.bfloat16, "WORDS": 4, "BLOCK": 256, "PDL": 1}
+COMBINE = {
+    "H": 7168, "PARTIAL": tl.bfloat16, "WIRE": tl.bfloat16, "OUT": tl.bfloat16, "WORDS": 4, "BLOCK": 256, "UNIT": 2, "LAG": 1,
+    "SWITCH_SUM": 0, "MAX_PROGRAMS": 512, "PDL": 1,
+}  # fmt: skip
 VARIANTS = {
     "counts-EP2": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 32, "PDL": 1}, 1),
     "counts-EP72": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 128, "PDL": 1}, 1),
@@ -38,6 +41,13 @@ VARIANTS = {
     ),
     "dispatch-multicast": (dispatch.dispatch_kernel, dispatch.SIGNATURE, {**DISPATCH, "MULTICAST": 1}, 8),
     "combine": (combine.combine_kernel, combine.SIGNATURE, COMBINE, 8),
+    "combine-16-warps": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "BLOCK": 512}, 16),
+    "combine-sum-in-the-switch": (
+        combine.combine_kernel,
+        combine.SIGNATURE,
+        {**COMBINE, "PARTIAL": tl.float32, "WIRE": tl.float32, "SWITCH_SUM": 1},
+        8,
+    ),
     "combine-fp32-to-bf16": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "PARTIAL": tl.float32}, 8),
     "combine-fp16-to-fp32-wire": (
         combine.combine_kernel,

@@ -37,6 +37,7 @@ SIGNATURE = {
     "WORDS": "constexpr",
     "BLOCK": "constexpr",
     "MULTICAST": "constexpr",
+    "MAX_PROGRAMS": "constexpr",
     "PDL": "constexpr",
 }
 
@@ -122,13 +123,14 @@ def dispatch_kernel(
     WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
     MULTICAST: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Sends this rank's T rows to every rank and gathers everybody's, rank after rank; rows from V on get id -1.
 
     If no rank brings more than `slot_rows` rows, packets go to the receiver's slots [parity of the round][source], where it polls
-    each, copies it to its place and puts the sentinel back. Else rows are stored straight to their place, and the last
-    program to finish tells every peer with one counter a source. All ranks decide alike, since all know the largest count.
+    each, copies it to its place and puts the sentinel back. Else rows are stored straight to their place, and each
+    program tells its like at every peer. All ranks decide alike, since all know the largest count.
 
     Args:
         own, peers, cast: this rank's buffer, the table of all, and the multicast mapping of all (MULTICAST only).
@@ -297,12 +299,9 @@ def dispatch_kernel(
                     store_routing(word + 3, r3, word + 3 < num_words, own + out_idx, own + out_weights, start, K, OUT_IDX)
                 begin = next_share(begin, blocks, programs)
         else:
-            if wire.arrive(state) == programs - 1:
-                tl.store(wire.field(state, wire.STATE_ARRIVALS, tl.int32), 0)
-                is_peer = (lanes < size) & (lanes != rank)
-                buffers = tl.load(peer_table + lanes, mask=is_peer, other=0)
-                wire.signal(buffers + arrived + rank * 4, (current + 1).to(tl.uint32), is_peer, own)
-                brings = is_peer & (tl.load(words + 2 + lanes, mask=is_peer, other=0) > 0)
-                flag = (own + arrived) + lanes * 4
-                sources = wire.accuse(blamed, lanes)
-                wire.await_signal(flag, (current + 1).to(tl.uint32), brings, own, sources, hints + lanes * 16)
+            is_peer = (lanes < size) & (lanes != rank)
+            buffers = tl.load(peer_table + lanes, mask=is_peer, other=0)
+            brings = is_peer & (tl.load(words + 2 + lanes, mask=is_peer, other=0) > 0)
+            wire.signal(buffers + arrived + (rank * MAX_PROGRAMS + pid) * 8, current + 1, 1, is_peer, own)
+            flag = (own + arrived) + (lanes * MAX_PROGRAMS + pid) * 8
+            wire.await_signal(flag, current + 1, 1, brings, own, wire.accuse(blamed, lanes), hints + lanes * 16)

@@ -39,7 +39,6 @@ DIRTY_ROWS: tl.constexpr = tl.constexpr(44)  # int32: gathered rows from here on
 STATE = 128  # a line of its own; another one for `solo`, whose steps and rounds are counted apart
 SOLO_STATE = 192
 STATE_STEP: tl.constexpr = tl.constexpr(0)  # int32: number of the step, the epoch of count packets
-STATE_ARRIVALS: tl.constexpr = tl.constexpr(4)  # int32: programs of this launch that have sent everything
 STATE_ROUND: tl.constexpr = tl.constexpr(8)  # int64: rounds (dispatch + combine) done << 32 | tickets taken in this combine
 STATE_NUM_REAL: tl.constexpr = tl.constexpr(16)  # int32: num_real_tokens of the step, when the host knows it
 
@@ -179,12 +178,14 @@ _AWAIT_COUNT = f"""{{ {_REGISTERS} .reg .pred %p1; .reg .b128 %q; .reg .b64 %lo,
 _SEND_COUNT = """{ .reg .pred %p0; .reg .b128 %q; .reg .b64 %lo, %hi; setp.ne.u32 %p0, $6, 0; mov.u32 $0, 0;
       mov.b64 %lo, {$2, $3}; mov.b64 %hi, {$4, $5}; mov.b128 %q, {%lo, %hi}; @%p0 st.relaxed.sys.global.b128 [$1], %q; }"""
 
-_SIGNAL = "{ .reg .pred %p0; setp.ne.u32 %p0, $3, 0; @%p0 st.release.sys.global.u32 [$1], $2; mov.u32 $0, 0; }"
+_SIGNAL = """{ .reg .pred %p0; .reg .b64 %v; setp.ne.u32 %p0, $4, 0; mov.b64 %v, {$3, $2}; mov.u32 $0, 0;
+      @%p0 st.release.sys.global.b64 [$1], %v; }"""
 
-_AWAIT_SIGNAL = f"""{{ {_REGISTERS} mov.u32 $0, 0;
+_AWAIT_SIGNAL = f"""{{ {_REGISTERS} .reg .pred %p1; .reg .b64 %v; .reg .u32 %u, %e; mov.u32 $0, 0;
       setp.eq.u32 %p0, $2, 0; @%p0 bra END; mov.u32 %n, 0;
-      W: ld.acquire.sys.global.u32 %i, [$1]; sub.u32 %i, %i, $3; setp.ge.s32 %p0, %i, 0;
-      {_waiting_text("END", "$4", "$5", "$6")} END: }}"""
+      W: ld.acquire.sys.global.b64 %v, [$1]; mov.b64 {{%u, %e}}, %v;
+      setp.eq.u32 %p0, %e, $3; setp.ge.u32 %p1, %u, $4; and.pred %p0, %p0, %p1;
+      {_waiting_text("END", "$5", "$6", "$7")} END: }}"""
 
 _TICKET = f"""{{ .reg .pred %p0; .reg .u32 %t; mov.u32 %t, %tid.x; setp.eq.u32 %p0, %t, 0; mov.u64 $0, 0;
       @%p0 atom.relaxed.gpu.global.add.u64 $0, [$1 + {STATE_ROUND.value}], 1; }}"""
@@ -269,14 +270,6 @@ def claim_record(control, record):
 def read_round(state):
     """The number of rounds done. A program that takes a ticket reads it before: then it cannot read the next one."""
     return (tl.load(field(state, STATE_ROUND, tl.int64)) >> 32).to(tl.int32)
-
-
-@triton.jit
-def arrive(state):
-    """Tells that this program's stores are done; returns how many programs had told before. Orders them before what the
-    last to arrive sends next."""
-    tl.debug_barrier()
-    return tl.atomic_add(field(state, STATE_ARRIVALS, tl.int32), 1, sem="acq_rel", scope="sys")
 
 
 @triton.jit
@@ -425,21 +418,24 @@ if not INTERPRETED:
         )
 
     @triton.jit
-    def signal(address, epoch, mask, control):
-        """Sets a counter of a peer to `epoch`, after all that this program's threads (and arrivals) have stored."""
+    def signal(address, epoch, units, mask, control):
+        """Sets a flag at a peer to (epoch, units), after all that this program's threads have stored, and read, before."""
         tl.debug_barrier()
         tl.inline_asm_elementwise(
-            _SIGNAL_TEXT, "=r,l,r,r", [address, epoch, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
+            _SIGNAL_TEXT, "=r,l,r,r,r", [address, epoch, units, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
         )
 
     @triton.jit
-    def await_signal(address, epoch, mask, control, blamed, hint):
-        """Waits until a counter of this rank has reached `epoch` (modulo 2**32). What the peer stored before is then visible to
-        all threads of the program."""
+    def await_signal(address, epoch, units, mask, control, blamed, hint):
+        """Waits until a flag of this rank has this epoch and at least so many units. What the peer's program stored before is
+        then visible to all threads of this one.
+
+        Epochs are compared for equality: one that was not written for 2**31 rounds would look as if it were ahead.
+        """
         tl.inline_asm_elementwise(
             _AWAIT_SIGNAL_TEXT,
-            "=&r,l,r,r,l,l,l",
-            [address, mask.to(tl.int32), epoch, control, blamed, hint],
+            "=&r,l,r,r,r,l,l,l",
+            [address, mask.to(tl.int32), epoch, units, control, blamed, hint],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -683,17 +679,22 @@ else:
         _wait(live, poll, _scalar(control), _array(blamed, addresses.shape), addresses + 8)
         return tuple(_tensor(result, tl.int32) for result in results)
 
-    def signal(address, epoch, mask, control):
-        zero = tl.full([], 0, tl.uint32)
-        _put(address, (epoch, zero, zero, zero), mask, 1, _observer(_scalar(control)), "signal")
-
-    def await_signal(address, epoch, mask, control, blamed, hint):
+    def signal(address, epoch, units, mask, control):
         addresses, live = _live(address, mask)
-        expected = _scalar(epoch)
+        word = np.uint64((_scalar(epoch) & 0xFFFFFFFF) << 32 | _scalar(units)).view(np.int64)
+        observer = _observer(_scalar(control))
+        for piece in observer.pieces("signal", live.size):
+            for element in live[piece]:
+                _word64(int(addresses[element]))[0] = word
+            observer.event("signal", addresses[live[piece]])
+
+    def await_signal(address, epoch, units, mask, control, blamed, hint):
+        addresses, live = _live(address, mask)
+        wanted_epoch, wanted_units = _scalar(epoch) & 0xFFFFFFFF, _scalar(units)
 
         def poll(waiting):
-            seen = np.array([int(np.asarray(_Memory(int(addresses[element]), 1))[0]) for element in waiting])
-            return (seen - expected) % 2**32 < 2**31
+            seen = np.array([int(_word64(int(addresses[element]))[0]) for element in waiting])
+            return (seen >> 32 & 0xFFFFFFFF == wanted_epoch) & (seen & 0xFFFFFFFF >= wanted_units)
 
         _wait(live, poll, _scalar(control), _array(blamed, addresses.shape), _array(hint, addresses.shape))
 

@@ -34,7 +34,7 @@ from tokenferry.transports.symmetric_launch import (
     prepare,
     tuning_for,
 )
-from tokenferry.transports.symmetric_layout import Layout, Region, plan
+from tokenferry.transports.symmetric_layout import MAX_PROGRAMS, Layout, Region, plan
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -130,10 +130,14 @@ class Rounds:
         }
         combine = {
             **rows,
+            "cast": buffer.multicast_address,
             "ready": layout.ready.offset,
+            "pushed": layout.pushed.offset,
+            "summed": layout.summed.offset,
             "slots": layout.combine_slots.offset,
             "slot_bytes": layout.combine_slot_bytes,
             "terms": layout.terms.offset,
+            "received": layout.hidden.offset,
         }
         return (
             counts,
@@ -179,6 +183,8 @@ class Rounds:
     def combine_begin(self, partial: torch.Tensor) -> None:
         settings, num_rows = self._settings, self._num_supplied
         config = settings.config
+        if self._lies_where_terms_arrive(partial):
+            partial = self._views.terms_RH.copy_(partial)
         address = partial.data_ptr()
         if address % 16:
             partial = partial.clone()
@@ -188,6 +194,11 @@ class Rounds:
         self._combined = out
         is_in_place = address == self._terms_address and dtype == settings.combine_dtype
         self._combines[dtype](address, is_in_place, out.data_ptr(), num_rows, self._layer)
+
+    def _lies_where_terms_arrive(self, partial: torch.Tensor) -> bool:
+        """Whether peers' terms would overwrite the partial rows before they are read: gathered rows, combined as they are."""
+        hidden = self._layout.hidden
+        return hidden.offset <= partial.data_ptr() - self._buffer.address < hidden.end
 
     def combine_end(self) -> torch.Tensor:
         combined, self._combined = self._combined, None
@@ -243,7 +254,9 @@ class SymmetricTransport(Rounds):
         address = buffer.address
         place = Place(group.rank, group.size, address + wire.STATE, address + layout.block.offset)
         resident = min(launch.resident for launch in (*kernels.dispatch.values(), *kernels.combine.values()))
-        grid = _grid(settings, layout, tuning, resident, buffer.is_virtual)
+        wanted = _grid(settings, layout, tuning, resident, buffer.is_virtual)
+        # The same on all ranks, since in bulk rounds each program tells its like. Comes after everybody's kernels are loaded.
+        grid = min(group.channel.exchange(f"{settings.name}/loaded", wanted, settings.open_timeout_s))
         super().__init__(settings, step_tensors, buffer, layout, kernels, views, place, grid)
         self.name = "nvls" if multicast else "p2p"
         alone = Place(0, 1, address + wire.SOLO_STATE, address + layout.solo_block.offset)
@@ -251,7 +264,6 @@ class SymmetricTransport(Rounds):
         is_cpu = group.device.type == "cpu"
         self._is_cpu = is_cpu
         self._record = ctypes.c_int64.from_address(address if is_cpu else self._mirror.data_ptr())
-        group.channel.barrier(f"{settings.name}/loaded", settings.open_timeout_s)
 
     # --- operations: look at the record first, without asking the device --------------------------------------------
 
@@ -345,6 +357,9 @@ def load_kernels(settings: TransportSettings, tuning: Tuning, multicast: bool) -
     row_bytes = config.hidden_size * config.dtype.itemsize
     wire_bytes = config.hidden_size * settings.combine_dtype.itemsize
     lanes = max(32, 1 << (settings.group.size - 1).bit_length())
+    switch_sum = (
+        multicast and settings.combine_order == "any" and settings.combine_dtype == torch.float32 and wire_bytes % 16 == 0
+    )
 
     def dispatch(idx: torch.dtype, weights: torch.dtype) -> Launch:
         constants = {
@@ -356,6 +371,7 @@ def load_kernels(settings: TransportSettings, tuning: Tuning, multicast: bool) -
             "WORDS": 4 if row_bytes % 16 == 0 else 2,
             "BLOCK": tuning.block,
             "MULTICAST": int(multicast),
+            "MAX_PROGRAMS": MAX_PROGRAMS,
             "PDL": pdl,
         }
         return prepare(dispatch_kernel, DISPATCH_SIGNATURE, constants, tuning.num_warps, device)
@@ -368,6 +384,10 @@ def load_kernels(settings: TransportSettings, tuning: Tuning, multicast: bool) -
             "OUT": DTYPES[config.dtype],
             "WORDS": 4 if wire_bytes % 16 == 0 else 2,
             "BLOCK": tuning.block,
+            "UNIT": tuning.unit_blocks,
+            "LAG": tuning.lag_units,
+            "SWITCH_SUM": int(switch_sum),
+            "MAX_PROGRAMS": MAX_PROGRAMS,
             "PDL": pdl,
         }
         return prepare(combine_kernel, COMBINE_SIGNATURE, constants, tuning.num_warps, device)
@@ -399,7 +419,7 @@ def _views(settings: TransportSettings, buffer: SymmetricBuffer, layout: Layout)
     rows = settings.max_tokens_per_rank * settings.group.size
 
     def view(region: Region, dtype: torch.dtype, columns: int) -> torch.Tensor:
-        return buffer.tensor[region.offset : region.end].view(dtype).view(rows, columns)
+        return buffer.tensor[region.offset : region.offset + rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
 
     gathered = Gathered(
         view(layout.hidden, config.dtype, config.hidden_size),
@@ -434,7 +454,7 @@ def _grid(settings: TransportSettings, layout: Layout, tuning: Tuning, resident:
     """Programs of a dispatch or combine launch, from C and EP alone: a graph is captured at one count and replayed at another."""
     if settings.group.device.type == "cpu":
         return 1
-    limit = min(tuning.max_programs, resident)
+    limit = min(tuning.max_programs, resident, MAX_PROGRAMS)
     if settings.max_ctas is not None:
         limit = min(limit, settings.max_ctas)
     if is_virtual:  # every rank's programs must be on the GPU at once, and the next kernel's wait there too

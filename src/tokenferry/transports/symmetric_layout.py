@@ -22,6 +22,11 @@ SMALL_GROUP = 8
 """The same for workspaces of up to 1024 rows a rank and 8 ranks, where there is room. A round trip of T = 512, H = 7168 took
 52.4 µs through slots and 55.9 in bulk on 2 x H100; H = 2048 took 17.9 and 23.6 (2026-11-22)."""
 
+MAX_PROGRAMS = 512
+"""Most programs of a launch: each has a flag of its own for each peer, in bulk rounds."""
+
+FLAG_BYTES = 8
+
 MAX_RANKS = 256
 """One program waits for all peers at once, a thread for each."""
 
@@ -45,10 +50,13 @@ class Layout:
 
     Attributes:
         counts: count packets, [2 parities][source rank].
-        arrived, ready: int32 counters, [source rank]: dispatch rows are there; combine terms may be fetched.
+        ready: flags of bulk combines, [owner]: its gathered rows may be overwritten with terms.
+        arrived, pushed, summed: flags of bulk rounds, [source rank][program]: dispatch rows are there; so many units of combine
+            terms are there; the terms were summed, and may be overwritten with rows.
         block, solo_block: the step's counts for the kernels.
         dispatch_slots, combine_slots: [2 parities][source, this rank left out], of `slot_rows` rows each.
-        hidden, topk_idx, topk_weights: the gathered rows. terms: the combine input.
+        hidden: the gathered rows; during a bulk combine also the terms of this rank's rows, [source, this rank left out][T].
+        topk_idx, topk_weights: of the gathered rows. terms: the combine input.
     """
 
     slot_rows: int
@@ -56,8 +64,10 @@ class Layout:
     dispatch_slot_bytes: int
     combine_slot_bytes: int
     counts: Region
-    arrived: Region
     ready: Region
+    arrived: Region
+    pushed: Region
+    summed: Region
     block: Region
     solo_block: Region
     dispatch_slots: Region
@@ -113,15 +123,20 @@ def plan(
     num_slots = ep_size if multicast and ep_size > 1 else ep_size - 1
     dispatch_slot_bytes = _round_up(slot_rows * row_bytes, 16) + _round_up(slot_rows * 2 * config.topk * 4, 16)
     combine_slot_bytes = _round_up(slot_rows * wire_row_bytes, 16)
+    is_ever_bulk = max_tokens_per_rank > slot_rows
+    flag_bytes = ep_size * MAX_PROGRAMS * FLAG_BYTES if is_ever_bulk else 0
+    received_bytes = (ep_size - 1) * max_tokens_per_rank * wire_row_bytes if is_ever_bulk else 0
     sizes = {
         "counts": 2 * ep_size * COUNT_PACKET_BYTES,
-        "arrived": ep_size * 4,
-        "ready": ep_size * 4,
+        "ready": ep_size * FLAG_BYTES,
+        "arrived": flag_bytes,
+        "pushed": flag_bytes,
+        "summed": flag_bytes,
         "block": (2 + 2 * ep_size) * 4,
         "solo_block": 4 * 4,
         "dispatch_slots": 2 * num_slots * dispatch_slot_bytes,
         "combine_slots": 2 * (ep_size - 1) * combine_slot_bytes,
-        "hidden": rows * row_bytes,
+        "hidden": max(rows * row_bytes, received_bytes),
         "topk_idx": rows * config.topk * index_dtype.itemsize,
         "topk_weights": rows * config.topk * 4,
         "terms": rows * wire_row_bytes,
