@@ -1,0 +1,262 @@
+"""The experts' kernels in the interpreter: worked examples, every shape of experts, and garbage where nothing may be read."""
+
+import dataclasses
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import test_experts as plain
+import tokenferry as tf
+from test_experts import CASES, LOCAL, TOLERANCE, Case, gathered
+from tokenferry.activations import Activation
+from tokenferry.experts import Experts, ExpertsConfig, ExpertScratch, torch_path, triton_path
+from tokenferry.experts.plan import Plan, Tiles
+from tokenferry.kernels import expert_gemm, expert_sum, expert_table
+from tokenferry.testing import run_ranks
+from tokenferry.testing.numeric import same_bits
+
+pytestmark = pytest.mark.interpreter
+
+INTERPRETER = {"TRITON_INTERPRET": "1"}
+
+
+def tiles(**changes) -> Tiles:
+    common = {"rows": 16, "rows_few": 4, "columns": 16, "depth": 16, "num_warps": 4, "num_stages": 2, "programs_per_sm": 1}
+    return Tiles(**{**common, **changes})
+
+
+TWO_CUTS = Plan(up=(tiles(low=6), tiles(high=6)), down=(tiles(high=6), tiles(low=6)))
+"""As the real plans, small: an expert goes one way or the other by its rows, and a last tile may be short."""
+ONE_CUT = Plan(up=(tiles(rows_few=16),), down=(tiles(rows_few=16),))
+
+
+def by_kernels(experts, rows, *, plan=TWO_CUTS, scratch=None, out=None):
+    if out is None:
+        out = torch.full(rows.hidden.shape, torch.nan, dtype=rows.hidden.dtype)
+    scratch = scratch or ExpertScratch("cpu")
+    return triton_path.run(rows, experts.weights, LOCAL.start, experts.config.activation, out, scratch, plan=plan)
+
+
+# --- every shape ----------------------------------------------------------------------------------------------------------
+
+
+def all_cases(group: tf.EPGroup) -> dict[str, float]:
+    errors = {}
+    for name, case in CASES.items():
+        experts, rows = case.build()
+        expected = plain.loop_in_float64(experts, rows)
+        errors[name] = ((by_kernels(experts, rows).double() - expected).abs().max() / expected.abs().max()).item()
+    return errors
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict[str, float]:
+    return run_ranks(all_cases, 1, env=INTERPRETER)[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_equal_a_float64_loop(errors, name) -> None:
+    assert errors[name] <= TOLERANCE[CASES[name].dtype]
+
+
+# --- what must not be read, and what must not matter ----------------------------------------------------------------------
+
+
+def poison(scratch: ExpertScratch) -> ExpertScratch:
+    """Every word of it a NaN, and a count or position of -1."""
+    scratch._memory = torch.full((1 << 20,), 0xFF, dtype=torch.uint8)
+    return scratch
+
+
+def properties(group: tf.EPGroup) -> dict[str, bool]:
+    experts, rows = Case(bias=True, dtype=torch.bfloat16, num_rows=30).build()
+    clean = by_kernels(experts, rows)
+    held = {"two runs": same_bits(clean, by_kernels(experts, rows))}
+
+    valid = 13
+    beyond = gathered(rows.hidden.clone(), rows.topk_idx.clone(), rows.topk_weights.clone(), valid)
+    beyond.hidden[valid:] = torch.nan
+    beyond.topk_idx[valid:] = LOCAL.start  # a row that does not count may name an expert of ours
+    beyond.topk_weights[valid:] = torch.nan
+    only = gathered(rows.hidden[:valid].clone(), rows.topk_idx[:valid].clone(), rows.topk_weights[:valid].clone())
+    out = torch.full((30, 32), 7.0, dtype=torch.bfloat16)
+    got = by_kernels(experts, beyond, scratch=poison(ExpertScratch("cpu")), out=out)
+    held["rows beyond V are not read"] = same_bits(got[:valid], by_kernels(experts, only))
+    held["rows beyond V are not written"] = bool((out[valid:] == 7.0).all())
+
+    ids = dataclasses.replace(rows, topk_idx=rows.topk_idx.long())
+    held["int64 ids"] = same_bits(clean, by_kernels(experts, ids))
+    nowhere = dataclasses.replace(rows, topk_idx=torch.full_like(rows.topk_idx, LOCAL.stop))
+    held["no local expert gives +0"] = same_bits(by_kernels(experts, nowhere), torch.zeros_like(rows.hidden))
+    for valid in (0, 30):
+        none = dataclasses.replace(rows, valid_tokens=torch.tensor([valid], dtype=torch.int32))
+        out = by_kernels(experts, none, out=torch.full((30, 32), 7.0, dtype=torch.bfloat16))
+        held[f"V={valid}"] = same_bits(out, clean) if valid else bool((out == 7.0).all())
+
+    narrow = ExpertScratch("cpu", max_bytes=7 * 3 * (32 + 24 + 2) * 2)
+    one_round = by_kernels(experts, rows, plan=ONE_CUT)
+    held["five rounds"] = same_bits(one_round, by_kernels(experts, rows, plan=ONE_CUT, scratch=narrow))
+    held["rounds fit their memory"] = narrow.nbytes < 6000
+    first = gathered(rows.hidden[:1], rows.topk_idx[:1], rows.topk_weights[:1])
+    alone = by_kernels(experts, first, plan=ONE_CUT)
+    held["one cut: a row alone has the same bits"] = same_bits(alone, one_round[:1])
+
+    wide = torch.full((30, 64), 7.0, dtype=torch.float32)
+    exact = by_kernels(experts, rows, out=torch.empty(30, 32, dtype=torch.float32))
+    by_kernels(experts, rows, out=wide[:, ::2])
+    held["a bfloat16 wire"] = bool(((exact - clean).abs() <= exact.abs() * 2.0**-7).all())  # it truncates; GPUs round: tests/gpu
+    held["rows that lie apart"] = same_bits(wide[:, ::2].contiguous(), exact) and bool((wide[:, 1::2] == 7.0).all())
+    return held
+
+
+PROPERTIES = (
+    "two runs",
+    "rows beyond V are not read",
+    "rows beyond V are not written",
+    "int64 ids",
+    "no local expert gives +0",
+    "V=0",
+    "V=30",
+    "five rounds",
+    "rounds fit their memory",
+    "one cut: a row alone has the same bits",
+    "a bfloat16 wire",
+    "rows that lie apart",
+)
+
+
+@pytest.fixture(scope="module")
+def held() -> dict[str, bool]:
+    return run_ranks(properties, 1, env=INTERPRETER)[0]
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_property(held, name) -> None:
+    assert held[name]
+
+
+def test_every_property_is_asserted(held) -> None:
+    assert set(held) == set(PROPERTIES)
+
+
+# --- float8 ---------------------------------------------------------------------------------------------------------------
+
+
+def float8_products(group: tf.EPGroup) -> float:
+    """Rows whose numbers float8 holds exactly, with another scale in each group of 128: the interpreter's rounding to float8
+    loses a carry (7.85 becomes 4). The first product picks rows' numbers, so that the second one's rows are exact too."""
+    torch.manual_seed(3)
+    H, I = 160, 144
+    shape = ExpertsConfig(hidden_size=H, intermediate_size=I, num_experts=7, activation=Activation("relu"), bias=True)
+    experts = Experts(shape, LOCAL)
+    pick = torch.zeros(3, I, H)
+    for expert in range(3):
+        pick[expert, torch.arange(I), torch.randperm(H)[:I]] = 4.0**expert
+        pick[expert, [0, 128]] = 0
+        pick[expert, 0, 0] = pick[expert, 128, 128] = 4.0**expert
+    experts.load(
+        pick, torch.randn(3, H, I) * torch.tensor([1.0, 40.0]).repeat_interleave(128)[:I], experts.up_bias, experts.down_bias
+    )
+    experts.quantize()
+    rows = Case(hidden_size=H, dtype=torch.bfloat16).rows()
+    exact = torch.tensor([0.5, 1.0, 1.5, -1.0, -3.0, 26.0])[torch.randint(6, rows.hidden.shape)]
+    exact[:, [0, 128]] = 448.0
+    exact[:, 128:] *= 8
+    rows.hidden.copy_(exact)
+    cut = Plan(up=(tiles(rows_few=16, columns=64, depth=128),), down=(tiles(rows_few=16, columns=64, depth=128),))
+    expected = torch_path.run("trimmed", rows, experts.weights, LOCAL.start, shape.activation, torch.empty(19, H))
+    got = by_kernels(experts, rows, plan=cut, out=torch.empty(19, H))
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+def test_float8_equals_the_products_of_what_it_stands_for() -> None:
+    assert run_ranks(float8_products, 1, env=INTERPRETER)[0] < TOLERANCE[torch.bfloat16]
+
+
+# --- worked examples ------------------------------------------------------------------------------------------------------
+
+
+def table_example(group: tf.EPGroup) -> list[list[int]]:
+    idx = torch.tensor([[3, 0], [2, 3], [-1, 2], [2, 2]], dtype=torch.int32)
+    valid = torch.tensor([3], dtype=torch.int32)
+    counts, offsets, pairs = (torch.full((size,), -7, dtype=torch.int32) for size in (2, 2, 5))
+    expert_table.expert_table_kernel[(2,)](idx, valid, counts, offsets, pairs, 0, 4, 2, K=2, BLOCK=4, PDL=0)
+    return [counts.tolist(), offsets.tolist(), pairs.tolist()]
+
+
+def test_table_kernel() -> None:
+    assert run_ranks(table_example, 1, env=INTERPRETER) == [[[2, 2], [0, 2], [2, 5, 0, 3, -7]]]
+
+
+def sum_example(group: tf.EPGroup) -> list[list[float]]:
+    outputs = torch.tensor([[1.0], [torch.nan], [2.0**-9], [5.0], [5.0], [5.0]])
+    idx = torch.tensor([[0, 9, 1], [9, 9, -1], [0, 0, 0]], dtype=torch.int32)
+    weights = torch.tensor([[2.0, torch.nan, 512.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    out = torch.full((3, 1), 7.0)
+    valid = torch.tensor([2], dtype=torch.int32)
+    expert_sum.expert_sum_kernel[(2,)](outputs, idx, weights, valid, out, 0, 3, 0, L=2, K=3, H=1, BLOCK=2, PDL=0)
+    return out.tolist()
+
+
+def test_sum_kernel() -> None:
+    assert run_ranks(sum_example, 1, env=INTERPRETER) == [[[3.0], [0.0], [7.0]]]
+
+
+def gemm_example(group: tf.EPGroup) -> list[list[list[float]]]:
+    rows, weights = torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([[[1.0, 0], [0, 1]], [[0, 2], [2, 0]]])
+    counts, offsets, pairs = (torch.tensor(values, dtype=torch.int32) for values in ([1, 1], [0, 1], [1, 0]))
+    results = []
+    source = rows
+    for first in (True, False):
+        out = torch.full((2, 2), -7.0)
+        expert_gemm.expert_gemm_kernel[(1,)](
+            source, weights, counts, counts, out, counts, offsets, pairs, 0, 0.0, 0.0, L=2, K=1, DEPTH=2, WIDTH=2, STRIDE_E=4,
+            STRIDE_N=2, STRIDE_D=1, FIRST=first, GATED=False, INTERLEAVED=False, ACTIVATION="none", BIAS=False, SCALED=False,
+            LOW=0, HIGH=0, BM_FEW=16, BM=16, BN=16, BD=16, WARM=0, LANES=2, UPCAST=True, PDL=0,
+        )  # fmt: skip
+        results.append(out.tolist())
+        source = torch.tensor([[3.0, 4], [4, 2]])
+    return results
+
+
+def test_gemm_kernel() -> None:
+    first, second = run_ranks(gemm_example, 1, env=INTERPRETER)[0]
+    assert first == [[3.0, 4.0], [4.0, 2.0]]  # row 1 by expert 0, row 0 by expert 1
+    assert second == [[4.0, 8.0], [3.0, 4.0]]  # back at their own places
+
+
+@triton.jit
+def small(out, scales, columns, GATED: tl.constexpr, INTERLEAVED: tl.constexpr):
+    lanes = tl.arange(0, 4)
+    x = tl.where(lanes == 0, -1.0, tl.where(lanes == 2, 3.0, 0.0))
+    tl.store(out + lanes, expert_gemm.activate(x, "squared_relu"))
+    gate = tl.full([4], 9.0, tl.float32)
+    up = tl.full([4], -5.0, tl.float32)
+    tl.store(out + 4 + lanes, expert_gemm.activate_gated(gate, up, 0.0, 2.0, "clamped_swiglu"))
+    rows = tl.arange(0, 4)[:, None]
+    values = tl.where(rows == 0, 224.0, tl.where(rows == 1, 112.0, 0.0)) + tl.zeros([4, 128], tl.float32)
+    values = tl.where((lanes[:, None] < 2) & (tl.arange(0, 128)[None, :] == 1), values * -2.0, values)
+    quantized, scale = expert_gemm.quantize(values)
+    tl.store(scales + lanes, scale)
+    tl.store(scales + 4 + lanes, tl.max(quantized.to(tl.float32), 1))
+    WIDE: tl.constexpr = 4 if GATED else 2
+    tl.store(columns + tl.arange(0, WIDE), expert_gemm.columns_of(4, 6, GATED, INTERLEAVED, 2))
+
+
+def helpers_example(group: tf.EPGroup) -> list[list[float]]:
+    out, scales, found = torch.zeros(8), torch.zeros(8), []
+    for gated, interleaved in ((False, False), (True, False), (True, True)):
+        columns = torch.zeros(4 if gated else 2, dtype=torch.int32)
+        small[(1,)](out, scales, columns, GATED=gated, INTERLEAVED=interleaved)
+        found.append(columns.tolist())
+    return [out[:4].tolist(), out[4:5].tolist(), scales.tolist(), *found]
+
+
+def test_activations_scales_and_columns() -> None:
+    plain_ones, clamped, scales, *columns = run_ranks(helpers_example, 1, env=INTERPRETER)[0]
+    assert plain_ones == [0.0, 0.0, 9.0, 0.0]
+    assert clamped == [-1.0]
+    assert scales == [1.0, 0.5, 1.0, 1.0, 224.0, 224.0, 0.0, 0.0]
+    assert columns == [[4, 5], [4, 5, 10, 11], [8, 10, 9, 11]]

@@ -1,0 +1,89 @@
+"""Experts' kernels compile for Hopper and Blackwell without a GPU, and keep to what was planned for them."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+from triton.backends.compiler import GPUTarget
+
+from tokenferry.experts import ExpertScratch, triton_path
+from tokenferry.experts.plan import FEW_ROWS, plan
+from tokenferry.experts.scratch import RowShape
+from tokenferry.kernels import wire
+
+SHARED_MEMORY_BYTES = {90: 232_448, 100: 232_448}
+"""What one program may have, by capability (CUDA's programming guide)."""
+
+
+def variant(H=2048, I=768, L=64, K=8, **changes) -> triton_path.Variant:
+    known = {
+        "num_local_experts": L, "hidden_size": H, "intermediate_size": I, "topk": K, "dtype": torch.bfloat16,
+        "weight_dtype": torch.bfloat16, "index_dtype": torch.int32, "out_dtype": torch.bfloat16, "activation": "swiglu",
+        "gated": True, "interleaved": False, "bias": False, "up_strides": (2 * I * H, H, 1), "down_strides": (H * I, I, 1),
+        "aligned": True, "batch_invariant": False, "max_rows": None,
+    }  # fmt: skip
+    return triton_path.Variant(**{**known, **changes})
+
+
+VARIANTS = {
+    "qwen3-30b-a3b": variant(),
+    "gpt-oss-20b": variant(2880, 2880, 16, 4, activation="clamped_swiglu", interleaved=True, bias=True),
+    "deepseek-v3-float8": variant(7168, 2048, 32, 8, weight_dtype=torch.float8_e4m3fn),
+    "one-cut-int64-ids": variant(batch_invariant=True, index_dtype=torch.int64, out_dtype=torch.float32),
+    "squared-relu-fp16-odd": variant(
+        76, 75, 3, 5, dtype=torch.float16, weight_dtype=torch.float16, activation="squared_relu", gated=False,
+        up_strides=(75 * 76, 76, 1), down_strides=(75 * 76, 75, 1), max_rows=8,
+    ),
+    "fp32-transposed": variant(
+        64, 32, 3, 2, dtype=torch.float32, weight_dtype=torch.float32, out_dtype=torch.bfloat16, activation="gelu", gated=False,
+        up_strides=(64 * 32, 1, 32), down_strides=(64 * 32, 1, 64),
+    ),
+}  # fmt: skip
+
+
+def specs(chosen: triton_path.Variant):
+    table, up, down, total = triton_path.specs(chosen, torch.device("cpu"))
+    return [table, *up, *down, total]
+
+
+@pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiles_to_a_cubin(name, capability) -> None:
+    for spec in specs(VARIANTS[name]):
+        kernel = triton.compile(spec.source(), target=GPUTarget("cuda", capability, 32), options=spec.options())
+        assert kernel.metadata.shared <= SHARED_MEMORY_BYTES[capability], spec
+        if spec.name == "gemm" and capability == 90 and name == "qwen3-30b-a3b":
+            assert "wgmma" in kernel.asm["ptx"] and "cp.async.cg.shared.global" in kernel.asm["ptx"]
+
+
+def test_what_serves_an_expert_depends_on_its_rows_alone() -> None:
+    """No setting of the launch or the transport takes part, and each number of rows is served exactly once."""
+    for settings in ({}, {"batch_invariant": True}, {"scaled": True}, {"gated": False}, {"max_rows": 8}, {"max_rows": 10**6}):
+        chosen = plan(torch.bfloat16, 2048, 768, **settings)
+        for launches in (chosen.up, chosen.down):
+            for rows in (1, FEW_ROWS, FEW_ROWS + 1, 10**5):
+                assert sum(tiles.low < rows and (rows <= tiles.high or not tiles.high) for tiles in launches) == 1
+
+
+def test_a_small_capacity_needs_no_launch_for_many_rows() -> None:
+    assert len(plan(torch.bfloat16, 2048, 768, max_rows=FEW_ROWS).up) == 1
+    assert len(plan(torch.bfloat16, 2048, 768, max_rows=FEW_ROWS + 1).up) == 2
+
+
+def test_one_cut_has_one_kind_of_tile() -> None:
+    for launches in (chosen := plan(torch.bfloat16, 2048, 768, batch_invariant=True)).up, chosen.down:
+        assert len(launches) == 1 and launches[0].rows == launches[0].rows_few
+
+
+def test_rows_of_a_round_follow_from_shape_and_memory() -> None:
+    shape = RowShape(topk=8, hidden_size=7168, intermediate_size=2048, itemsize=2)
+    assert shape.nbytes == 147_488
+    assert ExpertScratch.rows_per_round(FakeScratch(1 << 30), shape) == 7280
+    assert ExpertScratch.rows_per_round(FakeScratch(1), shape) == 1
+
+
+class FakeScratch:
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
