@@ -20,7 +20,7 @@ from tokenferry.shared_experts import SharedExperts, SharedExpertsConfig
 
 H, LATENT, INTERMEDIATE, E, K = 64, 32, 48, 7, 3
 POOL = 320
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 3e-2}
 """Of the largest expected number; bfloat16 rounds products, activation, each rank's term, and the sum with the row itself."""
 
 
@@ -153,6 +153,7 @@ def check_steps(ws: tf.Workspace, runner: GraphRunner, forward: Forward, steps: 
         output = output[0] if setup.draft else output
         worst = max(worst, forward.error(output, chosen))
         buckets.append(runner.last_bucket)
+        del output  # an eager step's is as large as the step
         if number % 50 == 0:
             used.append(memory(ws.device))
     num_idle = 1
