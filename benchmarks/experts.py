@@ -2,6 +2,7 @@
 
     python benchmarks/experts.py measure --out experts.jsonl     # the whole path by tokens per rank, and its parts
     python benchmarks/experts.py sweep --out sweep.jsonl         # each product alone, over tile sizes
+    python benchmarks/experts.py plans --out plans.jsonl         # the whole path, the chosen plan beside variations of it
 
 Floors: few rows: bytes of the touched experts' weights / measured read bandwidth; many rows: FLOP / measured rate of one dense
 bfloat16 product + one write and one read of each intermediate that the path keeps (activated rows, output rows). Weights
@@ -27,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched
 from tokenferry.experts import ExpertScratch, ExpertWeights, torch_path, triton_path
-from tokenferry.experts.plan import Plan, Tiles
+from tokenferry.experts.plan import Plan, Tiles, plan
 
 EP = 2
 L2_BYTES = 50 << 20
@@ -105,7 +106,7 @@ def many_candidates():
 def tiles_of(candidate, gated):
     rows, rows_few, read, depth, warps, stages, per_sm, _ = candidate
     return Tiles(
-        rows=rows, rows_few=rows_few, columns=read // (2 if gated else 1), depth=depth, num_warps=warps, num_stages=stages,
+        rows=rows, rows_few=rows_few or rows, columns=read // (2 if gated else 1), depth=depth, num_warps=warps, num_stages=stages,
         programs_per_sm=per_sm,
     )  # fmt: skip
 
@@ -149,6 +150,7 @@ def precompile(variants):
 
 def time_us(run, chain, repeats=7):
     """Median time of one of `chain` calls in a graph."""
+    torch.cuda.synchronize()  # what was issued before may write what `run` reads
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         run()
@@ -243,12 +245,12 @@ class Bench:
 
         return time_us(chain, 2) / len(self.layers)
 
-    def parts(self, rows, plan=None, products_only=False):
+    def parts(self, rows, trial=None, products_only=False):
         """Microseconds of table, first product, second product and sum, each chained alone."""
-        variant = variant_of(self.preset, plan=plan)
+        variant = variant_of(self.preset, plan=trial)
         loaded = triton_path.load(variant, self.scratch)
         out = torch.empty_like(rows.hidden)
-        self.run(rows, out, self.layers[0], plan=plan)  # fills table and scratch
+        self.run(rows, out, self.layers[0], plan=trial)  # fills table and scratch
         num, L = rows.topk_idx.shape[0], self.preset.num_local
         buffers = self.scratch.reserve(triton_path.row_shape(variant), num, L, torch.bfloat16)
         table = (buffers.counts_L, buffers.offsets_L, buffers.pairs_P)
@@ -387,9 +389,56 @@ def measure(args, facts, record):
         torch.cuda.empty_cache()
 
 
+def changed(launches, **changes):
+    return tuple(dataclasses.replace(tiles, **changes) for tiles in launches)
+
+
+def named_plans(preset):
+    """The default, and what it is compared with."""
+    default = plan(torch.bfloat16, preset.hidden_size, preset.intermediate_size, gated=preset.activation.gated)
+    (many_up, few_up), (few_down, many_down) = default.up, default.down
+    long_tails = {"rows_few": many_up.rows}
+    return {
+        "default": default,
+        "nothing ahead": Plan(up=(many_up, *changed([few_up], warm=0)), down=(*changed([few_down], warm=0), many_down)),
+        "twice as much ahead": Plan(up=(many_up, *changed([few_up], warm=8)), down=(*changed([few_down], warm=16), many_down)),
+        "few first": Plan(up=(few_up, many_up), down=(few_down, many_down)),
+        "few alone": Plan(up=changed([few_up], high=0), down=changed([few_down], high=0)),
+        "long tails": Plan(up=(*changed([many_up], **long_tails), few_up), down=(few_down, *changed([many_down], **long_tails))),
+        "four stages": Plan(up=(*changed([many_up], num_stages=4), few_up), down=(few_down, *changed([many_down], num_stages=4))),
+        "many from 33": Plan(
+            up=(*changed([many_up], low=32), *changed([few_up], high=32)),
+            down=(*changed([few_down], high=32), *changed([many_down], low=32)),
+        ),
+    }
+
+
+def plans(args, facts, record):
+    deadline = time.monotonic() + args.seconds
+    for name in args.presets:
+        bench = Bench(PRESETS[name])
+        for tokens in args.tokens:
+            if time.monotonic() > deadline:
+                return
+            rows, cells = bench.rows(tokens), []
+            for label, trial in named_plans(PRESETS[name]).items():
+                if (label in ("long tails", "four stages") and tokens < 128) or (label == "few alone" and tokens > 512):
+                    continue
+                whole = bench.whole(rows, plan=trial)
+                record({"preset": name, "tokens": tokens, "plan": label, "whole": whole})
+                cells.append(f"{label} {whole:.1f}")
+            print(f"  {name} T={tokens}: " + ", ".join(cells), flush=True)
+        del bench
+        torch.cuda.empty_cache()
+
+
 def variants_for(args):
     for name in args.presets:
         yield variant_of(PRESETS[name])
+        if args.what == "plans":
+            for trial in named_plans(PRESETS[name]).values():
+                yield variant_of(PRESETS[name], plan=trial)
+            continue
         if args.what == "measure":
             yield variant_of(PRESETS[name], batch_invariant=True)
             continue
@@ -404,7 +453,7 @@ def variants_for(args):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["sweep", "measure", "compile"])
+    parser.add_argument("what", choices=["sweep", "plans", "measure", "compile"])
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 128, 512, 4096])
     parser.add_argument("--out", type=Path)
@@ -420,7 +469,7 @@ def main():
     print(head, facts, flush=True)
     lines = [head | facts]
     try:
-        (sweep if args.what == "sweep" else measure)(args, facts, lines.append)
+        {"sweep": sweep, "plans": plans, "measure": measure}[args.what](args, facts, lines.append)
     finally:
         if args.out:
             args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))

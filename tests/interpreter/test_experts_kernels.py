@@ -178,16 +178,18 @@ def test_float8_equals_the_products_of_what_it_stands_for() -> None:
 # --- worked examples ------------------------------------------------------------------------------------------------------
 
 
-def table_example(group: tf.EPGroup) -> list[list[int]]:
+def table_example(group: tf.EPGroup) -> list[list[list[int]]]:
     idx = torch.tensor([[3, 0], [2, 3], [-1, 2], [2, 2]], dtype=torch.int32)
-    valid = torch.tensor([3], dtype=torch.int32)
-    counts, offsets, pairs = (torch.full((size,), -7, dtype=torch.int32) for size in (2, 2, 5))
-    expert_table.expert_table_kernel[(2,)](idx, valid, counts, offsets, pairs, 0, 4, 2, K=2, BLOCK=4, PDL=0)
-    return [counts.tolist(), offsets.tolist(), pairs.tolist()]
+    valid, found = torch.tensor([3], dtype=torch.int32), []
+    for few, many in ((8, 16), (4, 4)):  # at once, and in two blocks
+        counts, offsets, pairs = (torch.full((size,), -7, dtype=torch.int32) for size in (2, 2, 5))
+        expert_table.expert_table_kernel[(2,)](idx, valid, counts, offsets, pairs, 0, 4, 2, K=2, FEW=few, MANY=many, PDL=0)
+        found.append([counts.tolist(), offsets.tolist(), pairs.tolist()])
+    return found
 
 
 def test_table_kernel() -> None:
-    assert run_ranks(table_example, 1, env=INTERPRETER) == [[[2, 2], [0, 2], [2, 5, 0, 3, -7]]]
+    assert run_ranks(table_example, 1, env=INTERPRETER) == [[[[2, 2], [0, 2], [2, 5, 0, 3, -7]]] * 2]
 
 
 def sum_example(group: tf.EPGroup) -> list[list[float]]:

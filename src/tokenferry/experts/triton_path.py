@@ -21,7 +21,7 @@ from tokenferry.experts.scratch import Buffers, ExpertScratch, RowShape
 from tokenferry.experts.weights import ExpertWeights
 from tokenferry.kernels import wire
 
-TABLE_BLOCK = 2048
+TABLE_FEW, TABLE_MANY = 1024, 8192
 SUM_BLOCK = 1024
 ALIGNMENT_BYTES = 16
 
@@ -208,7 +208,12 @@ def specs(
     chosen = chosen_plan(variant)
     L, K, H = variant.num_local_experts, variant.topk, variant.hidden_size
     table = KernelSpec(
-        "table", (("IDX", variant.index_dtype),), (("K", K), ("BLOCK", TABLE_BLOCK), ("PDL", pdl)), 8, 1, variant.aligned
+        "table",
+        (("IDX", variant.index_dtype),),
+        (("K", K), ("FEW", TABLE_FEW), ("MANY", TABLE_MANY), ("PDL", pdl)),
+        8,
+        1,
+        variant.aligned,
     )
     total = KernelSpec(
         "sum",

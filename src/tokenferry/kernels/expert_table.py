@@ -17,9 +17,35 @@ SIGNATURE = {
     "num_rows": "i32",
     "first_expert": "i32",
     "K": "constexpr",
-    "BLOCK": "constexpr",
+    "FEW": "constexpr",
+    "MANY": "constexpr",
     "PDL": "constexpr",
 }
+
+
+@triton.jit
+def fill_table(ids, counts, offsets, pairs, total, expert, first_expert, BLOCK: tl.constexpr):
+    """One expert's part of the table, from the `total` numbers at `ids`, read twice, BLOCK at a time."""
+    lanes = tl.arange(0, BLOCK)
+    before = tl.zeros([BLOCK], tl.int32)
+    own = tl.zeros([BLOCK], tl.int32)
+    for begin in range(0, total, BLOCK):
+        here = begin + lanes < total
+        local = tl.load(ids + begin + lanes, mask=here, other=-1).to(tl.int32) - first_expert
+        before += (here & (local >= 0) & (local < expert)).to(tl.int32)
+        own += (here & (local == expert)).to(tl.int32)
+    position = tl.sum(before)
+    count = tl.sum(own)
+    tl.store(counts + expert, count)
+    tl.store(offsets + expert, position)
+    if count > 0:
+        for begin in range(0, total, BLOCK):
+            at = begin + lanes
+            local = tl.load(ids + at, mask=at < total, other=-1).to(tl.int32) - first_expert
+            here = ((at < total) & (local == expert)).to(tl.int32)
+            rank = tl.cumsum(here, 0) - here
+            tl.store(pairs + position + rank, at, mask=here > 0)
+            position += tl.sum(here)
 
 
 @triton.jit
@@ -33,7 +59,8 @@ def expert_table_kernel(
     num_rows,
     first_expert,
     K: tl.constexpr,
-    BLOCK: tl.constexpr,
+    FEW: tl.constexpr,
+    MANY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program an expert: it reads all ids of the round, so that no program waits for another and no atomic decides an order.
@@ -50,29 +77,12 @@ def expert_table_kernel(
         Experts 2 and 3 are here, K = 2, rows [3, 0], [2, 3], [-1, 2]: counts [2, 2], offsets [0, 2], pairs [2, 5, 0, 3].
     """
     expert = tl.program_id(0)
-    lanes = tl.arange(0, BLOCK)
     wire.wait_for_previous_kernel(PDL)
     wire.let_next_kernel_start(PDL)
     valid = tl.load(valid_tokens)
     total = tl.maximum(tl.minimum(valid - first_row, num_rows), 0) * K
     ids_of_round = topk_idx + first_row.to(tl.int64) * K
-    before = tl.zeros([BLOCK], tl.int32)
-    own = tl.zeros([BLOCK], tl.int32)
-    for begin in range(0, total, BLOCK):
-        at = begin + lanes
-        local = tl.load(ids_of_round + at, mask=at < total, other=-1).to(tl.int32) - first_expert
-        here = at < total
-        before += (here & (local >= 0) & (local < expert)).to(tl.int32)
-        own += (here & (local == expert)).to(tl.int32)
-    position = tl.sum(before)
-    count = tl.sum(own)
-    tl.store(counts + expert, count)
-    tl.store(offsets + expert, position)
-    if count > 0:
-        for begin in range(0, total, BLOCK):
-            at = begin + lanes
-            local = tl.load(ids_of_round + at, mask=at < total, other=-1).to(tl.int32) - first_expert
-            here = ((at < total) & (local == expert)).to(tl.int32)
-            rank = tl.cumsum(here, 0) - here
-            tl.store(pairs + position + rank, at, mask=here > 0)
-            position += tl.sum(here)
+    if total <= FEW:
+        fill_table(ids_of_round, counts, offsets, pairs, total, expert, first_expert, FEW)
+    else:  # each trip to memory brings more: there are up to hundreds
+        fill_table(ids_of_round, counts, offsets, pairs, total, expert, first_expert, MANY)
