@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched
-from tokenferry.experts import ExpertScratch, ExpertWeights, torch_path, triton_path
+from tokenferry.experts import ExpertScratch, ExpertWeights, quantize_weights, torch_path, triton_path
 from tokenferry.experts.plan import Plan, Tiles, plan
 
 EP = 2
@@ -106,8 +106,8 @@ def many_candidates():
 def tiles_of(candidate, gated):
     rows, rows_few, read, depth, warps, stages, per_sm, _ = candidate
     return Tiles(
-        rows=rows, rows_few=rows_few or rows, columns=read // (2 if gated else 1), depth=depth, num_warps=warps, num_stages=stages,
-        programs_per_sm=per_sm,
+        rows=rows, rows_few=rows_few or rows, columns=read // (2 if gated else 1), depth=depth, num_warps=warps,
+        num_stages=stages, programs_per_sm=per_sm,
     )  # fmt: skip
 
 
@@ -207,6 +207,14 @@ class Bench:
         ]
         self.scratch = ExpertScratch("cuda")
 
+    def quantize(self):
+        for place, weights in enumerate(self.layers):
+            up, up_scale = quantize_weights(weights.up_proj)
+            down, down_scale = quantize_weights(weights.down_proj)
+            self.layers[place] = dataclasses.replace(
+                weights, up_proj=up, up_scale=up_scale, down_proj=down, down_scale=down_scale
+            )
+
     def rows(self, tokens, seed=0):
         """EP ranks of `tokens` each; every row's experts are distinct and uniform."""
         generator = torch.Generator("cuda").manual_seed(seed)
@@ -263,8 +271,10 @@ class Bench:
                 source, target = rows.hidden, buffers.activated_PI
                 if which == "down":
                     source, target = buffers.activated_PI, buffers.outputs_PH
-                for kernel, programs in getattr(loaded, which):
-                    kernel(programs, source, matrix, count, count if bias is None else bias, target, *settings)
+                for kernel, programs, block in getattr(loaded, which):
+                    activation = self.preset.activation if which == "up" else None
+                    given = triton_path._described(matrix, activation, block) if block else matrix
+                    kernel(programs, source, given, count, count if bias is None else bias, target, *settings)
 
         def make_table():
             loaded.table(L, rows.topk_idx, count, *table, 0, num, 0)
@@ -397,7 +407,7 @@ def named_plans(preset):
     """The default, and what it is compared with."""
     default = plan(torch.bfloat16, preset.hidden_size, preset.intermediate_size, gated=preset.activation.gated)
     (many_up, few_up), (few_down, many_down) = default.up, default.down
-    long_tails = {"rows_few": many_up.rows}
+    long_tails, maps = {"rows_few": many_up.rows}, {"tensor_map": True}
     return {
         "default": default,
         "nothing ahead": Plan(up=(many_up, *changed([few_up], warm=0)), down=(*changed([few_down], warm=0), many_down)),
@@ -405,12 +415,59 @@ def named_plans(preset):
         "few first": Plan(up=(few_up, many_up), down=(few_down, many_down)),
         "few alone": Plan(up=changed([few_up], high=0), down=changed([few_down], high=0)),
         "long tails": Plan(up=(*changed([many_up], **long_tails), few_up), down=(few_down, *changed([many_down], **long_tails))),
+        "tensor maps": Plan(up=(*changed([many_up], **maps), few_up), down=(few_down, *changed([many_down], **maps))),
+        "tensor maps, four stages": Plan(
+            up=(*changed([many_up], num_stages=4, **maps), few_up), down=(few_down, *changed([many_down], num_stages=4, **maps))
+        ),
         "four stages": Plan(up=(*changed([many_up], num_stages=4), few_up), down=(few_down, *changed([many_down], num_stages=4))),
         "many from 33": Plan(
             up=(*changed([many_up], low=32), *changed([few_up], high=32)),
             down=(*changed([few_down], high=32), *changed([many_down], low=32)),
         ),
     }
+
+
+FOR_MANY = ("long tails", "four stages", "tensor maps", "tensor maps, four stages")
+
+
+def float8(args, facts, record):
+    """The whole path with block-scaled float8 weights, whose bytes are half."""
+    print(f"library: {library_float8()}")
+    for name in args.presets:
+        bench = Bench(PRESETS[name])
+        bench.quantize()
+        for tokens in args.tokens:
+            rows = bench.rows(tokens)
+            whole, floors = bench.whole(rows), bench.floors_us(rows, facts)
+            record({"preset": name, "tokens": tokens, "float8": True, "whole": whole, **floors})
+            print(
+                f"  {name} float8 T={tokens}: {whole:.1f}, weights {floors['weights'] / 2:.1f}, flop {floors['flop'] / 2:.1f}",
+                flush=True,
+            )
+        del bench
+        torch.cuda.empty_cache()
+
+
+def library_float8():
+    """What the library says to a grouped product with a scale per 128 x 128 and 1 x 128."""
+    from torch.nn.functional import ScalingType, scaled_grouped_mm
+
+    a = torch.ones(256, 256, device="cuda").to(torch.float8_e4m3fn)
+    b = torch.ones(2, 256, 256, device="cuda").to(torch.float8_e4m3fn)
+    scale_a, scale_b = torch.ones(256, 2, device="cuda"), torch.ones(2, 2, 2, device="cuda")
+    try:
+        scaled_grouped_mm(
+            a,
+            b.transpose(1, 2),
+            scale_a,
+            ScalingType.BlockWise1x128,
+            scale_b,
+            ScalingType.BlockWise128x128,
+            offs=torch.tensor([128, 256], dtype=torch.int32, device="cuda"),
+        )
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
+        return f"refused: {str(error)[:300]}"
+    return "served"
 
 
 def plans(args, facts, record):
@@ -422,7 +479,7 @@ def plans(args, facts, record):
                 return
             rows, cells = bench.rows(tokens), []
             for label, trial in named_plans(PRESETS[name]).items():
-                if (label in ("long tails", "four stages") and tokens < 128) or (label == "few alone" and tokens > 512):
+                if (label in FOR_MANY and tokens < 128) or (label == "few alone" and tokens > 512):
                     continue
                 whole = bench.whole(rows, plan=trial)
                 record({"preset": name, "tokens": tokens, "plan": label, "whole": whole})
@@ -434,10 +491,14 @@ def plans(args, facts, record):
 
 def variants_for(args):
     for name in args.presets:
-        yield variant_of(PRESETS[name])
+        if args.what != "float8":
+            yield variant_of(PRESETS[name])
         if args.what == "plans":
             for trial in named_plans(PRESETS[name]).values():
                 yield variant_of(PRESETS[name], plan=trial)
+            continue
+        if args.what == "float8":
+            yield variant_of(PRESETS[name], weight_dtype=torch.float8_e4m3fn)
             continue
         if args.what == "measure":
             yield variant_of(PRESETS[name], batch_invariant=True)
@@ -453,7 +514,7 @@ def variants_for(args):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["sweep", "plans", "measure", "compile"])
+    parser.add_argument("what", choices=["sweep", "plans", "measure", "float8", "compile"])
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 128, 512, 4096])
     parser.add_argument("--out", type=Path)
@@ -469,7 +530,7 @@ def main():
     print(head, facts, flush=True)
     lines = [head | facts]
     try:
-        {"sweep": sweep, "plans": plans, "measure": measure}[args.what](args, facts, lines.append)
+        {"sweep": sweep, "plans": plans, "measure": measure, "float8": float8}[args.what](args, facts, lines.append)
     finally:
         if args.out:
             args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))

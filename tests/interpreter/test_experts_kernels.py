@@ -88,6 +88,12 @@ def properties(group: tf.EPGroup) -> dict[str, bool]:
 
     ids = dataclasses.replace(rows, topk_idx=rows.topk_idx.long())
     held["int64 ids"] = same_bits(clean, by_kernels(experts, ids))
+    for name in ("bf16", "bf16-clamped-interleaved", "fp16-squared-relu"):
+        other, other_rows = CASES[name].build()
+        maps = Plan(up=(tiles(tensor_map=True),), down=(tiles(tensor_map=True),))
+        pointers = Plan(up=(tiles(),), down=(tiles(),))
+        got = by_kernels(other, other_rows, plan=maps)
+        held[f"tensor maps, {name}"] = same_bits(got, by_kernels(other, other_rows, plan=pointers))
     nowhere = dataclasses.replace(rows, topk_idx=torch.full_like(rows.topk_idx, LOCAL.stop))
     held["no local expert gives +0"] = same_bits(by_kernels(experts, nowhere), torch.zeros_like(rows.hidden))
     for valid in (0, 30):
@@ -116,6 +122,9 @@ PROPERTIES = (
     "rows beyond V are not read",
     "rows beyond V are not written",
     "int64 ids",
+    "tensor maps, bf16",
+    "tensor maps, bf16-clamped-interleaved",
+    "tensor maps, fp16-squared-relu",
     "no local expert gives +0",
     "V=0",
     "V=30",
@@ -216,6 +225,7 @@ def gemm_example(group: tf.EPGroup) -> list[list[list[float]]]:
         expert_gemm.expert_gemm_kernel[(1,)](
             source, weights, counts, counts, out, counts, offsets, pairs, 0, 0.0, 0.0, L=2, K=1, DEPTH=2, WIDTH=2, STRIDE_E=4,
             STRIDE_N=2, STRIDE_D=1, FIRST=first, GATED=False, INTERLEAVED=False, ACTIVATION="none", BIAS=False, SCALED=False,
+            TENSOR_MAP=False,
             LOW=0, HIGH=0, BM_FEW=16, BM=16, BN=16, BD=16, WARM=0, LANES=2, UPCAST=True, PDL=0,
         )  # fmt: skip
         results.append(out.tolist())

@@ -47,6 +47,7 @@ class KernelSpec:
         constants: values of the constexpr arguments, in the order of the signature.
         num_warps, num_stages: of the compiler.
         aligned: every pointer is a multiple of 16 bytes.
+        block: of the weights' tensor descriptor; empty where weights are a pointer.
     """
 
     name: str
@@ -55,12 +56,15 @@ class KernelSpec:
     num_warps: int
     num_stages: int
     aligned: bool = True
+    block: tuple[int, ...] = ()
 
     def source(self) -> ASTSource:
         """What Triton compiles: argument types are fixed, so that no value of an argument ever needs another variant."""
         kernel, signature = KERNELS[self.name]
         types = {f"*{placeholder}": f"*{TYPE_NAMES[dtype]}" for placeholder, dtype in self.types}
         signature = {name: types.get(kind, kind) for name, kind in signature.items()}
+        if self.block:
+            signature["weights"] = f"tensordesc<{signature['weights'][1:]}{list(self.block)}>"
         pointers = [place for place, kind in enumerate(signature.values()) if kind.startswith("*")]
         attributes = {(place,): [["tt.divisibility", 16]] for place in pointers} if self.aligned else {}
         return ASTSource(kernel, signature=signature, constexprs=dict(self.constants), attrs=attributes)
@@ -85,7 +89,7 @@ class LoadedKernel:
                 self._compiled._init_handles()  # loads the module: that waits for the device, so never later
             self._tail = tuple(self._constants.values())
 
-    def __call__(self, grid: int, *args: torch.Tensor | float) -> None:
+    def __call__(self, grid: int, *args: Any) -> None:
         """Runs `grid` programs on the current stream."""
         if self._compiled is None:
             with np.errstate(all="ignore"):  # infinities and NaNs are payload

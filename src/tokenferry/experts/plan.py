@@ -13,6 +13,7 @@ class Tiles:
     """One launch of the grouped product.
 
     Attributes:
+        tensor_map: weights come by the tensor memory accelerator (Hopper and newer), where their layout allows it.
         low, high: it serves experts with low < rows <= high; high 0: no upper limit.
         rows_few: where at most so many rows of an expert are left, the tile has so many.
         rows, columns, depth: of a tile; `columns` are of the output, so a gated product reads twice as many.
@@ -29,6 +30,7 @@ class Tiles:
     programs_per_sm: int
     rows_few: int
     warm: int = 0
+    tensor_map: bool = False
     low: int = 0
     high: int = 0
 

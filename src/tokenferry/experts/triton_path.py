@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched
@@ -56,8 +57,8 @@ class Loaded:
     """The kernels of a variant, with the launches' bounds on programs."""
 
     table: LoadedKernel
-    up: tuple[tuple[LoadedKernel, int], ...]
-    down: tuple[tuple[LoadedKernel, int], ...]
+    up: tuple[tuple[LoadedKernel, int, tuple[int, ...]], ...]
+    down: tuple[tuple[LoadedKernel, int, tuple[int, ...]], ...]
     sum: LoadedKernel
     sum_programs: int
 
@@ -94,19 +95,31 @@ def run(
     loaded = load(variant, scratch)
     buffers = scratch.reserve(row_shape(variant), idx_RK.shape[0], variant.num_local_experts, hidden_RH.dtype)
     table = (buffers.counts_L, buffers.offsets_L, buffers.pairs_P)
-    up = (weights.up_proj, _or(weights.up_scale, valid), _or(weights.up_bias, valid))
-    down = (weights.down_proj, _or(weights.down_scale, valid), _or(weights.down_bias, valid))
+    up = (_or(weights.up_scale, valid), _or(weights.up_bias, valid))
+    down = (_or(weights.down_scale, valid), _or(weights.down_bias, valid))
     for first_row in range(0, idx_RK.shape[0], buffers.num_rows):
         loaded.table(variant.num_local_experts, idx_RK, valid, *table, first_row, buffers.num_rows, first_expert)
         settings = (*table, first_row, activation.alpha, activation.limit)
-        for kernel, programs in loaded.up:
-            kernel(programs, hidden_RH, *up, buffers.activated_PI, *settings)
-        for kernel, programs in loaded.down:
-            kernel(programs, buffers.activated_PI, *down, buffers.outputs_PH, *settings)
+        for kernel, programs, block in loaded.up:
+            matrices = _described(weights.up_proj, activation, block) if block else weights.up_proj
+            kernel(programs, hidden_RH, matrices, *up, buffers.activated_PI, *settings)
+        for kernel, programs, block in loaded.down:
+            matrices = _described(weights.down_proj, None, block) if block else weights.down_proj
+            kernel(programs, buffers.activated_PI, matrices, *down, buffers.outputs_PH, *settings)
         loaded.sum(
             loaded.sum_programs, buffers.outputs_PH, idx_RK, weights_RK, valid, target, first_row, buffers.num_rows, first_expert
         )
     return out if target is out else out.copy_(target)
+
+
+def _described(matrices: torch.Tensor, activation: Activation | None, block: tuple[int, ...]) -> TensorDescriptor:
+    """Stacked matrices for the tensor memory accelerator: [experts, gate or up, columns, depth]."""
+    L, N, D = matrices.shape
+    stride_e, stride_n, _ = matrices.stride()
+    if activation is None or not activation.gated:
+        return TensorDescriptor(matrices, [L, 1, N, D], [stride_e, stride_e, stride_n, 1], list(block))
+    half, column = (stride_n, 2 * stride_n) if activation.interleaved else (N // 2 * stride_n, stride_n)
+    return TensorDescriptor(matrices, [L, 2, N // 2, D], [stride_e, half, column, 1], list(block))
 
 
 def _or(tensor: torch.Tensor | None, unread: torch.Tensor) -> torch.Tensor:
@@ -171,9 +184,11 @@ def _load(variant: Variant, scratch: ExpertScratch) -> Loaded:
     kernels, num_sms = scratch.kernels, _num_sms(scratch.device)
     chosen = chosen_plan(variant)
 
-    def launches(pieces: tuple[KernelSpec, ...], tiles: tuple[Tiles, ...], width: int) -> tuple[tuple[LoadedKernel, int], ...]:
+    def launches(
+        pieces: tuple[KernelSpec, ...], tiles: tuple[Tiles, ...], width: int
+    ) -> tuple[tuple[LoadedKernel, int, tuple[int, ...]], ...]:
         grids = (_programs(tile, width, variant, num_sms) for tile in tiles)
-        return tuple((kernels.load(spec), grid) for spec, grid in zip(pieces, grids, strict=True))
+        return tuple((kernels.load(spec), grid, spec.block) for spec, grid in zip(pieces, grids, strict=True))
 
     return Loaded(
         kernels.load(table),
@@ -233,6 +248,9 @@ def _gemm_spec(variant: Variant, tiles: Tiles, is_first: bool, pdl: int) -> Kern
     depth, width = (
         (variant.hidden_size, variant.intermediate_size) if is_first else (variant.intermediate_size, variant.hidden_size)
     )
+    scaled = variant.weight_dtype == torch.float8_e4m3fn
+    by_16_bytes = variant.aligned and all(stride * variant.weight_dtype.itemsize % 16 == 0 for stride in strides[:2])
+    has_map = tiles.tensor_map and not scaled and bool(pdl or wire.INTERPRETED) and by_16_bytes and strides[2] == 1
     constants = (
         ("L", variant.num_local_experts),
         ("K", variant.topk),
@@ -246,7 +264,8 @@ def _gemm_spec(variant: Variant, tiles: Tiles, is_first: bool, pdl: int) -> Kern
         ("INTERLEAVED", is_first and variant.interleaved),
         ("ACTIVATION", variant.activation if is_first else "none"),
         ("BIAS", variant.bias),
-        ("SCALED", variant.weight_dtype == torch.float8_e4m3fn),
+        ("SCALED", scaled),
+        ("TENSOR_MAP", has_map),
         ("LOW", tiles.low),
         ("HIGH", tiles.high),
         ("BM_FEW", tiles.rows_few),
@@ -259,12 +278,13 @@ def _gemm_spec(variant: Variant, tiles: Tiles, is_first: bool, pdl: int) -> Kern
         ("PDL", pdl),
     )
     types = (("DTYPE", variant.dtype), ("WEIGHT", variant.weight_dtype))
-    return KernelSpec("gemm", types, constants, tiles.num_warps, tiles.num_stages, variant.aligned)
+    block = (1, 1, tiles.columns, tiles.depth) if has_map else ()
+    return KernelSpec("gemm", types, constants, tiles.num_warps, tiles.num_stages, variant.aligned, block)
 
 
 def _warm_lines(tiles: Tiles, strides: tuple[int, ...], depth: int, dtype: torch.dtype) -> int:
     """As the tiles say, but within a row, and only where rows lie in one piece. A power of two."""
-    lines = depth * dtype.itemsize // 128
+    lines = 0 if tiles.tensor_map else depth * dtype.itemsize // 128
     return min(tiles.warm, 1 << lines.bit_length() - 1) if lines and strides[2] == 1 and not wire.INTERPRETED else 0
 
 

@@ -32,6 +32,7 @@ SIGNATURE = {
     "ACTIVATION": "constexpr",
     "BIAS": "constexpr",
     "SCALED": "constexpr",
+    "TENSOR_MAP": "constexpr",
     "LOW": "constexpr",
     "HIGH": "constexpr",
     "BM_FEW": "constexpr",
@@ -156,6 +157,7 @@ def product_tile(
     ACTIVATION: tl.constexpr,
     BIAS: tl.constexpr,
     SCALED: tl.constexpr,
+    TENSOR_MAP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
@@ -171,10 +173,28 @@ def product_tile(
     column = columns_of(first_column, WIDTH, GATED, INTERLEAVED, BN)
     depth = tl.arange(0, BD)
     a = rows + source[:, None] * DEPTH + depth[None, :]
-    b = weights + expert.to(tl.int64) * STRIDE_E + column[None, :].to(tl.int64) * STRIDE_N + depth[:, None] * STRIDE_D
-    total = tl.zeros([BM, BB], tl.float32)
-    if SCALED:
+    if TENSOR_MAP:
+        # One thread asks for a whole tile. Gates and ups are two tiles and two products: as one they would be copied together.
+        total = tl.zeros([BM, BN], tl.float32)
+        second = tl.zeros([BM, BN], tl.float32)
+        for d in range(0, DEPTH, BD):
+            if DEPTH % BD == 0:
+                x = tl.load(a + d)
+            else:
+                x = tl.load(a + d, mask=(d + depth < DEPTH)[None, :], other=0.0)
+            if UPCAST:
+                x = x.to(tl.float32)
+            w = tl.reshape(weights.load([expert, 0, first_column, d]), [BN, BD])
+            w = w.to(tl.float32) if UPCAST else w
+            total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
+            if GATED:
+                w = tl.reshape(weights.load([expert, 1, first_column, d]), [BN, BD])
+                w = w.to(tl.float32) if UPCAST else w
+                second = tl.dot(x, tl.trans(w), second, input_precision="ieee")
+    elif SCALED:
+        total = tl.zeros([BM, BB], tl.float32)
         tl.static_assert(BD == SCALE_BLOCK, "a step along the depth is one block of scales")
+        b = weights + expert.to(tl.int64) * STRIDE_E + column[None, :].to(tl.int64) * STRIDE_N + depth[:, None] * STRIDE_D
         DEPTH_BLOCKS: tl.constexpr = (DEPTH + SCALE_BLOCK - 1) // SCALE_BLOCK
         COLUMN_BLOCKS: tl.constexpr = (NUM_COLUMNS + SCALE_BLOCK - 1) // SCALE_BLOCK
         scale_of_column = scales + (expert * COLUMN_BLOCKS + column // SCALE_BLOCK) * DEPTH_BLOCKS
@@ -189,6 +209,8 @@ def product_tile(
             column_scale = tl.load(scale_of_column + d // SCALE_BLOCK)
             total += tl.dot(q, w, out_dtype=tl.float32) * (row_scale[:, None] * column_scale[None, :])
     else:
+        total = tl.zeros([BM, BB], tl.float32)
+        b = weights + expert.to(tl.int64) * STRIDE_E + column[None, :].to(tl.int64) * STRIDE_N + depth[:, None] * STRIDE_D
         for d in range(0, DEPTH, BD):
             if DEPTH % BD == 0:
                 x = tl.load(a + d)
@@ -200,15 +222,24 @@ def product_tile(
                 x = x.to(tl.float32)
                 w = w.to(tl.float32)
             total = tl.dot(x, w, total, input_precision="ieee")
-    if BIAS:
-        total += tl.load(bias + expert.to(tl.int64) * NUM_COLUMNS + column).to(tl.float32)[None, :]
+    own_column = first_column + tl.arange(0, BN)
     if GATED:
-        gate, up = tl.split(tl.permute(tl.reshape(total, [BM, 2, BN]), [0, 2, 1]))
+        if TENSOR_MAP:
+            gate = total
+            up = second
+        else:
+            gate, up = tl.split(tl.permute(tl.reshape(total, [BM, 2, BN]), [0, 2, 1]))
+        if BIAS:
+            first = bias + expert.to(tl.int64) * NUM_COLUMNS + (2 * own_column if INTERLEAVED else own_column)
+            gate += tl.load(first, mask=own_column < WIDTH, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(first + (1 if INTERLEAVED else WIDTH), mask=own_column < WIDTH, other=0.0).to(tl.float32)[None, :]
         value = activate_gated(gate, up, alpha, limit, ACTIVATION)
     else:
+        if BIAS:
+            here = bias + expert.to(tl.int64) * NUM_COLUMNS + own_column
+            total += tl.load(here, mask=own_column < WIDTH, other=0.0).to(tl.float32)[None, :]
         value = activate(total, ACTIVATION)
     target = position.to(tl.int64) if FIRST else pair.to(tl.int64)
-    own_column = first_column + tl.arange(0, BN)
     keep = (lanes < num)[:, None] & (own_column < WIDTH)[None, :]
     tl.store(out + target[:, None] * WIDTH + own_column[None, :], value.to(out.dtype.element_ty), mask=keep)
 
@@ -239,6 +270,7 @@ def expert_gemm_kernel(
     ACTIVATION: tl.constexpr,
     BIAS: tl.constexpr,
     SCALED: tl.constexpr,
+    TENSOR_MAP: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     BM_FEW: tl.constexpr,
@@ -255,7 +287,8 @@ def expert_gemm_kernel(
 
     Args:
         rows: first product: [R, DEPTH] gathered rows, read through `pairs`. Second: [pairs, DEPTH], in the order of `pairs`.
-        weights: element (expert, column, depth) lies at expert * STRIDE_E + column * STRIDE_N + depth * STRIDE_D.
+        weights: element (expert, column, depth) lies at expert * STRIDE_E + column * STRIDE_N + depth * STRIDE_D; with TENSOR_MAP
+            a descriptor of [experts, gate or up, WIDTH, DEPTH] in blocks of [1, 1, BN, BD].
         scales: of float8 weights (SCALED): [L, columns / 128, DEPTH / 128]. bias: [L, columns], with BIAS. Else unused.
         out: first product: activated [pairs, WIDTH] in the order of `pairs`. Second: row `pair` (r * K + slot), WIDTH columns.
         counts, offsets, pairs: of `expert_table_kernel`.
@@ -304,12 +337,12 @@ def expert_gemm_kernel(
         if num - done <= BM_FEW:
             product_tile(
                 rows, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done, num - done, first_column,
-                K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, FIRST, GATED, INTERLEAVED, ACTIVATION, BIAS, SCALED,
+                K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, FIRST, GATED, INTERLEAVED, ACTIVATION, BIAS, SCALED, TENSOR_MAP,
                 BM_FEW, BN, BD, UPCAST,
             )  # fmt: skip
         elif BM > BM_FEW:
             product_tile(
                 rows, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done, num - done, first_column,
-                K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, FIRST, GATED, INTERLEAVED, ACTIVATION, BIAS, SCALED,
+                K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, FIRST, GATED, INTERLEAVED, ACTIVATION, BIAS, SCALED, TENSOR_MAP,
                 BM, BN, BD, UPCAST,
             )  # fmt: skip
