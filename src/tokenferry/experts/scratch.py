@@ -20,9 +20,9 @@ if TYPE_CHECKING:  # Triton is not everywhere
     from tokenferry.experts.launch import KernelStore
     from tokenferry.experts.triton_path import Loaded, Variant
 
-DEFAULT_MAX_BYTES = 1 << 30
-"""deepseek-v3 (the largest rows in use, 148 kB each) has 7,200 gathered rows in one round of this size; smaller models 15,000 and
-more."""
+DEFAULT_MAX_BYTES = 5 << 28
+"""1.25 GiB: 9,100 gathered rows a round for deepseek-v3, whose rows are the largest in use (147,488 bytes): 4,096 of each of two
+ranks. Each further round reads the weights again."""
 
 ALIGNMENT = 256
 MIN_CUDA_MAJOR = 8
