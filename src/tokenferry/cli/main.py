@@ -83,6 +83,22 @@ def bench_roundtrip(
         raise typer.Exit(measure.roundtrip_command(ranks, output))
 
 
+@bench.command("layer")
+def bench_layer(
+    ranks: int = typer.Option(2, help="GPUs to use."),
+    presets: str = typer.Option("all", help="Names with commas between them, or all."),
+    tokens: str = typer.Option("1,8,32,128,512,4096", help="Tokens per rank."),
+    budget_s: float = typer.Option(200.0, "--budget-s", help="Begin no further point after so many seconds."),
+    output: Path = typer.Option(None, help="Write the records there, one JSON object a line."),
+    rehearse: bool = typer.Option(False, help="On CPUs, with tiny sizes: every call and check, no figures."),
+) -> None:
+    """Time whole MoE layers beside their floor, the collective transport, and transformers' experts."""
+    with one_line_errors():
+        from tokenferry.cli import bench_layer as measure
+
+        raise typer.Exit(measure.layer_command(ranks, presets, tokens, budget_s, output, rehearse=rehearse))
+
+
 def run() -> None:
     """The entry point of the command `tokenferry`."""
     app()

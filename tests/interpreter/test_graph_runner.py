@@ -1,0 +1,14 @@
+"""The graph runner beside the symmetric transport's own kernels: each rank chooses its bucket alone. No graphs here."""
+
+import pytest
+
+from graph_work import Setup, run_steps
+from tokenferry.testing import run_ranks
+
+pytestmark = pytest.mark.interpreter
+
+
+def test_each_rank_chooses_alone_and_sums_are_right() -> None:
+    setup = Setup(transport="p2p", capacity=5, buckets=(2, 4))
+    steps = [(1, 4), (0, 5), (3, 0), (5, 2)]  # a bucket beside another, eager, idle
+    run_ranks(run_steps, 2, setup, steps, timeout_s=150, env={"TRITON_INTERPRET": "1"})

@@ -1,0 +1,56 @@
+"""The rehearsal of `tokenferry bench layer` on CPUs: every call and check of the table, without figures."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tokenferry.cli.bench_layer import layer_command, show
+from tokenferry.cli.bench_presets import PRESETS
+from tokenferry.errors import ConfigError, DeviceError
+
+pytestmark = pytest.mark.ranks
+
+
+def records_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_rehearsal_is_right_in_every_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "layer.jsonl"
+    assert layer_command(2, "tiny-v3", "1", 200.0, path, rehearse=True) == 0
+    first, second = records_of(path)
+    assert (first["tokens"], second["tokens"]) == (1, 8)
+    for record in (first, second):
+        assert record["correct"] == dict.fromkeys(("layer", "collective", "grouped_mm", "batched_mm"), True)
+        assert all(record[name] > 0 for name in ("total_us", "floor_us", "collective_us", "grouped_mm_us", "touched_mb"))
+    assert "tiny-v3" in capsys.readouterr().out
+
+
+def test_what_the_budget_leaves_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "layer.jsonl"
+    assert layer_command(1, "tiny", "1", 1e-3, path, rehearse=True) == 0
+    [record] = records_of(path)
+    assert record["left_out"] == [1, 8]
+    assert "left out: T = [1, 8]" in capsys.readouterr().out
+
+
+def test_a_wrong_column_is_named() -> None:
+    record = {"preset": "x", "tokens": 1, "total_us": 1.0, "correct": {"layer": True, "grouped_mm": False}}
+    assert show([record]).splitlines()[1].endswith("no: grouped_mm")
+
+
+def test_wrong_requests_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"preset must be one of tiny, .* got 'huge'"):
+        layer_command(1, "huge", "1", 1.0, None, rehearse=True)
+    with pytest.raises(ConfigError, match="tokens must be positive ints"):
+        layer_command(1, "tiny", "1,x", 1.0, None, rehearse=True)
+
+
+def test_without_gpus_it_says_so() -> None:
+    with pytest.raises(DeviceError, match=r"needs 99 CUDA GPUs.*--rehearse"):
+        layer_command(99, "all", "1", 1.0, None)
+
+
+def test_the_presets_are_those_of_the_page() -> None:
+    assert [preset.name for preset in PRESETS] == ["qwen3-30b-a3b", "gpt-oss-20b", "gpt-oss-120b", "deepseek-v3", "mixtral-8x7b"]
