@@ -143,6 +143,20 @@ def test_equal_counts_and_capturing_leave_the_state_as_it_was(ws):
     assert ws.begin_step(1).index == 2
 
 
+def test_what_was_announced_must_come():
+    with tf.Workspace(CONFIG, tf.EPGroup(device="cpu"), max_tokens_per_rank=C, transport="collective") as ws:
+        announced = ws.announce(3, done=True)
+        assert (announced.tokens_per_rank, announced.all_done) == ((3,), True)
+        with pytest.raises(tf.StateError, match="3 tokens were announced but 2 come"):
+            ws.begin_step(2)
+        ws.announce(2)
+        assert ws.begin_step(2).index == 1
+
+
+def test_where_ranks_choose_alone_nothing_is_announced(ws):
+    assert ws.announce(3) is None
+
+
 # --- documentation ------------------------------------------------------------------------------------------------------
 
 PAGE = Path(__file__).parent.parent / "docs" / "graphs.md"

@@ -251,13 +251,13 @@ class Workspace:
             raise UsageError(f"done must be a bool, got {done!r}")
         request = StepRequest(self._step_index + 1, num_tokens, real, done, self._promised_equal)
         self._has_stepped |= self._stand_in is None
-        self._step_index = request.index
         had_gradient = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # `torch.no_grad()` takes two microseconds
         try:
             self.active_transport.begin_step(request, -1)
         finally:
             torch._C._set_grad_enabled(had_gradient)
+        self._step_index = request.index
         self._step, self.num_tokens_traced = self._step_tensors.view(request), num_tokens
         self._num_step_writes = self._step_tensors.num_writes
         self.lifecycle.enter_ready()

@@ -41,14 +41,9 @@ def test_one_rank_needs_nobody() -> None:
     run_ranks(run_steps, 1, Setup(transport="local"), [(0,), (3,), (64,), (65,), (320,)])
 
 
-@pytest.mark.long
 def test_500_random_steps_in_constant_memory() -> None:
     for used in run_ranks(run_steps, 2, Setup(shared=True), random_steps(7, 500, 2), timeout_s=280):
         assert max(used["memory"][4:]) - max(used["memory"][:4]) < 16 << 20, used["memory"]
-
-
-def test_60_random_steps() -> None:
-    run_ranks(run_steps, 2, Setup(shared=True), random_steps(7, 60, 2, largest=100), timeout_s=120)
 
 
 # --- idle ranks -----------------------------------------------------------------------------------------------------------
