@@ -18,15 +18,16 @@ from tokenferry.shared_experts import PendingShared, SharedExperts
 from tokenferry.workspace import Workspace
 
 SharedOverlap = Literal["off", "between", "stream"]
-"""When the shared expert runs: in line before the rows leave; between the halves of the dispatch; on a side stream."""
+"""When the shared expert runs: in line, before anything else; between the halves of the dispatch; on a side stream."""
 
 
 class MoELayer(nn.Module):
     """One MoE layer on this rank's tokens. Inference only.
 
-    The order of events: route the full rows → start the shared expert on the full rows → project down → dispatch → experts →
-    combine → project up → join the shared expert and add its result, last. With overlap "between" the shared expert starts
-    right after the rows have left (`dispatch_begin`) and ends before they are waited for.
+    The order of events is the reference system's (Megatron-Core's inference layer). "off": shared expert on the full rows →
+    route the full rows → project down → dispatch → experts → combine → project up → add the shared expert's result, last.
+    "stream": it starts after the routing, on the side stream, and is joined where it is added. "between", which that system
+    does not have: it starts right after the rows have left (`dispatch_begin`) and ends before they are waited for.
 
     Args:
         workspace: opened for this layer's shape: its hidden_size is D. The caller begins a step once per model forward
@@ -122,13 +123,17 @@ class MoELayer(nn.Module):
             self._check_expert_range()
         self._check_hidden(hidden)
         hidden_TH = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+        shared = self._begin_shared(hidden_TH) if self.shared_overlap == "off" else None
         topk_weights_TK, topk_idx_TK = self.router(hidden_TH)
-        shared = None if self.shared_overlap == "between" else self._begin_shared(hidden_TH)
-        routed_TD = hidden_TH if self.latent_down is None else self.latent_down(hidden_TH)
-        self.dispatcher.dispatch_begin(routed_TD, topk_idx_TK, topk_weights_TK)
-        if self.shared_overlap == "between":
+        if self.shared_overlap == "stream":
             shared = self._begin_shared(hidden_TH)
-        gathered = self.dispatcher.dispatch_end()
+        routed_TD = hidden_TH if self.latent_down is None else self.latent_down(hidden_TH)
+        if self.shared_overlap == "between" and self.shared_experts is not None:
+            self.dispatcher.dispatch_begin(routed_TD, topk_idx_TK, topk_weights_TK)
+            shared = self._begin_shared(hidden_TH)
+            gathered = self.dispatcher.dispatch_end()
+        else:
+            gathered = self.dispatcher.dispatch(routed_TD, topk_idx_TK, topk_weights_TK)
         partial_RD = self.experts(gathered, out=self.dispatcher.combine_input())
         output: torch.Tensor = self.dispatcher.combine(partial_RD, gathered)
         if self.latent_up is not None:
