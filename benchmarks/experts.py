@@ -407,27 +407,26 @@ def named_plans(preset):
     """The default, and what it is compared with."""
     default = plan(torch.bfloat16, preset.hidden_size, preset.intermediate_size, gated=preset.activation.gated)
     (many_up, few_up), (few_down, many_down) = default.up, default.down
-    long_tails, maps = {"rows_few": many_up.rows}, {"tensor_map": True}
+
+    def many(**changes):
+        return Plan(up=(*changed([many_up], **changes), few_up), down=(few_down, *changed([many_down], **changes)))
+
     return {
         "default": default,
-        "nothing ahead": Plan(up=(many_up, *changed([few_up], warm=0)), down=(*changed([few_down], warm=0), many_down)),
-        "twice as much ahead": Plan(up=(many_up, *changed([few_up], warm=8)), down=(*changed([few_down], warm=16), many_down)),
         "few first": Plan(up=(few_up, many_up), down=(few_down, many_down)),
         "few alone": Plan(up=changed([few_up], high=0), down=changed([few_down], high=0)),
-        "long tails": Plan(up=(*changed([many_up], **long_tails), few_up), down=(few_down, *changed([many_down], **long_tails))),
-        "tensor maps": Plan(up=(*changed([many_up], **maps), few_up), down=(few_down, *changed([many_down], **maps))),
-        "tensor maps, four stages": Plan(
-            up=(*changed([many_up], num_stages=4, **maps), few_up), down=(few_down, *changed([many_down], num_stages=4, **maps))
-        ),
-        "four stages": Plan(up=(*changed([many_up], num_stages=4), few_up), down=(few_down, *changed([many_down], num_stages=4))),
+        "long tails": many(rows_few=many_up.rows),
+        "pointers": many(tensor_map=False),
+        "four stages": many(num_stages=4),
         "many from 33": Plan(
             up=(*changed([many_up], low=32), *changed([few_up], high=32)),
             down=(*changed([few_down], high=32), *changed([many_down], low=32)),
         ),
+        "default again": default,
     }
 
 
-FOR_MANY = ("long tails", "four stages", "tensor maps", "tensor maps, four stages")
+FOR_MANY = ("long tails", "four stages", "pointers")
 
 
 def float8(args, facts, record):

@@ -1,28 +1,23 @@
-/* Bulk rounds: rows stored straight to their final place, terms stored back where the owner's gathered rows were, flags that hold
- * the number of the round.
+/* Bulk rounds: rows stored straight to their final place, arrival counters that hold the number of the round.
  *
  * N ranks run steps for ever. Each step: one full exchange of counts (its own protocol is in slots.pml; here it is a
  * rendezvous), then ROUNDS rounds. In every step every rank brings rows (tokens 1) or none (0), and the step is bulk or goes
- * through slots: those rounds count too but touch neither rows nor flags here.
+ * through slots: those rounds count too but touch neither rows nor counters here.
  *
- * Memory as in slots.pml: stores to different addresses become visible in any order. A flag is stored with release: it
+ * Memory as in slots.pml: stores to different addresses become visible in any order. A counter is stored with release: it
  * becomes visible only after all that its rank has stored before. A store of one step is visible before its rank enters the next
- * (else a flag that nobody waits for could be on its way for a whole range of epochs). Flags hold the round modulo EPOCHS (2**32 in the code).
- * A flag stands for those of all programs, and a term for all units of a combine.
- *
- * A place holds a row from one rank and then, in the same round, a term from another (with 2 ranks from the same).
+ * (else a counter that nobody waits for could be on its way for a whole range of epochs). Counters hold the round modulo EPOCHS (2**32 in the code).
  *
  * Rules (the same names in rules.py): send, signal.
  *
- * Checked: overwrote_unread_row (or term), read_stale_row (or term), and no deadlock.
+ * Checked: overwrote_unread_row, read_stale_row (rows and terms), and no deadlock.
  *
  * Variants:
  *   ALWAYS, NEVER      sets of ranks that always bring rows, or never: fewer states
- *   MAX_SLOT_ROUNDS    at most so many rounds in a row go through slots: a flag may be that old when it is looked at
- *   SOLO_AFTER_STEP    after the last combine of a step a rank runs a step alone, in its own memory, without any exchange
- *   UNORDERED_SIGNAL   flags are ordinary stores (a bug to be found)
- *   NO_READY           terms are pushed without asking whether the owner's rows were read (a bug to be found)
- *   NO_SUMMED            a rank goes on before the others have summed (a bug to be found)
+ *   AT_LEAST           a counter is compared as "not behind, by less than half the range", and not for equality
+ *   MAX_SLOT_ROUNDS    at most so many rounds in a row go through slots: a counter may be that old when it is looked at
+ *   WRITE_AFTER_STEP   after the last combine of a step a rank writes its terms without any exchange (a bug to be found)
+ *   UNORDERED_SIGNAL   the counter is an ordinary store (a bug to be found)
  */
 #ifndef N
 #define N 2
@@ -38,8 +33,9 @@
 #endif
 
 #define AT(dst, src) ((dst) * N + (src))
+#define DISPATCH 0
+#define COMBINE 1
 #define NOTHING 255
-#define SOLO 254
 
 /* Sets of ranks, as bits: which always bring rows, which never. */
 #ifndef ALWAYS
@@ -50,25 +46,21 @@
 #endif
 #define CHOOSE_TOKENS if :: !((NEVER >> me) & 1) -> tokens = 1 :: !((ALWAYS >> me) & 1) -> tokens = 0 fi
 
-/* The truth about a row is the round that it belongs to, which does not repeat with the flags: modulo twice their range. */
-#define TRUE_ROUNDS (2 * EPOCHS)
-#define ROW(round) (round)
-#define TERM(round) (TRUE_ROUNDS + (round))
-
-/* Where a term from src lies at dst: in the place of another rank's row, if there is another. */
-#if N == 2
-#define TERM_PLACE(dst, src) AT(dst, src)
+#ifdef AT_LEAST
+#define REACHED(counter, wanted) (((counter) + EPOCHS - (wanted)) % EPOCHS < EPOCHS / 2)
 #else
-#define TERM_PLACE(dst, src) AT(dst, 3 - (dst) - (src))
+#define REACHED(counter, wanted) ((counter) == (wanted))
 #endif
 
-byte cell[N * N];     /* [dst][src] what lies there */
-bool unread[N * N];
-byte row_sent[N * N], term_sent[N * N]; /* [dst][src] not visible yet, or NOTHING */
+/* The truth about a row is the round that it belongs to, which does not repeat with the counters: modulo twice their range. */
+#define TRUE_ROUNDS (2 * EPOCHS)
+
+byte row[N * N];      /* [dst][src] gathered row: the true round of its contents */
+byte row_sent[N * N]; /* not visible yet, or NOTHING */
+bool row_unread[N * N];
+byte terms[N * N];    /* [holder][owner] term: the true round; written and fetched in the holder's memory */
 byte arrived[N * N], arrived_sent[N * N];
 byte ready[N * N], ready_sent[N * N];
-byte pushed[N * N], pushed_sent[N * N];
-byte summed[N * N], summed_sent[N * N];
 byte entered;         /* ranks that have entered the exchange of counts; the last one opens it */
 bool opened;
 byte passed;
@@ -78,33 +70,25 @@ byte slot_rounds;     /* how many of those there have been in a row */
 
 bool overwrote_unread_row, read_stale_row;
 
-/* What a rank has sent and is not visible yet. A signal waits for rows and terms. */
+/* Rows that a rank has sent and that are not visible yet. A signal waits for them. */
 #if N == 2
 #define LANDED(places, src) (places[AT(0, src)] == NOTHING && places[AT(1, src)] == NOTHING)
 #else
 #define LANDED(places, src) (places[AT(0, src)] == NOTHING && places[AT(1, src)] == NOTHING && places[AT(2, src)] == NOTHING)
 #endif
-#define ALL_LANDED(src) (LANDED(row_sent, src) && LANDED(term_sent, src) && LANDED(arrived_sent, src) && \
-    LANDED(ready_sent, src) && LANDED(pushed_sent, src) && LANDED(summed_sent, src))
+#define ALL_LANDED(src) (LANDED(row_sent, src) && LANDED(arrived_sent, src) && LANDED(ready_sent, src))
 #ifdef UNORDERED_SIGNAL
 #define RELEASED(src) true
 #else
-#define RELEASED(src) (LANDED(row_sent, src) && LANDED(term_sent, src))
+#define RELEASED(src) LANDED(row_sent, src)
 #endif
 
-#define PUT(place, value) \
-    overwrote_unread_row = unread[place]; assert(!overwrote_unread_row); \
-    cell[place] = value; unread[place] = true
-
-#define FLAG_LANDS(flags, sent, i) atomic { sent[i] != NOTHING && RELEASED((i) % N) -> flags[i] = sent[i]; sent[i] = NOTHING }
-
 #define LANDS(i) \
-    :: atomic { row_sent[i] != NOTHING -> PUT(i, row_sent[i]); row_sent[i] = NOTHING } \
-    :: atomic { term_sent[i] != NOTHING -> PUT(TERM_PLACE((i) / N, (i) % N), term_sent[i]); term_sent[i] = NOTHING } \
-    :: FLAG_LANDS(arrived, arrived_sent, i) \
-    :: FLAG_LANDS(ready, ready_sent, i) \
-    :: FLAG_LANDS(pushed, pushed_sent, i) \
-    :: FLAG_LANDS(summed, summed_sent, i)
+    :: atomic { row_sent[i] != NOTHING -> \
+        overwrote_unread_row = row_unread[i]; assert(!overwrote_unread_row); \
+        row[i] = row_sent[i]; row_sent[i] = NOTHING; row_unread[i] = true } \
+    :: atomic { arrived_sent[i] != NOTHING && RELEASED((i) % N) -> arrived[i] = arrived_sent[i]; arrived_sent[i] = NOTHING } \
+    :: atomic { ready_sent[i] != NOTHING -> ready[i] = ready_sent[i]; ready_sent[i] = NOTHING }
 
 proctype Wires() {
 end:
@@ -118,52 +102,13 @@ end:
 }
 
 /* A later signal to the same place may overtake an earlier one only by replacing it: stores to one address keep their order. */
-#define SIGNAL(flags) \
+#define SIGNAL(counters, epoch) \
     peer = 0; \
     do \
-    :: peer < N && peer != me -> flags[AT(peer, me)] = EPOCH; peer++ \
+    :: peer < N && peer != me -> counters[AT(peer, me)] = epoch; peer++ \
     :: peer == me -> peer++ \
     :: peer == N -> peer = 0; break \
     od
-
-/* Waits for the flags of the peers for which `wanted` holds. */
-#define AWAIT(flags, wanted, epoch) \
-    do \
-    :: atomic { peer < N && peer != me && (wanted) && flags[AT(me, peer)] == (epoch) -> peer++ } \
-    :: atomic { peer < N && (peer == me || !(wanted)) -> peer++ } \
-    :: atomic { peer == N -> peer = 0; break } \
-    od
-
-#define SEND(sent, wanted, value) \
-    peer = 0; \
-    do \
-    :: peer < N && peer != me -> \
-        if \
-        :: (wanted) -> \
-            overwrote_unread_row = (sent[AT(peer, me)] != NOTHING); assert(!overwrote_unread_row); \
-            sent[AT(peer, me)] = value \
-        :: else \
-        fi; \
-        peer++ \
-    :: peer == me -> peer++ \
-    :: peer == N -> peer = 0; break \
-    od
-
-#define READ(place, wanted, value) \
-    peer = 0; \
-    do \
-    :: peer < N -> \
-        if \
-        :: peer != me && (wanted) -> \
-            read_stale_row = (cell[place] != value); assert(!read_stale_row); \
-            unread[place] = false; cell[place] = NOTHING \
-        :: else \
-        fi; \
-        peer++ \
-    :: peer == N -> peer = 0; break \
-    od
-
-#define IS_BUSY (busy & (1 << peer))
 
 inline next_round() {
     round = (round + 1) % EPOCHS;
@@ -173,7 +118,7 @@ inline next_round() {
 #define EPOCH ((round + 1) % EPOCHS)
 
 proctype Rank(byte me) {
-    byte round, true_round, rounds_done, tokens, peer;
+    byte round, true_round, done, tokens, peer;
     do
     :: true ->
         CHOOSE_TOKENS;
@@ -194,40 +139,66 @@ proctype Rank(byte me) {
         :: atomic { !is_bulk -> next_round() }
         :: is_bulk ->
             do
-            :: rounds_done < ROUNDS ->
-                /* dispatch: rows to every peer, then the flag; wait for those that bring rows */
-                atomic { SEND(row_sent, tokens, ROW(true_round)); SIGNAL(arrived_sent) };
-                AWAIT(arrived, IS_BUSY, EPOCH);
-                /* The experts read everybody's rows. */
-                atomic { READ(AT(me, peer), IS_BUSY, ROW(true_round)) };
-                /* combine: terms to every owner that says so, then the flag; an owner waits for every rank, sums,
-                 * and says so: nobody goes on before */
-                atomic { SIGNAL(ready_sent) };
-#ifndef NO_READY
-                AWAIT(ready, IS_BUSY, EPOCH);
-#endif
-                atomic { SEND(term_sent, IS_BUSY, TERM(true_round)); SIGNAL(pushed_sent) };
-                AWAIT(pushed, tokens, EPOCH);
-                atomic { READ(TERM_PLACE(me, peer), tokens, TERM(true_round)); SIGNAL(summed_sent) };
-#ifndef NO_SUMMED
-                AWAIT(summed, IS_BUSY, EPOCH);
-#endif
-                atomic { next_round(); rounds_done++ }
-            :: atomic { rounds_done == ROUNDS -> rounds_done = 0; break }
+            :: done < ROUNDS ->
+                /* dispatch: rows to every peer, then the counter; wait for those that bring rows */
+                atomic {
+                    peer = 0;
+                    do
+                    :: peer < N && peer != me ->
+                        if
+                        :: tokens ->
+                            overwrote_unread_row = (row_sent[AT(peer, me)] != NOTHING); assert(!overwrote_unread_row);
+                            row_sent[AT(peer, me)] = true_round
+                        :: else
+                        fi;
+                        peer++
+                    :: peer == me -> peer++
+                    :: peer == N -> peer = 0; break
+                    od;
+                    SIGNAL(arrived_sent, EPOCH)
+                };
+                do
+                :: atomic { peer < N && peer != me && (busy & (1 << peer)) && REACHED(arrived[AT(me, peer)], EPOCH) -> peer++ }
+                :: atomic { peer < N && (peer == me || !(busy & (1 << peer))) -> peer++ }
+                :: atomic { peer == N -> peer = 0; break }
+                od;
+                /* The experts read everybody's rows, and write their terms where owners fetch them. */
+                atomic {
+                    do
+                    :: peer < N ->
+                        if
+                        :: peer != me && (busy & (1 << peer)) ->
+                            read_stale_row = (row[AT(me, peer)] != true_round); assert(!read_stale_row);
+                            row_unread[AT(me, peer)] = false; row[AT(me, peer)] = NOTHING
+                        :: else
+                        fi;
+                        terms[AT(me, peer)] = true_round;
+                        peer++
+                    :: peer == N -> peer = 0; break
+                    od
+                };
+                /* combine: the counter, after the terms; an owner waits for every rank and fetches */
+                atomic { SIGNAL(ready_sent, EPOCH) };
+                do
+                :: atomic { peer < N && peer != me && tokens && REACHED(ready[AT(me, peer)], EPOCH) -> peer++ }
+                :: atomic { peer < N && (peer == me || !tokens) -> peer++ }
+                :: atomic { peer == N -> peer = 0; break }
+                od;
+                do
+                :: atomic { peer < N && peer != me && tokens ->
+                    read_stale_row = (terms[AT(peer, me)] != true_round); assert(!read_stale_row); peer++ }
+                :: atomic { peer < N && (peer == me || !tokens) -> peer++ }
+                :: atomic { peer == N -> peer = 0; break }
+                od;
+                atomic { next_round(); done++ }
+            :: atomic { done == ROUNDS -> done = 0; break }
             od
         fi;
-#ifdef SOLO_AFTER_STEP
+#ifdef WRITE_AFTER_STEP
+        /* E.g. a warm-up of this rank alone, whose experts write into the same terms. */
         atomic {
             do
-            :: peer < N ->
-                overwrote_unread_row = unread[AT(me, peer)]; assert(!overwrote_unread_row);
-                cell[AT(me, peer)] = SOLO; peer++
-            :: peer == N -> peer = 0; break
-            od
-        };
-        atomic {
-            do
-            :: peer < N -> read_stale_row = (cell[AT(me, peer)] != SOLO); assert(!read_stale_row); peer++
+            :: peer < N -> terms[AT(me, peer)] = NOTHING; peer++
             :: peer == N -> peer = 0; break
             od
         }
@@ -240,8 +211,7 @@ init {
         byte i = 0;
         do
         :: i < N * N ->
-            cell[i] = NOTHING; row_sent[i] = NOTHING; term_sent[i] = NOTHING;
-            arrived_sent[i] = NOTHING; ready_sent[i] = NOTHING; pushed_sent[i] = NOTHING; summed_sent[i] = NOTHING; i++
+            row[i] = NOTHING; row_sent[i] = NOTHING; terms[i] = NOTHING; arrived_sent[i] = NOTHING; ready_sent[i] = NOTHING; i++
         :: else -> break
         od;
         run Wires();

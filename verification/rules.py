@@ -22,7 +22,7 @@ class Event:
     Attributes:
         kind: launch, count, send, take, restore or signal.
         place: where: for a launch its kind ("counts", "dispatch", "experts", "combine"), else (region, holder, source, ...).
-        value: of a count (step, num_tokens), of a signal (epoch, units).
+        value: of a count (step, num_tokens), of a signal the epoch.
     """
 
     kind: str
@@ -80,7 +80,7 @@ class Replay:
         self._counts: dict[tuple[int, int, int], tuple[Launch, int]] = {}
         self._count_places: dict[Hashable, int] = {}
         self._signals: dict[tuple[str, int, int], list[tuple[int, Launch]]] = defaultdict(list)
-        self._contents: dict[Hashable, tuple[str, int]] = {}
+        self._rows: dict[Hashable, int] = {}
         self.replayed: dict[str, int] = defaultdict(int)
 
     def run(self) -> dict[str, int]:
@@ -136,23 +136,16 @@ class Replay:
             for peer in peers:
                 sent_in, state.tokens[peer] = self._counts[peer, rank, state.step]
                 self._learn(state, peer, sent_in)
-        elif launch.kind in ("dispatch", "combine") and self._is_bulk(state):
-            mine = state.tokens[rank] > 0
-            busy = [peer for peer in peers if state.tokens[peer]]
-            waits = [("arrived", busy)] if launch.kind == "dispatch" else [("pushed", peers if mine else []), ("summed", busy)]
-            wanted = [(region, peer) for region, waited_for in waits for peer in waited_for]
-            signals = [(region, peer, self._signal_of(region, rank, peer, launch.round + 1)) for region, peer in wanted]
-            if any(signal is None for _, _, signal in signals):
+        elif launch.kind in ("dispatch", "combine") and max(state.tokens.values()) > self._slot_rows:
+            region = "arrived" if launch.kind == "dispatch" else "ready"
+            waited_for = [peer for peer in peers if state.tokens[peer if region == "arrived" else rank]]
+            signals = {peer: self._signal_of(region, rank, peer, launch.round + 1) for peer in waited_for}
+            if None in signals.values():
                 return False
-            for region, peer, signal in signals:
+            for peer, signal in signals.items():
                 assert signal is not None
                 self._learn(state, peer, signal)
-                if region == "summed":  # sent last of all
-                    state.received[peer] = max(state.received[peer], signal.number)
         return True
-
-    def _is_bulk(self, state: _Rank) -> bool:
-        return max(state.tokens.values()) > self._slot_rows
 
     def _signal_of(self, region: str, rank: int, peer: int, epoch: int) -> Launch | None:
         return next((launch for value, launch in self._signals[region, rank, peer] if value == epoch), None)
@@ -199,26 +192,16 @@ class Replay:
                     f"is in {word.freed_in}"
                 )
             self._words[event.place] = _Word(rank, launch)
-        else:  # a row, or during a combine a term, straight to its place
-            if launch.kind == "combine":
-                ready = self._signal_of("ready", rank, holder, launch.round + 1)
-                if ready is None:
-                    return False
-                launch.known[holder] = max(launch.known[holder], ready.number - 1)
-            self._check_was_read(rank, launch, event.place, holder)
-            self._contents[event.place] = (launch.kind, launch.round)
+        else:  # a gathered row, straight to its place: its last reader is the experts before the holder's next combine
+            read_in = self._rows.get(event.place)
+            if read_in is not None:
+                experts = [each for each in self._ranks[holder].launches if each.kind == "experts" and each.round == read_in]
+                if not experts or launch.known[holder] < experts[0].number:
+                    raise Violation(
+                        f"overwrote_unread_row: rank {rank} in round {launch.round} over round {read_in} at {event.place}"
+                    )
+            self._rows[event.place] = launch.round
         return True
-
-    def _check_was_read(self, rank: int, launch: Launch, place: Hashable, holder: int) -> None:
-        """Rows are read by the holder's experts of that round, terms by its combine."""
-        kind, number = self._contents.get(place, ("", -1))
-        if not kind:
-            return
-        reader = "experts" if kind == "dispatch" else "combine"
-        launches = [each for each in self._ranks[holder].launches if each.kind == reader and each.round == number]
-        if not launches or launch.known[holder] < launches[0].number:
-            name = "overwrote_unread_row" if kind == "dispatch" else "overwrote_unread_term"
-            raise Violation(f"{name}: rank {rank} in {launch.kind} of round {launch.round} over round {number} at {place}")
 
     def _may_still_be_freed(self, holder: int, word: _Word) -> bool:
         """The replay lets a sender run before the receiver; a restore may only not have been replayed yet."""

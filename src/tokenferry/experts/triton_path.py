@@ -272,7 +272,6 @@ def _gemm_spec(variant: Variant, tiles: Tiles, is_first: bool, pdl: int) -> Kern
         ("BM", tiles.rows),
         ("BN", tiles.columns),
         ("BD", tiles.depth),
-        ("WARM", _warm_lines(tiles, strides, depth, variant.weight_dtype)),
         ("LANES", triton.next_power_of_2(variant.num_local_experts)),
         ("UPCAST", wire.INTERPRETED),
         ("PDL", pdl),
@@ -280,12 +279,6 @@ def _gemm_spec(variant: Variant, tiles: Tiles, is_first: bool, pdl: int) -> Kern
     types = (("DTYPE", variant.dtype), ("WEIGHT", variant.weight_dtype))
     block = (1, 1, tiles.columns, tiles.depth) if has_map else ()
     return KernelSpec("gemm", types, constants, tiles.num_warps, tiles.num_stages, variant.aligned, block)
-
-
-def _warm_lines(tiles: Tiles, strides: tuple[int, ...], depth: int, dtype: torch.dtype) -> int:
-    """As the tiles say, but within a row, and only where rows lie in one piece. A power of two."""
-    lines = 0 if tiles.tensor_map else depth * dtype.itemsize // 128
-    return min(tiles.warm, 1 << lines.bit_length() - 1) if lines and strides[2] == 1 and not wire.INTERPRETED else 0
 
 
 def _num_sms(device: torch.device) -> int:

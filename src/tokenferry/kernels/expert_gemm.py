@@ -39,7 +39,6 @@ SIGNATURE = {
     "BM": "constexpr",
     "BN": "constexpr",
     "BD": "constexpr",
-    "WARM": "constexpr",
     "LANES": "constexpr",
     "UPCAST": "constexpr",
     "PDL": "constexpr",
@@ -277,7 +276,6 @@ def expert_gemm_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
-    WARM: tl.constexpr,
     LANES: tl.constexpr,
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
@@ -293,8 +291,7 @@ def expert_gemm_kernel(
         out: first product: activated [pairs, WIDTH] in the order of `pairs`. Second: row `pair` (r * K + slot), WIDTH columns.
         counts, offsets, pairs: of `expert_table_kernel`.
         WIDTH: columns of `out`; a GATED product has twice as many.
-        BM_FEW: where at most so many rows of an expert are left, the tile has so many, else BM. They are equal for one cut alone.
-        WARM: lines of 128 bytes of each weight row that are asked for before anything that waits (0: none).
+        BM_FEW: where at most so many rows of an expert are left, the tile has so many, else BM. Equal: one cut for all.
 
     Example:
         Experts [[1, 0], [0, 1]] and [[0, 2], [2, 0]], rows [1, 2] and [3, 4] at K = 1 that chose expert 1 and 0, no activation:
@@ -314,15 +311,6 @@ def expert_gemm_kernel(
     tiles = tl.where(served, (count + BM - 1) // BM, 0) * TILES_N
     ends = tl.cumsum(tiles, 0)
     total = tl.sum(tiles)
-    if WARM > 0:  # noqa: SIM102 - decided by the compiler
-        if tl.program_id(0) < total:
-            expert = tl.sum((ends <= tl.program_id(0)).to(tl.int32))
-            within = tl.program_id(0) - tl.sum(tl.where(lanes < expert, tiles, 0))
-            tiles_m = tl.sum(tl.where(lanes == expert, tiles, 0)) // TILES_N
-            column = columns_of((within // tiles_m) * BN, WIDTH, GATED, INTERLEAVED, BN)
-            b = weights + expert.to(tl.int64) * STRIDE_E + column[:, None].to(tl.int64) * STRIDE_N
-            LINE: tl.constexpr = 1024 // weights.dtype.element_ty.primitive_bitwidth
-            wire.warm(b + tl.arange(0, WARM)[None, :] * LINE)
     if not FIRST:
         wire.wait_for_previous_kernel(PDL)
         wire.let_next_kernel_start(PDL)
@@ -334,13 +322,13 @@ def expert_gemm_kernel(
         tiles_m = (num + BM - 1) // BM
         done = (within % tiles_m) * BM
         first_column = (within // tiles_m) * BN
-        if num - done <= BM_FEW:
+        if BM == BM_FEW or num - done <= BM_FEW:
             product_tile(
                 rows, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done, num - done, first_column,
                 K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, FIRST, GATED, INTERLEAVED, ACTIVATION, BIAS, SCALED, TENSOR_MAP,
                 BM_FEW, BN, BD, UPCAST,
             )  # fmt: skip
-        elif BM > BM_FEW:
+        else:
             product_tile(
                 rows, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done, num - done, first_column,
                 K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, FIRST, GATED, INTERLEAVED, ACTIVATION, BIAS, SCALED, TENSOR_MAP,

@@ -486,13 +486,6 @@ if not INTERPRETED:
             return word.to(tl.float32, bitcast=True), word.to(tl.float32, bitcast=True)
 
     @triton.jit
-    def warm(address):
-        """Asks for the 128 bytes at each address of this GPU's memory to come to the L2 cache; waits for nothing."""
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-    @triton.jit
     def wait_for_previous_kernel(PDL: tl.constexpr):
         """Programmatic dependent launch: nothing of the previous kernel is visible before this."""
         if PDL:
@@ -727,9 +720,6 @@ else:
         return tuple(_tensor(half, tl.float32) for half in halves)
 
     def wait_for_previous_kernel(PDL):
-        return
-
-    def warm(address):
         return
 
     let_next_kernel_start = wait_for_previous_kernel
