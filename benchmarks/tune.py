@@ -73,7 +73,7 @@ def measure(group, bench, hidden_size, count, tuning, slot_rows):
             step()
 
     median, spread = bench.time_graph(chain, 20)
-    record = {"H": hidden_size, "T": count, "warps": tuning.num_warps, "programs": transport._grid, "limit": tuning.max_programs, "unit": tuning.unit_blocks, "lag": tuning.lag_units,
+    record = {"H": hidden_size, "T": count, "warps": tuning.num_warps, "programs": transport._grid, "limit": tuning.max_programs,
               "slots": slot_rows, "us": round(median, 2), "spread": round(spread, 2)}  # fmt: skip
     differences = [
         name
@@ -169,14 +169,14 @@ def worker(group, grid, path):
 
 if __name__ == "__main__":
     rows = {
-        "small": itertools.product((7168, 2048), (1, 8, 32, 128), (192,), (2, 4, 8, 16), (1,), (1,)),
-        "slots": itertools.product((7168, 2048), (256, 512), (512,), (8, 16), (1,), (1,)),
-        "bulk": itertools.product((7168, 2048), (512, 4096), (192,), (16,), (1, 2, 4), (1, 2)),
+        "small": itertools.product((7168, 2048), (1, 8, 32, 128), (192,), (2, 4, 8, 16)),
+        "slots": itertools.product((7168, 2048), (256, 512), (512,), (8, 16)),
+        "bulk": itertools.product((7168, 2048), (512, 4096), (192,), (8, 16)),
     }
     names = sys.argv[2:] or list(rows)
     grid = [
-        (hidden, count, slots, Tuning(num_warps=warps, max_programs=264, unit_blocks=unit, lag_units=lag))
+        (hidden, count, slots, Tuning(num_warps=warps, max_programs=264))
         for name in names
-        for hidden, count, slots, warps, unit, lag in rows[name]
+        for hidden, count, slots, warps in rows[name]
     ]
     print(run_ranks(worker, 2, grid, sys.argv[1], backend="nccl", timeout_s=540))

@@ -25,7 +25,7 @@ DISPATCH = {
     "MULTICAST": 0, "MAX_PROGRAMS": 512, "PDL": 1,
 }  # fmt: skip
 COMBINE = {
-    "H": 7168, "PARTIAL": tl.bfloat16, "WIRE": tl.bfloat16, "OUT": tl.bfloat16, "WORDS": 4, "BLOCK": 256, "UNIT": 2, "LAG": 1,
+    "H": 7168, "PARTIAL": tl.bfloat16, "WIRE": tl.bfloat16, "OUT": tl.bfloat16, "WORDS": 4, "BLOCK": 256,
     "SWITCH_SUM": 0, "MAX_PROGRAMS": 512, "PDL": 1,
 }  # fmt: skip
 VARIANTS = {

@@ -12,9 +12,11 @@
  *
  * Checked: overwrote_unread_row, read_stale_row (rows and terms), and no deadlock.
  *
+ * A counter stands for the flags of all programs.
+ *
  * Variants:
  *   ALWAYS, NEVER      sets of ranks that always bring rows, or never: fewer states
- *   AT_LEAST           a counter is compared as "not behind, by less than half the range", and not for equality
+ *   AT_LEAST           a counter is compared as "not behind, by less than half the range", and not for equality (a bug to be found)
  *   MAX_SLOT_ROUNDS    at most so many rounds in a row go through slots: a counter may be that old when it is looked at
  *   WRITE_AFTER_STEP   after the last combine of a step a rank writes its terms without any exchange (a bug to be found)
  *   UNORDERED_SIGNAL   the counter is an ordinary store (a bug to be found)
@@ -195,7 +197,7 @@ proctype Rank(byte me) {
             od
         fi;
 #ifdef WRITE_AFTER_STEP
-        /* E.g. a warm-up of this rank alone, whose experts write into the same terms. */
+        /* E.g. a warm-up of this rank alone, if its experts wrote into the same terms. */
         atomic {
             do
             :: peer < N -> terms[AT(me, peer)] = NOTHING; peer++

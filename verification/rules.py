@@ -22,7 +22,7 @@ class Event:
     Attributes:
         kind: launch, count, send, take, restore or signal.
         place: where: for a launch its kind ("counts", "dispatch", "experts", "combine"), else (region, holder, source, ...).
-        value: of a count (step, num_tokens), of a signal the epoch.
+        value: of a count (step, num_tokens), of a signal (epoch, units).
     """
 
     kind: str

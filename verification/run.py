@@ -62,7 +62,6 @@ VARIANTS = (
     Variant("bug-torn-packet", "slots", "N=2 WORDS=2 PACKET TORN_TAKE", finds="read_stale_row"),
     Variant("bulk-2-ranks", "bulk", "N=2 MAX_SLOT_ROUNDS=1"),
     Variant("bulk-2-ranks-counters-wrap-as-late-as-they-can", "bulk", "N=2 MAX_SLOT_ROUNDS=2"),
-    Variant("bulk-2-ranks-at-least", "bulk", "N=2 AT_LEAST MAX_SLOT_ROUNDS=1"),
     Variant("bulk-3-ranks-one-empty", "bulk", "N=3 ROUNDS=1 MAX_SLOT_ROUNDS=0 EPOCHS=2 ALWAYS=2 NEVER=4", is_long=True),
     Variant("bulk-3-ranks-two-full", "bulk", "N=3 ROUNDS=1 MAX_SLOT_ROUNDS=0 EPOCHS=2 ALWAYS=3", is_long=True),
     Variant("bug-counter-half-a-range-old", "bulk", "N=2 AT_LEAST MAX_SLOT_ROUNDS=2", finds="read_stale_row"),

@@ -34,7 +34,7 @@ def record(group: tf.EPGroup, steps: list[StepCase]) -> tuple[int, list[Event]]:
         def place(address: int) -> tuple:
             holder = max((base, rank) for rank, base in enumerate(bases) if base <= address)[1]
             offset = address - bases[holder]
-            for region in ("counts", "ready", "arrived", "pushed", "summed", "dispatch_slots", "combine_slots", "hidden"):
+            for region in ("counts", "arrived", "ready", "dispatch_slots", "combine_slots", "hidden"):
                 start = getattr(layout, region).offset
                 if start <= offset < getattr(layout, region).end:
                     unit = slots.get(region, 0)
@@ -170,7 +170,7 @@ def test_a_packet_that_nobody_sent_cannot_be_taken() -> None:
         Replay([sender(1), receiver(2)], 192).run()
 
 
-# --- found by a model, when owners still fetched their terms --------------------------------------------------------------
+# --- found by the model "bug-terms-written-after-the-step": solo has terms of its own --------------------------------------
 
 
 def solo_while_a_peer_fetches(group: tf.EPGroup, rows: int) -> int:

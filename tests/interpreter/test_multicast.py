@@ -16,7 +16,7 @@ pytestmark = pytest.mark.interpreter
 INTERPRETER = {"TRITON_INTERPRET": "1"}
 
 
-def over_multicast(group: tf.EPGroup, steps: list[StepCase]) -> int:
+def over_multicast(group: tf.EPGroup, steps: list[StepCase], **settings: object) -> int:
     """`nvls` on a buffer whose own address stands for the multicast mapping: the interpreter stores to each rank in turn."""
     from tokenferry.memory import SymmetricBuffer
     from tokenferry.transports import symmetric
@@ -28,7 +28,7 @@ def over_multicast(group: tf.EPGroup, steps: list[StepCase]) -> int:
 
     symmetric.SymmetricBuffer = WithSwitch
     compared = 0
-    with tf.Workspace(Case().config, group, max_tokens_per_rank=1025, transport="nvls", timeout_s=20) as ws:
+    with tf.Workspace(Case().config, group, max_tokens_per_rank=1025, transport="nvls", timeout_s=20, **settings) as ws:
         assert ws.transport == "nvls"
         layers = [ws.dispatcher(), ws.dispatcher()]
         for step in steps:
@@ -47,6 +47,22 @@ def test_multicast_dispatch_gives_the_bits_of_the_reference() -> None:
         StepCase((4, 4, 4), real=(2, 0, 4)),
     ]
     assert run_ranks(over_multicast, 3, steps, env=INTERPRETER, timeout_s=90) == [2 * len(steps)] * 3
+
+
+def test_the_switch_sums_float32_terms_in_any_order() -> None:
+    """The interpreter's switch adds in rank order, so that even the bits are known."""
+    steps = [
+        StepCase((3, 0, 5)),
+        StepCase((0, 195, 2), own_buffer=True, layers=2),
+        StepCase((196, 0, 2), partial_dtype=torch.float32),
+        StepCase((1, 195, 3), partial_dtype=torch.float32, own_buffer=True),
+    ]
+    any_order = {"combine_dtype": torch.float32, "combine_order": "any"}
+    assert run_ranks(any_order_over_multicast, 3, steps, any_order, env=INTERPRETER, timeout_s=90) == [2 * len(steps)] * 3
+
+
+def any_order_over_multicast(group: tf.EPGroup, steps: list[StepCase], settings: dict) -> int:
+    return over_multicast(group, steps, **settings)
 
 
 def without_switch(group: tf.EPGroup) -> str:

@@ -132,12 +132,9 @@ class Rounds:
             **rows,
             "cast": buffer.multicast_address,
             "ready": layout.ready.offset,
-            "pushed": layout.pushed.offset,
-            "summed": layout.summed.offset,
             "slots": layout.combine_slots.offset,
             "slot_bytes": layout.combine_slot_bytes,
             "terms": layout.terms.offset,
-            "received": layout.hidden.offset,
         }
         return (
             counts,
@@ -145,9 +142,9 @@ class Rounds:
             {dtype: launch.bind(self._grid, **combine) for dtype, launch in kernels.combine.items()},
         )
 
-    def at(self, place: Place) -> Rounds:
-        """The same buffer and kernels, run from another place; for measurements."""
-        return Rounds(
+    def at(self, place: Place, kind: type[Rounds] | None = None) -> Rounds:
+        """The same buffer and kernels, run from another place: alone, or for measurements."""
+        return (kind or Rounds)(
             self._settings, self._step_tensors, self._buffer, self._layout, self._kernels, self._views, place, self._grid
         )
 
@@ -183,8 +180,6 @@ class Rounds:
     def combine_begin(self, partial: torch.Tensor) -> None:
         settings, num_rows = self._settings, self._num_supplied
         config = settings.config
-        if self._lies_where_terms_arrive(partial):
-            partial = self._views.terms_RH.copy_(partial)
         address = partial.data_ptr()
         if address % 16:
             partial = partial.clone()
@@ -194,11 +189,6 @@ class Rounds:
         self._combined = out
         is_in_place = address == self._terms_address and dtype == settings.combine_dtype
         self._combines[dtype](address, is_in_place, out.data_ptr(), num_rows, self._layer)
-
-    def _lies_where_terms_arrive(self, partial: torch.Tensor) -> bool:
-        """Whether peers' terms would overwrite the partial rows before they are read: gathered rows, combined as they are."""
-        hidden = self._layout.hidden
-        return hidden.offset <= partial.data_ptr() - self._buffer.address < hidden.end
 
     def combine_end(self) -> torch.Tensor:
         combined, self._combined = self._combined, None
@@ -216,6 +206,17 @@ class Rounds:
 
     def close(self) -> None:
         self._combined = None
+
+
+class Solo(Rounds):
+    """Rounds of this rank alone. The experts' terms go elsewhere: a slow peer may still fetch the last step's."""
+
+    def combine_input(self) -> torch.Tensor:
+        terms_RH = self._views.terms_RH
+        if terms_RH.data_ptr() == self._layout.terms.offset + self._buffer.address:
+            terms_RH = torch.empty_like(terms_RH)
+            self._views = Views(self._views.gathered, terms_RH)
+        return terms_RH
 
 
 class SymmetricTransport(Rounds):
@@ -259,8 +260,7 @@ class SymmetricTransport(Rounds):
         grid = min(group.channel.exchange(f"{settings.name}/loaded", wanted, settings.open_timeout_s))
         super().__init__(settings, step_tensors, buffer, layout, kernels, views, place, grid)
         self.name = "nvls" if multicast else "p2p"
-        alone = Place(0, 1, address + wire.SOLO_STATE, address + layout.solo_block.offset)
-        self._alone = Rounds(settings, step_tensors, buffer, layout, kernels, views, alone, grid)
+        self._alone = Place(0, 1, address + wire.SOLO_STATE, address + layout.solo_block.offset)
         is_cpu = group.device.type == "cpu"
         self._is_cpu = is_cpu
         self._record = ctypes.c_int64.from_address(address if is_cpu else self._mirror.data_ptr())
@@ -283,7 +283,7 @@ class SymmetricTransport(Rounds):
         self._raise_after()
 
     def solo(self) -> Rounds:
-        return self._alone
+        return self.at(self._alone, Solo)
 
     # --- peers ------------------------------------------------------------------------------------------------------
 
@@ -347,7 +347,7 @@ class SymmetricTransport(Rounds):
                 torch.cuda.synchronize(device)
         self._record = ctypes.c_int64(0)
         self._buffer.close()
-        self._views = self._alone._views = _no_views()
+        self._views = _no_views()
 
 
 def load_kernels(settings: TransportSettings, tuning: Tuning, multicast: bool) -> Kernels:
@@ -384,8 +384,6 @@ def load_kernels(settings: TransportSettings, tuning: Tuning, multicast: bool) -
             "OUT": DTYPES[config.dtype],
             "WORDS": 4 if wire_bytes % 16 == 0 else 2,
             "BLOCK": tuning.block,
-            "UNIT": tuning.unit_blocks,
-            "LAG": tuning.lag_units,
             "SWITCH_SUM": int(switch_sum),
             "MAX_PROGRAMS": MAX_PROGRAMS,
             "PDL": pdl,

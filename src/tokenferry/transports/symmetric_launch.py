@@ -39,14 +39,10 @@ class Tuning:
     Attributes:
         num_warps: of a dispatch or combine program; each thread handles one packet at a time.
         max_programs: most programs of a launch.
-        unit_blocks: blocks of a bulk combine that a program pushes before it tells the owner.
-        lag_units: units that it has pushed before it sums the first.
     """
 
     num_warps: int
     max_programs: int
-    unit_blocks: int = 2
-    lag_units: int = 1
 
     @property
     def block(self) -> int:

@@ -50,13 +50,10 @@ class Layout:
 
     Attributes:
         counts: count packets, [2 parities][source rank].
-        ready: flags of bulk combines, [owner]: its gathered rows may be overwritten with terms.
-        arrived, pushed, summed: flags of bulk rounds, [source rank][program]: dispatch rows are there; so many units of combine
-            terms are there; the terms were summed, and may be overwritten with rows.
+        arrived, ready: flags of bulk rounds, [source rank][program]: dispatch rows are there; combine terms may be fetched.
         block, solo_block: the step's counts for the kernels.
         dispatch_slots, combine_slots: [2 parities][source, this rank left out], of `slot_rows` rows each.
-        hidden: the gathered rows; during a bulk combine also the terms of this rank's rows, [source, this rank left out][T].
-        topk_idx, topk_weights: of the gathered rows. terms: the combine input.
+        hidden, topk_idx, topk_weights: the gathered rows. terms: the combine input.
     """
 
     slot_rows: int
@@ -64,10 +61,8 @@ class Layout:
     dispatch_slot_bytes: int
     combine_slot_bytes: int
     counts: Region
-    ready: Region
     arrived: Region
-    pushed: Region
-    summed: Region
+    ready: Region
     block: Region
     solo_block: Region
     dispatch_slots: Region
@@ -125,18 +120,15 @@ def plan(
     combine_slot_bytes = _round_up(slot_rows * wire_row_bytes, 16)
     is_ever_bulk = max_tokens_per_rank > slot_rows
     flag_bytes = ep_size * MAX_PROGRAMS * FLAG_BYTES if is_ever_bulk else 0
-    received_bytes = (ep_size - 1) * max_tokens_per_rank * wire_row_bytes if is_ever_bulk else 0
     sizes = {
         "counts": 2 * ep_size * COUNT_PACKET_BYTES,
-        "ready": ep_size * FLAG_BYTES,
         "arrived": flag_bytes,
-        "pushed": flag_bytes,
-        "summed": flag_bytes,
+        "ready": flag_bytes,
         "block": (2 + 2 * ep_size) * 4,
         "solo_block": 4 * 4,
         "dispatch_slots": 2 * num_slots * dispatch_slot_bytes,
         "combine_slots": 2 * (ep_size - 1) * combine_slot_bytes,
-        "hidden": max(rows * row_bytes, received_bytes),
+        "hidden": rows * row_bytes,
         "topk_idx": rows * config.topk * index_dtype.itemsize,
         "topk_weights": rows * config.topk * 4,
         "terms": rows * wire_row_bytes,
