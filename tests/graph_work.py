@@ -20,7 +20,7 @@ from tokenferry.shared_experts import SharedExperts, SharedExpertsConfig
 
 H, LATENT, INTERMEDIATE, E, K = 64, 32, 48, 7, 3
 POOL = 320
-TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
 """Of the largest expected number; bfloat16 rounds products, activation, each rank's term, and the sum with the row itself."""
 
 
@@ -98,7 +98,7 @@ class Forward:
     def __init__(self, setup: Setup, ws: tf.Workspace) -> None:
         model = Model(setup)
         self.setup, self.ws = setup, ws
-        self.expected = model.expected(setup)
+        self.expected = model.expected(setup).detach()
         self.pool = model.pool.to(ws.device)
         self.layers = [model.layer(setup, ws) for _ in range(setup.layers)]
         self.draft = model.layer(setup, ws) if setup.draft else None

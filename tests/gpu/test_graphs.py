@@ -112,7 +112,7 @@ def sync_is_an_error():
 
 
 def begin_without_waiting(group: tf.EPGroup) -> int:
-    setup = Setup(transport="p2p", dtype=BF16, shared=True, overlap="stream", layers=2)
+    setup = Setup(transport="p2p", dtype=BF16, shared=True, overlap="stream")
     with open_workspace(group, setup) as ws:
         forward = Forward(setup, ws)
         runner = GraphRunner(ws, forward, setup.buckets, inputs=[forward.pool])
@@ -123,7 +123,7 @@ def begin_without_waiting(group: tf.EPGroup) -> int:
             for _ in range(20):
                 runner.begin(rows)  # only `end` waits
         output = runner.end()
-        assert forward.error(output, torch.arange(100)) < 2 * TOLERANCE[BF16]
+        assert forward.error(output, torch.arange(100)) < TOLERANCE[BF16]
         return memory(ws.device) - before
 
 

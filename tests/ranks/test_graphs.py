@@ -8,7 +8,7 @@ import torch
 import tokenferry as tf
 from graph_work import ALL_PAIRS, Forward, Setup, check_steps, expected_bucket, open_workspace, run_steps
 from tokenferry.graphs import GraphRunner
-from tokenferry.testing import run_ranks
+from tokenferry.testing import run_ranks, same_bits
 
 pytestmark = pytest.mark.ranks
 
@@ -44,6 +44,25 @@ def test_one_rank_needs_nobody() -> None:
 def test_500_random_steps_in_constant_memory() -> None:
     for used in run_ranks(run_steps, 2, Setup(shared=True), random_steps(7, 500, 2), timeout_s=280):
         assert max(used["memory"][4:]) - max(used["memory"][:4]) < 16 << 20, used["memory"]
+
+
+def overlap_bits(group: tf.EPGroup, transport: str) -> list[torch.Tensor]:
+    outputs = []
+    for overlap in ("off", "between", "stream"):
+        setup = Setup(transport=transport, dtype=torch.bfloat16, shared=True, latent=True, overlap=overlap, capacity=8)
+        with open_workspace(group, setup) as ws:
+            forward = Forward(setup, ws)
+            ws.begin_step(3 + group.rank)
+            outputs.append(forward(forward.pool[: 3 + group.rank]))
+    return outputs
+
+
+@pytest.mark.parametrize("transport", ["collective", pytest.param("p2p", marks=pytest.mark.interpreter)])
+def test_every_overlap_gives_the_same_bits(transport: str) -> None:
+    env = {"TRITON_INTERPRET": "1"} if transport == "p2p" else {}
+    for off, between, stream in run_ranks(overlap_bits, 2, transport, env=env):
+        assert same_bits(off, between)
+        assert same_bits(off, stream)
 
 
 # --- idle ranks -----------------------------------------------------------------------------------------------------------
