@@ -156,6 +156,44 @@ def test_every_property_is_asserted(held) -> None:
     assert set(held) == set(PROPERTIES)
 
 
+# --- prepared ahead -------------------------------------------------------------------------------------------------------
+
+
+def prepared(group: tf.EPGroup) -> dict[str, bool]:
+    """What `prepare` loads is all that steps ask for, and layers share it."""
+    config = tf.MoEConfig(hidden_size=32, num_experts=7, topk=3)
+    shape = ExpertsConfig(hidden_size=32, intermediate_size=24, num_experts=7)
+    held = {}
+    with tf.Workspace(config, group, max_tokens_per_rank=5, transport="p2p") as ws:
+        stacks = [Experts(shape, group.expert_range(7)) for _ in range(2)]
+        for experts in stacks:
+            experts.prepare(ws)
+        scratch = stacks[0].scratch
+        held["one scratch"] = scratch is stacks[1].scratch
+        num_kernels, num_bytes = len(scratch.loaded), scratch.nbytes
+        layer = ws.dispatcher()
+        for count in (group.rank * 5, 3, 0):
+            ws.begin_step(count)
+            idx = torch.randint(7, (count, 3), dtype=torch.int32)
+            got = layer.dispatch(torch.randn(count, 32).bfloat16(), idx, torch.rand(count, 3))
+            expected = torch_path.run(
+                "trimmed", got, stacks[1].weights, stacks[1].expert_range.start, shape.activation, torch.empty(10, 32)
+            )
+            partial = stacks[1](got, out=layer.combine_input())
+            valid = int(got.valid_tokens)
+            close = (partial[:valid].float() - expected[:valid]).abs().max() <= 0.02 * expected.abs().max() if valid else True
+            held[f"T={count}"] = bool(close)
+            layer.combine(partial, got)
+        held["nothing was loaded or taken later"] = (len(scratch.loaded), scratch.nbytes) == (num_kernels, num_bytes)
+    held["closing lets go of it"] = not ws.attached
+    return held
+
+
+def test_prepare_loads_all_that_steps_ask_for() -> None:
+    for held in run_ranks(prepared, 2, env=INTERPRETER):
+        assert all(held.values()), held
+
+
 # --- float8 ---------------------------------------------------------------------------------------------------------------
 
 
