@@ -1,0 +1,355 @@
+"""What can befall a rank, and what every rank sees of it: one worker for gloo, for interpreted kernels and for GPUs.
+
+The faults come one after another in one workspace; a reset, and steps whose bits are checked, stand between them.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import tokenferry as tf
+from cases import settle
+from tokenferry.groups import EPGroup
+from tokenferry.testing import run_ranks, same_bits
+from tokenferry.testing.data import make_inputs
+
+CULPRIT = 1
+CONFIG = tf.MoEConfig(hidden_size=16, num_experts=8, topk=2)
+CAPACITY = 8
+SHARED = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What it is called, and what the others see: the error and the phases that it may have.
+
+    `blames_culprit` is False where ranks are at two places, and which one is off is not for them to know: whoever gives up first
+    names the other. All name the same one then.
+    """
+
+    name: str
+    error: str
+    phases: tuple[str, ...]
+    blames_culprit: bool = True
+    text: str = ""
+
+
+FAULTS = (
+    Fault("late", "PeerTimeoutError", ("not-entered",)),
+    Fault("stopped", "PeerTimeoutError", ("not-entered",)),
+    Fault("late-in-layer", "PeerTimeoutError", ("data-missing",)),
+    Fault("one-step-off", "PeerFailedError", ("counts-disagree", "not-entered", "data-missing"), False),
+    Fault("more-layers", "PeerFailedError", ("counts-disagree", "not-entered", "data-missing"), False),
+    Fault("raises", "PeerFailedError", ("data-missing",), text="ValueError: out of luck"),
+    Fault("other-shapes", "PeerFailedError", ("data-missing",), text="ShapeError: partial must have shape"),
+    Fault("out-of-memory", "PeerFailedError", ("data-missing",), text="memory"),
+    Fault("ctrl-c", "PeerFailedError", ("data-missing",), text="KeyboardInterrupt"),
+)
+KILLED = Fault("killed", "any", ("not-entered", "data-missing"))
+STOPPED_WHILE_SENDING = Fault("stopped-while-sending", "PeerTimeoutError", ("not-entered", "data-missing"))
+"""Woken after the others have given up, it goes on to store what it was about to: in the interpreter alone."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where the faults happen, and how long ranks wait."""
+
+    transport: str
+    backend: str = "gloo"
+    timeout_s: float = 1.5
+    right_steps: int = 20
+    env: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rank saw."""
+
+    fault: str
+    pid: int
+    error: str
+    rank: int
+    phase: str
+    text: str
+    waited_s: float
+    right_steps: int
+
+
+# --- steps --------------------------------------------------------------------------------------------------------------
+
+
+def one_step(
+    ws: tf.Workspace, dispatchers: Sequence[tf.Dispatcher], seed: int, between: Callable[[], object] | None = None
+) -> bool:
+    """One step with a check of the bits; `between` is called between the first dispatch and its combine."""
+    tokens = [(3 * rank + seed) % 5 for rank in range(ws.group.size)]
+    rank, num_valid = ws.group.rank, sum(tokens)
+    ws.begin_step(tokens[rank])
+    compared = []
+    for layer, dispatcher in enumerate(dispatchers):
+        inputs = make_inputs(CONFIG, tokens, seed=seed * 7 + layer)
+        own = inputs[rank]
+        got = dispatcher.dispatch(*(each.to(ws.device) for each in (own.hidden, own.topk_idx, own.topk_weights)))
+        gathered = got.hidden[:num_valid].clone()
+        if between is not None:
+            between()
+        partial = torch.full((got.hidden.shape[0], CONFIG.hidden_size), torch.nan, dtype=CONFIG.dtype, device=ws.device)
+        partial[:num_valid] = own.partial.to(ws.device)
+        out = dispatcher.combine(partial, got)
+        wanted = tf.reference.combine([each.partial for each in inputs], tokens, CONFIG.dtype, CONFIG.dtype)[rank]
+        compared += [(gathered, torch.cat([each.hidden for each in inputs])), (out, wanted)]
+    finish(ws)
+    return all(same_bits(got.cpu(), wanted) for got, wanted in compared)
+
+
+def finish(ws: tf.Workspace) -> None:
+    """What a caller does before it trusts results."""
+    settle(ws)
+    ws.check()
+
+
+def go_on(ws: tf.Workspace, dispatchers: Sequence[tf.Dispatcher], group: tf.EPGroup, count: int, late_stores: bool) -> int:
+    """Resets and counts right steps. With `late_stores` this rank meanwhile stores into what it still has mapped of the others'."""
+    buffer = getattr(ws._transport, "_buffer", None)
+    old = [buffer.of_peer(rank) for rank in range(ws.group.size) if rank != ws.group.rank] if buffer and late_stores else []
+    kept = (buffer._handle, list(buffer._tensors)) if old else None  # the mapping, as in a process that knows of no reset
+    ws.reset(group=group, timeout_s=30)
+    right = 0
+    for seed in range(count):
+        for region in old:
+            region.fill_(0 if seed % 2 else 0x5A)
+        right += one_step(ws, dispatchers, seed)
+    del kept
+    return right
+
+
+# --- faults -------------------------------------------------------------------------------------------------------------
+
+
+def out_of_luck() -> None:
+    raise ValueError("out of luck")
+
+
+def interrupted() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(20)
+
+
+def crash(fault: str, ws: tf.Workspace, dispatcher: tf.Dispatcher) -> Callable[[], object] | None:
+    """What goes wrong between dispatch and combine, if that is the fault."""
+    return {
+        "raises": out_of_luck,
+        "other-shapes": lambda: dispatcher.combine(torch.zeros(3, 2, dtype=CONFIG.dtype, device=ws.device)),
+        "out-of-memory": lambda: torch.empty(2**52, dtype=torch.uint8, device=ws.device),
+        "ctrl-c": interrupted,
+    }.get(fault)
+
+
+def resume_after(seconds: float) -> None:
+    """A process that continues this one, which is about to be stopped."""
+    subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
+
+
+def stop_for(seconds: float) -> None:
+    resume_after(seconds)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def stop_at_a_send(ws: tf.Workspace, seconds: float) -> None:
+    """The next packet but a few that this rank's kernels send waits until the process has been stopped and woken."""
+    from tokenferry.kernels import wire
+
+    class StopsOnce(wire.Observer):
+        sends = 0
+
+        def event(self, kind: str, addresses: object) -> None:
+            if kind == "send":
+                self.sends += 1
+                if self.sends == 2:
+                    stop_for(seconds)
+
+    ws._transport.kept_by_test = observer = StopsOnce()
+    ws._transport.observe(observer)
+
+
+def culprit_acts(fault: str, ws: tf.Workspace, dispatchers: Sequence[tf.Dispatcher]) -> None:
+    used, late_s = dispatchers[:2], 1.5 * ws.timeout_s + 1
+    between = crash(fault, ws, dispatchers[0])
+    if between is not None:
+        try:
+            one_step(ws, used, 3, between)
+        except tf.PeerError:
+            raise
+        except (ValueError, RuntimeError, KeyboardInterrupt) as error:
+            ws.fail(f"{type(error).__name__}: {error}")
+    elif fault == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault == "stopped":
+        stop_for(late_s)
+    elif fault == "stopped-while-sending":
+        stop_at_a_send(ws, late_s)
+    elif fault == "late":
+        time.sleep(late_s)
+    elif fault == "late-in-layer":
+        ws.begin_step((3 * ws.group.rank + 3) % 5)
+        settle(ws)
+        time.sleep(late_s)
+    elif fault == "one-step-off":
+        one_step(ws, dispatchers[:1], 3)  # leaves out the second layer, and so comes to the next step too early
+    elif fault == "more-layers":
+        one_step(ws, dispatchers, 3)
+    if fault not in ("one-step-off", "more-layers"):
+        one_step(ws, used, 3)
+    ws.begin_step(0)
+    finish(ws)
+
+
+def suffer(ws: tf.Workspace, dispatchers: Sequence[tf.Dispatcher], fault: str, steps: int) -> Outcome:
+    """One fault, the reset after it, and right steps."""
+    group = ws.group
+    assert all(one_step(ws, dispatchers[:2], seed) for seed in range(3))
+    start = time.monotonic()
+    try:
+        if group.rank == CULPRIT:
+            culprit_acts(fault, ws, dispatchers)
+        else:
+            one_step(ws, dispatchers[:2], 3)
+            ws.begin_step(0)
+            finish(ws)
+        raise AssertionError(f"{fault}: nothing was raised")
+    except tf.PeerError as caught:
+        error, waited_s = caught, time.monotonic() - start
+    with pytest.raises(type(error)):
+        ws.begin_step(1)  # it stays broken until the reset
+    alive = [rank for rank in range(group.size) if fault != "killed" or rank != CULPRIT]
+    survivors = group if len(alive) == group.size else group.subset(alive)
+    right = go_on(ws, dispatchers[:2], survivors, steps, late_stores=group.rank == CULPRIT)
+    return Outcome(fault, os.getpid(), type(error).__name__, error.rank, error.phase, str(error), waited_s, right)
+
+
+def suffer_all(group: tf.EPGroup, setting: Setting, faults: Sequence[str], folder: str) -> None:
+    """Writes what it saw to files, so that one rank's failure hides no other's outcome."""
+    Path(folder, f"pid-{group.rank}").write_text(str(os.getpid()))
+    with tf.Workspace(
+        CONFIG, group, max_tokens_per_rank=CAPACITY, transport=setting.transport, timeout_s=setting.timeout_s
+    ) as ws:
+        dispatchers = [ws.dispatcher() for _ in range(3)]
+        for fault in faults:
+            outcome = suffer(ws, dispatchers, fault, setting.right_steps)
+            Path(folder, f"{fault}-{group.rank}").write_text(repr(outcome))
+
+
+# --- what has to come of it -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """All ranks' outcomes, by fault and rank, and what the run left behind."""
+
+    world_size: int
+    timeout_s: float
+    right_steps: int
+    outcomes: dict[str, dict[int, Outcome]]
+    failure: str
+    orphans: tuple[int, ...]
+    left_in_shared_memory: tuple[str, ...]
+
+
+def bare_rank(rank: int, world_size: int, store_path: str, args: tuple) -> None:
+    setting = args[0]
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    if setting.backend == "nccl":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    suffer_all(EPGroup.from_store(dist.FileStore(store_path, world_size), rank, world_size, device), *args)
+
+
+def run_unsupervised(setting: Setting, world_size: int, args: tuple, timeout_s: float) -> str:
+    """Ranks that nobody ends, whatever happens to the others, but at the deadline. Returns how they ended."""
+    folder = args[2]
+    context = multiprocessing.get_context("spawn")
+    ranks = [
+        context.Process(target=bare_rank, args=(rank, world_size, os.path.join(folder, "store"), args)) for rank in range(world_size)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("OMP_NUM_THREADS", "1"), ("GLOO_SOCKET_IFNAME", "lo"), *setting.env):
+            patch.setenv(name, value)
+        for process in ranks:
+            process.start()
+    deadline = time.monotonic() + timeout_s
+    for process in ranks:
+        process.join(max(0.0, deadline - time.monotonic()))
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.join()
+    return f"exit codes {[process.exitcode for process in ranks]}"
+
+
+def run_faults(setting: Setting, world_size: int, faults: Sequence[str], folder: Path, timeout_s: float) -> Run:
+    """Runs the faults; after each, as many right steps as the setting says.
+
+    "killed" comes alone, and without the supervisor of `run_ranks`, which ends the other ranks 2 s after a death.
+    """
+    assert "killed" not in faults or len(faults) == 1
+    before = set(os.listdir(SHARED))
+    failure = ""
+    try:
+        env = dict(setting.env) or None
+        args = (setting, tuple(faults), str(folder))
+        if "killed" in faults:
+            failure = run_unsupervised(setting, world_size, args, timeout_s)
+        else:
+            run_ranks(suffer_all, world_size, *args, backend=setting.backend, timeout_s=timeout_s, env=env)
+    except tf.RankFailedError as error:
+        failure = f"rank {error.rank}: {error}"
+    outcomes: dict[str, dict[int, Outcome]] = {fault: {} for fault in faults}
+    for path in folder.glob("*-[0-9]*"):
+        name, rank = path.name.rsplit("-", 1)
+        if name != "pid":
+            outcomes[name][int(rank)] = eval(path.read_text())
+    pids = [int(path.read_text()) for path in folder.glob("pid-*")]
+    left = sorted(name for name in set(os.listdir(SHARED)) - before if name.startswith("tokenferry"))
+    orphans = tuple(pid for pid in pids if Path(f"/proc/{pid}").exists())
+    return Run(world_size, setting.timeout_s, setting.right_steps, outcomes, failure, orphans, tuple(left))
+
+
+def assert_named_in_time(run: Run, fault: Fault, slack_s: float = 2.0) -> None:
+    """Every live rank has the right exception in time, and after the reset all steps are right."""
+    outcomes = run.outcomes[fault.name]
+    expected = {rank for rank in range(run.world_size) if fault.name != "killed" or rank != CULPRIT}
+    assert set(outcomes) == expected, run.failure
+    assert {outcome.right_steps for outcome in outcomes.values()} == {run.right_steps}
+    assert len({outcome.rank for outcome in outcomes.values()}) == 1, "all ranks name the same one"
+    for rank, outcome in outcomes.items():
+        assert outcome.phase in fault.phases
+        if fault.blames_culprit:
+            assert outcome.rank == CULPRIT
+            if rank != CULPRIT:
+                assert fault.error in ("any", outcome.error)
+                assert fault.text in outcome.text
+                assert outcome.waited_s < run.timeout_s + slack_s
+            else:
+                assert outcome.error == "PeerFailedError"
+        else:
+            assert outcome.waited_s < run.timeout_s + slack_s
+            assert outcome.error == (
+                "PeerFailedError" if rank == outcome.rank and outcome.error == fault.error else outcome.error
+            )
+
+
+def assert_nothing_left(run: Run) -> None:
+    assert run.orphans == ()
+    assert run.left_in_shared_memory == ()

@@ -1,0 +1,80 @@
+"""Faults on two GPUs: the scenarios of the other ranks' tests, over symmetric memory and over NCCL."""
+
+import pytest
+import torch
+
+import tokenferry as tf
+from faults import CULPRIT, FAULTS, KILLED, Fault, Run, Setting, assert_named_in_time, assert_nothing_left, run_faults
+from tokenferry.testing import run_ranks
+
+pytestmark = pytest.mark.gpu(count=2)
+
+TRANSPORTS = ("p2p", "collective")
+SLACK_S = 2.0
+RUN_S = 60
+NCCL_FAULTS = tuple(fault for fault in FAULTS if fault.name in ("stopped", "late-in-layer", "raises", "more-layers"))
+"""Over NCCL each reset makes a communicator, which takes a second or two: the faults that differ for it."""
+
+
+def suffer(transport: str, faults: tuple[Fault, ...], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    setting = Setting(transport, "nccl", timeout_s=1.5, right_steps=100)
+    return run_faults(setting, 2, [fault.name for fault in faults], tmp_path_factory.mktemp("faults"), RUN_S)
+
+
+@pytest.fixture(scope="module")
+def on_p2p(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return suffer("p2p", FAULTS, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def on_nccl(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return suffer("collective", NCCL_FAULTS, tmp_path_factory)
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_symmetric_every_rank_blames_the_culprit_in_time_and_goes_on(on_p2p: Run, fault: Fault) -> None:
+    assert_named_in_time(on_p2p, fault, SLACK_S)
+
+
+def test_symmetric_neither_processes_nor_shared_memory_are_left(on_p2p: Run) -> None:
+    assert_nothing_left(on_p2p)
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("fault", NCCL_FAULTS, ids=lambda fault: fault.name)
+def test_nccl_every_rank_blames_the_culprit_in_time_and_goes_on(on_nccl: Run, fault: Fault) -> None:
+    assert_named_in_time(on_nccl, fault, SLACK_S)
+
+
+def test_nccl_neither_processes_nor_shared_memory_are_left(on_nccl: Run) -> None:
+    assert_nothing_left(on_nccl)
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_killed_rank_is_named_in_time_and_the_other_goes_on(transport: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    killed = suffer(transport, (KILLED,), tmp_path_factory)
+    assert_named_in_time(killed, KILLED, SLACK_S)
+    assert "-9" in killed.failure
+    assert_nothing_left(killed)
+
+
+def no_room(group: tf.EPGroup) -> str:
+    config = tf.MoEConfig(hidden_size=4096, num_experts=8, topk=2)
+    hog = None
+    if group.rank == CULPRIT:
+        free, _ = torch.cuda.mem_get_info()
+        hog = torch.empty(free - 2**28, dtype=torch.uint8, device=group.device)
+    with pytest.raises(tf.TransportUnavailableError) as caught:
+        tf.Workspace(config, group, max_tokens_per_rank=16384, transport="p2p", open_timeout_s=30)
+    del hog
+    torch.cuda.empty_cache()
+    with tf.Workspace(config, group, max_tokens_per_rank=8, transport="p2p", open_timeout_s=60) as ws:
+        return f"{caught.value} | {ws.transport}"
+
+
+def test_out_of_memory_at_opening_is_named_on_all_ranks_and_a_smaller_workspace_opens() -> None:
+    for said in run_ranks(no_room, 2, backend="nccl", timeout_s=RUN_S):
+        assert "rank 1" in said
+        assert said.endswith("| p2p")
