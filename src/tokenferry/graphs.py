@@ -8,7 +8,7 @@ one exchange a step. Where there is no CUDA the padded forward runs as it is: th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,8 @@ class GraphRunner:
     Capturing: the constructor does it, on CUDA. On symmetric transports the warm-up runs in `workspace.solo()`, and nothing
     is asked of the peers as long as no step was begun; later (a second runner) all ranks capture together, because a
     slower peer may still fetch this rank's rows, which the warm-up overwrites. On the collective transport all ranks always
-    capture together. An exception leaves the workspace usable, without a step.
+    capture together. An exception leaves the workspace usable, without a step; but one that `fn` raises while it warms up with
+    peers (collective) is told to them, as in an eager step.
 
     Raises:
         ConfigError: buckets that are no ints, none, or larger than the workspace's capacity.
@@ -165,8 +166,7 @@ class GraphRunner:
         stream.wait_stream(torch.cuda.current_stream(workspace.device))
         with torch.cuda.stream(stream):
             for _ in range(self._num_warmups):
-                with self._warming_up():
-                    self._forward(bucket, done)
+                self._warm_up(bucket, done)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         failure: BaseException | None = None
@@ -187,15 +187,14 @@ class GraphRunner:
             raise
         return _Captured(graph, outputs, step, steps())
 
-    @contextlib.contextmanager
-    def _warming_up(self) -> Iterator[None]:
+    def _warm_up(self, bucket: int, done: bool) -> None:
         """Alone on symmetric transports. With the peers on the collective one, whose library connects ranks at first use."""
         if self.workspace.transport == "collective":
             with self.workspace.equal_counts():
-                yield
+                self._guarded(lambda: self._forward(bucket, done))
         else:
             with self.workspace.solo():
-                yield
+                self._forward(bucket, done)
 
     def _forward(self, num_rows: int, done: bool) -> tuple[Step, Any]:
         step = self.workspace.begin_step(num_rows, self._num_real, done=done)
