@@ -54,12 +54,10 @@ def measure(group, bench, hidden_size, count, tuning, slot_rows):
         transport.begin_step(StepRequest(1, count, count), -1)
 
     def dispatch():
-        transport.dispatch_begin(0, own.hidden, own.topk_idx, own.topk_weights)
-        return transport.dispatch_end()
+        return transport.dispatch(0, own.hidden, own.topk_idx, own.topk_weights)
 
     def combine():
-        transport.combine_begin(terms)
-        return transport.combine_end()
+        return transport.combine(terms)
 
     def chain():
         step()

@@ -74,9 +74,7 @@ class Dispatcher:
                 if lifecycle.allows(Stage.READY) and self._rows_fit(hidden, topk_idx, topk_weights):
                     lifecycle.advance("dispatch_begin", layer)
                     self._num_supplied = hidden.shape[0]
-                    transport = workspace.active_transport
-                    transport.dispatch_begin(layer, hidden, topk_idx, topk_weights)
-                    gathered = transport.dispatch_end()
+                    gathered = workspace.active_transport.dispatch(layer, hidden, topk_idx, topk_weights)
                     lifecycle.advance("dispatch_end", layer)
                     return self._dispatched(gathered)
             except PeerError as error:
@@ -151,9 +149,7 @@ class Dispatcher:
             try:
                 if lifecycle.allows(Stage.DISPATCHED) and lifecycle.layer == layer and self._partial_fits(partial, dispatched):
                     lifecycle.advance("combine_begin", layer)
-                    transport = workspace.active_transport
-                    transport.combine_begin(partial)
-                    combined = transport.combine_end()
+                    combined = workspace.active_transport.combine(partial)
                     lifecycle.advance("combine_end", layer)
                     return combined
             except PeerError as error:
@@ -167,7 +163,7 @@ class Dispatcher:
         return self.combine_end()
 
     def combine_begin(self, partial: torch.Tensor, dispatched: Dispatched | None = None) -> None:
-        """The sending half of `combine`."""
+        """The sending half of `combine`: returns at once. `partial` must stay as it is until `combine_end`."""
         workspace = self._workspace
         with _Guarded(workspace, "combine_begin"):
             self._check_pairing(dispatched)

@@ -60,7 +60,7 @@ def record(group: tf.EPGroup, steps: list[StepCase]) -> tuple[int, list[Event]]:
             """Tells the recording which launch the events after it belong to."""
 
             def __getattr__(self, name: str):
-                launch = {"begin_step": "counts", "dispatch_begin": "dispatch", "combine_begin": "combine"}.get(name)
+                launch = {"begin_step": "counts", "dispatch": "dispatch", "combine": "combine"}.get(name.removesuffix("_begin"))
                 if launch == "combine":
                     events.append(Event("launch", "experts"))
                 if launch:

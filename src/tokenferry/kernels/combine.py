@@ -26,6 +26,7 @@ SIGNATURE = {
     "out": "i64",
     "num_out": "i32",
     "layer": "i32",
+    "part": "i32",
     "H": "constexpr",
     "PARTIAL": "constexpr",
     "WIRE": "constexpr",
@@ -160,6 +161,7 @@ def combine_kernel(
     out,
     num_out,
     layer,
+    part,
     H: tl.constexpr,
     PARTIAL: tl.constexpr,
     WIRE: tl.constexpr,
@@ -180,6 +182,7 @@ def combine_kernel(
     Args:
         counts, ready, slots, terms: offsets of regions within a buffer. cast: see `dispatch_kernel`.
         partial: address of [rows, H] PARTIAL, of which V rows are read. is_in_place: whether it is the `terms` region itself.
+        part: wire.SEND, wire.RECEIVE or both; a launch that only sends is given no `out`.
         out: address of [num_out, H] OUT; num_out <= T: terms of rows beyond it are received and dropped.
 
     Example:
@@ -210,7 +213,9 @@ def combine_kernel(
     wire.wait_for_previous_kernel(PDL)
     wire.let_next_kernel_start(PDL)
     record = wire.read_record(own)
-    ticket = wire.take_ticket(state)
+    ticket = tl.zeros([], tl.int64)
+    if part >= wire.RECEIVE:
+        ticket = wire.take_ticket(state)
     in_slots = largest <= slot_rows
     parity_slots = slots + (current & 1) * (size - 1) * slot_bytes
     blamed = wire.blame(step, layer, rank, wire.DATA_MISSING)
@@ -220,7 +225,7 @@ def combine_kernel(
     packet = pid * BLOCK + lanes
     at = own_terms + packet.to(tl.int64) * PER_PACKET
     n0, n1, n2, n3 = load_term(partial, at, packet < own_packets, PARTIAL, WIRE, WORDS)
-    if in_slots:
+    if in_slots & (part != wire.RECEIVE):
         begin = pid
         address = nearest
         for i in range(1, size):
@@ -238,9 +243,11 @@ def combine_kernel(
                 wire.send(goal + place * (WORDS * 4), w0, w1, w2, w3, live, own, WORDS)
             begin -= tl.where(blocks < programs, blocks, blocks % programs)
             begin = tl.where(begin < 0, begin + programs, begin)
-    elif size > 1:
+    elif (largest > slot_rows) & (size > 1):
         epoch = current + 1
-        if is_in_place == 0:
+        if part == wire.RECEIVE:
+            pass
+        elif is_in_place == 0:
             copy_terms(own + terms, words, rank, size, partial, H, PARTIAL, WIRE, WORDS, BLOCK, SWITCH_SUM)
             tell = (lanes < size) & (lanes != rank)
             buffers = tl.load(peer_table + lanes, mask=tell, other=0)
@@ -251,14 +258,15 @@ def combine_kernel(
                     flags = tl.load(peer_table + peer) + ready + (rank * MAX_PROGRAMS) * 8
                     for b in range(0, programs, BLOCK):
                         wire.signal(flags + (b + lanes) * 8, epoch, 1, b + lanes < programs, own)
-        flag = (own + ready) + (lanes * MAX_PROGRAMS + pid) * 8
-        wanted = (lanes < size) & (lanes != rank) & (mine > 0)
-        wire.await_signal(flag, epoch, 1, wanted, own, wire.accuse(blamed, lanes), hints + lanes * 16)
+        if part >= wire.RECEIVE:
+            flag = (own + ready) + (lanes * MAX_PROGRAMS + pid) * 8
+            wanted = (lanes < size) & (lanes != rank) & (mine > 0)
+            wire.await_signal(flag, epoch, 1, wanted, own, wire.accuse(blamed, lanes), hints + lanes * 16)
 
     # The abort record was asked for first and is looked at here: what goes to a group that has given up does no harm.
     if record != 0:
         wire.report(own, record)
-    else:
+    elif part >= wire.RECEIVE:
         for b in range(pid, (own_packets + BLOCK - 1) // BLOCK, programs):
             packet = b * BLOCK + lanes
             live = packet < own_packets

@@ -29,6 +29,7 @@ SIGNATURE = {
     "num_supplied": "i32",
     "num_real": "i64",
     "layer": "i32",
+    "part": "i32",
     "ROW_WORDS": "constexpr",
     "K": "constexpr",
     "IDX": "constexpr",
@@ -115,6 +116,7 @@ def dispatch_kernel(
     num_supplied,
     num_real,
     layer,
+    part,
     ROW_WORDS: tl.constexpr,
     K: tl.constexpr,
     IDX: tl.constexpr,
@@ -137,6 +139,7 @@ def dispatch_kernel(
         counts, arrived, slots, out_hidden, out_idx, out_weights: offsets of regions within a buffer.
         block: see `counts_kernel`. hidden [num_supplied, ROW_WORDS], topk_idx, topk_weights [num_supplied, K]: addresses of
         the caller's tensors; rows from num_supplied to T travel as zeros with id -1. num_real: address of an int32.
+        part: wire.SEND, wire.RECEIVE or both. A launch that only receives is given num_supplied 0.
         WORDS: words of a packet, 4, or 2 if rows are not a multiple of 16 bytes.
 
     Example:
@@ -193,7 +196,8 @@ def dispatch_kernel(
     hidden_place = out_hidden + first.to(tl.int64) * ROW_BYTES
 
     # Hidden rows: to every peer, and to this rank's own place. The next packets are loaded while these are sent.
-    num_packets = mine * PER_ROW
+    num_sent = mine * (part & wire.SEND)
+    num_packets = num_sent * PER_ROW
     for b in range(pid, (num_packets + BLOCK - 1) // BLOCK, programs):
         packet = b * BLOCK + lanes
         live = packet < num_packets
@@ -218,7 +222,7 @@ def dispatch_kernel(
             wire.store(own + hidden_place + place, w0, w1, w2, w3, live, WORDS)
 
     # Expert numbers and weights, four words a packet.
-    num_words = mine * (2 * K)
+    num_words = num_sent * (2 * K)
     num_packets = (num_words + 3) // 4
     for b in range(routing_program, (num_packets + BLOCK - 1) // BLOCK, programs):
         packet = b * BLOCK + lanes
@@ -251,10 +255,11 @@ def dispatch_kernel(
 
     # Rows that an earlier, larger step has left behind.
     idx_pointer = (own + out_idx).to(tl.pointer_type(OUT_IDX))
-    for b in range(pid, ((dirty - valid) * K + BLOCK - 1) // BLOCK, programs):
+    left_behind = (dirty - valid) * (part & wire.SEND) * K
+    for b in range(pid, (left_behind + BLOCK - 1) // BLOCK, programs):
         entry = b * BLOCK + lanes
         minus_one = tl.full([BLOCK], -1, OUT_IDX)
-        tl.store(idx_pointer + valid.to(tl.int64) * K + entry, minus_one, mask=entry < (dirty - valid) * K)
+        tl.store(idx_pointer + valid.to(tl.int64) * K + entry, minus_one, mask=entry < left_behind)
 
     # The abort record was asked for first and is looked at here: what goes to a group that has given up does no harm.
     if record != 0:
@@ -262,7 +267,7 @@ def dispatch_kernel(
     else:
         blamed = wire.blame(step, layer, rank, wire.DATA_MISSING)
         hints = own + counts + ((step + 1) & 1) * size * 16 + 8
-        if in_slots:
+        if in_slots & (part >= wire.RECEIVE):
             begin = pid
             for i in range(1 - MULTICAST, size):  # the multicast writes this rank's own slot too
                 source = wire.wrap(rank + i, size)
@@ -298,10 +303,12 @@ def dispatch_kernel(
                     store_routing(word + 2, r2, word + 2 < num_words, own + out_idx, own + out_weights, start, K, OUT_IDX)
                     store_routing(word + 3, r3, word + 3 < num_words, own + out_idx, own + out_weights, start, K, OUT_IDX)
                 begin = next_share(begin, blocks, programs)
-        else:
+        elif largest > slot_rows:
             is_peer = (lanes < size) & (lanes != rank)
-            buffers = tl.load(peer_table + lanes, mask=is_peer, other=0)
-            brings = is_peer & (tl.load(words + 2 + lanes, mask=is_peer, other=0) > 0)
-            wire.signal(buffers + arrived + (rank * MAX_PROGRAMS + pid) * 8, current + 1, 1, is_peer, own)
-            flag = (own + arrived) + (lanes * MAX_PROGRAMS + pid) * 8
-            wire.await_signal(flag, current + 1, 1, brings, own, wire.accuse(blamed, lanes), hints + lanes * 16)
+            if (part & wire.SEND) != 0:
+                buffers = tl.load(peer_table + lanes, mask=is_peer, other=0)
+                wire.signal(buffers + arrived + (rank * MAX_PROGRAMS + pid) * 8, current + 1, 1, is_peer, own)
+            if part >= wire.RECEIVE:
+                brings = is_peer & (tl.load(words + 2 + lanes, mask=is_peer, other=0) > 0)
+                flag = (own + arrived) + (lanes * MAX_PROGRAMS + pid) * 8
+                wire.await_signal(flag, current + 1, 1, brings, own, wire.accuse(blamed, lanes), hints + lanes * 16)

@@ -42,6 +42,10 @@ STATE_STEP: tl.constexpr = tl.constexpr(0)  # int32: number of the step, the epo
 STATE_ROUND: tl.constexpr = tl.constexpr(8)  # int64: rounds (dispatch + combine) done << 32 | tickets taken in this combine
 STATE_NUM_REAL: tl.constexpr = tl.constexpr(16)  # int32: num_real_tokens of the step, when the host knows it
 
+SEND: tl.constexpr = tl.constexpr(1)  # parts of an operation: what a launch of it does
+RECEIVE: tl.constexpr = tl.constexpr(2)
+WHOLE = 3
+
 # --- abort records --------------------------------------------------------------------------------------------------------
 
 SENTINEL = 0xFFFFFFFF

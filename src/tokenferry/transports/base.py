@@ -79,6 +79,12 @@ class Transport(Protocol):
     def combine_end(self) -> torch.Tensor:
         """The combined [T', H], a new tensor."""
 
+    def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
+        """Both halves, with nothing between."""
+
+    def combine(self, partial: torch.Tensor) -> torch.Tensor:
+        """Both halves, with nothing between."""
+
     def check(self) -> None:
         """Raises the `PeerError` that has occurred, if any."""
 
@@ -90,6 +96,22 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Releases everything; never waits for a peer."""
+
+
+class InHalves:
+    """For transports that gain nothing from doing both halves at once."""
+
+    def dispatch(
+        self: Transport, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
+    ) -> Gathered:
+        """See `Transport`."""
+        self.dispatch_begin(layer, hidden, topk_idx, topk_weights)
+        return self.dispatch_end()
+
+    def combine(self: Transport, partial: torch.Tensor) -> torch.Tensor:
+        """See `Transport`."""
+        self.combine_begin(partial)
+        return self.combine_end()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tokenferry.errors import PeerError, StateError
 from tokenferry.reference import pad_rows, sum_in_rank_order
 from tokenferry.step import FLAG_DONE, Announced, StepRequest, StepTensors
-from tokenferry.transports.base import AbortRecord, Gathered, TransportSettings, mask_padding
+from tokenferry.transports.base import AbortRecord, Gathered, InHalves, TransportSettings, mask_padding
 from tokenferry.transports.communicator import CommunicationError, GlooCommunicator, Header, Pending
 from tokenferry.transports.local import LocalTransport
 from tokenferry.transports.nccl import NcclCommunicator
@@ -46,7 +46,7 @@ class _Combine:
     terms: list[torch.Tensor]
 
 
-class CollectiveTransport:
+class CollectiveTransport(InHalves):
     """See `Transport`. R = V with uneven counts (known to the host, once a step), EP·T with equal counts."""
 
     name = "collective"

@@ -6,10 +6,10 @@ import torch
 
 from tokenferry.reference import pad_rows, sum_in_rank_order
 from tokenferry.step import StepRequest, StepTensors
-from tokenferry.transports.base import Gathered, TransportSettings, mask_padding
+from tokenferry.transports.base import Gathered, InHalves, TransportSettings, mask_padding
 
 
-class LocalTransport:
+class LocalTransport(InHalves):
     """See `Transport`. R = T. `Dispatched.hidden` may be the caller's own tensor; a combined result never is."""
 
     name = "local"

@@ -90,7 +90,8 @@ class Rounds:
         self._kernels, self._views, self._place, self._grid = kernels, views, place, grid
         self._request = StepRequest(0, 0, 0)
         self._layer, self._num_supplied = -1, 0
-        self._combined: torch.Tensor | None = None
+        self._partial: torch.Tensor | None = None
+        self._sent_dtypes = torch.int64, torch.float32
         config = settings.config
         self._dispatch_alignment = 16 if config.hidden_size * config.dtype.itemsize % 16 == 0 else 8
         self._num_real = place.state + wire.STATE_NUM_REAL.value
@@ -161,39 +162,53 @@ class Rounds:
             known_real, self._num_real = 0, request.num_real_tokens.data_ptr()
         self._counts(request.num_tokens, request.flags, known_real)
 
+    def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
+        self._send_rows(layer, hidden, topk_idx, topk_weights, wire.WHOLE)
+        return self._views.gathered
+
     def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        self._send_rows(layer, hidden, topk_idx, topk_weights, wire.SEND.value)
+        self._sent_dtypes = topk_idx.dtype, topk_weights.dtype
+
+    def dispatch_end(self) -> Gathered:
+        self._dispatches[self._sent_dtypes](0, 0, 0, 0, self._num_real, self._layer, wire.RECEIVE.value)
+        return self._views.gathered
+
+    def _send_rows(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, part: int) -> None:
         self._layer, self._num_supplied = layer, hidden.shape[0]
         address = hidden.data_ptr()
         if address % self._dispatch_alignment:
             hidden = hidden.clone()
             address = hidden.data_ptr()
         self._dispatches[topk_idx.dtype, topk_weights.dtype](
-            address, topk_idx.data_ptr(), topk_weights.data_ptr(), self._num_supplied, self._num_real, layer
+            address, topk_idx.data_ptr(), topk_weights.data_ptr(), self._num_supplied, self._num_real, layer, part
         )
-
-    def dispatch_end(self) -> Gathered:
-        return self._views.gathered
 
     def combine_input(self) -> torch.Tensor:
         return self._views.terms_RH
 
+    def combine(self, partial: torch.Tensor) -> torch.Tensor:
+        return self._combine(_aligned(partial), wire.WHOLE)
+
     def combine_begin(self, partial: torch.Tensor) -> None:
-        settings, num_rows = self._settings, self._num_supplied
-        config = settings.config
-        address = partial.data_ptr()
-        if address % 16:
-            partial = partial.clone()
-            address = partial.data_ptr()
-        dtype = partial.dtype
-        out = torch.empty((num_rows, config.hidden_size), dtype=config.dtype, device=settings.group.device)
-        self._combined = out
-        is_in_place = address == self._terms_address and dtype == settings.combine_dtype
-        self._combines[dtype](address, is_in_place, out.data_ptr(), num_rows, self._layer)
+        self._partial = partial = _aligned(partial)
+        self._combines[partial.dtype](partial.data_ptr(), self._is_in_place(partial), 0, 0, self._layer, wire.SEND.value)
 
     def combine_end(self) -> torch.Tensor:
-        combined, self._combined = self._combined, None
-        assert combined is not None, "the workspace orders the halves"
-        return combined
+        partial, self._partial = self._partial, None
+        assert partial is not None, "the workspace orders the halves"
+        return self._combine(partial, wire.RECEIVE.value)
+
+    def _combine(self, partial: torch.Tensor, part: int) -> torch.Tensor:
+        settings, num_rows = self._settings, self._num_supplied
+        config = settings.config
+        out = torch.empty((num_rows, config.hidden_size), dtype=config.dtype, device=settings.group.device)
+        in_place = self._is_in_place(partial)
+        self._combines[partial.dtype](partial.data_ptr(), in_place, out.data_ptr(), num_rows, self._layer, part)
+        return out
+
+    def _is_in_place(self, partial: torch.Tensor) -> bool:
+        return partial.data_ptr() == self._terms_address and partial.dtype == self._settings.combine_dtype
 
     def check(self) -> None:
         return
@@ -205,7 +220,7 @@ class Rounds:
         return
 
     def close(self) -> None:
-        self._combined = None
+        self._partial = None
 
 
 class Solo(Rounds):
@@ -272,15 +287,37 @@ class SymmetricTransport(Rounds):
         super().begin_step(request, layer)
         self._raise_after()
 
+    def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
+        self._raise_known()
+        gathered = super().dispatch(layer, hidden, topk_idx, topk_weights)
+        self._raise_after()
+        return gathered
+
     def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         self._raise_known()
         super().dispatch_begin(layer, hidden, topk_idx, topk_weights)
+
+    def dispatch_end(self) -> Gathered:
+        self._raise_known()
+        gathered = super().dispatch_end()
         self._raise_after()
+        return gathered
+
+    def combine(self, partial: torch.Tensor) -> torch.Tensor:
+        self._raise_known()
+        combined = super().combine(partial)
+        self._raise_after()
+        return combined
 
     def combine_begin(self, partial: torch.Tensor) -> None:
         self._raise_known()
         super().combine_begin(partial)
+
+    def combine_end(self) -> torch.Tensor:
+        self._raise_known()
+        combined = super().combine_end()
         self._raise_after()
+        return combined
 
     def solo(self) -> Rounds:
         return self.at(self._alone, Solo)
@@ -425,6 +462,11 @@ def _views(settings: TransportSettings, buffer: SymmetricBuffer, layout: Layout)
         view(layout.topk_weights, torch.float32, config.topk),
     )
     return Views(gathered, view(layout.terms, settings.combine_dtype, config.hidden_size))
+
+
+def _aligned(partial: torch.Tensor) -> torch.Tensor:
+    """Partial rows that packets can be loaded from."""
+    return partial.clone() if partial.data_ptr() % 16 else partial
 
 
 def _no_views() -> Views:
