@@ -1,0 +1,19 @@
+"""Short soaks on GPUs; `python tests/soak.py --where gpu` runs longer ones."""
+
+import pytest
+
+from soak import Plan, run
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.gpu(count=2)
+def test_every_row_of_random_steps_is_right_on_two_gpus_eager_and_in_graphs() -> None:
+    reports = run(Plan("gpu", 10, seed=2, ranks=2))
+    assert all(report.graph >= 2_000 and report.eager > 0 for report in reports)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.gpu(count=1)
+def test_every_row_of_random_steps_is_right_on_virtual_ranks() -> None:
+    reports = run(Plan("virtual", 8, seed=3, ranks=3))
+    assert all(report.steps >= 20 for report in reports)
