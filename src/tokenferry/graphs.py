@@ -28,8 +28,6 @@ from tokenferry.errors import (
 from tokenferry.step import Announced, Step
 from tokenferry.workspace import Workspace
 
-SYMMETRIC = ("p2p", "nvls")
-
 
 def choose_bucket(buckets: Sequence[int], num_tokens: int) -> int | None:
     """The smallest of the ascending `buckets` that holds `num_tokens`; None: too many, run eagerly.
@@ -84,10 +82,8 @@ class GraphRunner:
     outputs are `fn`'s own, but the same rule covers both.
 
     Capturing: the constructor does it, on CUDA. On symmetric transports the warm-up runs in `workspace.solo()`, and nothing
-    is asked of the peers as long as no step was begun; later (a second runner) all ranks capture together, because a
-    slower peer may still fetch this rank's rows, which the warm-up overwrites. On the collective transport all ranks always
-    capture together. An exception leaves the workspace usable, without a step; but one that `fn` raises while it warms up with
-    peers (collective) is told to them, as in an eager step.
+    is asked of the peers. On the collective transport all ranks capture together. An exception leaves the workspace usable,
+    without a step; but one that `fn` raises while it warms up with peers (collective) is told to them, as in an eager step.
 
     Raises:
         ConfigError: buckets that are no ints, none, or larger than the workspace's capacity.
@@ -141,7 +137,6 @@ class GraphRunner:
         self._generation = self.workspace.generation
         if self.workspace.device.type != "cuda":
             return
-        self._meet_if_stepped()
         keys = [(bucket, False) for bucket in reversed(self.buckets)] + [(0, True)]  # the largest first: others reuse its memory
         stream, pool = torch.cuda.Stream(self.workspace.device), torch.cuda.graph_pool_handle()
         try:
@@ -151,14 +146,6 @@ class GraphRunner:
             self.close()
             raise
         torch.cuda.current_stream(self.workspace.device).wait_stream(stream)
-
-    def _meet_if_stepped(self) -> None:
-        workspace = self.workspace
-        if workspace.transport not in SYMMETRIC or not workspace.has_stepped:
-            return
-        torch.cuda.current_stream(workspace.device).synchronize()
-        name = workspace.group.unique_name(f"graphs/generation {workspace.generation}")
-        workspace.group.channel.barrier(name, workspace.timeout_s)
 
     def _capture_one(self, bucket: int, done: bool, stream: torch.cuda.Stream, pool: Any) -> _Captured:
         workspace = self.workspace

@@ -112,7 +112,6 @@ class Workspace:
         self._num_step_writes: int | None = 0
         self.num_tokens_traced = 0
         self._step_index = 0
-        self._has_stepped = False
         self._promised_equal = False
         self._stand_in: Transport | None = None
         self._open("open")
@@ -170,11 +169,6 @@ class Workspace:
     def counts(self) -> Counts:
         """Whether ranks bring different numbers of rows."""
         return self._settings.counts
-
-    @property
-    def has_stepped(self) -> bool:
-        """Whether a step with the peers was begun since it was opened, or reset; equal on all ranks."""
-        return self._has_stepped
 
     @property
     def generation(self) -> int:
@@ -250,7 +244,6 @@ class Workspace:
         if not isinstance(done, bool):
             raise UsageError(f"done must be a bool, got {done!r}")
         request = StepRequest(self._step_index + 1, num_tokens, real, done, self._promised_equal)
-        self._has_stepped |= self._stand_in is None
         had_gradient = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # `torch.no_grad()` takes two microseconds
         try:
@@ -337,13 +330,13 @@ class Workspace:
     def capturing(self) -> Iterator[Callable[[], int]]:
         """Within it, calls are recorded in a CUDA graph and nothing runs: steps begun inside are not counted, and whatever was
         under way when the block ends, by an exception too, is forgotten. The number of steps begun is in what it yields."""
-        before, index, has_stepped = self._enter_other("capturing")
+        before, index = self._enter_other("capturing")
         num_steps = 0
         try:
             yield lambda: num_steps
         finally:
             num_steps = self._step_index - index
-            self._step, self._step_index, self._has_stepped = before, index, has_stepped
+            self._step, self._step_index = before, index
             self._leave_other()
 
     @contextlib.contextmanager
@@ -359,7 +352,7 @@ class Workspace:
             lifecycle.begin_step()
             if self._stand_in is not None:
                 raise StateError("replaying: inside solo(), but a graph runs with the peers; leave it first")
-            transport, self._has_stepped = self._transport, True
+            transport = self._transport
             with transport.watching_replay() if isinstance(transport, CollectiveTransport) else contextlib.nullcontext():
                 yield
             self._step_index += num_steps
@@ -451,7 +444,7 @@ class Workspace:
             raise
         finally:
             self._settings = dataclasses.replace(self._settings, open_timeout_s=old.open_timeout_s)
-        self._step, self._step_index, self._has_stepped = None, 0, False
+        self._step, self._step_index = None, 0
         self.lifecycle = Lifecycle()
 
     @contextlib.contextmanager
@@ -460,7 +453,7 @@ class Workspace:
 
         Counts outside are not disturbed: a step begun inside is over when the block ends.
         """
-        before, index, _ = self._enter_other("solo")
+        before, index = self._enter_other("solo")
         self._stand_in = self._transport.solo()
         try:
             yield
@@ -468,11 +461,11 @@ class Workspace:
             self._stand_in, self._step, self._step_index = None, before, index
             self._leave_other()
 
-    def _enter_other(self, what: str) -> tuple[Step | None, int, bool]:
+    def _enter_other(self, what: str) -> tuple[Step | None, int]:
         self.lifecycle.begin_step()
         if self._stand_in is not None:
             raise StateError(f"{what}: already inside solo()")
-        return self._step, self._step_index, self._has_stepped
+        return self._step, self._step_index
 
     def _leave_other(self) -> None:
         if self.lifecycle.stage is not Stage.CLOSED and self.lifecycle.error is None:
