@@ -117,7 +117,7 @@ def variant_of(preset, **changes):
     known = triton_path.Variant(
         num_local_experts=L, hidden_size=H, intermediate_size=I, topk=preset.topk, dtype=torch.bfloat16,
         weight_dtype=torch.bfloat16, index_dtype=torch.int32, out_dtype=torch.bfloat16, activation=preset.activation.name,
-        gated=preset.activation.gated, interleaved=preset.activation.interleaved, bias=preset.bias,
+        gated=preset.activation.gated, interleaved=preset.activation.interleaved, up_bias=preset.bias, down_bias=preset.bias,
         up_strides=(2 * I * H, H, 1), down_strides=(H * I, I, 1), aligned=True, batch_invariant=False, max_rows=None,
     )  # fmt: skip
     return dataclasses.replace(known, **changes)

@@ -6,6 +6,7 @@ float16 2e-3, bfloat16 1.5e-2 (two products, an activation and the result are ea
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import pytest
@@ -15,7 +16,16 @@ from plain_moe import plain_expert
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched
 from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError
-from tokenferry.experts import Experts, ExpertsConfig, ExpertWeights, apply_experts, choose_path, torch_path
+from tokenferry.experts import (
+    Experts,
+    ExpertsConfig,
+    ExpertScratch,
+    ExpertWeights,
+    apply_experts,
+    choose_path,
+    quantize_weights,
+    torch_path,
+)
 from tokenferry.testing.numeric import same_bits
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -317,6 +327,86 @@ def test_a_gateless_up_proj_is_refused_where_there_is_a_gate():
     weights = ExpertWeights(up_proj=torch.zeros(3, 24, 32), down_proj=torch.zeros(3, 32, 24))
     with pytest.raises(ShapeError, match=r"up_proj must be \[3, 48, 32\] for swiglu"):
         apply_experts(Case().rows(), weights, 0, Activation("swiglu"))
+
+
+FLOAT8 = torch.zeros(3, 32, 24).to(torch.float8_e4m3fn)
+WRONG_WEIGHTS = {
+    "bias of another shape": ({"up_bias": torch.zeros(3, 47)}, ShapeError, r"up_bias must be \[3, 48\] .* got \[3, 47\]"),
+    "bias elsewhere": (
+        {"down_bias": torch.zeros(3, 32, device="meta")},
+        DeviceError,
+        "down_bias is on meta but down_proj is on cpu",
+    ),
+    "a scale too many": ({"up_scale": torch.ones(3, 1, 1)}, DtypeError, r"up_proj is torch\.float32 but there is up_scale"),
+    "a scale missing": ({"down_proj": FLOAT8}, DtypeError, r"down_proj is torch\.float8_e4m3fn but there is no down_scale"),
+    "a scale of another shape": (
+        {"down_proj": FLOAT8, "down_scale": torch.ones(3, 2, 1)},
+        ShapeError,
+        r"contiguous float32 \[3, 1, 1\] for down_proj \[3, 32, 24\], got torch\.float32 \[3, 2, 1\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_WEIGHTS)
+def test_weights_that_do_not_fit_one_another_are_refused(case):
+    changes, error, message = WRONG_WEIGHTS[case]
+    experts, rows = Case().build()
+    with pytest.raises(error, match=message):
+        apply_experts(rows, dataclasses.replace(experts.weights, **changes), LOCAL.start, experts.config.activation)
+
+
+# --- float8 -------------------------------------------------------------------------------------------------------------
+
+
+def test_float8_weights_by_hand():
+    # One matrix of 2 x 130: two blocks of scales. 448 * 2 needs scale 2; zeros have scale 1.
+    weights = torch.zeros(1, 2, 130)
+    weights[0, 0, :3] = torch.tensor([896.0, -3.0, 32.0])
+    weights[0, 1, 129] = 7.0
+    quantized, scale = quantize_weights(weights)
+    torch.testing.assert_close(scale, torch.tensor([[[2.0, 7 / 448]]]))
+    assert quantized.float()[0, 0, :3].tolist() == [448.0, -1.5, 16.0]
+    assert quantized.float()[0, 1, 129].item() == 448.0
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_float8_experts_are_close_to_the_ones_they_were_made_from(bias):
+    case = Case(dtype=torch.bfloat16, bias=bias, hidden_size=160, intermediate_size=144)
+    experts, rows = case.build()
+    expected = loop_in_float64(experts, rows)
+    experts.quantize()
+    assert experts.up_proj.dtype == torch.float8_e4m3fn and experts.dtype == torch.bfloat16
+    error = (experts(rows).double() - expected).norm() / expected.norm()
+    assert 1e-3 < error < 0.1  # 3 bits are 2.6 % a number: 3.7 % a product, twice that behind a gate, and the next product
+
+
+def test_experts_are_quantized_once_and_loaded_before():
+    experts, _ = Case(dtype=torch.bfloat16).build()
+    weights = experts.up_proj.float(), experts.down_proj.float()
+    experts.quantize()
+    with pytest.raises(DtypeError, match=r"these are torch\.float8_e4m3fn"):
+        experts.quantize()
+    with pytest.raises(DtypeError, match="load before quantize"):
+        experts.load(*weights)
+    with pytest.raises(DtypeError, match=r"these are torch\.float32"):
+        Case().build()[0].quantize()
+
+
+def test_float8_experts_refuse_float32_rows():
+    experts, _ = Case(dtype=torch.bfloat16).build()
+    experts.quantize()
+    with pytest.raises(DtypeError, match=r"hidden is torch\.float32 but float8 experts take"):
+        experts(Case().rows())
+
+
+# --- scratch ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_scratch_is_for_gpus():
+    with pytest.raises(DeviceError, match="expert kernels need CUDA"):
+        ExpertScratch("cpu")
+    with pytest.raises(ConfigError, match="max_bytes must be at least 1, got 0"):
+        ExpertScratch("cpu", max_bytes=0)
 
 
 WRONG_ACTIVATIONS = {

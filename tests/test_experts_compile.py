@@ -20,7 +20,8 @@ def variant(H=2048, I=768, L=64, K=8, **changes) -> triton_path.Variant:
     known = {
         "num_local_experts": L, "hidden_size": H, "intermediate_size": I, "topk": K, "dtype": torch.bfloat16,
         "weight_dtype": torch.bfloat16, "index_dtype": torch.int32, "out_dtype": torch.bfloat16, "activation": "swiglu",
-        "gated": True, "interleaved": False, "bias": False, "up_strides": (2 * I * H, H, 1), "down_strides": (H * I, I, 1),
+        "gated": True, "interleaved": False, "up_bias": False, "down_bias": False,
+        "up_strides": (2 * I * H, H, 1), "down_strides": (H * I, I, 1),
         "aligned": True, "batch_invariant": False, "max_rows": None,
     }  # fmt: skip
     return triton_path.Variant(**{**known, **changes})
@@ -28,7 +29,7 @@ def variant(H=2048, I=768, L=64, K=8, **changes) -> triton_path.Variant:
 
 VARIANTS = {
     "qwen3-30b-a3b": variant(),
-    "gpt-oss-20b": variant(2880, 2880, 16, 4, activation="clamped_swiglu", interleaved=True, bias=True),
+    "gpt-oss-20b": variant(2880, 2880, 16, 4, activation="clamped_swiglu", interleaved=True, up_bias=True, down_bias=True),
     "deepseek-v3-float8": variant(7168, 2048, 32, 8, weight_dtype=torch.float8_e4m3fn),
     "one-cut-int64-ids": variant(batch_invariant=True, index_dtype=torch.int64, out_dtype=torch.float32),
     "squared-relu-fp16-odd": variant(

@@ -42,7 +42,8 @@ class Variant:
     activation: str
     gated: bool
     interleaved: bool
-    bias: bool
+    up_bias: bool
+    down_bias: bool
     up_strides: tuple[int, ...]
     down_strides: tuple[int, ...]
     aligned: bool
@@ -95,8 +96,9 @@ def run(
     loaded = load(variant, scratch)
     buffers = scratch.reserve(row_shape(variant), idx_RK.shape[0], variant.num_local_experts, hidden_RH.dtype)
     table = (buffers.counts_L, buffers.offsets_L, buffers.pairs_P)
-    up = (_or(weights.up_scale, valid), _or(weights.up_bias, valid))
-    down = (_or(weights.down_scale, valid), _or(weights.down_bias, valid))
+    dtype = hidden_RH.dtype
+    up = (_or(weights.up_scale, valid), valid if weights.up_bias is None else weights.up_bias.to(dtype).contiguous())
+    down = (_or(weights.down_scale, valid), valid if weights.down_bias is None else weights.down_bias.to(dtype).contiguous())
     for first_row in range(0, idx_RK.shape[0], buffers.num_rows):
         loaded.table(variant.num_local_experts, idx_RK, valid, *table, first_row, buffers.num_rows, first_expert)
         settings = (*table, first_row, activation.alpha, activation.limit)
@@ -161,7 +163,8 @@ def variant_of(
         activation=activation.name,
         gated=activation.gated,
         interleaved=activation.interleaved,
-        bias=weights.up_bias is not None,
+        up_bias=weights.up_bias is not None,
+        down_bias=weights.down_bias is not None,
         up_strides=weights.up_proj.stride(),
         down_strides=weights.down_proj.stride(),
         aligned=aligned,
@@ -263,7 +266,7 @@ def _gemm_spec(variant: Variant, tiles: Tiles, is_first: bool, pdl: int) -> Kern
         ("GATED", is_first and variant.gated),
         ("INTERLEAVED", is_first and variant.interleaved),
         ("ACTIVATION", variant.activation if is_first else "none"),
-        ("BIAS", variant.bias),
+        ("BIAS", variant.up_bias if is_first else variant.down_bias),
         ("SCALED", scaled),
         ("TENSOR_MAP", has_map),
         ("LOW", tiles.low),

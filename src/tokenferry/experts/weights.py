@@ -77,6 +77,7 @@ def check_operands(hidden_RH: torch.Tensor, weights: ExpertWeights, activation: 
             f"up_proj must be {[L, activation.num_columns(I), H]} for {activation.name} and a down_proj of {[L, H, I]}, "
             f"got {list(weights.up_proj.shape)}"
         )
+    _check_biases(weights)
     _check_scales(weights)
     if weights.up_scale is not None:
         if hidden_RH.dtype not in (torch.bfloat16, torch.float16):
@@ -112,3 +113,14 @@ def _check_scales(weights: ExpertWeights) -> None:
                 f"{name}_scale must be contiguous float32 {list(expected)} for {name}_proj {[L, Y, X]}, "
                 f"got {scale.dtype} {list(scale.shape)}"
             )
+
+
+def _check_biases(weights: ExpertWeights) -> None:
+    pairs = (("up", weights.up_proj, weights.up_bias), ("down", weights.down_proj, weights.down_bias))
+    for name, matrices, bias in pairs:
+        if bias is None:
+            continue
+        if bias.shape != matrices.shape[:2]:
+            raise ShapeError(f"{name}_bias must be {list(matrices.shape[:2])} ({name}_proj's rows), got {list(bias.shape)}")
+        if bias.device != matrices.device:
+            raise DeviceError(f"{name}_bias is on {bias.device} but {name}_proj is on {matrices.device}; move it there")
