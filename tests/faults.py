@@ -119,7 +119,7 @@ def finish(ws: tf.Workspace) -> None:
 
 
 def go_on(ws: tf.Workspace, dispatchers: Sequence[tf.Dispatcher], group: tf.EPGroup, count: int, late_stores: bool) -> int:
-    """Resets and counts right steps. With `late_stores` this rank meanwhile stores into what it still has mapped of the others'."""
+    """Resets and counts right steps. With `late_stores` this rank meanwhile stores into what it has mapped of old buffers."""
     buffer = getattr(ws._transport, "_buffer", None)
     old = [buffer.of_peer(rank) for rank in range(ws.group.size) if rank != ws.group.rank] if buffer and late_stores else []
     kept = (buffer._handle, list(buffer._tensors)) if old else None  # the mapping, as in a process that knows of no reset
@@ -282,7 +282,8 @@ def run_unsupervised(setting: Setting, world_size: int, args: tuple, timeout_s: 
     folder = args[2]
     context = multiprocessing.get_context("spawn")
     ranks = [
-        context.Process(target=bare_rank, args=(rank, world_size, os.path.join(folder, "store"), args)) for rank in range(world_size)
+        context.Process(target=bare_rank, args=(rank, world_size, os.path.join(folder, "store"), args))
+        for rank in range(world_size)
     ]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("OMP_NUM_THREADS", "1"), ("GLOO_SOCKET_IFNAME", "lo"), *setting.env):

@@ -7,7 +7,7 @@ import torch
 
 import tokenferry as tf
 from tokenferry.transports import symmetric_layout
-from tokenferry.transports.symmetric_layout import Region, plan
+from tokenferry.transports.symmetric_layout import CANARY_BYTES, Region, plan
 
 CONFIG = tf.MoEConfig(hidden_size=7168, num_experts=288, topk=8)
 
@@ -26,7 +26,7 @@ def test_regions_are_apart_aligned_and_behind_the_control_block(ep_size: int, ca
         assert region.offset >= ends[-1]
         assert region.offset % 16 == 0
         ends.append(region.end)
-    assert layout.num_bytes == ends[-1]
+    assert layout.num_bytes == ends[-1] + CANARY_BYTES
 
 
 @pytest.mark.parametrize("hidden_size", [2048, 7168])

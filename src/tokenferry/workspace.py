@@ -16,6 +16,7 @@ import torch
 
 from tokenferry import env
 from tokenferry.config import MoEConfig
+from tokenferry.debug import Watch
 from tokenferry.dispatched import Dispatched
 from tokenferry.dispatcher import Dispatcher
 from tokenferry.errors import (
@@ -122,6 +123,7 @@ class Workspace:
         self.decisions, self.transport = _agree_to_open(settings, self._requested, phase)
         self._step_tensors = StepTensors(settings.group.rank, settings.group.size, settings.group.device)
         self._transport = _open_together(self.transport, settings, self._step_tensors, phase)
+        self._watch = Watch(self._transport, settings, self._step_tensors) if settings.debug else None
         self.operators = _register(self)
         self.opened_s = time.monotonic() - start  # compiling and loading kernels included, the wait for peers too
         _log.info("workspace %s: transport %s, opened in %.2f s", settings.name, self.transport, self.opened_s)
@@ -240,6 +242,8 @@ class Workspace:
     def _begin_step(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None, done: bool) -> Step:
         self.lifecycle.begin_step()
         self._check_step_unwritten()
+        if self._watch is not None:
+            self._watch.report()
         real = self._check_counts(num_tokens, num_real_tokens)
         if not isinstance(done, bool):
             raise UsageError(f"done must be a bool, got {done!r}")
@@ -383,6 +387,8 @@ class Workspace:
         except PeerError as error:
             self.record_failure(error)
             raise
+        if self._watch is not None:
+            self._watch.report(wait=True)
 
     def fail(self, reason: str) -> None:
         """Tells the peers that this rank gives up: they, and from now on this rank, raise `PeerFailedError(rank, reason)`."""

@@ -1,6 +1,5 @@
 """Faults on ranks that run the symmetric kernels in the interpreter: processes over shared memory."""
 
-
 import pytest
 
 from faults import (

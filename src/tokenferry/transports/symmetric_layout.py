@@ -12,6 +12,8 @@ from tokenferry.errors import ConfigError
 ALIGNMENT = 256
 CONTROL_BYTES = 256
 COUNT_PACKET_BYTES = 16
+CANARY_BYTES = 16
+"""Behind each region; nobody writes there, which debug mode checks."""
 SLOT_ROWS = 192
 """Largest step, in rows of its largest rank, that goes through sentinel slots of a large workspace: at C = 4096 the slots take
 less than a tenth of the buffer."""
@@ -75,7 +77,7 @@ class Layout:
     @property
     def num_bytes(self) -> int:
         """Of the whole buffer."""
-        return self.terms.end
+        return self.terms.end + CANARY_BYTES
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -137,7 +139,7 @@ def plan(
     offset = CONTROL_BYTES
     for name, num_bytes in sizes.items():
         regions[name] = Region(offset, num_bytes)
-        offset = _round_up(offset + num_bytes, ALIGNMENT)
+        offset = _round_up(offset + num_bytes + CANARY_BYTES, ALIGNMENT)
     return Layout(
         slot_rows=slot_rows,
         num_slots=num_slots,

@@ -1,0 +1,77 @@
+"""Debug mode on interpreted ranks: what it poisons, what it finds, and that right steps pass under it."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import tokenferry as tf
+from cases import CASES, Case, StepCase, run_case
+from tokenferry.testing import run_ranks
+
+pytestmark = pytest.mark.interpreter
+
+DEBUG = {"TRITON_INTERPRET": "1", "TOKENFERRY_DEBUG": "1"}
+BULK = Case(capacity=1025, transport="p2p", steps=(StepCase((3, 200), layers=2), StepCase((1, 2), layers=2, own_buffer=True)))
+
+
+def cases(group: tf.EPGroup) -> int:
+    named = [case for size, case in CASES.values() if size == group.size and case.combine_order == "rank"]
+    return sum(
+        run_case(group, case) for case in (*(dataclasses.replace(c, transport="p2p", counts="uneven") for c in named), BULK)
+    )
+
+
+def test_right_steps_pass_in_slots_and_in_bulk() -> None:
+    assert len(set(run_ranks(cases, 2, env=DEBUG))) == 1
+
+
+def found(group: tf.EPGroup) -> dict[str, str]:
+    """What the report says of each kind of harm, and whether the workspace goes on after it."""
+    from tokenferry import dispatcher
+
+    config = tf.MoEConfig(hidden_size=16, num_experts=8, topk=2)
+    rows = torch.ones(3, 16, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)
+    said = {}
+    with tf.Workspace(config, group, max_tokens_per_rank=4, transport="p2p") as ws:
+        layer, transport = ws.dispatcher(), ws._transport
+
+        def round_trip(ids: torch.Tensor = rows[1]) -> torch.Tensor:
+            got = layer.dispatch(rows[0], ids, rows[2])
+            assert bool(layer.combine_input().isnan().all()), "not yet written by the experts"
+            out = layer.combine(got.hidden, got)
+            assert bool(got.hidden.isnan().all()), "gone with combine"
+            return out
+
+        def harmed(name: str, kind: type[Exception], call) -> None:
+            with pytest.raises(kind) as caught:
+                call()
+            said[name] = str(caught.value)
+            ws.begin_step(3)
+            assert torch.equal(round_trip(), rows[0])
+            ws.check()
+
+        dispatcher._ids_out_of_range = lambda *_: None  # as on CUDA tensors
+        for name, wrong in (("negative", -2), ("large", 8), ("huge", 2**40)):
+            ws.begin_step(3)
+            ids = rows[1].clone()
+            ids[1, 1] = wrong
+            round_trip(ids)
+            harmed(name, tf.UsageError, lambda: ws.begin_step(3))
+        step = ws.begin_step(3)
+        view = step.tokens_per_rank.numpy()  # PyTorch does not count this write
+        view += 1
+        harmed("counts", tf.StateError, ws.check)
+        end = transport._layout.hidden.end
+        transport._buffer.tensor[end + 3] = 0
+        harmed("canary", tf.StateError, ws.check)
+    return said
+
+
+def test_ids_counts_and_canaries_are_found_and_the_workspace_goes_on() -> None:
+    said = run_ranks(found, 1, env=DEBUG)[0]
+    assert "topk_idx held -2, but" in said["negative"]
+    assert "topk_idx held 8, but" in said["large"]
+    assert "topk_idx held" in said["huge"]
+    assert "written on the device" in said["counts"]
+    assert "behind a region" in said["canary"]
