@@ -133,8 +133,7 @@ def compile_spec(spec):
 
 
 def specs_of(variant):
-    table, up, down, total = triton_path.specs(variant, torch.device("cpu"))
-    return [table, *up, *down, total]
+    return triton_path.specs(variant, torch.device("cpu")).all
 
 
 def precompile(variants):
@@ -271,18 +270,17 @@ class Bench:
                 source, target = rows.hidden, buffers.activated_PI
                 if which == "down":
                     source, target = buffers.activated_PI, buffers.outputs_PH
-                for kernel, programs, block in getattr(loaded, which):
+                for product in getattr(loaded, which):
                     activation = self.preset.activation if which == "up" else None
-                    given = triton_path._described(matrix, activation, block) if block else matrix
-                    kernel(programs, source, given, count, count if bias is None else bias, target, *settings)
+                    given = triton_path._described(matrix, activation, product.block) if product.block else matrix
+                    own_bias = count if bias is None else bias
+                    product.kernel(product.programs, source, count, given, count, own_bias, target, *settings)
 
         def make_table():
             loaded.table(L, rows.topk_idx, count, *table, 0, num, 0)
 
         def make_sum():
-            loaded.sum(
-                loaded.sum_programs, buffers.outputs_PH, rows.topk_idx, rows.topk_weights, count, out, 0, buffers.num_rows, 0
-            )
+            loaded.sum(loaded.programs, buffers.outputs_PH, rows.topk_idx, rows.topk_weights, count, out, 0, buffers.num_rows, 0)
 
         done = {which: time_us(lambda which=which: products(which), 2) / len(self.layers) for which in ("up", "down")}
         return done if products_only else done | {"table": time_us(make_table, 10), "sum": time_us(make_sum, 10)}

@@ -43,16 +43,11 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def specs(chosen: triton_path.Variant):
-    table, up, down, total = triton_path.specs(chosen, torch.device("cpu"))
-    return [table, *up, *down, total]
-
-
 @pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 @pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_compiles_to_a_cubin(name, capability) -> None:
-    for spec in specs(VARIANTS[name]):
+    for spec in triton_path.specs(VARIANTS[name], torch.device("cpu")).all:
         kernel = triton.compile(spec.source(), target=GPUTarget("cuda", capability, 32), options=spec.options())
         assert kernel.metadata.shared <= SHARED_MEMORY_BYTES[capability], spec
         if spec.name == "gemm" and capability == 90 and name == "qwen3-30b-a3b":

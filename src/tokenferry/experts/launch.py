@@ -12,8 +12,8 @@ import triton
 from triton.compiler import ASTSource
 
 from tokenferry.kernels import wire
+from tokenferry.kernels.expert_gemm import QUANTIZE_SIGNATURE, expert_gemm_kernel, quantize_rows_kernel
 from tokenferry.kernels.expert_gemm import SIGNATURE as GEMM_SIGNATURE
-from tokenferry.kernels.expert_gemm import expert_gemm_kernel
 from tokenferry.kernels.expert_sum import SIGNATURE as SUM_SIGNATURE
 from tokenferry.kernels.expert_sum import expert_sum_kernel
 from tokenferry.kernels.expert_table import SIGNATURE as TABLE_SIGNATURE
@@ -33,6 +33,7 @@ INTERPRETED_PROGRAMS = 3
 KERNELS: Mapping[str, tuple[Any, Mapping[str, str]]] = {
     "table": (expert_table_kernel, TABLE_SIGNATURE),
     "gemm": (expert_gemm_kernel, GEMM_SIGNATURE),
+    "quantize": (quantize_rows_kernel, QUANTIZE_SIGNATURE),
     "sum": (expert_sum_kernel, SUM_SIGNATURE),
 }
 

@@ -14,6 +14,7 @@ class Tiles:
 
     Attributes:
         tensor_map: weights come by the tensor memory accelerator (Hopper and newer), where their layout allows it.
+        ahead: float8 rows are quantized once, by a launch of their own; else in every tile that reads them.
         low, high: it serves experts with low < rows <= high; high 0: no upper limit.
         rows_few: where at most so many rows of an expert are left, the tile has so many.
         rows, columns, depth: of a tile; `columns` are of the output, so a gated product reads twice as many.
@@ -29,6 +30,7 @@ class Tiles:
     programs_per_sm: int
     rows_few: int
     tensor_map: bool = False
+    ahead: bool = False
     low: int = 0
     high: int = 0
 
@@ -95,7 +97,7 @@ def _many(halves: int, scaled: bool) -> Tiles:
     step, read = (128, 128) if scaled else (64, 256)  # float8 at 256 spills: its sums are kept twice
     return Tiles(
         rows=128, rows_few=64, columns=read // halves, depth=step, num_warps=8, num_stages=3, programs_per_sm=1, low=FEW_ROWS,
-        tensor_map=True,
+        tensor_map=True, ahead=scaled,
     )  # fmt: skip
 
 

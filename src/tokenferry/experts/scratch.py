@@ -6,6 +6,7 @@ Legend: K slots of a row, H hidden size, I intermediate size, L experts of this 
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,9 @@ if TYPE_CHECKING:  # Triton is not everywhere
     from tokenferry.experts.launch import KernelStore
     from tokenferry.experts.triton_path import Loaded, Variant
 
-DEFAULT_MAX_BYTES = 5 << 28
-"""1.25 GiB: 9,100 gathered rows a round for deepseek-v3, whose rows are the largest in use (147,488 bytes): 4,096 of each of two
-ranks. Each further round reads the weights again."""
+DEFAULT_MAX_BYTES = 3 << 29
+"""1.5 GiB: 9,370 gathered rows a round for float8 deepseek-v3, whose rows are the largest in use (171,776 bytes): 4,096 of each of
+two ranks. Each further round reads the weights again."""
 
 ALIGNMENT = 256
 MIN_CUDA_MAJOR = 8
@@ -30,17 +31,31 @@ MIN_CUDA_MAJOR = 8
 
 @dataclass(frozen=True)
 class RowShape:
-    """What a gathered row needs: K pairs of an activated row of I and an output row of H numbers, and a table entry each."""
+    """What a gathered row needs: K pairs of an activated row of I and an output row of H numbers, and a table entry each.
+    With float8 the row and the activated rows once more, quantized."""
 
     topk: int
     hidden_size: int
     intermediate_size: int
     itemsize: int
+    float8: bool = False
+
+    @property
+    def hidden_groups(self) -> int:
+        """Scales of a quantized row."""
+        return -(-self.hidden_size // 128)
+
+    @property
+    def activated_groups(self) -> int:
+        """Scales of a quantized activated row."""
+        return -(-self.intermediate_size // 128)
 
     @property
     def nbytes(self) -> int:
         """Bytes of scratch for one gathered row."""
-        return self.topk * ((self.hidden_size + self.intermediate_size) * self.itemsize + 4)
+        plain = self.topk * ((self.hidden_size + self.intermediate_size) * self.itemsize + 4)
+        quantized = self.hidden_size + 4 * self.hidden_groups + self.topk * (self.intermediate_size + 4 * self.activated_groups)
+        return plain + quantized * self.float8
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +68,8 @@ class Buffers:
     pairs_P: torch.Tensor
     activated_PI: torch.Tensor
     outputs_PH: torch.Tensor
+    quantized: tuple[torch.Tensor, ...]
+    """With float8: gathered rows of the round, their scales, activated rows, theirs."""
 
 
 class ExpertScratch:
@@ -120,13 +137,21 @@ class ExpertScratch:
 
     def _carve(self, shape: RowShape, rows: int, num_local_experts: int, dtype: torch.dtype) -> Buffers:
         pairs = rows * shape.topk
-        sizes = (
-            num_local_experts * 4,
-            num_local_experts * 4,
-            pairs * 4,
-            pairs * shape.intermediate_size * shape.itemsize,
-            pairs * shape.hidden_size * shape.itemsize,
-        )
+        parts: list[tuple[torch.dtype, tuple[int, ...]]] = [
+            (torch.int32, (num_local_experts,)),
+            (torch.int32, (num_local_experts,)),
+            (torch.int32, (pairs,)),
+            (dtype, (pairs, shape.intermediate_size)),
+            (dtype, (pairs, shape.hidden_size)),
+        ]
+        if shape.float8:
+            parts += [
+                (torch.float8_e4m3fn, (rows, shape.hidden_size)),
+                (torch.float32, (rows, shape.hidden_groups)),
+                (torch.float8_e4m3fn, (pairs, shape.intermediate_size)),
+                (torch.float32, (pairs, shape.activated_groups)),
+            ]
+        sizes = [math.prod(size) * kind.itemsize for kind, size in parts]
         padded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
         if self._memory.numel() < sum(padded):
             if self._memory.numel():
@@ -134,15 +159,10 @@ class ExpertScratch:
             self._memory = torch.empty(sum(padded), dtype=torch.uint8, device=self.device)
             self._buffers.clear()
         pieces = self._memory[: sum(padded)].split(padded)
-        counts, offsets, table, activated, outputs = (piece[:size] for piece, size in zip(pieces, sizes, strict=True))
-        return Buffers(
-            rows,
-            counts.view(torch.int32),
-            offsets.view(torch.int32),
-            table.view(torch.int32),
-            activated.view(dtype).view(pairs, shape.intermediate_size),
-            outputs.view(dtype).view(pairs, shape.hidden_size),
+        counts, offsets, table, activated, outputs, *quantized = (
+            piece[:size].view(kind).view(extent) for piece, size, (kind, extent) in zip(pieces, sizes, parts, strict=True)
         )
+        return Buffers(rows, counts, offsets, table, activated, outputs, tuple(quantized))
 
     def prepare(
         self,

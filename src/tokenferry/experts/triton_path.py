@@ -54,14 +54,26 @@ class Variant:
 
 
 @dataclass(frozen=True, eq=False)
+class Product:
+    """One launch of a grouped product."""
+
+    kernel: LoadedKernel
+    programs: int
+    block: tuple[int, ...]
+    ahead: bool
+
+
+@dataclass(frozen=True, eq=False)
 class Loaded:
     """The kernels of a variant, with the launches' bounds on programs."""
 
     table: LoadedKernel
-    up: tuple[tuple[LoadedKernel, int, tuple[int, ...]], ...]
-    down: tuple[tuple[LoadedKernel, int, tuple[int, ...]], ...]
+    quantize: tuple[LoadedKernel, ...]
+    up: tuple[Product, ...]
+    down: tuple[Product, ...]
     sum: LoadedKernel
-    sum_programs: int
+    programs: int
+    """Of the kernels that go over rows."""
 
 
 def run(
@@ -102,16 +114,28 @@ def run(
     for first_row in range(0, idx_RK.shape[0], buffers.num_rows):
         loaded.table(variant.num_local_experts, idx_RK, valid, *table, first_row, buffers.num_rows, first_expert)
         settings = (*table, first_row, activation.alpha, activation.limit)
-        for kernel, programs, block in loaded.up:
-            matrices = _described(weights.up_proj, activation, block) if block else weights.up_proj
-            kernel(programs, hidden_RH, matrices, *up, buffers.activated_PI, *settings)
-        for kernel, programs, block in loaded.down:
-            matrices = _described(weights.down_proj, None, block) if block else weights.down_proj
-            kernel(programs, buffers.activated_PI, matrices, *down, buffers.outputs_PH, *settings)
-        loaded.sum(
-            loaded.sum_programs, buffers.outputs_PH, idx_RK, weights_RK, valid, target, first_row, buffers.num_rows, first_expert
-        )
+        bounds = (first_row, buffers.num_rows)
+        rows = _quantized(loaded, 0, hidden_RH, buffers, valid, bounds)
+        for product in loaded.up:
+            matrices = _described(weights.up_proj, activation, product.block) if product.block else weights.up_proj
+            product.kernel(product.programs, *rows[product.ahead], matrices, *up, buffers.activated_PI, *settings)
+        rows = _quantized(loaded, 1, buffers.activated_PI, buffers, valid, bounds)
+        for product in loaded.down:
+            matrices = _described(weights.down_proj, None, product.block) if product.block else weights.down_proj
+            product.kernel(product.programs, *rows[product.ahead], matrices, *down, buffers.outputs_PH, *settings)
+        loaded.sum(loaded.programs, buffers.outputs_PH, idx_RK, weights_RK, valid, target, *bounds, first_expert)
     return out if target is out else out.copy_(target)
+
+
+def _quantized(
+    loaded: Loaded, which: int, rows: torch.Tensor, buffers: Buffers, valid: torch.Tensor, bounds: tuple[int, int]
+) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    """The rows of product 0 or 1, with scales: as they are (no scales are read), and quantized, if a launch wants that."""
+    if not loaded.quantize:
+        return ((rows, valid),)
+    quantized, scales = buffers.quantized[2 * which : 2 * which + 2]
+    loaded.quantize[which](loaded.programs, rows, buffers.counts_L, valid, quantized, scales, *bounds)
+    return ((rows, valid), (quantized, scales))
 
 
 def _described(matrices: torch.Tensor, activation: Activation | None, block: tuple[int, ...]) -> TensorDescriptor:
@@ -131,7 +155,8 @@ def _or(tensor: torch.Tensor | None, unread: torch.Tensor) -> torch.Tensor:
 
 def row_shape(variant: Variant) -> RowShape:
     """What a gathered row of this variant needs."""
-    return RowShape(variant.topk, variant.hidden_size, variant.intermediate_size, variant.dtype.itemsize)
+    sizes = (variant.topk, variant.hidden_size, variant.intermediate_size, variant.dtype.itemsize)
+    return RowShape(*sizes, float8=variant.weight_dtype == torch.float8_e4m3fn)
 
 
 def variant_of(
@@ -183,21 +208,22 @@ def load(variant: Variant, scratch: ExpertScratch) -> Loaded:
 
 
 def _load(variant: Variant, scratch: ExpertScratch) -> Loaded:
-    table, up, down, total = specs(variant, scratch.device)
+    wanted = specs(variant, scratch.device)
     kernels, num_sms = scratch.kernels, _num_sms(scratch.device)
     chosen = chosen_plan(variant)
 
-    def launches(
-        pieces: tuple[KernelSpec, ...], tiles: tuple[Tiles, ...], width: int
-    ) -> tuple[tuple[LoadedKernel, int, tuple[int, ...]], ...]:
-        grids = (_programs(tile, width, variant, num_sms) for tile in tiles)
-        return tuple((kernels.load(spec), grid, spec.block) for spec, grid in zip(pieces, grids, strict=True))
+    def launches(pieces: tuple[KernelSpec, ...], tiles: tuple[Tiles, ...], width: int) -> tuple[Product, ...]:
+        return tuple(
+            Product(kernels.load(spec), _programs(tile, width, variant, num_sms), spec.block, dict(spec.constants)["QUANTIZED"])
+            for spec, tile in zip(pieces, tiles, strict=True)
+        )
 
     return Loaded(
-        kernels.load(table),
-        launches(up, chosen.up, variant.intermediate_size),
-        launches(down, chosen.down, variant.hidden_size),
-        kernels.load(total),
+        kernels.load(wanted.table),
+        tuple(kernels.load(spec) for spec in wanted.quantize),
+        launches(wanted.up, chosen.up, variant.intermediate_size),
+        launches(wanted.down, chosen.down, variant.hidden_size),
+        kernels.load(wanted.sum),
         INTERPRETED_PROGRAMS if wire.INTERPRETED else 8 * num_sms,
     )
 
@@ -218,10 +244,24 @@ def chosen_plan(variant: Variant) -> Plan:
     )
 
 
-def specs(
-    variant: Variant, device: torch.device
-) -> tuple[KernelSpec, tuple[KernelSpec, ...], tuple[KernelSpec, ...], KernelSpec]:
-    """Table, launches of the first product, launches of the second, sum: what is to be compiled."""
+@dataclass(frozen=True)
+class Specs:
+    """What is to be compiled for a variant."""
+
+    table: KernelSpec
+    quantize: tuple[KernelSpec, ...]
+    up: tuple[KernelSpec, ...]
+    down: tuple[KernelSpec, ...]
+    sum: KernelSpec
+
+    @property
+    def all(self) -> tuple[KernelSpec, ...]:
+        """In the order of their launches, but for the quantizing ones."""
+        return (self.table, *self.quantize, *self.up, *self.down, self.sum)
+
+
+def specs(variant: Variant, device: torch.device) -> Specs:
+    """All kernels of a variant."""
     pdl = int(not wire.INTERPRETED and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9))
     chosen = chosen_plan(variant)
     L, K, H = variant.num_local_experts, variant.topk, variant.hidden_size
@@ -243,7 +283,25 @@ def specs(
     )
     up = tuple(_gemm_spec(variant, tiles, True, pdl) for tiles in chosen.up)
     down = tuple(_gemm_spec(variant, tiles, False, pdl) for tiles in chosen.down)
-    return table, up, down, total
+    quantize = tuple(_quantize_spec(variant, chosen, is_first, pdl) for is_first in (True, False) if _is_ahead(variant, chosen))
+    return Specs(table, quantize, up, down, total)
+
+
+def _is_ahead(variant: Variant, chosen: Plan) -> bool:
+    scaled = variant.weight_dtype == torch.float8_e4m3fn
+    return scaled and any(tiles.ahead for tiles in (*chosen.up, *chosen.down))
+
+
+def _quantize_spec(variant: Variant, chosen: Plan, is_first: bool, pdl: int) -> KernelSpec:
+    constants = (
+        ("L", variant.num_local_experts),
+        ("X", variant.hidden_size if is_first else variant.intermediate_size),
+        ("FIRST", is_first),
+        ("LOW", min(tiles.low for tiles in (*chosen.up, *chosen.down) if tiles.ahead)),
+        ("LANES", triton.next_power_of_2(variant.num_local_experts)),
+        ("PDL", pdl),
+    )
+    return KernelSpec("quantize", (("DTYPE", variant.dtype),), constants, 4, 1, variant.aligned)
 
 
 def _gemm_spec(variant: Variant, tiles: Tiles, is_first: bool, pdl: int) -> KernelSpec:
@@ -268,6 +326,7 @@ def _gemm_spec(variant: Variant, tiles: Tiles, is_first: bool, pdl: int) -> Kern
         ("ACTIVATION", variant.activation if is_first else "none"),
         ("BIAS", variant.up_bias if is_first else variant.down_bias),
         ("SCALED", scaled),
+        ("QUANTIZED", scaled and tiles.ahead),
         ("TENSOR_MAP", has_map),
         ("LOW", tiles.low),
         ("HIGH", tiles.high),
@@ -279,7 +338,8 @@ def _gemm_spec(variant: Variant, tiles: Tiles, is_first: bool, pdl: int) -> Kern
         ("UPCAST", wire.INTERPRETED),
         ("PDL", pdl),
     )
-    types = (("DTYPE", variant.dtype), ("WEIGHT", variant.weight_dtype))
+    rows_dtype = variant.weight_dtype if scaled and tiles.ahead else variant.dtype
+    types = (("DTYPE", variant.dtype), ("ROWS", rows_dtype), ("WEIGHT", variant.weight_dtype))
     block = (1, 1, tiles.columns, tiles.depth) if has_map else ()
     return KernelSpec("gemm", types, constants, tiles.num_warps, tiles.num_stages, variant.aligned, block)
 

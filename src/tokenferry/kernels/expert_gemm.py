@@ -8,7 +8,8 @@ import triton.language as tl
 from tokenferry.kernels import wire
 
 SIGNATURE = {
-    "rows": "*DTYPE",
+    "rows": "*ROWS",
+    "row_scales": "*fp32",
     "weights": "*WEIGHT",
     "scales": "*fp32",
     "bias": "*DTYPE",
@@ -32,6 +33,7 @@ SIGNATURE = {
     "ACTIVATION": "constexpr",
     "BIAS": "constexpr",
     "SCALED": "constexpr",
+    "QUANTIZED": "constexpr",
     "TENSOR_MAP": "constexpr",
     "LOW": "constexpr",
     "HIGH": "constexpr",
@@ -107,6 +109,70 @@ def quantize(x):
     return (x / scale[:, None]).to(tl.float8e4nv), scale
 
 
+QUANTIZE_SIGNATURE = {
+    "rows": "*DTYPE",
+    "counts": "*i32",
+    "valid_tokens": "*i32",
+    "out": "*fp8e4nv",
+    "scales": "*fp32",
+    "first_row": "i32",
+    "num_rows": "i32",
+    "L": "constexpr",
+    "X": "constexpr",
+    "FIRST": "constexpr",
+    "LOW": "constexpr",
+    "LANES": "constexpr",
+    "PDL": "constexpr",
+}
+
+
+@triton.jit
+def quantize_rows_kernel(
+    rows,
+    counts,
+    valid_tokens,
+    out,
+    scales,
+    first_row,
+    num_rows,
+    L: tl.constexpr,
+    X: tl.constexpr,
+    FIRST: tl.constexpr,
+    LOW: tl.constexpr,
+    LANES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Quantizes each row of a product once, where an expert has more than LOW rows: with fewer, the products do it as they read.
+
+    Args:
+        rows: FIRST: [R, X], of which the round's valid rows are read; else [pairs, X], as many as `counts` say.
+        out, scales: [rows of the round, X] and [.., ceil(X / 128)].
+
+    Example:
+        A row of 224, -448, 1 and zeros, and counts [1] with LOW 0: the same numbers in float8, scale 1. With LOW 1: nothing.
+    """
+    GROUPS: tl.constexpr = (X + 127) // 128  # of plain ints, as the interpreter wants them here
+    ROWS: tl.constexpr = 16
+    lanes = tl.arange(0, LANES)
+    wire.wait_for_previous_kernel(PDL)
+    wire.let_next_kernel_start(PDL)
+    count = tl.load(counts + lanes, mask=lanes < L, other=0)
+    if tl.max(count) > LOW:
+        if FIRST:
+            num = tl.maximum(tl.minimum(tl.load(valid_tokens) - first_row, num_rows), 0)
+        else:
+            num = tl.sum(count)
+        for task in range(tl.program_id(0), (num + ROWS - 1) // ROWS * GROUPS, tl.num_programs(0)):
+            row = (task // GROUPS) * ROWS + tl.arange(0, ROWS)
+            column = (task % GROUPS) * SCALE_BLOCK + tl.arange(0, SCALE_BLOCK)
+            live = (row < num)[:, None] & (column < X)[None, :]
+            source = (first_row + row if FIRST else row).to(tl.int64)
+            x = tl.load(rows + source[:, None] * X + column[None, :], mask=live, other=0.0)
+            q, scale = quantize(x.to(tl.float32))
+            tl.store(out + row.to(tl.int64)[:, None] * X + column[None, :], q, mask=live)
+            tl.store(scales + row.to(tl.int64) * GROUPS + task % GROUPS, scale, mask=row < num)
+
+
 @triton.jit
 def columns_of(first_column, WIDTH: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BN: tl.constexpr):
     """Columns of the product behind BN columns of `out`: gates, then ups, where there is a gate. Those beyond WIDTH stand for the
@@ -132,6 +198,7 @@ def columns_of(first_column, WIDTH: tl.constexpr, GATED: tl.constexpr, INTERLEAV
 @triton.jit
 def product_tile(
     rows,
+    row_scales,
     weights,
     scales,
     bias,
@@ -156,6 +223,7 @@ def product_tile(
     ACTIVATION: tl.constexpr,
     BIAS: tl.constexpr,
     SCALED: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     TENSOR_MAP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -168,7 +236,10 @@ def product_tile(
     lanes = tl.arange(0, BM)
     position = begin + tl.minimum(lanes, num - 1)  # a row that is there instead of one that is not: never stored
     pair = tl.load(pairs + position)
-    source = (first_row + pair // K).to(tl.int64) if FIRST else position.to(tl.int64)
+    if FIRST:
+        source = (pair // K if QUANTIZED else first_row + pair // K).to(tl.int64)
+    else:
+        source = position.to(tl.int64)
     column = columns_of(first_column, WIDTH, GATED, INTERLEAVED, BN)
     depth = tl.arange(0, BD)
     a = rows + source[:, None] * DEPTH + depth[None, :]
@@ -204,7 +275,11 @@ def product_tile(
             else:
                 x = tl.load(a + d, mask=(d + depth < DEPTH)[None, :], other=0.0)
                 w = tl.load(b + d * STRIDE_D, mask=(d + depth < DEPTH)[:, None], other=0.0)
-            q, row_scale = quantize(x.to(tl.float32))
+            if QUANTIZED:
+                q = x
+                row_scale = tl.load(row_scales + source * DEPTH_BLOCKS + d // SCALE_BLOCK)
+            else:
+                q, row_scale = quantize(x.to(tl.float32))
             column_scale = tl.load(scale_of_column + d // SCALE_BLOCK)
             total += tl.dot(q, w, out_dtype=tl.float32) * (row_scale[:, None] * column_scale[None, :])
     else:
@@ -246,6 +321,7 @@ def product_tile(
 @triton.jit
 def expert_gemm_kernel(
     rows,
+    row_scales,
     weights,
     scales,
     bias,
@@ -269,6 +345,7 @@ def expert_gemm_kernel(
     ACTIVATION: tl.constexpr,
     BIAS: tl.constexpr,
     SCALED: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     TENSOR_MAP: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
@@ -285,6 +362,7 @@ def expert_gemm_kernel(
 
     Args:
         rows: first product: [R, DEPTH] gathered rows, read through `pairs`. Second: [pairs, DEPTH], in the order of `pairs`.
+            QUANTIZED: float8, of this round alone, by `quantize_rows_kernel`, and `row_scales` with them; the same bits.
         weights: element (expert, column, depth) lies at expert * STRIDE_E + column * STRIDE_N + depth * STRIDE_D; with TENSOR_MAP
             a descriptor of [experts, gate or up, WIDTH, DEPTH] in blocks of [1, 1, BN, BD].
         scales: of float8 weights (SCALED): [L, columns / 128, DEPTH / 128]. bias: [L, columns], with BIAS. Else unused.
@@ -324,13 +402,13 @@ def expert_gemm_kernel(
         first_column = (within // tiles_m) * BN
         if BM == BM_FEW or num - done <= BM_FEW:
             product_tile(
-                rows, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done, num - done, first_column,
-                K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, FIRST, GATED, INTERLEAVED, ACTIVATION, BIAS, SCALED, TENSOR_MAP,
-                BM_FEW, BN, BD, UPCAST,
+                rows, row_scales, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done, num - done,
+                first_column, K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, FIRST, GATED, INTERLEAVED, ACTIVATION, BIAS, SCALED,
+                QUANTIZED, TENSOR_MAP, BM_FEW, BN, BD, UPCAST,
             )  # fmt: skip
         else:
             product_tile(
-                rows, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done, num - done, first_column,
-                K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, FIRST, GATED, INTERLEAVED, ACTIVATION, BIAS, SCALED, TENSOR_MAP,
-                BM, BN, BD, UPCAST,
+                rows, row_scales, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done, num - done,
+                first_column, K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, FIRST, GATED, INTERLEAVED, ACTIVATION, BIAS, SCALED,
+                QUANTIZED, TENSOR_MAP, BM, BN, BD, UPCAST,
             )  # fmt: skip
