@@ -184,8 +184,9 @@ class GraphRunner:
                 self._forward(bucket, done)
 
     def _forward(self, num_rows: int, done: bool) -> tuple[Step, Any]:
-        step = self.workspace.begin_step(num_rows, self._num_real, done=done)
-        return step, self.fn(*(tensor[:num_rows] for tensor in self._static))
+        with self.workspace.saying_done(done):
+            step = self.workspace.begin_step(num_rows, self._num_real)
+            return step, self.fn(*(tensor[:num_rows] for tensor in self._static))
 
     # --- run --------------------------------------------------------------------------------------------------------
 
@@ -279,8 +280,9 @@ class GraphRunner:
             inputs = tuple(torch.cat([given, given.new_zeros((rows - num_tokens, *given.shape[1:]))]) for given in inputs)
 
         def forward() -> tuple[Step, Any]:
-            step = self.workspace.begin_step(rows, num_tokens, done=done)
-            return step, self.fn(*inputs)
+            with self.workspace.saying_done(done):
+                step = self.workspace.begin_step(rows, num_tokens)
+                return step, self.fn(*inputs)
 
         return self._guarded(forward)
 

@@ -16,7 +16,6 @@ import torch
 
 from tokenferry import env
 from tokenferry.config import MoEConfig
-from tokenferry.debug import Watch
 from tokenferry.dispatched import Dispatched
 from tokenferry.dispatcher import Dispatcher
 from tokenferry.errors import (
@@ -114,6 +113,7 @@ class Workspace:
         self.num_tokens_traced = 0
         self._step_index = 0
         self._promised_equal = False
+        self._says_done = False
         self._stand_in: Transport | None = None
         self._open("open")
 
@@ -123,7 +123,11 @@ class Workspace:
         self.decisions, self.transport = _agree_to_open(settings, self._requested, phase)
         self._step_tensors = StepTensors(settings.group.rank, settings.group.size, settings.group.device)
         self._transport = _open_together(self.transport, settings, self._step_tensors, phase)
-        self._watch = Watch(self._transport, settings, self._step_tensors) if settings.debug else None
+        self._watch = None
+        if settings.debug:
+            from tokenferry.debug import Watch  # here, since it imports Triton
+
+            self._watch = Watch(self._transport, settings, self._step_tensors)
         self.operators = _register(self)
         self.opened_s = time.monotonic() - start  # compiling and loading kernels included, the wait for peers too
         _log.info("workspace %s: transport %s, opened in %.2f s", settings.name, self.transport, self.opened_s)
@@ -247,7 +251,7 @@ class Workspace:
         real = self._check_counts(num_tokens, num_real_tokens)
         if not isinstance(done, bool):
             raise UsageError(f"done must be a bool, got {done!r}")
-        request = StepRequest(self._step_index + 1, num_tokens, real, done, self._promised_equal)
+        request = StepRequest(self._step_index + 1, num_tokens, real, done or self._says_done, self._promised_equal)
         had_gradient = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # `torch.no_grad()` takes two microseconds
         try:
@@ -329,6 +333,15 @@ class Workspace:
             yield
         finally:
             self._promised_equal = before
+
+    @contextlib.contextmanager
+    def saying_done(self, done: bool) -> Iterator[None]:
+        """Steps begun within it say `done`, if it is True: the last step of a forward carries the answer of the whole."""
+        before, self._says_done = self._says_done, done
+        try:
+            yield
+        finally:
+            self._says_done = before
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[Callable[[], int]]:

@@ -102,13 +102,13 @@ def test_a_graph_with_equal_counts_replays_with_other_rows() -> None:
 def late_in_layer(group: tf.EPGroup) -> str:
     with tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport="collective", timeout_s=4) as ws:
         dispatcher = ws.dispatcher()
-        own = make_inputs(CONFIG, (1, 1), seed=1, device=group.device)[group.rank]
+        own = make_inputs(CONFIG, (1, 1), seed=1)[group.rank]
         ws.begin_step(1)
         if group.rank == 1:
             time.sleep(9)
         start = time.monotonic()
         try:
-            got = dispatcher.dispatch(own.hidden, own.topk_idx, own.topk_weights)
+            got = dispatcher.dispatch(*(rows.to(group.device) for rows in (own.hidden, own.topk_idx, own.topk_weights)))
             dispatcher.combine(got.hidden)
             torch.cuda.synchronize()
             ws.check()

@@ -174,9 +174,10 @@ def test_a_failed_capture_and_a_reset_leave_the_workspace_usable(transport: str)
 
 def virtual_rank(group: tf.EPGroup, setup: Setup, steps: list[tuple[int, ...]]) -> None:
     with open_workspace(group, setup) as ws:
-        forward = Forward(setup, ws)
-        for turn in range(group.size):  # capturing waits for the device: one at a time, and no steps meanwhile
+        # One at a time: parameters are drawn from the process's one generator, and capturing waits for the device.
+        for turn in range(group.size):
             if turn == group.rank:
+                forward = Forward(setup, ws)
                 runner = GraphRunner(ws, forward, setup.buckets, inputs=[forward.pool])
                 torch.cuda.current_stream().synchronize()
             group.channel.barrier(f"captured/{turn}", 60.0)

@@ -158,12 +158,10 @@ class Bench:
             partial = torch.full((num_rows, point.hidden_size), torch.nan, dtype=torch.bfloat16, device=self.group.device)
             partial[:num_valid] = self.partial(point, rank, seed)
             if symmetric and point.in_place:
-                with ws.solo():
-                    ws.begin_step(num_tokens)
-                    dispatcher.dispatch(own.hidden, own.topk_idx, own.topk_weights)
-                    terms = dispatcher.combine_input()
-                    dispatcher.combine(terms)
-                partial = terms.copy_(partial)
+                ws.begin_step(num_tokens)
+                dispatcher.dispatch(own.hidden, own.topk_idx, own.topk_weights)
+                partial = dispatcher.combine_input().copy_(partial)
+                dispatcher.combine(partial)
             results: list[Any] = []
 
             def chain() -> None:
@@ -196,7 +194,8 @@ class Bench:
             shape = (count * self.group.size, hidden_size)
             partial = torch.zeros(shape, dtype=torch.bfloat16, device=self.group.device)  # gathered rows would be copied first
             ws.begin_step(count)
-            spans: dict[str, list[float]] = {"begin_step": [], "dispatch": [], "combine": []}
+            spans: dict[str, list[float]] = {"begin_step": [], "dispatch": [], "combine": [], "torch_add": []}
+            other = torch.zeros(64, device=self.group.device)  # what any call costs on this host
             for _ in range(200):
                 marks = [time.perf_counter()]
                 ws.begin_step(count)
@@ -204,6 +203,8 @@ class Bench:
                 got = dispatcher.dispatch(own.hidden, own.topk_idx, own.topk_weights)
                 marks.append(time.perf_counter())
                 dispatcher.combine(partial, got)
+                marks.append(time.perf_counter())
+                other.add_(1)
                 marks.append(time.perf_counter())
                 for name, begin, end in zip(spans, marks, marks[1:], strict=False):
                     spans[name].append(end - begin)
@@ -237,7 +238,7 @@ class Bench:
         def chain() -> None:
             for number in range(self.chain):
                 sender = second if number % 2 else transport
-                sender.dispatch_begin(0, own.hidden, own.topk_idx, own.topk_weights)
+                sender.dispatch(0, own.hidden, own.topk_idx, own.topk_weights)
 
         return round(self.time_graph(chain, self.chain)[0], 2)
 
