@@ -31,7 +31,17 @@ STAGES = ("opened", "stepped", "dispatching", "dispatched", "combining", "combin
 class Counted:
     """A transport that counts what it is asked to launch."""
 
-    LAUNCHES = ("begin_step", "dispatch_begin", "dispatch_end", "combine_begin", "combine_end", "close", "fail")
+    LAUNCHES = (
+        "begin_step",
+        "dispatch",
+        "dispatch_begin",
+        "dispatch_end",
+        "combine",
+        "combine_begin",
+        "combine_end",
+        "close",
+        "fail",
+    )
 
     def __init__(self, transport: Transport) -> None:
         self._transport, self.launches = transport, 0
@@ -66,7 +76,9 @@ class Scene:
 
 
 def open_workspace(transport: str, **changed: Any) -> tf.Workspace:
-    return tf.Workspace(CONFIG, tf.EPGroup(device="cpu"), **{"max_tokens_per_rank": C, "transport": transport, **changed})
+    """On p2p for T rows: its gathered rows are as many as there may be, and the table's partial rows are T."""
+    settings = {"max_tokens_per_rank": T if transport == "p2p" else C, "transport": transport, **changed}
+    return tf.Workspace(CONFIG, tf.EPGroup(device="cpu"), **settings)
 
 
 def same(name: str, got: torch.Tensor, want: torch.Tensor) -> None:

@@ -1,0 +1,33 @@
+"""The table of wrong calls on symmetric memory: one process of interpreted kernels."""
+
+import pytest
+
+import test_bad_input as plain
+import tokenferry as tf
+from bad_calls import TABLE
+from tokenferry.testing import run_ranks
+
+pytestmark = pytest.mark.interpreter
+
+INTERPRETER = {"TRITON_INTERPRET": "1"}
+NOT_HERE = frozenset({"num_tokens-over-capacity", "open-p2p-on-a-cpu"})
+"""The message has the table's capacity, which is larger than that of the workspace here; and in the interpreter p2p opens on CPUs."""
+
+
+def wrong_calls(group: tf.EPGroup) -> tuple[int, dict[str, str]]:
+    """How many calls were made, and what was not as it should be."""
+    found, tried = {}, 0
+    for wrong in TABLE:
+        if wrong.name not in NOT_HERE:
+            tried += 1
+            try:
+                plain.test_a_wrong_call_is_named_and_changes_nothing(wrong, "p2p")
+            except BaseException as error:
+                found[wrong.name] = f"{type(error).__name__}: {error}"
+    return tried, found
+
+
+def test_every_wrong_call_is_named_launches_nothing_and_leaves_the_workspace_usable() -> None:
+    tried, found = run_ranks(wrong_calls, 1, env=INTERPRETER, timeout_s=120)[0]
+    assert found == {}
+    assert tried >= 300

@@ -1,0 +1,145 @@
+"""Memory and meeting places are this user's alone; what peers send is data, never code; caches are checked before use."""
+
+import ast
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+import tokenferry
+from tokenferry import memory
+from tokenferry.cli import manifest
+from tokenferry.groups import EPGroup
+from tokenferry.launch import run_processes
+
+ROOT = Path(tokenferry.__file__).parent
+UNPICKLES = {"pickle", "torch.load", "all_gather_object", "broadcast_object_list", "cloudpickle", "marshal"}
+
+
+# --- shared memory ------------------------------------------------------------------------------------------------------
+
+
+def shared_file(path: Path, mode: int = 0o600) -> Path:
+    path.write_bytes(bytes(64))
+    path.chmod(mode)
+    return path
+
+
+@pytest.fixture
+def name() -> Path:
+    path = memory.SHARED_FOLDER / f"tokenferry-test-{os.getpid()}"
+    yield path
+    path.unlink(missing_ok=True)
+
+
+def test_a_peers_file_of_this_user_alone_is_opened(name: Path) -> None:
+    os.close(memory._open_ours(shared_file(name)))
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o666], ids=oct)
+def test_a_file_that_others_may_read_or_write_is_refused(name: Path, mode: int) -> None:
+    with pytest.raises(ValueError, match="is not this user's alone"):
+        memory._open_ours(shared_file(name, mode))
+
+
+def test_a_file_elsewhere_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="shared memory must lie in"):
+        memory._open_ours(shared_file(tmp_path / "elsewhere"))
+
+
+def test_a_link_is_not_followed(name: Path, tmp_path: Path) -> None:
+    name.symlink_to(shared_file(tmp_path / "target"))
+    with pytest.raises(OSError, match="symbolic links"):
+        memory._open_ours(name)
+
+
+def shared_names(rank: int, world_size: int, store_path: str) -> list[tuple[str, int]]:
+    """Names and modes of the files, as they are when a rank opens its peers'."""
+    seen, open_ours = [], memory._open_ours
+
+    def look(path: Path) -> int:
+        seen.append((path.name, stat.S_IMODE(path.stat().st_mode)))
+        return open_ours(path)
+
+    memory._open_ours = look
+    group = EPGroup.from_store(dist.FileStore(store_path, world_size), rank, world_size, "cpu")
+    for number in range(2):
+        memory.SymmetricBuffer(group, 4096, f"buffer{number}", 20).close()
+    return seen
+
+
+@pytest.mark.ranks
+def test_shared_memory_has_mode_0600_and_a_random_name_each_time() -> None:
+    seen = [each for rank in run_processes(shared_names, 2, timeout_s=60) for each in rank]
+    assert len(seen) == 4
+    assert {mode for _, mode in seen} == {0o600}
+    assert len({name for name, _ in seen}) == 4
+    assert all(len(name) == len("tokenferry-") + 32 for name, _ in seen), "128 random bits"
+
+
+# --- meeting places -----------------------------------------------------------------------------------------------------
+
+
+def meeting_place(rank: int, world_size: int, store_path: str) -> list[int]:
+    return [
+        stat.S_IMODE(os.stat(store_path).st_mode) if os.path.exists(store_path) else 0,
+        os.stat(Path(store_path).parent).st_mode,
+    ]
+
+
+@pytest.mark.ranks
+def test_rank_processes_meet_in_a_folder_with_mode_0700_and_without_a_port() -> None:
+    for _, mode in run_processes(meeting_place, 1, timeout_s=60):
+        assert stat.S_IMODE(mode) == 0o700
+
+
+# --- data, not code -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", sorted(path for path in ROOT.rglob("*.py") if path.name != "launch.py"), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_nothing_is_unpickled(path: Path) -> None:
+    """Only `launch` pickles, between a supervisor and the processes that it started, over pipes of their own."""
+    used = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            used |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            used |= {node.module or "", *(alias.name for alias in node.names)}
+        elif isinstance(node, ast.Attribute):
+            used |= {node.attr, ast.unparse(node)}
+    assert not used & UNPICKLES
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("executed",)
+
+
+def test_a_pickle_from_a_peer_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pickle
+
+    monkeypatch.chdir(tmp_path)
+    store = dist.HashStore()
+    group = EPGroup.from_store(store, 0, 2, "cpu")
+    store.set("what/1", pickle.dumps(Evil()))
+    with pytest.raises(Exception):  # noqa: B017 - whatever it is, nothing has run
+        group.channel.exchange("what", 1, 1.0)
+    assert not (tmp_path / "executed").exists()
+
+
+# --- caches -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_cache_file_is_noticed_before_use(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(bytes(100))
+    manifest.write(tmp_path)
+    assert manifest.damage(tmp_path) is None
+    (tmp_path / "weights").write_bytes(bytes(99) + b"x")
+    assert manifest.damage(tmp_path) == "weights has other contents than were written"
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": manifest.FORMAT, "files": {"weights": 3}}))
+    assert "cannot be read" in str(manifest.damage(tmp_path))
