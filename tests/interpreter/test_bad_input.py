@@ -11,7 +11,7 @@ pytestmark = pytest.mark.interpreter
 
 INTERPRETER = {"TRITON_INTERPRET": "1"}
 NOT_HERE = frozenset({"num_tokens-over-capacity", "open-p2p-on-a-cpu"})
-"""The message has the table's capacity, which is larger than that of the workspace here; and in the interpreter p2p opens on CPUs."""
+"""The message has the table's capacity, which is larger than that of the workspace here; and here p2p opens on CPUs."""
 
 
 def wrong_calls(group: tf.EPGroup) -> tuple[int, dict[str, str]]:
