@@ -1,6 +1,7 @@
 """Megatron-Core's dispatchers on GPUs: the workers of the CPU ranks, CUDA graphs, and megatron-core itself beside ours."""
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import random
@@ -33,6 +34,7 @@ from ranks.test_megatron import (
     run_two_groups,
     same,
 )
+from tokenferry.experts import ExpertScratch
 from tokenferry.integrations import megatron
 from tokenferry.testing import run_ranks
 
@@ -313,10 +315,11 @@ def run_megatrons_experts(group: tf.EPGroup) -> tuple[str, float]:
             forward(theirs.layer.NCCLAllGatherDispatcher(**arguments), vllm_fused_moe, lambda: None),
             wanted,
         )
-        ours = forward(nvls, megatron.fused_moe, NVLS._get_rsv_tensor)
-        torch.cuda.synchronize()
-        megatron.check()
-        worst = ((ours - wanted).abs().max() / wanted.abs().max()).item()
+        for scratch in (None, ExpertScratch(device)):
+            ours = forward(nvls, functools.partial(megatron.fused_moe, scratch=scratch), NVLS._get_rsv_tensor)
+            torch.cuda.synchronize()
+            megatron.check()
+            worst = max(worst, ((ours - wanted).abs().max() / wanted.abs().max()).item())
     assert wanted.abs().max() > 0.1, "the experts do something"
     megatron.close()
     torch.distributed.destroy_process_group()

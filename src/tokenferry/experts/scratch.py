@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # Triton is not everywhere
     from tokenferry.experts.triton_path import Loaded, Variant
 
 DEFAULT_MAX_BYTES = 3 << 29
-"""1.5 GiB: 9,370 gathered rows a round for float8 deepseek-v3, whose rows are the largest in use (171,776 bytes): 4,096 of each of
-two ranks. Each further round reads the weights again."""
+"""1.5 GiB: 9,370 gathered rows a round for float8 deepseek-v3, whose rows are the largest in use (171,776 bytes): 4,096 of each
+of two ranks. Each further round reads the weights again."""
 
 ALIGNMENT = 256
 MIN_CUDA_MAJOR = 8
