@@ -153,6 +153,14 @@ def test_what_was_announced_must_come():
         assert ws.begin_step(2).index == 1
 
 
+def test_a_replay_uses_up_what_was_announced():
+    with tf.Workspace(CONFIG, tf.EPGroup(device="cpu"), max_tokens_per_rank=C, transport="collective") as ws:
+        ws.announce(3)
+        with ws.replaying(1):
+            pass
+        assert ws.begin_step(2).valid_tokens.tolist() == [2]
+
+
 def test_where_ranks_choose_alone_nothing_is_announced(ws):
     assert ws.announce(3) is None
 

@@ -104,7 +104,11 @@ class CollectiveTransport(InHalves):
         return Announced(tuple(header.num_tokens for header in headers), all(header.flags & FLAG_DONE for header in headers))
 
     def watching_replay(self) -> AbstractContextManager[None]:
-        """Around the launch of a graph that was captured with this transport: a peer that does not come is noticed."""
+        """Around the launch of a graph that was captured with this transport: a peer that does not come is noticed.
+
+        What was announced is used up by it: an eager step after it would take the counts of this one for its own.
+        """
+        self._announced = None
         return self._communicator.watching_replay()
 
     def _exchange_headers(self) -> list[Header]:
