@@ -7,7 +7,9 @@ float16 2e-3, bfloat16 1.5e-2 (two products, an activation and the result are ea
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -421,6 +423,16 @@ def test_an_impossible_activation_is_refused(case):
     settings, message = WRONG_ACTIVATIONS[case]
     with pytest.raises(ConfigError, match=message):
         Activation(**settings)
+
+
+# --- documentation ------------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parent.parent / "docs" / "experts.md"
+
+
+def test_the_example_of_the_page_runs_as_it_stands():
+    [example] = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(compile(example, "docs/experts.md", "exec"), {})
 
 
 # --- GPUs ---------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import nn
 from tokenferry.activations import Activation
 from tokenferry.config import HIDDEN_DTYPES
 from tokenferry.dispatched import Dispatched
-from tokenferry.errors import ConfigError, DtypeError, ShapeError, check_kind
+from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, check_kind
 from tokenferry.experts import torch_path
 from tokenferry.experts.float8 import quantize_weights
 from tokenferry.experts.scratch import ExpertScratch
@@ -68,6 +68,8 @@ def apply_experts(
     if hidden_RH.shape[0] == 0:
         return out
     if scratch is not None:
+        if scratch.device != hidden_RH.device:
+            raise DeviceError(f"scratch is on {scratch.device} but hidden is on {hidden_RH.device}; make one there")
         return scratch.run(dispatched, weights, first_expert, activation, out, batch_invariant, max_rows)
     return torch_path.run(torch_path.choose_path(hidden_RH, weights), dispatched, weights, first_expert, activation, out)
 
@@ -84,7 +86,7 @@ class Experts(nn.Module):
         dtype: of the parameters, and of the hidden rows.
         device: of the parameters.
         batch_invariant: on CUDA, a row's bits do not depend on how many other rows an expert gets (one cut of the products for
-            every number of rows); see docs/layer.md for its cost.
+            every number of rows); see docs/experts.md for its cost.
 
     Raises:
         ConfigError: a range that is empty, has gaps, or leaves [0, E).
@@ -213,16 +215,21 @@ class Experts(nn.Module):
 
         Args:
             workspace: its layers share one scratch.
-            scratch: another one, e.g. smaller; default: the workspace's, made here if it has none.
+            scratch: another one, e.g. smaller. A workspace without one keeps it for the layers to come, so that a MoELayer made
+                afterwards works in it. Default: the workspace's, made here if it has none.
+
+        Raises:
+            DeviceError: a scratch of another device.
         """
         check_kind("workspace", workspace, Workspace)
         if scratch is None:
             if not ExpertScratch.serves(workspace.device):
                 return
-            scratch = workspace.attached.get(SCRATCH_NAME)
-            if scratch is None:
-                scratch = workspace.attached[SCRATCH_NAME] = ExpertScratch(workspace.device)
+            scratch = workspace.attached.get(SCRATCH_NAME) or ExpertScratch(workspace.device)
         check_kind("scratch", scratch, ExpertScratch)
+        if scratch.device != workspace.device:
+            raise DeviceError(f"scratch is on {scratch.device} but the workspace is on {workspace.device}; make one there")
+        workspace.attached.setdefault(SCRATCH_NAME, scratch)
         self.scratch, self._max_rows = scratch, workspace.max_tokens_per_rank * workspace.group.size
         for out_dtype in {workspace.combine_dtype, workspace.config.dtype}:
             scratch.prepare(

@@ -80,7 +80,8 @@ class ExpertScratch:
 
     Args:
         device: where the experts are: CUDA, capability 8.0 or newer (or the CPU under Triton's interpreter).
-        max_bytes: upper bound of the memory. Less is taken while fewer rows come.
+        max_bytes: upper bound of the memory that a call works in. Less is taken while fewer rows come; where more come than ever,
+            without `prepare`, a block of at least twice the last one's bytes, which stays, since captured graphs may write there.
 
     Raises:
         ConfigError: max_bytes below 1.
@@ -104,7 +105,7 @@ class ExpertScratch:
         self.loaded: dict[Variant, Loaded] = {}
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._retired: list[torch.Tensor] = []  # captured graphs may still write there
-        self._buffers: dict[tuple[RowShape, int, int, torch.dtype], Buffers] = {}
+        self._buffers: dict[tuple[RowShape, int, torch.dtype], Buffers] = {}
 
     @staticmethod
     def serves(device: torch.device) -> bool:
@@ -127,12 +128,12 @@ class ExpertScratch:
         return max(1, self.max_bytes // shape.nbytes)
 
     def reserve(self, shape: RowShape, num_rows: int, num_local_experts: int, dtype: torch.dtype) -> Buffers:
-        """The buffers for calls with up to `num_rows` gathered rows. Grows where it must; earlier buffers stay valid."""
+        """Buffers for calls with up to `num_rows` gathered rows, or more. Grows where it must; earlier buffers stay valid."""
         rows = min(num_rows, self.rows_per_round(shape))
-        key = (shape, rows, num_local_experts, dtype)
+        key = (shape, num_local_experts, dtype)
         buffers = self._buffers.get(key)
-        if buffers is None:
-            buffers = self._buffers[key] = self._carve(*key)
+        if buffers is None or buffers.num_rows < rows:  # not one for each number of rows: a collective step may bring any
+            buffers = self._buffers[key] = self._carve(shape, rows, num_local_experts, dtype)
         return buffers
 
     def _carve(self, shape: RowShape, rows: int, num_local_experts: int, dtype: torch.dtype) -> Buffers:
@@ -154,9 +155,11 @@ class ExpertScratch:
         sizes = [math.prod(size) * kind.itemsize for kind, size in parts]
         padded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
         if self._memory.numel() < sum(padded):
+            # Twice as much at least: steps that grow by a row each would leave a block each behind, all of them held.
+            num_bytes = max(sum(padded), min(2 * self._memory.numel(), self.max_bytes))
             if self._memory.numel():
                 self._retired.append(self._memory)
-            self._memory = torch.empty(sum(padded), dtype=torch.uint8, device=self.device)
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
             self._buffers.clear()
         pieces = self._memory[: sum(padded)].split(padded)
         counts, offsets, table, activated, outputs, *quantized = (
