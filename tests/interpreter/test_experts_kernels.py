@@ -114,6 +114,21 @@ def properties(group: tf.EPGroup) -> dict[str, bool]:
     alone = by_kernels(experts, first, plan=ONE_CUT)
     held["one cut: a row alone has the same bits"] = same_bits(alone, one_round[:1])
 
+    growing, last = ExpertScratch("cpu"), 0
+    for count in (*range(1, 31), 5):
+        some = gathered(rows.hidden[:count], rows.topk_idx[:count], rows.topk_weights[:count])
+        last = by_kernels(experts, some, plan=ONE_CUT, scratch=growing)
+    held["steps of ever more rows do not pile up memory"] = growing.nbytes < 4 * 30 * 3 * (32 + 24 + 2) * 2
+    held["buffers for more rows serve fewer"] = same_bits(last, one_round[:5])
+
+    for name in ("clamped_swiglu", "relu"):
+        shape = ExpertsConfig(hidden_size=32, intermediate_size=24, num_experts=7, activation=Activation(name))
+        marked = gathered(rows.hidden.clone(), rows.topk_idx.clone(), rows.topk_weights.clone())
+        marked.hidden[4] = torch.nan
+        marked.topk_idx[4] = LOCAL.start
+        got = by_kernels(Experts(shape, LOCAL), marked).isnan()
+        held[f"a NaN stays one, {name}"] = bool(got[4].all()) and int(got.any(1).sum()) == 1
+
     wide = torch.full((30, 64), 7.0, dtype=torch.float32)
     exact = by_kernels(experts, rows, out=torch.empty(30, 32, dtype=torch.float32))
     by_kernels(experts, rows, out=wide[:, ::2])
@@ -137,6 +152,10 @@ PROPERTIES = (
     "five rounds",
     "rounds fit their memory",
     "one cut: a row alone has the same bits",
+    "steps of ever more rows do not pile up memory",
+    "buffers for more rows serve fewer",
+    "a NaN stays one, clamped_swiglu",
+    "a NaN stays one, relu",
     "a bfloat16 wire",
     "rows that lie apart",
 )
@@ -186,6 +205,13 @@ def prepared(group: tf.EPGroup) -> dict[str, bool]:
             layer.combine(partial, got)
         held["nothing was loaded or taken later"] = (len(scratch.loaded), scratch.nbytes) == (num_kernels, num_bytes)
     held["closing lets go of it"] = not ws.attached
+    with tf.Workspace(config, group, max_tokens_per_rank=5, transport="p2p") as ws:
+        stacks[0].prepare(ws, small := ExpertScratch("cpu", max_bytes=4000))
+        stacks[1].prepare(ws)
+        held["a scratch that is given serves the layers to come"] = stacks[1].scratch is small
+        stacks[1].prepare(ws, other := ExpertScratch("cpu"))
+        stacks[0].prepare(ws)
+        held["a second one serves its own layer alone"] = stacks[0].scratch is small and stacks[1].scratch is other
     return held
 
 
@@ -317,6 +343,8 @@ def small(out, scales, columns, GATED: tl.constexpr, INTERLEAVED: tl.constexpr):
     gate = tl.full([4], 9.0, tl.float32)
     up = tl.full([4], -5.0, tl.float32)
     tl.store(out + 4 + lanes, expert_gemm.activate_gated(gate, up, 0.0, 2.0, "clamped_swiglu"))
+    number = tl.where(lanes == 0, -3.0, tl.where(lanes == 1, 1.0, tl.where(lanes == 2, 9.0, float("nan"))))
+    tl.store(out + 8 + lanes, expert_gemm.clamp(number, -2.0, 2.0))
     rows = tl.arange(0, 4)[:, None]
     values = tl.where(rows == 0, 224.0, tl.where(rows == 1, 112.0, 0.0)) + tl.zeros([4, 128], tl.float32)
     values = tl.where((lanes[:, None] < 2) & (tl.arange(0, 128)[None, :] == 1), values * -2.0, values)
@@ -328,17 +356,18 @@ def small(out, scales, columns, GATED: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 def helpers_example(group: tf.EPGroup) -> list[list[float]]:
-    out, scales, found = torch.zeros(8), torch.zeros(8), []
+    out, scales, found = torch.zeros(12), torch.zeros(8), []
     for gated, interleaved in ((False, False), (True, False), (True, True)):
         columns = torch.zeros(4 if gated else 2, dtype=torch.int32)
         small[(1,)](out, scales, columns, GATED=gated, INTERLEAVED=interleaved)
         found.append(columns.tolist())
-    return [out[:4].tolist(), out[4:5].tolist(), scales.tolist(), *found]
+    return [out[:4].tolist(), out[4:5].tolist(), out[8:].tolist(), scales.tolist(), *found]
 
 
 def test_activations_scales_and_columns() -> None:
-    plain_ones, clamped, scales, *columns = run_ranks(helpers_example, 1, env=INTERPRETER)[0]
+    plain_ones, gated, clamped, scales, *columns = run_ranks(helpers_example, 1, env=INTERPRETER)[0]
     assert plain_ones == [0.0, 0.0, 9.0, 0.0]
-    assert clamped == [-1.0]
+    assert gated == [-1.0]
+    assert clamped[:3] == [-2.0, 1.0, 2.0] and clamped[3] != clamped[3]
     assert scales == [1.0, 0.5, 1.0, 1.0, 224.0, 224.0, 0.0, 0.0]
     assert columns == [[4, 5], [4, 5, 10, 11], [8, 10, 9, 11]]

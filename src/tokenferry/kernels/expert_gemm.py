@@ -58,6 +58,17 @@ def sigmoid(x):
 
 
 @triton.jit
+def clamp(x, low, high):
+    """As torch.clamp, and like it: a NaN stays one. The default of minimum and maximum is the other number, which hides a fault.
+
+    Example:
+        -3, 1, 9 and NaN between -2 and 2: -2, 1, 2, NaN.
+    """
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def activate(x, NAME: tl.constexpr):
     """The activations without a gate, float32.
 
@@ -65,7 +76,7 @@ def activate(x, NAME: tl.constexpr):
         squared_relu of -1, 0, 3: 0, 0, 9.
     """
     if NAME == "squared_relu":
-        x = tl.maximum(x, 0.0)
+        x = clamp(x, 0.0, float("inf"))
         return x * x
     elif NAME == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -73,7 +84,7 @@ def activate(x, NAME: tl.constexpr):
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         return x * sigmoid(2.0 * inner)  # 0.5 * (1 + tanh(y)) is sigmoid(2 y)
     elif NAME == "relu":
-        return tl.maximum(x, 0.0)
+        return clamp(x, 0.0, float("inf"))
     elif NAME == "silu":
         return x * sigmoid(x)
     else:
@@ -92,8 +103,8 @@ def activate_gated(gate, up, alpha, limit, NAME: tl.constexpr):
         return gate * sigmoid(gate) * up
     else:
         tl.static_assert(NAME == "clamped_swiglu", "unknown activation")
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
+        gate = clamp(gate, -float("inf"), limit)
+        up = clamp(up, -limit, limit)
         return gate * sigmoid(gate * alpha) * (up + 1.0)
 
 
