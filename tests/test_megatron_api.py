@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tokenferry.activations import Activation
-from tokenferry.errors import ConfigError, DtypeError, ShapeError, StateError, UsageError
+from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, StateError, UsageError
 from tokenferry.experts import Experts, ExpertsConfig
 from tokenferry.integrations import megatron
 from tokenferry.integrations.megatron.base import StandaloneBase
@@ -461,13 +461,15 @@ def test_activation_by_megatrons_enum(experts: Experts) -> None:
         ({"num_local_experts": 3}, ShapeError, "num_local_experts, 3"),
         ({"routing_map": torch.zeros(2, 2, dtype=torch.int64)}, ShapeError, "a row for each hidden row"),
         ({"out": torch.zeros(2, 8)}, ShapeError, "out is"),
+        ({"valid_tokens": torch.tensor([3])}, DtypeError, r"one torch\.int32, got \[1\] of torch\.int64"),
+        ({"valid_tokens": torch.zeros(1, dtype=torch.int32, device="meta")}, DeviceError, "valid_tokens is on meta"),
     ],
-    ids=["experts", "routing", "out"],
+    ids=["experts", "routing", "out", "count-dtype", "count-device"],
 )
 def test_fused_experts_check_their_operands(experts: Experts, changes: dict, error: type, text: str) -> None:
     hidden, routing, probs = rows(3)
     with pytest.raises(error, match=text):
-        fused(experts, hidden[:, 0].float(), probs, changes.pop("routing_map", routing), 3, **changes)
+        fused(experts, hidden[:, 0].float(), probs, routing, 3, **changes)
 
 
 # --- install --------------------------------------------------------------------------------------------------------

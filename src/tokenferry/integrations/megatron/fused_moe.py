@@ -11,7 +11,7 @@ import torch
 
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched
-from tokenferry.errors import ConfigError, DtypeError, ShapeError
+from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError
 from tokenferry.experts import ExpertScratch, ExpertWeights, apply_experts
 
 
@@ -51,7 +51,7 @@ def fused_moe(
             faster. Its first call in a process compiles, so make one before capturing a graph or while no peer waits.
 
     Returns:
-        `out`. Rows without a local expert are 0. Rows >= V are 0 too; with `scratch` they stay as they were.
+        `out`. Rows without a local expert are 0. Rows >= V are 0 too; with `scratch` they are not written.
 
     Raises:
         ConfigError: an activation that is not known.
@@ -68,6 +68,11 @@ def fused_moe(
             f"routing_map and probs must be [{hidden_states.shape[0]}, K], a row for each hidden row, "
             f"got {list(routing_map.shape)} and {list(probs.shape)}"
         )
+    if valid_tokens.dtype != torch.int32 or valid_tokens.numel() != 1:
+        raise DtypeError(f"valid_tokens must be one torch.int32, got {list(valid_tokens.shape)} of {valid_tokens.dtype}")
+    for name, tensor in (("valid_tokens", valid_tokens), ("routing_map", routing_map), ("probs", probs)):
+        if tensor.device != hidden_states.device:
+            raise DeviceError(f"{name} is on {tensor.device} but hidden_states is on {hidden_states.device}; move it there")
     if out is None:
         out = torch.empty(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     gathered = Dispatched(
