@@ -90,6 +90,7 @@ class Bench:
     def time_graph(self, work: Callable[[], Any], calls: int) -> tuple[float, float]:
         """Microseconds for each of the `calls` that `work` makes, replayed as a CUDA graph: median and spread, slowest rank."""
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())  # two streams at once in a workspace: its ranks would wait for ever
         with torch.cuda.stream(stream):
             work()
         self.meet()
