@@ -64,6 +64,14 @@ def test_rows_written_into_the_static_inputs_are_not_copied(ws):
     assert torch.equal(runner(rows), torch.full((3, H), 10.0))
 
 
+@pytest.mark.parametrize("some", [slice(0, 4, 2), slice(1, 4), slice(3, 4)], ids=str)
+def test_other_rows_of_the_static_inputs_are_copied(ws, some):
+    runner = runner_of(ws)
+    runner.static_inputs[0].copy_(torch.arange(4.0)[:, None].expand(4, H))
+    expected = runner.static_inputs[0][some] * 2
+    assert torch.equal(runner(runner.static_inputs[0][some]), expected)
+
+
 @pytest.mark.parametrize(
     ("buckets", "message"),
     [

@@ -262,9 +262,9 @@ class GraphRunner:
         self._launched = _Launched(_cut(outputs, rows, num_tokens) if rows != num_tokens else outputs, step, announced)
 
     def _run_bucket(self, bucket: int, num_tokens: int, inputs: tuple[torch.Tensor, ...], done: bool) -> tuple[Step, Any]:
-        for static, given in zip(self._static, inputs, strict=True):
-            if num_tokens and static.data_ptr() != given.data_ptr():
-                static[:num_tokens].copy_(given)
+        if num_tokens:
+            for static, given in zip(self._static, inputs, strict=True):
+                _fill(static, given)
         self._num_real.fill_(num_tokens)
         captured = self._captured.get((bucket, done))
         if captured is None:
@@ -276,13 +276,14 @@ class GraphRunner:
 
     def _run_eagerly(self, largest: int, num_tokens: int, inputs: tuple[torch.Tensor, ...], done: bool) -> tuple[Step, Any]:
         rows = largest if self.workspace.counts == "equal" else num_tokens
-        if rows > num_tokens:
-            inputs = tuple(torch.cat([given, given.new_zeros((rows - num_tokens, *given.shape[1:]))]) for given in inputs)
 
         def forward() -> tuple[Step, Any]:
+            given = inputs
+            if rows > num_tokens:
+                given = tuple(torch.cat([own, own.new_zeros((rows - num_tokens, *own.shape[1:]))]) for own in inputs)
             with self.workspace.saying_done(done):
                 step = self.workspace.begin_step(rows, num_tokens)
-                return step, self.fn(*inputs)
+                return step, self.fn(*given)
 
         return self._guarded(forward)
 
@@ -334,6 +335,15 @@ def _checked_buckets(buckets: Sequence[int], capacity: int) -> tuple[int, ...]:
         if not isinstance(bucket, int) or isinstance(bucket, bool) or not 0 <= bucket <= capacity:
             raise ConfigError(f"a bucket must be an int between 0 and max_tokens_per_rank, {capacity}; got {bucket!r}")
     return tuple(sorted({0, *buckets}))
+
+
+def _fill(static: torch.Tensor, given: torch.Tensor) -> None:
+    """Copies rows into the head of a static input, unless they are its head."""
+    if given.data_ptr() == static.data_ptr() and given.stride() == static.stride():
+        return
+    if given.untyped_storage().data_ptr() == static.untyped_storage().data_ptr():
+        given = given.clone()  # other rows of the static input: they may lie where the copy goes
+    static[: given.shape[0]].copy_(given)
 
 
 def _cut(outputs: Any, num_rows: int, num_tokens: int) -> Any:

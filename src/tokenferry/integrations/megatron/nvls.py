@@ -23,8 +23,8 @@ class NVLSAllGatherVDispatcher(InferenceAllGatherDispatcherBase):
     collective calls (eager only; the way on CPU tensors).
 
     An instance works on the buffers of its `pg_collection.ep` and shape. The class attributes below show the group that was
-    allocated last; between an instance's `token_dispatch` and its `token_combine` they show that instance's group, so that
-    expert kernels that read them serve several groups in a process.
+    allocated last; from an instance's `token_dispatch` to the next `token_combine` or `token_dispatch` of any instance they show
+    that instance's group, so that expert kernels that read them there serve several groups in a process.
 
     Class attributes:
         _step_metadata: [3] int32: V, this rank's row offset, the largest T.
