@@ -13,6 +13,7 @@ from test_experts import CASES, LOCAL, TOLERANCE, Case, gathered
 from tokenferry.activations import Activation
 from tokenferry.experts import Experts, ExpertsConfig, ExpertScratch, torch_path, triton_path
 from tokenferry.experts.plan import Plan, Tiles
+from tokenferry.integrations import megatron
 from tokenferry.kernels import expert_gemm, expert_sum, expert_table
 from tokenferry.testing import run_ranks
 from tokenferry.testing.numeric import same_bits
@@ -218,6 +219,39 @@ def prepared(group: tf.EPGroup) -> dict[str, bool]:
 def test_prepare_loads_all_that_steps_ask_for() -> None:
     for held in run_ranks(prepared, 2, env=INTERPRETER):
         assert all(held.values()), held
+
+
+# --- the entry of the Megatron integration --------------------------------------------------------------------------------
+
+
+def fused(group: tf.EPGroup) -> dict[str, bool]:
+    """Stale ids of local experts and NaNs beyond V, as another dispatcher's buffers may hold."""
+    shape = ExpertsConfig(hidden_size=32, intermediate_size=24, num_experts=7, activation=Activation("squared_relu"))
+    torch.manual_seed(2)
+    experts, valid = Experts(shape, LOCAL), 11
+    rows = Case(dtype=torch.bfloat16).rows()
+    rows.hidden[valid:] = torch.nan
+    rows.topk_idx[valid:] = LOCAL.start
+
+    def run(scratch: ExpertScratch | None) -> torch.Tensor:
+        return megatron.fused_moe(
+            rows.hidden, rows.topk_weights, experts.up_proj, experts.down_proj, "squared_relu", len(LOCAL), LOCAL.start,
+            valid_tokens=torch.tensor([valid], dtype=torch.int32), routing_map=rows.topk_idx.long(), scratch=scratch,
+            out=torch.full((19, 32), 7.0),
+        )  # fmt: skip
+
+    plain, by_kernels = run(None), run(poison(ExpertScratch("cpu")))
+    error = (plain[:valid] - by_kernels[:valid]).abs().max() / plain[:valid].abs().max()
+    return {
+        "rows": bool(error < TOLERANCE[torch.bfloat16]),
+        "beyond V, without scratch": bool((plain[valid:] == 0).all()),
+        "beyond V, with scratch": bool((by_kernels[valid:] == 7.0).all()),
+    }
+
+
+def test_fused_moe_with_a_scratch_is_gated_by_the_count() -> None:
+    [held] = run_ranks(fused, 1, env=INTERPRETER)
+    assert all(held.values()), held
 
 
 # --- float8 ---------------------------------------------------------------------------------------------------------------
