@@ -26,17 +26,18 @@ COUNTS = [(5, 8), (0, 7), (300, 1), (0, 0), (64, 64), (1, 0), (320, 320)]
 
 
 def poison(ws: tf.Workspace, forward: Forward) -> None:
-    """NaN in every gathered row and every partial row of the workspace's own buffers, under `solo`, as an earlier step would."""
+    """NaN in every gathered row and every partial row of the workspace's own buffers, as an earlier step may leave them. A step
+    with the peers: under `solo` the partial rows lie elsewhere."""
     count, device = ws.max_tokens_per_rank, ws.device
     nan = torch.full((count, ws.config.hidden_size), torch.nan, dtype=ws.config.dtype, device=device)
     ids = torch.zeros(count, ws.config.topk, dtype=torch.int32, device=device)
     dispatcher = forward.layers[0].dispatcher
-    with ws.solo():
-        ws.begin_step(count)
-        got = dispatcher.dispatch(nan, ids, torch.full(ids.shape, torch.nan, device=device))
-        got.hidden.fill_(torch.nan)
-        got.topk_weights.fill_(torch.nan)
-        dispatcher.combine(dispatcher.combine_input().fill_(torch.nan), got)
+    ws.begin_step(count)
+    got = dispatcher.dispatch(nan, ids, torch.full(ids.shape, torch.nan, device=device))
+    got.hidden.fill_(torch.nan)
+    got.topk_weights.fill_(torch.nan)
+    output = dispatcher.combine(dispatcher.combine_input().fill_(torch.nan), got)
+    assert bool(output.isnan().all())
 
 
 def all_shapes(group: tf.EPGroup, transport: str) -> None:
@@ -44,7 +45,7 @@ def all_shapes(group: tf.EPGroup, transport: str) -> None:
         setup = dataclasses.replace(shape, transport=transport)
         with open_workspace(group, setup) as ws:
             forward = Forward(setup, ws)
-            poison(ws, forward)  # before the first step: no peer fetches anything yet
+            poison(ws, forward)
             for number, tokens in enumerate(COUNTS):
                 count = tokens[group.rank]
                 chosen = forward.rows(group.rank, number, count)
