@@ -233,19 +233,21 @@ def fused(group: tf.EPGroup) -> dict[str, bool]:
     rows.hidden[valid:] = torch.nan
     rows.topk_idx[valid:] = LOCAL.start
 
-    def run(scratch: ExpertScratch | None) -> torch.Tensor:
+    def run(scratch: ExpertScratch | None, valid: int = valid, **settings) -> torch.Tensor:
         return megatron.fused_moe(
             rows.hidden, rows.topk_weights, experts.up_proj, experts.down_proj, "squared_relu", len(LOCAL), LOCAL.start,
             valid_tokens=torch.tensor([valid], dtype=torch.int32), routing_map=rows.topk_idx.long(), scratch=scratch,
-            out=torch.full((19, 32), 7.0),
+            out=torch.full((19, 32), 7.0), **settings,
         )  # fmt: skip
 
     plain, by_kernels = run(None), run(poison(ExpertScratch("cpu")))
+    alone, crowded = (run(ExpertScratch("cpu"), count, batch_invariant=True) for count in (1, valid))
     error = (plain[:valid] - by_kernels[:valid]).abs().max() / plain[:valid].abs().max()
     return {
         "rows": bool(error < TOLERANCE[torch.bfloat16]),
         "beyond V, without scratch": bool((plain[valid:] == 0).all()),
         "beyond V, with scratch": bool((by_kernels[valid:] == 7.0).all()),
+        "batch-invariant": same_bits(alone[:1], crowded[:1]),
     }
 
 

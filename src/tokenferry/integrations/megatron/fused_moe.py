@@ -31,6 +31,7 @@ def fused_moe(
     num_tokens_hint: int | None = None,
     *,
     scratch: ExpertScratch | None = None,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """For each row the sum over this rank's experts, weighted by `probs`. Takes the arguments of Megatron's two entries.
 
@@ -49,6 +50,8 @@ def fused_moe(
         out: [R, H] to write into, e.g. the RSV buffer. None: a new float32 tensor.
         scratch: on CUDA, one `ExpertScratch(device)` for all layers: our own kernels, gated by `valid_tokens`, several times
             faster. Its first call in a process compiles, so make one before capturing a graph or while no peer waits.
+        batch_invariant: with `scratch`: a row's bits do not depend on how many other rows there are. Megatron's
+            `batch_invariant_mode`, which this function does not see.
 
     Returns:
         `out`. Rows without a local expert are 0. Rows >= V are 0 too; with `scratch` they are not written.
@@ -82,7 +85,8 @@ def fused_moe(
         valid_tokens=valid_tokens,
     )
     weights = ExpertWeights(up_proj=fc1_weight, down_proj=fc2_weight)
-    return apply_experts(gathered, weights, local_expert_start, _activation(activation_type), out, scratch=scratch)
+    activation = _activation(activation_type)
+    return apply_experts(gathered, weights, local_expert_start, activation, out, scratch=scratch, batch_invariant=batch_invariant)
 
 
 def _valid_only(routing_RK: torch.Tensor, valid_tokens: torch.Tensor) -> torch.Tensor:
