@@ -40,7 +40,7 @@ def plot(source: Path, target: Path) -> None:
             pairs = [(place, record.get(f"{line}_us"), total) for place, record, total in zip(places, mine, scale, strict=True)]
             shown = [(place, value / total) for place, value, total in pairs if value]
             axis.plot(*zip(*shown, strict=True), style, label=line, markersize=18, markeredgewidth=2)
-        axis.set_xticks(list(places), [f"{record['tokens']}\n{record['total_us']:.0f} µs" for record in mine])
+        axis.set_xticks(list(places), [f"{record['tokens']}\n{record['total_us']:.0f} µs" for record in mine], fontsize=8)
         axis.set(title=name, xlabel="tokens per rank, total", ylim=(0, 4))
     axes[0][0].set_ylabel("parts of the layer's total")
     axes[0][-1].legend(fontsize=8)
