@@ -407,3 +407,16 @@ def test_activations_scales_and_columns() -> None:
     assert clamped[:3] == [-2.0, 1.0, 2.0] and clamped[3] != clamped[3]
     assert scales == [1.0, 0.5, 1.0, 1.0, 224.0, 224.0, 0.0, 0.0]
     assert columns == [[4, 5], [4, 5, 10, 11], [8, 10, 9, 11]]
+
+
+def quantized_too_late(group: tf.EPGroup) -> str:
+    experts = Experts(ExpertsConfig(hidden_size=32, intermediate_size=32, num_experts=2), range(2))
+    with tf.Workspace(tf.MoEConfig(hidden_size=32, num_experts=2, topk=1), group, max_tokens_per_rank=2) as ws:
+        experts.prepare(ws)
+        with pytest.raises(tf.StateError) as caught:
+            experts.quantize()
+    return str(caught.value)
+
+
+def test_prepared_experts_are_not_quantized_any_more() -> None:
+    assert "quantize them before MoELayer" in run_ranks(quantized_too_late, 1, env=INTERPRETER)[0]

@@ -12,7 +12,7 @@ from torch import nn
 from tokenferry.activations import Activation
 from tokenferry.config import HIDDEN_DTYPES
 from tokenferry.dispatched import Dispatched
-from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, check_kind
+from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, StateError, check_kind
 from tokenferry.experts import torch_path
 from tokenferry.experts.float8 import quantize_weights
 from tokenferry.experts.scratch import ExpertScratch
@@ -156,7 +156,10 @@ class Experts(nn.Module):
 
         Raises:
             DtypeError: they are float8 already, or hidden rows are float32.
+            StateError: they are prepared, as a `MoELayer` does: other kernels would be compiled in mid-step while peers wait.
         """
+        if self._max_rows is not None:
+            raise StateError("quantize: these experts are prepared for a workspace; quantize them before MoELayer is made")
         if self.up_scale is not None or self.dtype == torch.float32:
             raise DtypeError(f"quantize takes bfloat16 or float16 experts once; these are {self.up_proj.dtype}")
         for name in ("up", "down"):
