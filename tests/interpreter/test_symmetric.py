@@ -4,6 +4,7 @@ and in whatever order packets arrive."""
 import dataclasses
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,47 @@ def test_packets_in_any_order_with_pauses_between_them() -> None:
     steps = [*random_steps(5, 25, 3, 4), StepCase((SLOT_ROWS + 1, 0, 3)), StepCase((2, 2, 2))]
     kinds = run_ranks(delayed, 3, steps, env=INTERPRETER, timeout_s=120)
     assert kinds == [["count", "restore", "send", "signal", "take"]] * 3
+
+
+# --- halves ---------------------------------------------------------------------------------------------------------
+
+
+def halves_before_the_peer(group: tf.EPGroup, rows: int) -> tuple[float, float]:
+    """Rank 1 sends nothing for a second, twice; returns the seconds that each sending half took here. Bits are compared."""
+    step, waited_s = StepCase((rows, rows)), []
+    with tf.Workspace(Case().config, group, max_tokens_per_rank=CAPACITY, transport="p2p", timeout_s=20) as ws:
+        layer, config = ws.dispatcher(), ws.config
+        begin(ws, step)
+        inputs = make_inputs(config, step.tokens, seed=3)
+        own = inputs[group.rank]
+
+        def send(half: Callable[..., None], *given: torch.Tensor) -> None:
+            group.channel.barrier(f"before sending {len(waited_s)}", 20)
+            if group.rank == 1:
+                group.channel.barrier(f"rank 0 has sent {len(waited_s)}", 20)
+            start = time.monotonic()
+            half(*given)
+            waited_s.append(time.monotonic() - start)
+            if group.rank == 0:
+                group.channel.barrier(f"rank 0 has sent {len(waited_s) - 1}", 20)
+
+        send(layer.dispatch_begin, own.hidden, own.topk_idx, own.topk_weights)
+        got = layer.dispatch_end()
+        expected = tf.reference.dispatch(*([getattr(i, name) for i in inputs] for name in ("hidden", "topk_idx", "topk_weights")))
+        same("hidden", got.hidden[: 2 * rows], expected.hidden)
+        partial = torch.full((got.hidden.shape[0], config.hidden_size), torch.nan, dtype=own.partial.dtype)
+        partial[: 2 * rows] = own.partial
+        send(layer.combine_begin, partial)
+        wanted = tf.reference.combine([i.partial for i in inputs], step.tokens, config.dtype, config.dtype)[group.rank]
+        same("combined", layer.combine_end(), wanted)
+    return waited_s[0], waited_s[1]
+
+
+@pytest.mark.parametrize("rows", [3, SLOT_ROWS + 8], ids=["slots", "bulk"])
+def test_a_sending_half_returns_although_the_peer_has_sent_nothing(rows: int) -> None:
+    """Rank 1 sends only when rank 0's half is over: a half that waited for its peer would never end."""
+    for waited_s in run_ranks(halves_before_the_peer, 2, rows, env=INTERPRETER):
+        assert max(waited_s) < 10
 
 
 # --- two workspaces, solo, memory -----------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def next_share(begin, blocks, programs):
 
 @triton.jit
 def store_routing(word, bits, live, idx_base, weights_base, first_row, K: tl.constexpr, OUT_IDX: tl.constexpr):
-    """The inverse of `routing_words`, into the gathered tensors from row `first_row` on."""
+    """The inverse of `load_routing`, into the gathered tensors from row `first_row` on."""
     row = word // (2 * K)
     column = word - row * (2 * K)
     place = (row + first_row).to(tl.int64) * K + column
