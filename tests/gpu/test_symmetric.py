@@ -35,6 +35,7 @@ def random_steps(seed: int, count: int, world_size: int, layers: int = 2) -> tup
                 supplied=tuple(rng.randint(0, rows) for rows in tokens) if rng.random() < 0.3 else None,
                 real_as_tensor=rng.random() < 0.5,
                 own_buffer=rng.random() < 0.5,
+                halves=rng.random() < 0.3,
                 layers=rng.randint(1, layers),
                 index_dtype=rng.choice((torch.int32, torch.int64)),
                 weight_dtype=rng.choice((torch.float32, torch.bfloat16)),

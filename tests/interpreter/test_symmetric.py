@@ -69,6 +69,24 @@ def test_every_mix_of_dtypes_in_whole_and_half_packets() -> None:
     assert run_ranks(many, 2, EVERY_DTYPE, env=INTERPRETER, timeout_s=120) == [[1] * len(EVERY_DTYPE)] * 2
 
 
+def wide_ids(group: tf.EPGroup) -> list[list[list[int]]]:
+    config, seen = Case().config, []
+    with tf.Workspace(config, group, max_tokens_per_rank=CAPACITY, transport="p2p", index_dtype=torch.int64) as ws:
+        layer = ws.dispatcher()
+        for rows in (SLOT_ROWS + 1, 2, 3):  # bulk, then slots; fewer rows leave old ids behind, then more come
+            ws.begin_step(rows)
+            ids = torch.tensor([[group.rank, -1]], dtype=torch.int32).repeat(rows, 1)
+            got = layer.dispatch(torch.zeros(rows, config.hidden_size, dtype=torch.bfloat16), ids, torch.ones(rows, 2))
+            assert got.topk_idx.dtype == torch.int64
+            seen.append(got.topk_idx.unique_consecutive(dim=0).tolist())
+            layer.combine(got.hidden, got)
+    return seen
+
+
+def test_ids_come_as_int64_if_asked_for() -> None:
+    assert run_ranks(wide_ids, 2, env=INTERPRETER) == [[[[0, -1], [1, -1], [-1, -1]]] * 3] * 2
+
+
 # --- random steps ---------------------------------------------------------------------------------------------------
 
 
