@@ -163,7 +163,7 @@ class Dispatcher:
         return self.combine_end()
 
     def combine_begin(self, partial: torch.Tensor, dispatched: Dispatched | None = None) -> None:
-        """The sending half of `combine`: returns at once. `partial` must stay as it is until `combine_end`."""
+        """The sending half of `combine`: returns at once. `partial` stays as it is until the work of `combine_end` is done."""
         workspace = self._workspace
         with _Guarded(workspace, "combine_begin"):
             self._check_pairing(dispatched)

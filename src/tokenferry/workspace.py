@@ -58,7 +58,7 @@ class Workspace:
             hardware's own order where that is faster, outside every promise of equal bits.
         counts: "uneven": ranks bring different numbers of rows. "equal": all ranks promise the same number in every step, and
             the collective transport exchanges no counts. Symmetric transports exchange them either way.
-        timeout_s: how long a peer may be late before it is given up.
+        timeout_s: how long a peer may be late before it is given up; on symmetric transports 1800 at most.
         open_timeout_s: the same while opening, when ranks still load models and compile.
         max_ctas: bound on the thread blocks of a kernel, for workspaces that share a GPU; None: chosen from shape and group.
 

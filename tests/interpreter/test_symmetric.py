@@ -361,3 +361,36 @@ def test_a_failing_rank_is_heard_at_once_with_its_reason() -> None:
     start = time.monotonic()
     assert run_ranks(gives_up, 2, env=INTERPRETER) == [["PeerFailedError", 1, True], ["ValueError"]]
     assert time.monotonic() - start < 15
+
+
+# --- opening --------------------------------------------------------------------------------------------------------
+
+
+def one_cannot_load(group: tf.EPGroup) -> str:
+    from tokenferry.transports import symmetric
+
+    def broken(*arguments: object) -> None:
+        raise OSError("no compiler here")
+
+    if group.rank == 1:
+        symmetric.load_kernels = broken
+    start = time.monotonic()
+    with pytest.raises(tf.TransportUnavailableError) as caught:
+        tf.Workspace(Case().config, group, max_tokens_per_rank=8, transport="p2p")
+    assert time.monotonic() - start < 20, "not the whole open_timeout_s"
+    return str(caught.value)
+
+
+def test_a_rank_that_cannot_load_its_kernels_is_named_on_all_ranks_at_once() -> None:
+    for said in run_ranks(one_cannot_load, 2, env=INTERPRETER):
+        assert "rank 1 failed to load its kernels: OSError: no compiler here" in said
+
+
+def too_patient(group: tf.EPGroup) -> str:
+    with pytest.raises(tf.TransportUnavailableError) as caught:
+        tf.Workspace(Case().config, group, max_tokens_per_rank=8, transport="p2p", timeout_s=1e5)
+    return str(caught.value)
+
+
+def test_a_time_out_that_polls_cannot_count_is_refused() -> None:
+    assert "100000.0, but 1800.0 at most" in run_ranks(too_patient, 1, env=INTERPRETER)[0]

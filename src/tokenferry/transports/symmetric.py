@@ -11,7 +11,7 @@ from itertools import product
 
 import torch
 
-from tokenferry.errors import TransportUnavailableError
+from tokenferry.errors import ConfigError, TransportUnavailableError
 from tokenferry.kernels import wire
 from tokenferry.kernels.abort import SIGNATURE as ABORT_SIGNATURE
 from tokenferry.kernels.abort import abort_kernel
@@ -35,6 +35,9 @@ from tokenferry.transports.symmetric_launch import (
     tuning_for,
 )
 from tokenferry.transports.symmetric_layout import MAX_PROGRAMS, Layout, Region, plan
+
+MAX_TIMEOUT_S = 1800.0
+"""A wait counts its polls in 32 bits and begins its clock anew when they wrap, after about an hour."""
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -197,7 +200,10 @@ class Rounds:
     def combine_end(self) -> torch.Tensor:
         partial, self._partial = self._partial, None
         assert partial is not None, "the workspace orders the halves"
-        return self._combine(partial, wire.RECEIVE.value)
+        combined = self._combine(partial, wire.RECEIVE.value)
+        if partial.is_cuda:  # it may be a copy of our own, made on the stream of `combine_begin`
+            partial.record_stream(torch.cuda.current_stream(partial.device))
+        return combined
 
     def _combine(self, partial: torch.Tensor, part: int) -> torch.Tensor:
         settings, num_rows = self._settings, self._num_supplied
@@ -247,6 +253,8 @@ class SymmetricTransport(Rounds):
         tuning: Tuning | None = None,
     ) -> None:
         group, config = settings.group, settings.config
+        if settings.timeout_s > MAX_TIMEOUT_S:
+            raise ConfigError(f"timeout_s is {settings.timeout_s}, but {MAX_TIMEOUT_S} at most on symmetric transports; lower it")
         layout = plan(
             config,
             group.size,
@@ -265,14 +273,10 @@ class SymmetricTransport(Rounds):
         self._mirror = torch.zeros(1, dtype=torch.int64, pin_memory=group.device.type == "cuda")
         self._observer: wire.Observer | None = None
         _initialise(settings, buffer, layout, self._mirror.data_ptr() if group.device.type == "cuda" else 0)
-        kernels = load_kernels(settings, tuning, multicast and group.size > 1)
+        kernels, grid = _load_together(settings, layout, tuning, buffer, multicast and group.size > 1)
         views = _views(settings, buffer, layout)
         address = buffer.address
         place = Place(group.rank, group.size, address + wire.STATE, address + layout.block.offset)
-        resident = min(launch.resident for launch in (*kernels.dispatch.values(), *kernels.combine.values()))
-        wanted = _grid(settings, layout, tuning, resident, buffer.is_virtual)
-        # The same on all ranks, since in bulk rounds each program tells its like. Comes after everybody's kernels are loaded.
-        grid = min(group.channel.exchange(f"{settings.name}/loaded", wanted, settings.open_timeout_s))
         super().__init__(settings, step_tensors, buffer, layout, kernels, views, place, grid)
         self.name = "nvls" if multicast else "p2p"
         self._alone = Place(0, 1, address + wire.SOLO_STATE, address + layout.solo_block.offset)
@@ -433,6 +437,28 @@ def load_kernels(settings: TransportSettings, tuning: Tuning, multicast: bool) -
         {(idx, weights): dispatch(idx, weights) for idx, weights in product(INDEX_DTYPES, FLOAT_DTYPES)},
         {partial: combine(partial) for partial in FLOAT_DTYPES},
     )
+
+
+def _load_together(
+    settings: TransportSettings, layout: Layout, tuning: Tuning, buffer: SymmetricBuffer, multicast: bool
+) -> tuple[Kernels, int]:
+    """Loads the kernels, and agrees on their grid: the same on all ranks, since in bulk rounds each program tells its like.
+    Nobody goes on before everybody's kernels are loaded. Raises on every rank if they are not on one."""
+    kernels, wanted, failure = None, 0, None
+    try:
+        kernels = load_kernels(settings, tuning, multicast)
+        resident = min(launch.resident for launch in (*kernels.dispatch.values(), *kernels.combine.values()))
+        wanted = _grid(settings, layout, tuning, resident, buffer.is_virtual)
+    except Exception as error:  # noqa: BLE001  # compilers raise anything
+        failure = error
+    told = [wanted, None if failure is None else f"{type(failure).__name__}: {failure}"]
+    answers = settings.group.channel.exchange(f"{settings.name}/loaded", told, settings.open_timeout_s)
+    for rank, (_, reason) in enumerate(answers):
+        if reason is not None:
+            buffer.close()
+            raise TransportUnavailableError(f"symmetric memory: rank {rank} failed to load its kernels: {reason}") from failure
+    assert kernels is not None, "nobody failed"
+    return kernels, min(grid for grid, _ in answers)
 
 
 def _initialise(settings: TransportSettings, buffer: SymmetricBuffer, layout: Layout, mirror: int) -> None:

@@ -111,8 +111,9 @@ class CompiledLaunch:
 
     def __call__(self, grid: int, *args: int) -> None:
         """See `Launch`."""
-        stream = torch._C._cuda_getCurrentRawStream(self._device_index)
-        self._run(grid, 1, 1, stream, self._function, self._metadata, None, None, None, *args, *self._constants)
+        with torch.cuda.device(self._device_index):  # another one may be current, and have a default stream with the same handle
+            stream = torch._C._cuda_getCurrentRawStream(self._device_index)
+            self._run(grid, 1, 1, stream, self._function, self._metadata, None, None, None, *args, *self._constants)
 
     def bind(self, grid: int, **fixed: int) -> Bound:
         """See `Launch`. By the driver itself where the kernel takes its arguments as expected, else by Triton's launcher."""
