@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import platform
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -28,7 +27,6 @@ from tokenferry.errors import (
     Phase,
     ShapeError,
     StateError,
-    TransportUnavailableError,
     UsageError,
 )
 from tokenferry.groups import EPGroup
@@ -36,9 +34,10 @@ from tokenferry.lifecycle import Lifecycle, Stage
 from tokenferry.operators import Operators, Shapes
 from tokenferry.step import Announced, Step, StepRequest, StepTensors
 from tokenferry.transports import select
-from tokenferry.transports.base import PROTOCOL_VERSION, CombineOrder, Counts, Transport, TransportSettings
+from tokenferry.transports.agree import agree_to_open, open_together
+from tokenferry.transports.base import CombineOrder, Counts, Transport, TransportSettings
 from tokenferry.transports.collective import CollectiveTransport
-from tokenferry.transports.open import open_transport, required_bytes
+from tokenferry.transports.open import required_bytes
 from tokenferry.transports.validation import check_dtypes, check_kinds, check_positive_ints, check_reset, check_settings
 
 _log = logging.getLogger(__name__)
@@ -120,9 +119,9 @@ class Workspace:
     def _open(self, phase: Phase) -> None:
         settings = self._settings
         start = time.monotonic()
-        self.decisions, self.transport = _agree_to_open(settings, self._requested, phase)
+        self.decisions, self.transport = agree_to_open(settings, self._requested, phase)
         self._step_tensors = StepTensors(settings.group.rank, settings.group.size, settings.group.device)
-        self._transport = _open_together(self.transport, settings, self._step_tensors, phase)
+        self._transport = open_together(self.transport, settings, self._step_tensors, phase)
         self._watch = None
         if settings.debug:
             from tokenferry.debug import Watch  # here, since it imports Triton
@@ -544,70 +543,10 @@ class _Calls:
 def _register(workspace: Workspace) -> Operators:
     """The operators of what is open now. Symmetric transports have their rows at fixed addresses."""
     settings, transport = workspace._settings, workspace._transport
-    fixed = transport.dispatch_end() if workspace.transport in ("p2p", "nvls") else None
     per_token = {"local": 1, "collective": settings.group.size if settings.counts == "equal" else None}
     shapes = Shapes(
         dtype=settings.config.dtype,
         index_dtype=settings.index_dtype,
         rows_per_token=per_token.get(workspace.transport),
     )
-    return Operators(_Calls(workspace), shapes, workspace._step_tensors.packed, fixed)
-
-
-def _open_together(name: str, settings: TransportSettings, step_tensors: StepTensors, phase: Phase) -> Transport:
-    """Opens the transport; if that fails on one rank, all ranks raise and name it."""
-    transport, failure = None, None
-    try:
-        transport = open_transport(name, settings, step_tensors)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the peers must hear of it and not wait
-        failure = error
-    told = None if failure is None else [time.time(), f"{type(failure).__name__}: {failure}"]
-    answers = settings.group.channel.exchange(f"{settings.name}/opened", told, settings.open_timeout_s, phase=phase)
-    failed = sorted((*answer, rank) for rank, answer in enumerate(answers) if answer is not None)
-    if not failed and transport is not None:
-        return transport
-    if transport is not None:
-        transport.close()
-    _, text, rank = failed[0]  # the first in time: the others may have failed for want of it
-    raise TransportUnavailableError(f"transport {name!r} could not be opened on rank {rank}: {text}") from failure
-
-
-def _agree_to_open(settings: TransportSettings, requested: str, phase: Phase) -> tuple[tuple[select.Decision, ...], str]:
-    """Compares what the ranks bring, so that a difference is an error here and not a hang later."""
-    config = settings.config
-    own = select.decide(settings.group, requested, config, settings.max_tokens_per_rank, settings.combine_dtype)
-    offer: dict[str, Any] = {
-        "protocol version": PROTOCOL_VERSION,
-        "group size": settings.group.size,
-        "hidden_size": config.hidden_size,
-        "num_experts": config.num_experts,
-        "topk": config.topk,
-        "dtype": str(config.dtype),
-        "max_tokens_per_rank": settings.max_tokens_per_rank,
-        "combine_dtype": str(settings.combine_dtype),
-        "index_dtype": str(settings.index_dtype),
-        "combine_order": settings.combine_order,
-        "counts": settings.counts,
-        "transport": requested,
-        "device type": settings.group.device.type,
-    }
-    decisions = [[isinstance(d, select.Accepted), d.name, d.reason] for d in own]
-    answers = settings.group.channel.exchange(
-        f"{settings.name}/open",
-        {"offer": offer, "decisions": decisions, "host": platform.node()},
-        settings.open_timeout_s,
-        phase=phase,
-    )
-    for rank, answer in enumerate(answers):
-        for key, value in offer.items():
-            if answer["offer"].get(key) != value:
-                raise ConfigError(
-                    f"{key} differs between ranks: rank {settings.group.rank} has {value!r}, "
-                    f"rank {rank} has {answer['offer'].get(key)!r}; open the workspace with equal settings"
-                )
-    per_rank = [
-        [select.Accepted(name, reason) if ok else select.Rejected(name, reason) for ok, name, reason in answer["decisions"]]
-        for answer in answers
-    ]
-    agreed = select.agree(per_rank, [answer["host"] for answer in answers])
-    return agreed, select.choose(requested, agreed)
+    return Operators(_Calls(workspace), shapes, workspace._step_tensors.packed, transport.fixed_rows)

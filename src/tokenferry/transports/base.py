@@ -61,6 +61,10 @@ class Transport(Protocol):
     def nbytes(self) -> int:
         """Bytes that it holds for as long as it is open."""
 
+    @property
+    def fixed_rows(self) -> Gathered | None:
+        """What every dispatch returns, if that is always the same tensors."""
+
     def begin_step(self, request: StepRequest, layer: int) -> None:
         """Exchanges counts and publishes them in the step tensors."""
 
@@ -99,7 +103,11 @@ class Transport(Protocol):
 
 
 class InHalves:
-    """For transports that gain nothing from doing both halves at once."""
+    """For transports that gain nothing from doing both halves at once, and give other tensors in each step."""
+
+    @property
+    def fixed_rows(self) -> None:
+        """See `Transport`."""
 
     def dispatch(
         self: Transport, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor

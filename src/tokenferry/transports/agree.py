@@ -1,0 +1,72 @@
+"""What ranks tell one another while a workspace opens, so that a difference or a failure is an error there, not a hang later."""
+
+from __future__ import annotations
+
+import platform
+import time
+from typing import Any
+
+from tokenferry.errors import ConfigError, Phase, TransportUnavailableError
+from tokenferry.step import StepTensors
+from tokenferry.transports import select
+from tokenferry.transports.base import PROTOCOL_VERSION, Transport, TransportSettings
+from tokenferry.transports.open import open_transport
+
+
+def open_together(name: str, settings: TransportSettings, step_tensors: StepTensors, phase: Phase) -> Transport:
+    """Opens the transport; if that fails on one rank, all ranks raise and name it."""
+    transport, failure = None, None
+    try:
+        transport = open_transport(name, settings, step_tensors)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the peers must hear of it and not wait
+        failure = error
+    told = None if failure is None else [time.time(), f"{type(failure).__name__}: {failure}"]
+    answers = settings.group.channel.exchange(f"{settings.name}/opened", told, settings.open_timeout_s, phase=phase)
+    failed = sorted((*answer, rank) for rank, answer in enumerate(answers) if answer is not None)
+    if not failed and transport is not None:
+        return transport
+    if transport is not None:
+        transport.close()
+    _, text, rank = failed[0]  # the first in time: the others may have failed for want of it
+    raise TransportUnavailableError(f"transport {name!r} could not be opened on rank {rank}: {text}") from failure
+
+
+def agree_to_open(settings: TransportSettings, requested: str, phase: Phase) -> tuple[tuple[select.Decision, ...], str]:
+    """Compares what the ranks bring, so that a difference is an error here and not a hang later."""
+    config = settings.config
+    own = select.decide(settings.group, requested, config, settings.max_tokens_per_rank, settings.combine_dtype)
+    offer: dict[str, Any] = {
+        "protocol version": PROTOCOL_VERSION,
+        "group size": settings.group.size,
+        "hidden_size": config.hidden_size,
+        "num_experts": config.num_experts,
+        "topk": config.topk,
+        "dtype": str(config.dtype),
+        "max_tokens_per_rank": settings.max_tokens_per_rank,
+        "combine_dtype": str(settings.combine_dtype),
+        "index_dtype": str(settings.index_dtype),
+        "combine_order": settings.combine_order,
+        "counts": settings.counts,
+        "transport": requested,
+        "device type": settings.group.device.type,
+    }
+    decisions = [[isinstance(d, select.Accepted), d.name, d.reason] for d in own]
+    answers = settings.group.channel.exchange(
+        f"{settings.name}/open",
+        {"offer": offer, "decisions": decisions, "host": platform.node()},
+        settings.open_timeout_s,
+        phase=phase,
+    )
+    for rank, answer in enumerate(answers):
+        for key, value in offer.items():
+            if answer["offer"].get(key) != value:
+                raise ConfigError(
+                    f"{key} differs between ranks: rank {settings.group.rank} has {value!r}, "
+                    f"rank {rank} has {answer['offer'].get(key)!r}; open the workspace with equal settings"
+                )
+    per_rank = [
+        [select.Accepted(name, reason) if ok else select.Rejected(name, reason) for ok, name, reason in answer["decisions"]]
+        for answer in answers
+    ]
+    agreed = select.agree(per_rank, [answer["host"] for answer in answers])
+    return agreed, select.choose(requested, agreed)
