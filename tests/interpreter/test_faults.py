@@ -25,7 +25,7 @@ def suffer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """Three ranks, in the long tests, make 100 right steps after each fault."""
     folder = tmp_path_factory.mktemp("faults")
     setting = SETTING if request.param == 2 else Setting("p2p", right_steps=100, env=SETTING.env)
-    return run_faults(setting, request.param, [fault.name for fault in faults], folder, 400)
+    return run_faults(setting, request.param, [fault.name for fault in faults], folder, 900)
 
 
 @pytest.fixture(scope="module", params=WORLD_SIZES)
@@ -38,7 +38,7 @@ def killed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return suffer(request, tmp_path_factory, (KILLED,))
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(950)
 @pytest.mark.parametrize("fault", ALL, ids=lambda fault: fault.name)
 def test_every_rank_blames_the_culprit_in_time_and_goes_on(run: Run, fault: Fault) -> None:
     assert_named_in_time(run, fault)
@@ -48,7 +48,7 @@ def test_neither_processes_nor_shared_memory_are_left(run: Run) -> None:
     assert_nothing_left(run)
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(950)
 def test_a_killed_rank_is_named_in_time_and_the_others_go_on(killed: Run) -> None:
     assert_named_in_time(killed, KILLED)
 
