@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu(count=2)
 TRANSPORTS = ("p2p", "collective")
 SLACK_S = 2.0
 RUN_S = 60
-NCCL_FAULTS = tuple(fault for fault in FAULTS if fault.name in ("stopped", "late-in-layer", "raises", "more-layers"))
+NCCL_FAULTS = tuple(fault for fault in FAULTS if fault.name in ("stopped", "late-in-layer", "raises", "one-layer-more"))
 """Over NCCL each reset makes a communicator, which takes a second or two: the faults that differ for it."""
 
 
