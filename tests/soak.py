@@ -28,7 +28,7 @@ CAPACITY = 1025
 """Here steps of more than 192 rows go the bulk way."""
 EXPERTS, TOPK = 11, 3
 HIDDEN, IDS, WEIGHTS, PARTIAL, REAL = range(5)
-STEPS_PER_BLOCK, LAYERS, GRAPHS = 10, 2, 8
+STEPS_PER_BLOCK, LAYERS, GRAPHS = 10, 3, 8
 COUNTS = {"gpu": (0, 1, 5, 40, 190, 200, CAPACITY), "virtual": (0, 1, 5, 40, 200), "interpreter": (0, 0, 1, 2, 3, 5)}
 RARE = {"gpu": 0, "virtual": 0, "interpreter": 200}
 """One block in 40 of the interpreter has a step as large as this."""
@@ -63,68 +63,90 @@ class Report:
     process_growth: int
 
 
-def mixed(
-    what: int, seed: int, step_1: torch.Tensor, layer: int, rank: torch.Tensor, row: torch.Tensor, columns: int
-) -> torch.Tensor:
-    """[rows, columns] int64 hash; all arithmetic modulo 2**64."""
-    column = torch.arange(columns, device=row.device)
-    x = ((rank * 8192 + row) * 8192)[:, None] + column
-    x = x * 1_000_003 + step_1 * 7_368_787 + (seed * 64 + layer * 8 + what) * 982_451_653
+def mixed(row_keys: torch.Tensor, column_keys: torch.Tensor) -> torch.Tensor:
+    """[rows, columns] int64 hash, 0 to 2**32 - 1; all arithmetic modulo 2**64. Few operators: they are most of a soak's time."""
+    x = row_keys[..., None] + column_keys
     x = (x ^ (x >> 31)) * 0x2545F4914F6CDD1D
     x = (x ^ (x >> 29)) * 0x1B03738712FAD5C9
     return (x ^ (x >> 32)) & 0xFFFFFFFF
 
 
-class Twin:
-    """What every rank sends and receives, by hash, on this rank's device."""
+def bfloat16(x: torch.Tensor) -> torch.Tensor:
+    """Numbers between -2 and 2 from the hash's low bits: no infinity, no NaN."""
+    low = x & 0xBFFF
+    return torch.where(low > 0x7FFF, low - 0x10000, low).to(torch.int16).view(torch.bfloat16)
 
-    def __init__(self, plan: Plan, size: int, device: torch.device) -> None:
-        self.plan, self.size, self.config, self.device = plan, size, plan.config, device
+
+class Twin:
+    """The hash on this rank's device, its keys, and what was found wrong so far."""
+
+    def __init__(self, plan: Plan, rank: int, size: int, device: torch.device) -> None:
+        self.plan, self.rank, self.size, self.device = plan, rank, size, device
+        self.hidden_size = plan.config.hidden_size
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
-        self.ranks = torch.arange(size, device=device)
         self.wrong = torch.zeros(5, dtype=torch.int64, device=device)
         self.counts = torch.zeros(size, dtype=torch.int64, device=device)
+        self.ranks = torch.arange(size, device=device)
+        self.row = torch.arange(CAPACITY * size, device=device)
+        sizes = {HIDDEN: self.hidden_size, IDS: TOPK, WEIGHTS: TOPK}
+        layers = range(LAYERS)
+        self.sent = [torch.cat([self.columns(what, layer, sizes[what]) for what in sizes]) for layer in layers]
+        self.returned = [self.columns(PARTIAL, layer, self.hidden_size) for layer in layers]
 
-    def rows(self, what: int, layer: int, rank: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-        columns = {IDS: TOPK, WEIGHTS: TOPK, REAL: 1}.get(what, self.config.hidden_size)
-        x = mixed(what, self.plan.seed, self.step, layer, rank, row, columns)
-        if what == IDS:
-            return (x % (EXPERTS + 1) - 1).to(torch.int32)
-        if what == WEIGHTS:
-            return (x & 0x3FFFFFFF).to(torch.int32).view(torch.float32)  # no infinity, no NaN
-        if what == REAL:
-            return x
-        low = x & 0xBFFF
-        return torch.where(low > 0x7FFF, low - 0x10000, low).to(torch.int16).view(torch.bfloat16)
+    def columns(self, what: int, layer: int, size: int) -> torch.Tensor:
+        column = torch.arange(size, device=self.device)
+        return column * 1_000_003 + (self.plan.seed * 64 + layer * 8 + what) * 982_451_653
+
+    def row_keys(self, rank: torch.Tensor | int, row: torch.Tensor) -> torch.Tensor:
+        return (row + rank * 8192) * (8192 * 1_000_003) + self.step * 7_368_787
+
+    def own_real(self, count: int) -> torch.Tensor:
+        """[1] int32: how many of this rank's rows carry tokens."""
+        return self.real(torch.full((self.size,), count, device=self.device))[self.rank : self.rank + 1].to(torch.int32)
 
     def real(self, tokens: torch.Tensor) -> torch.Tensor:
         """[size] rows that carry tokens, from each rank's count."""
-        return self.rows(REAL, 0, self.ranks, self.ranks * 0)[:, 0] % (tokens + 1)
+        return mixed(self.row_keys(self.ranks, self.ranks * 0), self.columns(REAL, 0, 1))[:, 0] % (tokens + 1)
 
-    def own(self, rank: int, count: int, layer: int) -> tuple[torch.Tensor, ...]:
-        row = torch.arange(count, device=self.device)
-        return tuple(self.rows(what, layer, row * 0 + rank, row) for what in (HIDDEN, IDS, WEIGHTS))
 
-    def gathered(self, tokens: torch.Tensor, layer: int) -> tuple[torch.Tensor, ...]:
-        """Which of the R rows are valid, hidden, ids, weights of all ranks' rows."""
-        row = torch.arange(CAPACITY * self.size, device=self.device)
+class StepTwin:
+    """What every rank sends and receives in one step. `tokens`: [size] int64, all ranks' counts; `count`: this rank's own."""
+
+    def __init__(self, twin: Twin, tokens: torch.Tensor, count: int) -> None:
+        self.twin = twin
         ends = tokens.cumsum(0)
-        source = (row[:, None] >= ends).sum(1).clamp(max=self.size - 1)
-        local = row - (ends - tokens)[source]
-        valid = row < ends[-1]
-        ids = self.rows(IDS, layer, source, local)
-        ids = ids.masked_fill(~(valid & (local < self.real(tokens)[source]))[:, None], -1)
-        return valid, self.rows(HIDDEN, layer, source, local), ids, self.rows(WEIGHTS, layer, source, local)
+        source = (twin.row[:, None] >= ends).sum(1).clamp_(max=twin.size - 1)
+        local = twin.row - (ends - tokens)[source]
+        self.valid = (twin.row < ends[-1])[:, None]
+        self.not_real = ~(self.valid & (local < twin.real(tokens)[source])[:, None])
+        self.gathered_keys = twin.row_keys(source, local)
+        self.own_keys = twin.row_keys(twin.rank, twin.row[:count])
+        self.partial_keys = twin.row_keys(twin.rank, twin.row)
+        offset = (ends - tokens)[twin.rank]
+        self.combined_keys = twin.row_keys(twin.ranks[:, None], twin.row[:count] + offset)
 
-    def partial(self, rank: int, layer: int) -> torch.Tensor:
-        row = torch.arange(CAPACITY * self.size, device=self.device)
-        return self.rows(PARTIAL, layer, row * 0 + rank, row)
+    def parts(self, row_keys: torch.Tensor, layer: int) -> tuple[torch.Tensor, ...]:
+        """hidden, ids, weights of these rows. Weights are neither infinite nor NaN."""
+        hidden, ids, weights = mixed(row_keys, self.twin.sent[layer]).split([self.twin.hidden_size, TOPK, TOPK], dim=1)
+        weights = (weights & 0x3FFFFFFF).to(torch.int32).view(torch.float32)
+        return bfloat16(hidden), (ids % (EXPERTS + 1) - 1).to(torch.int32), weights
 
-    def combined(self, offset: torch.Tensor, count: int, layer: int) -> torch.Tensor:
-        row = torch.arange(count, device=self.device) + offset
-        total = self.rows(PARTIAL, layer, row * 0, row).float()
-        for rank in range(1, self.size):
-            total = total + self.rows(PARTIAL, layer, row * 0 + rank, row).float()
+    def own(self, layer: int) -> tuple[torch.Tensor, ...]:
+        return self.parts(self.own_keys, layer)
+
+    def gathered(self, layer: int) -> tuple[torch.Tensor, ...]:
+        """hidden, ids, weights of all ranks' rows; `valid` says which of the R rows they are."""
+        hidden, ids, weights = self.parts(self.gathered_keys, layer)
+        return hidden, ids.masked_fill_(self.not_real, -1), weights
+
+    def partial(self, layer: int) -> torch.Tensor:
+        return bfloat16(mixed(self.partial_keys, self.twin.returned[layer]))
+
+    def combined(self, layer: int) -> torch.Tensor:
+        terms = bfloat16(mixed(self.combined_keys, self.twin.returned[layer])).float()
+        total = terms[0]
+        for rank in range(1, self.twin.size):
+            total = total + terms[rank]
         return total.to(torch.bfloat16)
 
 
@@ -138,7 +160,7 @@ class Rank:
     def __init__(self, ws: tf.Workspace, plan: Plan) -> None:
         self.ws, self.plan, self.rank = ws, plan, ws.group.rank
         self.layers = [ws.dispatcher() for _ in range(LAYERS)]
-        self.twin = Twin(plan, ws.group.size, ws.device)
+        self.twin = Twin(plan, self.rank, ws.group.size, ws.device)
         self.random = random.Random(plan.seed * 1000 + self.rank)
         self.is_cuda = ws.device.type == "cuda"
 
@@ -162,29 +184,26 @@ class Rank:
     def one_step(self, count: int, delays: bool) -> None:
         twin, ws = self.twin, self.ws
         twin.step += 1
-        own_count = torch.full((ws.group.size,), count, device=ws.device)
-        real = twin.real(own_count)[self.rank : self.rank + 1].to(torch.int32)
-        step = ws.begin_step(count, real)
+        step = ws.begin_step(count, twin.own_real(count))
         tokens = step.tokens_per_rank.to(torch.int64)
         twin.counts.mul_(1_000_003).add_(tokens)
-        wrong = [(tokens[self.rank] != count).long() + (step.valid_tokens[0] != tokens.sum()).long()]
-        wrong[0] = wrong[0] + (step.max_tokens[0] != tokens.max()).long()
+        told = torch.stack([tokens[self.rank] - count, step.valid_tokens[0] - tokens.sum(), step.max_tokens[0] - tokens.max()])
+        twin.wrong[0] += (told != 0).sum()
+        expected = StepTwin(twin, tokens, count)
         for number, layer in enumerate(self.layers):
             if delays:
                 self.delay()
-            got = layer.dispatch(*twin.own(self.rank, count, number))
-            valid, hidden, ids, weights = twin.gathered(tokens, number)
-            wrong_hidden = ((bits(got.hidden) != bits(hidden)) & valid[:, None]).sum()
+            got = layer.dispatch(*expected.own(number))
+            hidden, ids, weights = expected.gathered(number)
+            wrong_hidden = ((bits(got.hidden) != bits(hidden)) & expected.valid).sum()
             wrong_ids = (got.topk_idx != ids).sum()
-            wrong_weights = ((bits(got.topk_weights) != bits(weights)) & valid[:, None]).sum()
-            partial = twin.partial(self.rank, number)
+            wrong_weights = ((bits(got.topk_weights) != bits(weights)) & expected.valid).sum()
+            partial = expected.partial(number)
             if number:
                 partial = layer.combine_input().copy_(partial)
             out = layer.combine(partial, got)
-            wrong_out = (bits(out) != bits(twin.combined(step.rank_token_offset.long(), count, number))).sum()
-            twin.wrong += torch.stack(
-                [wrong.pop() if wrong else wrong_out * 0, wrong_hidden, wrong_ids, wrong_weights, wrong_out]
-            )
+            wrong_out = (bits(out) != bits(expected.combined(number))).sum()
+            twin.wrong[1:] += torch.stack([wrong_hidden, wrong_ids, wrong_weights, wrong_out])
         if self.plan.where == "virtual":  # a full queue of launches holds a lock of the driver, which the ranks share
             torch.cuda.current_stream(ws.device).synchronize()
 
@@ -202,21 +221,21 @@ class Rank:
 
 def twin_is_reference(plan: Plan, size: int, device: torch.device) -> None:
     """The twin's expectations are the specification's."""
-    twin = Twin(plan, size, device)
-    twin.step += 3
     counts = [(5 * rank + 2) % 7 for rank in range(size)]
     tokens = torch.tensor(counts, device=device)
-    own = [twin.own(rank, count, 1) for rank, count in enumerate(counts)]
-    expected = tf.reference.dispatch(*(list(column) for column in zip(*own, strict=True)), twin.real(tokens).tolist())
-    valid, *rows = twin.gathered(tokens, 1)
-    for got, want in zip(rows, (expected.hidden, expected.topk_idx, expected.topk_weights), strict=True):
-        assert torch.equal(bits(got[valid]), bits(want))
-    partials = [twin.partial(rank, 1) for rank in range(size)]
-    sums = tf.reference.combine(partials, counts, torch.bfloat16, torch.bfloat16)
-    offset = torch.zeros(1, dtype=torch.int64, device=device)
-    for count, want in zip(counts, sums, strict=True):
-        assert torch.equal(bits(twin.combined(offset, count, 1)), bits(want))
-        offset += count
+    twins = [Twin(plan, rank, size, device) for rank in range(size)]
+    for twin in twins:
+        twin.step += 3
+    steps = [StepTwin(twin, tokens, count) for twin, count in zip(twins, counts, strict=True)]
+    own = [step.own(1) for step in steps]
+    real = torch.cat([twin.own_real(count) for twin, count in zip(twins, counts, strict=True)]).tolist()
+    expected = tf.reference.dispatch(*(list(column) for column in zip(*own, strict=True)), real)
+    sums = tf.reference.combine([step.partial(1) for step in steps], counts, torch.bfloat16, torch.bfloat16)
+    for step, want_sum in zip(steps, sums, strict=True):
+        valid = step.valid[:, 0]
+        for got, want in zip(step.gathered(1), (expected.hidden, expected.topk_idx, expected.topk_weights), strict=True):
+            assert torch.equal(bits(got[valid]), bits(want))
+        assert torch.equal(bits(step.combined(1)), bits(want_sum))
 
 
 def captured(rank: Rank) -> list[torch.cuda.CUDAGraph]:
