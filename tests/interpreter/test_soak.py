@@ -1,6 +1,5 @@
 """Short soaks of interpreted ranks; `python tests/soak.py` runs longer ones."""
 
-import dataclasses
 from typing import Any
 
 import pytest
