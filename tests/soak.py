@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import random
 import sys
 import time
@@ -313,17 +314,31 @@ def run(plan: Plan) -> list[Report]:
     return run_ranks(soak, plan.ranks, plan, backend=backend, timeout_s=limit_s, env=env)
 
 
+def environment() -> dict[str, object]:
+    import triton  # not above: whether kernels are interpreted is settled when it is imported, and ranks import this file first
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    debug = os.environ.get("TOKENFERRY_DEBUG", "") == "1"
+    return {"device": device, "torch": torch.__version__, "triton": triton.__version__, "debug": debug}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--where", choices=("interpreter", "gpu", "virtual"), default="interpreter")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="a file of JSON lines, one for each rank, to append to")
+    parser.add_argument("--commit", default="unknown", help="for --out")
     options = parser.parse_args()
     plan = Plan(options.where, options.seconds, options.seed, options.ranks)
     reports = run(plan)
-    for report in reports:
-        sys.stdout.write(json.dumps(dataclasses.asdict(report)) + "\n")
+    common = {**dataclasses.asdict(plan), **environment(), "commit": options.commit, "date": time.strftime("%Y-%m-%d")}
+    lines = [json.dumps({**common, **dataclasses.asdict(report)}) + "\n" for report in reports]
+    sys.stdout.writelines(lines)
+    if options.out is not None:
+        with options.out.open("a") as file:
+            file.writelines(lines)
     trips = min(report.eager + report.graph for report in reports)
     sys.stdout.write(
         f"{plan.where}, {plan.ranks} ranks, seed {plan.seed}: {trips} round trips a rank, no difference, memory flat\n"
