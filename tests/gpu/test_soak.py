@@ -17,3 +17,11 @@ def test_every_row_of_random_steps_is_right_on_two_gpus_eager_and_in_graphs() ->
 def test_every_row_of_random_steps_is_right_on_virtual_ranks() -> None:
     reports = run(Plan("virtual", 8, seed=3, ranks=3))
     assert all(report.steps >= 20 for report in reports)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(640)
+@pytest.mark.gpu(count=2)
+def test_eight_minutes_on_two_gpus_are_a_million_right_round_trips() -> None:
+    reports = run(Plan("gpu", 480, seed=1, ranks=2))
+    assert all(report.eager + report.graph >= 1_000_000 for report in reports)

@@ -14,12 +14,16 @@ pytestmark = pytest.mark.interpreter
 WHAT = ("hidden", "topk_idx", "topk_weights", "combined")
 
 
+def long(seconds: float, ranks: int) -> Any:
+    return pytest.param(seconds, ranks, marks=[pytest.mark.long, pytest.mark.timeout(seconds + 300)])
+
+
 @pytest.mark.parametrize(
-    ("seconds", "ranks"), [(8, 2), pytest.param(60, 3, marks=[pytest.mark.long, pytest.mark.timeout(400)])], ids=["8s", "60s"]
+    ("seconds", "ranks"), [(8, 2), long(60, 3), long(300, 2)], ids=["8-seconds-EP2", "1-minute-EP3", "5-minutes-EP2"]
 )
 def test_every_row_of_random_steps_is_right_and_memory_stays(seconds: float, ranks: int) -> None:
     reports = run(Plan("interpreter", seconds, seed=ranks, ranks=ranks))
-    assert all(report.steps >= 20 for report in reports)
+    assert all(report.steps >= 20 and report.seconds >= seconds for report in reports)
 
 
 class Spoiled:
