@@ -742,11 +742,31 @@ for label, (call, error, said) in PARTS.items():
     add(label, "stepped", error, said, call)
 
 ANOTHER_NUMBER = frozenset(
-    """topk_idx-below-minus-one topk_idx-over-32-bits topk_idx-minus-one-in-32-bits more-rows-than-capacity
-    num_real_tokens-is-below-zero hidden-no-columns topk_idx-no-columns topk_weights-no-columns topk_idx-no-rows
-    topk_weights-no-rows partial-one-row-more partial-no-rows partial-a-row-for-each-choice partial-one-column-less
-    reset-timeout-is-below-zero reset-timeout-is-NaN reset-timeout-is-infinite open-max_tokens_per_rank-is-below-zero
-    open-timeout_s-is-NaN open-timeout_s-is-infinite group-rank-below-zero group-subset-without-this-rank
-    group-subset-rank-below-zero group-expert_range-rank-below-zero""".split()
+    [
+        "topk_idx-below-minus-one",
+        "topk_idx-over-32-bits",
+        "topk_idx-minus-one-in-32-bits",
+        "more-rows-than-capacity",
+        "num_real_tokens-is-below-zero",
+        "hidden-no-columns",
+        "topk_idx-no-columns",
+        "topk_weights-no-columns",
+        "topk_idx-no-rows",
+        "topk_weights-no-rows",
+        "partial-one-row-more",
+        "partial-no-rows",
+        "partial-a-row-for-each-choice",
+        "partial-one-column-less",
+        "reset-timeout-is-below-zero",
+        "reset-timeout-is-NaN",
+        "reset-timeout-is-infinite",
+        "open-max_tokens_per_rank-is-below-zero",
+        "open-timeout_s-is-NaN",
+        "open-timeout_s-is-infinite",
+        "group-rank-below-zero",
+        "group-subset-without-this-rank",
+        "group-subset-rank-below-zero",
+        "group-expert_range-rank-below-zero",
+    ]
 )
 """Calls that differ from another one of the table in a number alone."""
