@@ -420,3 +420,22 @@ def quantized_too_late(group: tf.EPGroup) -> str:
 
 def test_prepared_experts_are_not_quantized_any_more() -> None:
     assert "quantize them before MoELayer" in run_ranks(quantized_too_late, 1, env=INTERPRETER)[0]
+
+
+def poisoned_between(group: tf.EPGroup) -> list[int]:
+    """Bytes of a scratch after two calls of the same experts, where neither wrote; the first call's garbage lies between."""
+    experts, rows = Case(num_rows=4).build()
+    scratch, left = ExpertScratch("cpu"), []
+    for _ in range(2):
+        partial = torch.zeros(rows.hidden.shape, dtype=rows.hidden.dtype)
+        shape = triton_path.row_shape(triton_path.variant_of(experts.weights, experts.config.activation, rows.topk_idx.shape[1],
+            rows.hidden.dtype, rows.topk_idx.dtype, partial.dtype, batch_invariant=False, max_rows=64))  # fmt: skip
+        scratch.reserve(shape, 64, len(LOCAL), rows.hidden.dtype)
+        scratch.run(rows, experts.weights, LOCAL.start, experts.config.activation, partial, False, 64)
+        left.append(int(scratch._memory[-256]))
+        scratch._memory.zero_()
+    return left
+
+
+def test_debug_mode_poisons_the_scratch_before_each_call() -> None:
+    assert run_ranks(poisoned_between, 1, env={**INTERPRETER, "TOKENFERRY_DEBUG": "1"})[0] == [0xFF, 0xFF]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tokenferry import env
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched
 from tokenferry.errors import ConfigError, DeviceError
@@ -26,6 +27,8 @@ DEFAULT_MAX_BYTES = 3 << 29
 of two ranks. Each further round reads the weights again."""
 
 ALIGNMENT = 256
+POISON = 0xFF
+"""Four of these bytes are a NaN in each floating dtype, and -1 as int32. Written before each call with TOKENFERRY_DEBUG=1."""
 MIN_CUDA_MAJOR = 8
 
 
@@ -106,6 +109,7 @@ class ExpertScratch:
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._retired: list[torch.Tensor] = []  # captured graphs may still write there
         self._buffers: dict[tuple[RowShape, int, torch.dtype], Buffers] = {}
+        self._poisons = env.read(env.DebugSettings).enabled
 
     @staticmethod
     def serves(device: torch.device) -> bool:
@@ -160,12 +164,18 @@ class ExpertScratch:
             if self._memory.numel():
                 self._retired.append(self._memory)
             self._memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+            self._poison()
             self._buffers.clear()
         pieces = self._memory[: sum(padded)].split(padded)
         counts, offsets, table, activated, outputs, *quantized = (
             piece[:size].view(kind).view(extent) for piece, size, (kind, extent) in zip(pieces, sizes, parts, strict=True)
         )
         return Buffers(rows, counts, offsets, table, activated, outputs, tuple(quantized))
+
+    def _poison(self) -> None:
+        """In debug mode: what no kernel of this call will have written is NaN, or -1."""
+        if self._poisons:
+            self._memory.fill_(POISON)
 
     def prepare(
         self,
@@ -212,6 +222,7 @@ class ExpertScratch:
         """`apply_experts` on checked operands with R > 0."""
         from tokenferry.experts import triton_path
 
+        self._poison()
         return triton_path.run(
             dispatched, weights, first_expert, activation, out, self, batch_invariant=batch_invariant, max_rows=max_rows
         )
