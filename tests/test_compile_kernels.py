@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from tokenferry.kernels import abort, combine, counts, dispatch, wire
+from tokenferry.kernels import abort, combine, counts, dispatch, route, wire
 from tokenferry.transports.symmetric_launch import options, source
 
 pytestmark = pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
@@ -122,6 +122,30 @@ def test_the_sum_in_the_switch_compiles(capability: int, tmp_path: Path) -> None
     assert "multimem.ld_reduce.relaxed.sys.global.add.v4.f32" in kernel.asm["ptx"]
     text = sass(kernel.asm["cubin"], tmp_path)
     assert "LDGMC" in text, sorted(set(re.findall(r"[A-Z][A-Z0-9]+(?:\.[A-Z0-9_]+)+", text)))
+
+
+ROUTE = {
+    "TOPK_GROUPS": 1, "GROUP_TOPK": 1, "SIGMOID": False, "FIRST": False, "RENORMALIZE": True, "CORRECTED": False, "PDL": True,
+}  # fmt: skip
+ROUTES = {
+    "softmax-E128-K8": {**ROUTE, "G": 1, "M": 128, "K": 8, "GROUPS": 1, "MEMBERS": 128},
+    "deepseek-E256-K8": {
+        **ROUTE, "G": 8, "M": 32, "K": 8, "GROUPS": 8, "MEMBERS": 32,
+        "TOPK_GROUPS": 4, "GROUP_TOPK": 2, "SIGMOID": True, "CORRECTED": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("name", ROUTES)
+def test_one_warp_routes_a_row_without_shared_memory(name: str, capability: int, tmp_path: Path) -> None:
+    types = {"*LOGITS": "*bf16", "*IDX": "*i32"}
+    signature = {argument: types.get(kind, kind) for argument, kind in route.SIGNATURE.items()}
+    kernel = triton.compile(
+        source(route.route_kernel, signature, ROUTES[name]), target=GPUTarget("cuda", capability, 32), options=options(1, True)
+    )
+    assert kernel.metadata.shared == 0
+    assert not re.search(r"\b(LDL|STL)\b", sass(kernel.asm["cubin"], tmp_path)), "nothing may spill"
 
 
 def test_group_size_is_no_constant() -> None:

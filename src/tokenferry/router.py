@@ -45,8 +45,8 @@ class RouterConfig:
         topk_groups: experts are chosen from this many best groups only.
         group_score_topk: a group's score is the sum of its this many best experts (2 in deepseek_v3, 1 in deepseek_v2).
         linear_bias: the router's linear layer has a bias (gpt_oss).
-        float32_logits: compute the linear layer in float32 (the deepseek_v3 family does), else in the dtype of `hidden`. A router
-            made with dtype=torch.float32 saves the conversion of its weight in every call.
+        float32_logits: compute the linear layer in float32 (the deepseek_v3 family does), else in the dtype of `hidden`. On
+            CUDA a weight in the 16-bit dtype of `hidden` is fastest: products and sums are float32 without converting either.
         idx_dtype: torch.int32 (what the dispatcher sends) or torch.int64.
 
     Raises:
@@ -112,7 +112,7 @@ def route(
 
     Returns:
         topk_weights [T, K] float32 and topk_idx [T, K] of `config.idx_dtype`. A row's experts come in descending order of
-        what they were chosen by; the order of equal ones is torch.topk's.
+        what they were chosen by; the order of equal ones is torch.topk's, or on CUDA, where one kernel does it all, by number.
 
     Raises:
         ShapeError: columns other than E.
@@ -128,6 +128,8 @@ def route(
     if config.score_correction_bias != (score_correction_bias_E is not None):
         given = "given" if score_correction_bias_E is not None else "missing"
         raise ConfigError(f"score_correction_bias is {config.score_correction_bias} but the tensor is {given}")
+    if _has_kernel(logits_TE):
+        return _route_by_kernel(logits_TE, config, score_correction_bias_E)
     logits_TE = logits_TE.float()
     if config.topk_before_score:
         chosen_TK, idx_TK = torch.topk(logits_TE, config.topk, dim=-1)
@@ -146,6 +148,34 @@ def route(
     return weights_TK, idx_TK.to(config.idx_dtype)
 
 
+def _has_kernel(logits_TE: torch.Tensor) -> bool:
+    """The kernel has no gradient; a compiler makes fewer launches of the chain itself."""
+    wants_gradient = logits_TE.requires_grad and torch.is_grad_enabled()
+    return logits_TE.is_cuda and logits_TE.dtype != torch.float64 and not wants_gradient and not torch.compiler.is_compiling()
+
+
+def _route_by_kernel(
+    logits_TE: torch.Tensor, config: RouterConfig, score_correction_bias_E: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from tokenferry.kernels import route as kernel  # here: Triton is not everywhere
+
+    weights_TK, idx_TK = kernel.route(
+        logits_TE,
+        score_correction_bias_E,
+        topk=config.topk,
+        num_groups=config.num_groups,
+        topk_groups=config.topk_groups,
+        group_score_topk=config.group_score_topk,
+        is_sigmoid=config.score_function == "sigmoid",
+        topk_before_score=config.topk_before_score,
+        renormalize=config.renormalize,
+        epsilon=config.renormalize_epsilon,
+        scale=config.scaling_factor,
+        idx_dtype=config.idx_dtype,
+    )
+    return weights_TK, idx_TK
+
+
 def _score(logits: torch.Tensor, function: ScoreFunction) -> torch.Tensor:
     return torch.sigmoid(logits) if function == "sigmoid" else torch.softmax(logits, dim=-1)
 
@@ -160,6 +190,15 @@ def _keep_best_groups(choice_TE: torch.Tensor, config: RouterConfig) -> torch.Te
     best = scores_TG.topk(config.topk_groups, dim=-1).indices
     dropped_TG = torch.ones_like(scores_TG, dtype=torch.bool).scatter_(1, best, False)
     return choice_TGM.masked_fill(dropped_TG.unsqueeze(-1), -math.inf).flatten(1)
+
+
+def _float32_linear(hidden_TH: torch.Tensor, weight_EH: torch.Tensor, bias_E: torch.Tensor | None) -> torch.Tensor:
+    """float32 logits. Products of 16-bit numbers are exact in float32, so that CUDA's 16-bit units need no converted copies."""
+    is_16_bit = hidden_TH.dtype == weight_EH.dtype and hidden_TH.dtype in (torch.bfloat16, torch.float16)
+    if hidden_TH.is_cuda and is_16_bit and not torch.compiler.is_compiling():
+        logits_TE = torch.mm(hidden_TH, weight_EH.t(), out_dtype=torch.float32)
+        return logits_TE if bias_E is None else logits_TE + bias_E.float()
+    return F.linear(hidden_TH.float(), weight_EH.float(), None if bias_E is None else bias_E.float())
 
 
 class Router(nn.Module):
@@ -204,11 +243,10 @@ class Router(nn.Module):
             raise ShapeError(f"hidden must be [T, {self.config.hidden_size}] (the router's), got {list(hidden_TH.shape)}")
         weight: torch.Tensor = self.weight
         bias: torch.Tensor | None = self.bias
-        if self.config.float32_logits:
-            hidden_TH, weight, bias = hidden_TH.float(), weight.float(), None if bias is None else bias.float()
-        elif hidden_TH.dtype != weight.dtype:
+        if not self.config.float32_logits and hidden_TH.dtype != weight.dtype:
             raise DtypeError(f"hidden is {hidden_TH.dtype} but the router's weight is {weight.dtype}; convert one of them")
-        return route(F.linear(hidden_TH, weight, bias), self.config, self.score_correction_bias)
+        logits_TE = _float32_linear(hidden_TH, weight, bias) if self.config.float32_logits else F.linear(hidden_TH, weight, bias)
+        return route(logits_TE, self.config, self.score_correction_bias)
 
     def extra_repr(self) -> str:
         return repr(self.config)

@@ -115,9 +115,8 @@ class LayerBench:
         self.device = self.group.device
         dtype = torch.bfloat16
         torch.manual_seed(1)
-        router_dtype = torch.float32 if preset.router.get("float32_logits", True) else dtype
         routing = RouterConfig(hidden_size=preset.hidden_size, num_experts=preset.num_experts, topk=preset.topk, **preset.router)
-        self.router = Router(routing, dtype=router_dtype, device=self.device)
+        self.router = Router(routing, dtype=dtype, device=self.device)
         torch.manual_seed(2 + self.group.rank)
         shape = ExpertsConfig(
             hidden_size=preset.hidden_size,
