@@ -1,0 +1,28 @@
+"""Calls in any order on symmetric memory do what the model in `fuzz_machine` says: one rank of interpreted kernels."""
+
+from collections import Counter
+
+import pytest
+
+import tokenferry as tf
+from fuzz_machine import run
+from interpreter.test_bad_input import INTERPRETER, NOT_HERE
+from tokenferry.testing import run_ranks
+
+pytestmark = pytest.mark.interpreter
+
+
+def sequences(group: tf.EPGroup, max_examples: int) -> Counter[str]:
+    return run("p2p", max_examples, NOT_HERE, shrinks=False)
+
+
+def test_any_sequence_of_calls_does_what_the_model_says() -> None:
+    tally = run_ranks(sequences, 1, 20, env=INTERPRETER, timeout_s=200)[0]
+    assert tally["right"] >= 250, tally
+    assert tally["wrong"] >= 125, tally
+
+
+@pytest.mark.long
+@pytest.mark.timeout(700)
+def test_hundreds_of_sequences_do_what_the_model_says() -> None:
+    assert run_ranks(sequences, 1, 200, env=INTERPRETER, timeout_s=600)[0]["sequences"] >= 200
