@@ -126,9 +126,16 @@ def by_turns(shape: Shape) -> int:
         one_layer(ranks, layers, step)
     for ws in ranks:
         ws.check()
+    ranks[0].fail("the end")  # the kernel that writes abort records
+    try:
+        ranks[1].check()
+    except tf.PeerFailedError as error:
+        assert error.rank == 0, error
+    else:
+        raise AssertionError("no abort record has come")
     for ws in ranks:
         ws.close()
-    return len(shape.counts)
+    return len(shape.counts) + 1
 
 
 def one_layer(ranks: list[tf.Workspace], layers: list[tf.Dispatcher], step: StepCase) -> None:
@@ -285,6 +292,20 @@ def experts_of(cases: tuple[ExpertsCase, ...]) -> int:
     return compared
 
 
+# --- router ---------------------------------------------------------------------------------------------------------------
+
+
+def router() -> int:
+    import routes  # here: it brings pytest, which the other parts do without
+
+    for case in routes.CASES:
+        error = case.error(DEVICE.type)
+        assert not error, f"{case}: {error}"
+    held = routes.hostile(DEVICE.type)
+    assert all(held.values()), held
+    return len(routes.CASES) + len(held)
+
+
 # --- faults that the tool has to find -------------------------------------------------------------------------------------
 
 
@@ -330,6 +351,7 @@ PARTS = {
     "experts": lambda: experts_of(ODD),
     "experts-tensor-maps": lambda: experts_of(TENSOR_MAPS),
     "experts-float8": lambda: experts_of(FLOAT8),
+    "router": router,
     "planted-store": planted_store,
     "planted-race": planted_race,
 }

@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[1] / "sanitizer_work.py"
 FOUND = 77
 """Exit code of the tool when it has found something and the program itself went well."""
 WARM_UP_S, CHECKED_S, TOTAL_S = 110, 160, 300
-AT_ONCE = 6
+AT_ONCE = 8
 """Processes that share the GPU; each is bound by its one thread on the CPU."""
 COMMON = (f"--error-exitcode={FOUND}", "--print-limit=20")
 WANTED = {
@@ -53,11 +53,13 @@ CHECKS = (
     Check("memcheck", "experts"),
     Check("memcheck", "experts-tensor-maps"),
     Check("memcheck", "experts-float8"),
+    Check("memcheck", "router"),
     Check("racecheck", "slots"),
     Check("racecheck", "bulk"),
     Check("racecheck", "experts"),
     Check("racecheck", "experts-tensor-maps"),
     Check("racecheck", "experts-float8"),
+    Check("racecheck", "router"),
 )
 
 
