@@ -1,12 +1,12 @@
 """Debug mode (TOKENFERRY_DEBUG=1): poison and checks on the device, around the calls of an open transport.
 
 Everything is a PyTorch operator in stream order, so that a captured graph checks as well, and nothing waits for the device.
-What was found is raised by the next `begin_step` or `check`.
+What was found is raised by the next `begin_step` or `check`, which then waits.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -16,10 +16,36 @@ from tokenferry.errors import StateError, UsageError
 from tokenferry.step import StepTensors
 from tokenferry.transports.base import Gathered, Transport, TransportSettings
 from tokenferry.transports.symmetric import SymmetricTransport
-from tokenferry.transports.symmetric_layout import CANARY_BYTES, Region
+from tokenferry.transports.symmetric_layout import Layout
+from tokenferry.transports.symmetric_rounds import Rounds
 
 CANARY: Final = 0xA5
 LOW, HIGH, WRITTEN, OVERRUN = range(4)
+
+
+class _Canaries:
+    """A known byte wherever no region lies."""
+
+    def __init__(self, buffer: torch.Tensor, layout: Layout) -> None:
+        self._buffer, self._layout = buffer, layout
+        self._places = torch.tensor([byte for gap in layout.gaps for byte in gap], device=buffer.device)
+        self._numbers = torch.arange(1, 1 + len(self._places), dtype=torch.int32, device=buffer.device)
+        self.restore()
+
+    def restore(self) -> None:
+        self._buffer[self._places] = CANARY
+
+    def last_written(self) -> torch.Tensor:
+        """int32 scalar on the device: the number of the last byte that is not as it was, from 1; 0: all are."""
+        return torch.where(self._buffer[self._places] != CANARY, self._numbers, 0).max()
+
+    def describe(self, number: int) -> str:
+        place = int(self._places[number - 1])
+        before = [name for name, region in self._layout.regions.items() if region.end <= place]
+        after = [name for name, region in self._layout.regions.items() if region.offset > place]
+        return (
+            f"byte {place} of the symmetric buffer, behind {(before or ['control'])[-1]!r} and before {(after or ['end'])[0]!r}"
+        )
 
 
 class Watch:
@@ -29,8 +55,8 @@ class Watch:
     returns it, and the gathered rows and weights are NaN as soon as their combine begins. Not earlier: a fast peer may have
     stored the next rows by then.
 
-    Checks: expert numbers (on CUDA there is no other check of them), users' writes to the step's tensors, and a few bytes
-    behind each region of the symmetric buffer, which nobody may write.
+    Checks: expert numbers (on CUDA there is no other check of them), users' writes to the step's tensors, and the bytes
+    before, between and behind the regions of the symmetric buffer, which nobody may write.
     """
 
     def __init__(self, transport: Transport, settings: TransportSettings, step_tensors: StepTensors) -> None:
@@ -40,38 +66,39 @@ class Watch:
         self._found = torch.zeros(4, dtype=torch.int32, device=device)
         self._mirror = torch.zeros(4, dtype=torch.int32, pin_memory=True) if device.type == "cuda" else self._found
         self._has_step = torch.zeros(1, dtype=torch.bool, device=device)
-        self._canaries: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._canaries: _Canaries | None = None
         if isinstance(transport, SymmetricTransport):
-            self._set_canaries(transport)
+            self._canaries = _Canaries(transport._buffer.tensor, transport._layout)
         self._watch(transport)
-
-    def _set_canaries(self, transport: SymmetricTransport) -> None:
-        layout, buffer = transport._layout, transport._buffer.tensor
-        regions = [getattr(layout, each.name) for each in dataclasses.fields(layout)]
-        ends = [region.end for region in regions if isinstance(region, Region)]
-        places = torch.tensor([end + byte for end in ends for byte in range(CANARY_BYTES)], device=buffer.device)
-        buffer[places] = CANARY
-        self._canaries = buffer, places
+        if isinstance(transport, SymmetricTransport) and transport._buffer.is_virtual:
+            # What is above waits for the device, where a faster rank's first kernel may be waiting for this rank already.
+            torch.cuda.current_stream(device).synchronize()
+            settings.group.channel.barrier(f"{settings.name}/watched", settings.open_timeout_s)
 
     def _watch(self, transport: Any) -> None:
-        def replace(name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
-            if hasattr(transport, name):
-                setattr(transport, name, make(getattr(transport, name)))
+        """A method that is replaced refers to its object weakly: what `solo` makes has to go when its block ends."""
+        here = weakref.ref(transport)
+
+        def replace(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+            original = getattr(type(transport), name, None)
+            if original is not None:
+                replaced = make(original)
+                setattr(transport, name, lambda *args: replaced(here(), *args))
 
         replace("begin_step", self._begin_step)
         replace("dispatch_begin", self._sends)
         replace("solo", self._solo)
         replace("close", self._close)
-        if isinstance(transport, SymmetricTransport) or hasattr(transport, "_layout"):
-            replace("dispatch", lambda call: self._receives(self._sends(call), transport))
-            replace("dispatch_end", lambda call: self._receives(call, transport))
-            replace("combine", lambda call: self._combines(call, transport))
-            replace("combine_begin", lambda call: self._combines(call, transport))
+        if isinstance(transport, Rounds):
+            replace("dispatch", lambda call: self._receives(self._sends(call)))
+            replace("dispatch_end", self._receives)
+            replace("combine", self._combines)
+            replace("combine_begin", self._combines)
 
     def _begin_step(self, call: Callable[..., None]) -> Callable[..., None]:
-        def begin_step(*args: Any) -> None:
+        def begin_step(transport: Any, *args: Any) -> None:
             self._look()
-            call(*args)
+            call(transport, *args)
             with torch.no_grad():
                 self._published.copy_(self._packed)
                 self._has_step.fill_(True)
@@ -79,27 +106,27 @@ class Watch:
         return begin_step
 
     def _sends(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def dispatch(layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Any:
+        def dispatch(transport: Any, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Any:
             if topk_idx.numel():
                 low = (topk_idx.min() + 1).clamp(-(2**31), 0).to(torch.int32)
                 high = (topk_idx.max() - (self._num_experts - 1)).clamp(0, 2**31 - 1).to(torch.int32)
                 self._found[LOW].copy_(torch.minimum(self._found[LOW], low))
                 self._found[HIGH].copy_(torch.maximum(self._found[HIGH], high))
             self._look()
-            return call(layer, hidden, topk_idx, topk_weights)
+            return call(transport, layer, hidden, topk_idx, topk_weights)
 
         return dispatch
 
-    def _receives(self, call: Callable[..., Gathered], transport: Any) -> Callable[..., Gathered]:
-        def dispatch_end(*args: Any) -> Gathered:
-            gathered = call(*args)
+    def _receives(self, call: Callable[..., Gathered]) -> Callable[..., Gathered]:
+        def dispatch_end(transport: Any, *args: Any) -> Gathered:
+            gathered = call(transport, *args)
             transport.combine_input().fill_(torch.nan)
             return gathered
 
         return dispatch_end
 
-    def _combines(self, call: Callable[..., Any], transport: Any) -> Callable[..., Any]:
-        def combine(partial: torch.Tensor) -> Any:
+    def _combines(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def combine(transport: Any, partial: torch.Tensor) -> Any:
             gathered: Gathered = transport._views.gathered
             rows = gathered.hidden_RH
             if rows.data_ptr() <= partial.data_ptr() < rows.data_ptr() + rows.nbytes:
@@ -107,23 +134,23 @@ class Watch:
             rows.fill_(torch.nan)
             gathered.topk_weights_RK.fill_(torch.nan)
             self._look()
-            return call(partial)
+            return call(transport, partial)
 
         return combine
 
-    def _solo(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        def solo() -> Any:
-            alone = call()
+    def _solo(self, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def solo(transport: Any) -> Any:
+            alone = call(transport)
             if "solo" not in vars(alone):
                 self._watch(alone)
             return alone
 
         return solo
 
-    def _close(self, call: Callable[[], None]) -> Callable[[], None]:
-        def close() -> None:
+    def _close(self, call: Callable[[Any], None]) -> Callable[[Any], None]:
+        def close(transport: Any) -> None:
             self._canaries = None  # or the buffer would be kept
-            call()
+            call(transport)
 
         return close
 
@@ -132,9 +159,7 @@ class Watch:
         written = (self._packed != self._published).any() & self._has_step
         self._found[WRITTEN : WRITTEN + 1].copy_(torch.maximum(self._found[WRITTEN], written.to(torch.int32)))
         if self._canaries is not None:
-            buffer, places = self._canaries
-            overrun = (buffer[places] != CANARY).any().to(torch.int32)
-            self._found[OVERRUN].copy_(torch.maximum(self._found[OVERRUN], overrun))
+            self._found[OVERRUN].copy_(torch.maximum(self._found[OVERRUN], self._canaries.last_written()))
         if self._mirror is not self._found:
             self._mirror.copy_(self._found, non_blocking=True)
 
@@ -143,22 +168,24 @@ class Watch:
 
         Raises:
             UsageError: an expert number that there is not.
-            StateError: a step's tensors were written, or memory behind a region of the symmetric buffer.
+            StateError: a step's tensors were written, or memory where no region of the symmetric buffer lies.
         """
         if wait:
             self._look()
         low, high, written, overrun = (self._found if wait else self._mirror).tolist()
         if not (low or high or written or overrun):
             return
+        if self._found.is_cuda:  # copies to the mirror that are on their way would report the same once more
+            torch.cuda.current_stream(self._found.device).synchronize()
+        said = self._canaries.describe(overrun) if overrun and self._canaries is not None else ""
         self._found.zero_()
         self._mirror.zero_()
         self._published.copy_(self._packed)
         if self._canaries is not None:
-            buffer, places = self._canaries
-            buffer[places] = CANARY
+            self._canaries.restore()
         if low or high:
             wrong = low - 1 if low else high + self._num_experts - 1
             raise UsageError(f"topk_idx held {wrong}, but expert numbers are -1 (none) to {self._num_experts - 1}")
         if written:
             raise StateError("the tensors of a step were written on the device; read or clone them only")
-        raise StateError("memory behind a region of the symmetric buffer was written: a kernel stored beyond its tensor")
+        raise StateError(f"{said}, was written: a kernel stored outside of its tensor")

@@ -1,6 +1,7 @@
 """Debug mode on interpreted ranks: what it poisons, what it finds, and that right steps pass under it."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -62,9 +63,18 @@ def found(group: tf.EPGroup) -> dict[str, str]:
         view = step.tokens_per_rank.numpy()  # PyTorch does not count this write
         view += 1
         harmed("counts", tf.StateError, ws.check)
-        end = transport._layout.hidden.end
-        transport._buffer.tensor[end + 3] = 0
-        harmed("canary", tf.StateError, ws.check)
+        layout = transport._layout
+        for name, place in (
+            ("overrun", layout.hidden.end + 3),
+            ("underrun", layout.topk_weights.offset - 1),
+            ("first", layout.counts.offset - 1),
+            ("last", layout.terms.end),
+        ):
+            transport._buffer.tensor[place] = 0
+            harmed(name, tf.StateError, ws.check)
+        with ws.solo():
+            alone = weakref.ref(ws.active_transport)
+        assert alone() is None, "it holds memory, which has to go with it"
     return said
 
 
@@ -74,4 +84,7 @@ def test_ids_counts_and_canaries_are_found_and_the_workspace_goes_on() -> None:
     assert "topk_idx held 8, but" in said["large"]
     assert "topk_idx held" in said["huge"]
     assert "written on the device" in said["counts"]
-    assert "behind a region" in said["canary"]
+    assert "behind 'hidden' and before 'topk_idx', was written" in said["overrun"]
+    assert "behind 'topk_idx' and before 'topk_weights', was written" in said["underrun"]
+    assert "behind 'control' and before 'counts', was written" in said["first"]
+    assert "behind 'terms' and before 'end', was written" in said["last"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -11,9 +11,11 @@ from tokenferry.errors import ConfigError
 
 ALIGNMENT = 256
 CONTROL_BYTES = 256
+CONTROL_SPARE_BYTES = 32
+"""The last of them, which no kernel uses. Before the first region as `CANARY_BYTES` are behind each."""
 COUNT_PACKET_BYTES = 16
 CANARY_BYTES = 16
-"""Behind each region; nobody writes there, which debug mode checks."""
+"""Behind each region at least; nobody writes there, which debug mode checks."""
 SLOT_ROWS = 192
 """Largest step, in rows of its largest rank, that goes through sentinel slots of a large workspace: at C = 4096 the slots take
 less than a tenth of the buffer."""
@@ -78,6 +80,20 @@ class Layout:
     def num_bytes(self) -> int:
         """Of the whole buffer."""
         return self.terms.end + CANARY_BYTES
+
+    @property
+    def regions(self) -> dict[str, Region]:
+        """In the order in which they lie."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: region for name, region in named.items() if isinstance(region, Region)}
+
+    @property
+    def gaps(self) -> list[range]:
+        """The bytes that nobody may write: before the first region, between two, and behind the last."""
+        regions = list(self.regions.values())
+        begins = [CONTROL_BYTES - CONTROL_SPARE_BYTES, *(region.end for region in regions)]
+        ends = [*(region.offset for region in regions), self.num_bytes]
+        return [range(begin, end) for begin, end in zip(begins, ends, strict=True)]
 
 
 def _round_up(value: int, multiple: int) -> int:
