@@ -4,9 +4,12 @@
 
 On a GPU, or on the CPU with TRITON_INTERPRET=1 (but for the planted faults).
 
-The tool runs launches one after another, so that a kernel that waits for one of another rank would wait for ever. Here two
-virtual ranks of one process take turns in halves: both send before either receives, and no kernel ever waits. The exchange of
-counts has no halves: rank 1's packet is laid into rank 0's buffer beforehand, as rank 1 will send it.
+The tool promises no two kernels at once, and one that waits for another rank's would then wait for ever. So two virtual ranks of
+one process take turns in halves: both send before either receives, and no kernel ever waits. The exchange of counts has no
+halves: rank 1's packet is laid into rank 0's buffer beforehand, as rank 1 will send it.
+
+`peers` is not part of the test: two virtual ranks that do wait for each other, to try what a version of the tool allows. It needs
+CUDA_MODULE_LOADING=EAGER and CUDA_DEVICE_MAX_CONNECTIONS=32, and gives up after 20 seconds of waiting.
 """
 
 import contextlib
@@ -19,7 +22,7 @@ import triton
 import triton.language as tl
 
 import tokenferry as tf
-from cases import StepCase, begin, expected_dispatch, run_layer, same
+from cases import Case, StepCase, begin, expected_dispatch, run_case, run_layer, same
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched
 from tokenferry.experts import Experts, ExpertsConfig, ExpertScratch, torch_path
@@ -174,6 +177,11 @@ def one_layer(ranks: list[tf.Workspace], layers: list[tf.Dispatcher], step: Step
     wanted = tf.reference.combine([own.partial for own in inputs], step.tokens, ranks[0].combine_dtype, config.dtype)
     for result, total, own in zip(results, wanted, inputs, strict=True):
         same("combined", result, total[: own.hidden.shape[0]])
+
+
+def peers() -> int:
+    case = Case(hidden_size=16, transport="p2p", steps=tuple(StepCase(counts) for counts in IN_SLOTS))
+    return sum(run_virtual(run_case, 2, case, device=DEVICE))
 
 
 def protocol(shapes: tuple[Shape, ...]) -> int:
@@ -348,6 +356,7 @@ def planted_race() -> int:
 PARTS = {
     "slots": lambda: protocol(SLOTS),
     "bulk": lambda: protocol(BULK),
+    "peers": peers,
     "experts": lambda: experts_of(ODD),
     "experts-tensor-maps": lambda: experts_of(TENSOR_MAPS),
     "experts-float8": lambda: experts_of(FLOAT8),

@@ -19,6 +19,7 @@ FOUND = 77
 WARM_UP_S, CHECKED_S, TOTAL_S = 110, 160, 300
 AT_ONCE = 8
 """Processes that share the GPU; each is bound by its one thread on the CPU."""
+FIRST_PORT = 49152
 COMMON = (f"--error-exitcode={FOUND}", "--print-limit=20")
 WANTED = {
     "memcheck": ("--launch-timeout=120", "--target-processes=application-only", "--padding=256", "--report-api-errors=no"),
@@ -102,6 +103,7 @@ class Tool:
 
     def command(self, check: Check) -> list[str]:
         wanted = (*WANTED[check.tool], *(WANTED["planted"] if check.part == "planted-store" else ()))
+        wanted = (*wanted, f"--port={FIRST_PORT + 10 * CHECKS.index(check)}")  # it tries ten
         options = [option for option in wanted if option.partition("=")[0] in self.help]
         return [self.path, "--tool", check.tool, *COMMON, *options, sys.executable, str(SCRIPT), check.part]
 
