@@ -37,10 +37,10 @@ class _Canaries:
 
     def last_written(self) -> torch.Tensor:
         """int32 scalar on the device: the number of the last byte that is not as it was, from 1; 0: all are."""
-        return torch.where(self._buffer[self._places] != CANARY, self._numbers, 0).max()
+        return ((self._buffer[self._places] != CANARY) * self._numbers).max()
 
     def describe(self, number: int) -> str:
-        place = int(self._places[number - 1])
+        place = [byte for gap in self._layout.gaps for byte in gap][number - 1]
         before = [name for name, region in self._layout.regions.items() if region.end <= place]
         after = [name for name, region in self._layout.regions.items() if region.offset > place]
         return (
@@ -70,9 +70,10 @@ class Watch:
         if isinstance(transport, SymmetricTransport):
             self._canaries = _Canaries(transport._buffer.tensor, transport._layout)
         self._watch(transport)
-        if isinstance(transport, SymmetricTransport) and transport._buffer.is_virtual:
-            # What is above waits for the device, where a faster rank's first kernel may be waiting for this rank already.
+        if device.type == "cuda":  # steps may begin on another stream
             torch.cuda.current_stream(device).synchronize()
+        if isinstance(transport, SymmetricTransport) and transport._buffer.is_virtual:
+            # Taking pinned memory may wait for the device, where a faster rank's first kernel would wait for this rank already.
             settings.group.channel.barrier(f"{settings.name}/watched", settings.open_timeout_s)
 
     def _watch(self, transport: Any) -> None:
@@ -175,7 +176,8 @@ class Watch:
         low, high, written, overrun = (self._found if wait else self._mirror).tolist()
         if not (low or high or written or overrun):
             return
-        if self._found.is_cuda:  # copies to the mirror that are on their way would report the same once more
+        if self._found.is_cuda and not torch.cuda.is_current_stream_capturing():
+            # Copies to the mirror that are on their way would report the same once more.
             torch.cuda.current_stream(self._found.device).synchronize()
         said = self._canaries.describe(overrun) if overrun and self._canaries is not None else ""
         self._found.zero_()

@@ -3,6 +3,7 @@
 import pytest
 
 from soak import Plan, run
+from tokenferry import env
 
 
 @pytest.mark.timeout(240)
@@ -20,6 +21,7 @@ def test_every_row_of_random_steps_is_right_on_virtual_ranks() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.skipif(env.read(env.DebugSettings).enabled, reason="debug mode's checks take longer than a round trip")
 @pytest.mark.timeout(640)
 @pytest.mark.gpu(count=2)
 def test_eight_minutes_on_two_gpus_are_a_million_right_round_trips() -> None:
