@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 import tokenferry as tf
 from cases import settle
+from processes import Process, of_this_process, once_gone
 from tokenferry.groups import EPGroup
 from tokenferry.testing import run_ranks, same_bits
 from tokenferry.testing.data import make_inputs
@@ -275,7 +276,6 @@ def suffer(ws: tf.Workspace, dispatchers: Sequence[tf.Dispatcher], fault: str, s
 
 def suffer_all(group: tf.EPGroup, setting: Setting, faults: Sequence[str], folder: str) -> None:
     """Writes what it saw to files, so that one rank's failure hides no other's outcome."""
-    Path(folder, f"pid-{group.rank}").write_text(str(os.getpid()))
     with tf.Workspace(
         CONFIG, group, max_tokens_per_rank=CAPACITY, transport=setting.transport, timeout_s=setting.timeout_s
     ) as ws:
@@ -298,7 +298,7 @@ class Run:
     right_steps: int
     outcomes: dict[str, dict[int, Outcome]]
     failure: str
-    orphans: tuple[int, ...]
+    orphans: tuple[Process, ...]
     left_in_shared_memory: tuple[str, ...]
 
 
@@ -340,7 +340,7 @@ def run_faults(setting: Setting, world_size: int, faults: Sequence[str], folder:
     "killed" comes alone, and without the supervisor of `run_ranks`, which ends the other ranks 2 s after a death.
     """
     assert "killed" not in faults or len(faults) == 1
-    before = set(os.listdir(SHARED))
+    before, others = set(os.listdir(SHARED)), set(of_this_process())
     failure = ""
     try:
         env = dict(setting.env) or None
@@ -354,11 +354,9 @@ def run_faults(setting: Setting, world_size: int, faults: Sequence[str], folder:
     outcomes: dict[str, dict[int, Outcome]] = {fault: {} for fault in faults}
     for path in folder.glob("*-[0-9]*"):
         name, rank = path.name.rsplit("-", 1)
-        if name != "pid":
-            outcomes[name][int(rank)] = eval(path.read_text())
-    pids = [int(path.read_text()) for path in folder.glob("pid-*")]
+        outcomes[name][int(rank)] = eval(path.read_text())
     left = sorted(name for name in set(os.listdir(SHARED)) - before if name.startswith("tokenferry"))
-    orphans = tuple(pid for pid in pids if Path(f"/proc/{pid}").exists())
+    orphans = once_gone(lambda: {pid: each for pid, each in of_this_process().items() if pid not in others}, limit_s=2.0)
     return Run(world_size, setting.where, setting.timeout_s, setting.right_steps, outcomes, failure, orphans, tuple(left))
 
 

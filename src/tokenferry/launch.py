@@ -230,6 +230,7 @@ def _end(ranks: Sequence[_Rank]) -> None:
 
 def _run_rank(rank: int, world_size: int, folder: str, call: bytes, wants_messages: bool, connection: Connection) -> None:
     """The rank process's side: run the target and send its result, or the time and traceback of its failure."""
+    Path(folder, f"pid{rank}").write_text(str(os.getpid()))
     threading.Thread(target=_end_with_supervisor, args=(connection, folder), daemon=True).start()
     with open(Path(folder, f"stack{rank}"), "w") as stack_file:
         faulthandler.register(signal.SIGUSR1, stack_file, all_threads=True)
@@ -258,5 +259,8 @@ def _end_with_supervisor(connection: Connection, folder: str) -> None:
     """The supervisor never writes: reading ends when it closes its side or dies, and this rank has no reason to go on."""
     with contextlib.suppress(EOFError, OSError):
         connection.recv_bytes()
+    for path in Path(folder).glob("pid*"):  # a stopped rank cannot see it: woken, it does
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int(path.read_text()), signal.SIGCONT)
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)

@@ -1,10 +1,13 @@
 """Faults on two GPUs: the scenarios of the other ranks' tests, over symmetric memory and over NCCL."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import tokenferry as tf
 from faults import CULPRIT, FAULTS, KILLED, Fault, Run, Setting, assert_named_in_time, assert_nothing_left, run_faults
+from supervisors import ENDS, assert_ended, end_while_ranks_work
 from tokenferry.testing import run_ranks
 
 pytestmark = pytest.mark.gpu(count=2)
@@ -78,3 +81,10 @@ def test_out_of_memory_at_opening_is_named_on_all_ranks_and_a_smaller_workspace_
     for said in run_ranks(no_room, 2, backend="nccl", timeout_s=RUN_S):
         assert "rank 1" in said
         assert said.endswith("| p2p")
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("how", ENDS)
+def test_symmetric_no_descendant_and_no_memory_outlive_a_run_that_ends_amid_steps(how: str, tmp_path: Path) -> None:
+    setting = Setting("p2p", "nccl", timeout_s=5.0)  # processes with a CUDA context take a second or two to end
+    assert_ended(end_while_ranks_work(setting, how, tmp_path), how, setting.timeout_s)

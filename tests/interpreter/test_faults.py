@@ -1,5 +1,7 @@
 """Faults on ranks that run the symmetric kernels in the interpreter: processes over shared memory."""
 
+from pathlib import Path
+
 import pytest
 
 from faults import (
@@ -13,6 +15,7 @@ from faults import (
     assert_nothing_left,
     run_faults,
 )
+from supervisors import ENDS, assert_ended, end_while_ranks_work
 
 pytestmark = pytest.mark.interpreter
 
@@ -56,3 +59,9 @@ def test_a_killed_rank_is_named_in_time_and_the_others_go_on(killed: Run) -> Non
 def test_a_killed_rank_leaves_neither_processes_nor_shared_memory(killed: Run) -> None:
     assert "-9" in killed.failure
     assert_nothing_left(killed)
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("how", ENDS)
+def test_no_descendant_and_no_memory_outlive_a_run_that_ends_amid_steps(how: str, tmp_path: Path) -> None:
+    assert_ended(end_while_ranks_work(SETTING, how, tmp_path), how, SETTING.timeout_s)

@@ -1,6 +1,7 @@
 """Late, dead, raising and one-step-off ranks on gloo: the right error on every live rank in time, then reset and go on."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from faults import (
     one_step,
     run_faults,
 )
+from supervisors import ENDS, assert_ended, end_while_ranks_work
 from tokenferry.testing import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -128,3 +130,9 @@ def reset_without_a_rank(group: tf.EPGroup) -> str:
 
 def test_a_reset_that_a_rank_misses_can_be_tried_again() -> None:
     assert run_ranks(reset_without_a_rank, 2) == ["reset True", "reset True"]
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("how", ENDS)
+def test_no_descendant_and_no_memory_outlive_a_run_that_ends_amid_steps(how: str, tmp_path: Path) -> None:
+    assert_ended(end_while_ranks_work(SETTING, how, tmp_path), how, SETTING.timeout_s)
