@@ -55,6 +55,7 @@ def test_rank_process_gets_everything_on_the_loopback_with_one_thread(monkeypatc
     environment = env.for_rank_process({"EXTRA": "x"})
     assert environment["OMP_NUM_THREADS"] == "1"
     assert environment["GLOO_SOCKET_IFNAME"].startswith("lo")
+    assert environment["NCCL_SOCKET_IFNAME"].startswith("=lo"), "this one, not all whose names begin so"
     assert (environment["TOKENFERRY_DEBUG"], environment["EXTRA"]) == ("1", "x")
 
 

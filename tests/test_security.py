@@ -3,17 +3,23 @@
 import ast
 import json
 import os
+import socket
 import stat
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 import tokenferry
+import tokenferry as tf
+from faults import CAPACITY, CONFIG, one_step
+from sockets import Socket, of_own_process
 from tokenferry import memory
 from tokenferry.cli import manifest
 from tokenferry.groups import EPGroup
 from tokenferry.launch import run_processes
+from tokenferry.testing import run_ranks
 
 ROOT = Path(tokenferry.__file__).parent
 UNPICKLES = {"pickle", "torch.load", "all_gather_object", "broadcast_object_list", "cloudpickle", "marshal"}
@@ -94,6 +100,61 @@ def meeting_place(rank: int, world_size: int, store_path: str) -> list[int]:
 def test_rank_processes_meet_in_a_folder_with_mode_0700_and_without_a_port() -> None:
     for _, mode in run_processes(meeting_place, 1, timeout_s=60):
         assert stat.S_IMODE(mode) == 0o700
+
+
+def sockets_at_work(group: EPGroup, transport: str) -> list[Socket]:
+    """What this rank has open between two steps."""
+    with tf.Workspace(CONFIG, group, max_tokens_per_rank=CAPACITY, transport=transport) as ws:
+        dispatchers = [ws.dispatcher()]
+        assert one_step(ws, dispatchers, 0)
+        found = of_own_process()
+        group.channel.barrier("looked", 20)
+        return found
+
+
+@pytest.mark.interpreter
+def test_symmetric_memory_needs_no_socket_at_all() -> None:
+    for found in run_ranks(sockets_at_work, 2, "p2p", env={"TRITON_INTERPRET": "1"}):
+        assert [each.kind for each in found] == ["unix"], "the pipe to the supervisor, and nothing else"
+        assert found[0].where == "", "a pair without a name, which nobody can connect to"
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_launched_ranks_speak_gloo_over_the_loopback_alone(world_size: int) -> None:
+    for found in run_ranks(sockets_at_work, world_size, "collective"):
+        over_network = [each for each in found if each.kind != "unix"]
+        assert any(each.listens for each in over_network), "gloo listens somewhere, or this test looks at nothing"
+        assert {each.kind for each in over_network} <= {"tcp", "tcp6"}
+        assert [each for each in over_network if not each.on_loopback] == []
+        assert {each.where for each in found if each.kind == "unix"} == {""}
+
+
+@pytest.mark.ranks
+def test_the_fork_servers_socket_file_has_mode_0600_in_a_folder_with_mode_0700() -> None:
+    run_processes(meeting_place, 1, timeout_s=60)
+    address = Path(forkserver._forkserver._forkserver_address)
+    assert stat.S_ISSOCK(address.stat().st_mode)
+    assert stat.S_IMODE(address.stat().st_mode) == 0o600
+    assert stat.S_IMODE(address.parent.stat().st_mode) == 0o700
+
+
+def test_the_socket_file_of_a_rendezvous_is_the_users_alone_whatever_the_mask(tmp_path: Path) -> None:
+    """PyTorch makes it as `bind` does: with what the mask of the process allows."""
+    path = tmp_path / "socket"
+
+    def rendezvous(tensor: object, name: object) -> int:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as made:
+            made.bind(str(path))
+        return stat.S_IMODE(path.stat().st_mode)
+
+    buffer = memory.SymmetricBuffer(EPGroup.from_store(dist.HashStore(), 0, 1, "cpu"), 64, "name", 1.0)
+    before = os.umask(0)
+    try:
+        assert buffer._rendezvous(rendezvous) & 0o077 == 0
+        assert os.umask(0) == 0, "the mask is as it was"
+    finally:
+        os.umask(before)
 
 
 # --- data, not code -----------------------------------------------------------------------------------------------------

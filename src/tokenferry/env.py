@@ -80,6 +80,7 @@ class RankProcessSettings:
 
     num_threads: int = _variable("OMP_NUM_THREADS", "torch threads of a rank process; launch sets 1", int, 1)
     gloo_interface: str | None = _variable("GLOO_SOCKET_IFNAME", "network interface of gloo; launch sets the loopback", str)
+    nccl_interface: str | None = _variable("NCCL_SOCKET_IFNAME", "network interface of NCCL; launch sets the loopback", str)
 
 
 Settings = TypeVar("Settings", DebugSettings, CacheSettings, TorchrunSettings, TritonSettings, RankProcessSettings)
@@ -127,7 +128,8 @@ def cache_folder() -> Path:
 def for_rank_process(overrides: Mapping[str, str] | None = None) -> dict[str, str]:
     """The whole environment for a rank process on this machine: this process's, one thread, loopback only, then `overrides`."""
     loopback = "lo0" if sys.platform == "darwin" else "lo"
-    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback, **(overrides or {})}
+    interfaces = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": f"={loopback}"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", **interfaces, **(overrides or {})}
 
 
 @contextlib.contextmanager

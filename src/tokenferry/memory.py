@@ -169,9 +169,11 @@ class SymmetricBuffer:
         bare = dist.ProcessGroup(store, self._group.rank, self._group.size)
         name: Any = self._name  # newer releases of PyTorch have a type of their own for it
         _register_process_group(name, bare)
+        mask = os.umask(0o077)  # descriptors of memory travel through a socket file that PyTorch makes with what the mask allows
         try:
             return rendezvous(self.tensor, name)
         finally:
+            os.umask(mask)
             _unregister_process_group(name)
 
     def of_peer(self, rank: int) -> torch.Tensor:

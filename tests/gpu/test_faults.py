@@ -6,7 +6,21 @@ import pytest
 import torch
 
 import tokenferry as tf
-from faults import CULPRIT, FAULTS, KILLED, Fault, Run, Setting, assert_named_in_time, assert_nothing_left, run_faults
+from faults import (
+    CAPACITY,
+    CONFIG,
+    CULPRIT,
+    FAULTS,
+    KILLED,
+    Fault,
+    Run,
+    Setting,
+    assert_named_in_time,
+    assert_nothing_left,
+    one_step,
+    run_faults,
+)
+from sockets import Socket, of_own_process
 from supervisors import ENDS, assert_ended, end_while_ranks_work
 from tokenferry.testing import run_ranks
 
@@ -88,3 +102,21 @@ def test_out_of_memory_at_opening_is_named_on_all_ranks_and_a_smaller_workspace_
 def test_symmetric_no_descendant_and_no_memory_outlive_a_run_that_ends_amid_steps(how: str, tmp_path: Path) -> None:
     setting = Setting("p2p", "nccl", timeout_s=5.0)  # processes with a CUDA context take a second or two to end
     assert_ended(end_while_ranks_work(setting, how, tmp_path), how, setting.timeout_s)
+
+
+def sockets_at_work(group: tf.EPGroup, transport: str) -> list[Socket]:
+    """What this rank has open between two steps."""
+    with tf.Workspace(CONFIG, group, max_tokens_per_rank=CAPACITY, transport=transport) as ws:
+        dispatchers = [ws.dispatcher()]
+        assert one_step(ws, dispatchers, 0)
+        found = of_own_process()
+        group.channel.barrier("looked", 20)
+        return found
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_sockets_of_launched_ranks_are_on_the_loopback_and_none_is_a_file(transport: str) -> None:
+    """CUDA and NCCL have sockets with abstract names too, which live in the machine's memory and are theirs."""
+    for found in run_ranks(sockets_at_work, 2, transport, backend="nccl", timeout_s=RUN_S):
+        assert [each for each in found if each.kind != "unix" and not each.on_loopback] == []
+        assert [each for each in found if each.kind == "unix" and each.where.startswith("/")] == []
