@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long test-debug lint clean
 
 demo: $(INSTALLED) ## a real MoE model generates text on 2 ranks that hold different work
 	$(BIN)/tokenferry generate --model demo --ranks 2
@@ -17,6 +17,9 @@ test: $(INSTALLED) ## the tests, in less than 10 minutes on 2 cores
 
 test-long: $(INSTALLED) ## thousands of steps, and the demo model
 	$(BIN)/python -m pytest -m long
+
+test-debug: $(INSTALLED) ## the tests of the interpreted kernels once more, with poison and checks in memory
+	TOKENFERRY_DEBUG=1 $(BIN)/python -m pytest -m "interpreter and not long"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -28,6 +28,6 @@ def wrong_calls(group: tf.EPGroup) -> tuple[int, dict[str, str]]:
 
 
 def test_every_wrong_call_is_named_launches_nothing_and_leaves_the_workspace_usable() -> None:
-    tried, found = run_ranks(wrong_calls, 1, env=INTERPRETER, timeout_s=120)[0]
+    tried, found = run_ranks(wrong_calls, 1, env=INTERPRETER, timeout_s=240)[0]
     assert found == {}
     assert tried >= 300
