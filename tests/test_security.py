@@ -9,6 +9,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import tokenferry
@@ -16,13 +17,15 @@ import tokenferry as tf
 from faults import CAPACITY, CONFIG, one_step
 from sockets import Socket, of_own_process
 from tokenferry import memory
-from tokenferry.cli import manifest
+from tokenferry.cli import manifest, start
+from tokenferry.cli.job import Answer, RankResult
 from tokenferry.groups import EPGroup
 from tokenferry.launch import run_processes
 from tokenferry.testing import run_ranks
 
 ROOT = Path(tokenferry.__file__).parent
-UNPICKLES = {"pickle", "torch.load", "all_gather_object", "broadcast_object_list", "cloudpickle", "marshal"}
+OBJECTS = {"all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list", "recv_object_list"}
+UNPICKLES = {"pickle", "torch.load", *OBJECTS, "cloudpickle", "marshal"}
 
 
 # --- shared memory ------------------------------------------------------------------------------------------------------
@@ -191,6 +194,31 @@ def test_a_pickle_from_a_peer_is_not_executed(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(Exception):  # noqa: B017 - whatever it is, nothing has run
         group.channel.exchange("what", 1, 1.0)
     assert not (tmp_path / "executed").exists()
+
+
+def test_results_come_through_the_store_as_they_were_sent() -> None:
+    def answer(prompt: int, logits: torch.Tensor | None) -> Answer:
+        return Answer(prompt=prompt, num_prompt_tokens=3, token_ids=(5, 7), text="ä", complete=True, logits=logits)
+
+    def result(rank: int, answers: tuple[Answer, ...]) -> RankResult:
+        numbers = {
+            "generate_s": 0.1,
+            "total_s": 1 / 3,
+            "communication_s": 0.0,
+            "num_layers": 2,
+            "num_experts": 8,
+            "num_threads": 1,
+        }
+        names = {"device": "cpu", "transport": "collective", "dtype": "float32"}
+        return RankResult(rank=rank, answers=answers, experts=(0, 4), peak_memory_bytes=2**40, **names, **numbers)
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    logits = torch.randn(30, 100_000)  # 12 MB: more than one value of that store may have
+    sent = [result(0, (answer(0, None),)), result(1, (answer(1, logits), answer(2, torch.empty(0, 100_000))))]
+    assert start._gather(store, sent[1], 2) is None
+    got = start._gather(store, sent[0], 2)
+    assert repr(got) == repr(sent)
+    assert torch.equal(got[1].answers[0].logits, logits)
 
 
 # --- caches -------------------------------------------------------------------------------------------------------------

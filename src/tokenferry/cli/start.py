@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from tokenferry import env
-from tokenferry.cli.job import Job, RankResult
+from tokenferry.cli.job import Answer, Job, RankResult
 from tokenferry.cli.work import Send, answer_as_rank
 from tokenferry.errors import ConfigError
 from tokenferry.groups import EPGroup
@@ -59,13 +60,34 @@ def run_under_torchrun(job: Job, place: env.TorchrunSettings, on_message: OnMess
     group = EPGroup.from_store(dist.PrefixStore("cli/group", store), rank, world_size, device)
     with _messages_through_store(group, on_message) as send:
         result = answer_as_rank(job, group, send)
-    dist.init_process_group("gloo", store=dist.PrefixStore("cli/results", store), rank=rank, world_size=world_size)
-    try:
-        results: list[Any] | None = [None] * world_size if rank == 0 else None
-        dist.gather_object(result, results)
-        return results
-    finally:
-        dist.destroy_process_group()
+    return _gather(dist.PrefixStore("cli/results", store), result, world_size)
+
+
+def _gather(store: dist.Store, result: RankResult, world_size: int) -> list[RankResult] | None:
+    """All ranks' results on rank 0, None elsewhere. JSON and bare float32 words: what comes over a network is never unpickled."""
+    told = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "answers"}
+    told["answers"] = []
+    for number, answer in enumerate(result.answers):
+        told["answers"].append({field.name: getattr(answer, field.name) for field in fields(answer) if field.name != "logits"})
+        told["answers"][-1]["logits_shape"] = None if answer.logits is None else list(answer.logits.shape)
+        for token, row in enumerate(() if answer.logits is None else answer.logits):  # each by itself: TCPStore refuses 8 MiB
+            words: Any = row.contiguous().numpy().tobytes()  # its annotation says str, any bytes will do
+            store.set(f"{result.rank}/logits/{number}/{token}", words)
+    store.set(f"{result.rank}/result", json.dumps(told))  # last: what it speaks of is there by then
+    return [_received(store, rank) for rank in range(world_size)] if result.rank == 0 else None
+
+
+def _received(store: dist.Store, rank: int) -> RankResult:
+    told = json.loads(store.get(f"{rank}/result"))
+    answers = []
+    for number, answer in enumerate(told.pop("answers")):
+        shape, logits = answer.pop("logits_shape"), None
+        if shape is not None:
+            logits = torch.empty(shape, dtype=torch.float32)
+            for token, row in enumerate(logits):
+                row.copy_(torch.frombuffer(bytearray(store.get(f"{rank}/logits/{number}/{token}")), dtype=torch.float32))
+        answers.append(Answer(**{**answer, "token_ids": tuple(answer["token_ids"])}, logits=logits))
+    return RankResult(**{**told, "experts": tuple(told["experts"])}, answers=tuple(answers))
 
 
 @contextmanager
