@@ -20,7 +20,7 @@ from tokenferry.transports.symmetric_layout import Layout
 from tokenferry.transports.symmetric_rounds import Rounds
 
 CANARY: Final = 0xA5
-LOW, HIGH, WRITTEN, OVERRUN = range(4)
+LOW, HIGH, WRITTEN, OVERRUN, COUNTS = range(5)
 
 
 class _Canaries:
@@ -55,16 +55,17 @@ class Watch:
     returns it, and the gathered rows and weights are NaN as soon as their combine begins. Not earlier: a fast peer may have
     stored the next rows by then.
 
-    Checks: expert numbers (on CUDA there is no other check of them), users' writes to the step's tensors, and the bytes
-    before, between and behind the regions of the symmetric buffer, which nobody may write.
+    Checks: expert numbers (on CUDA there is no other check of them), the counts that a step publishes, users' writes to
+    the step's tensors, and the bytes before, between and behind the regions of the symmetric buffer, which nobody may write.
     """
 
     def __init__(self, transport: Transport, settings: TransportSettings, step_tensors: StepTensors) -> None:
         self._num_experts, self._packed = settings.config.num_experts, step_tensors.packed
         self._published = step_tensors.packed.clone()
+        self._rank, self._size, self._max_tokens_per_rank = settings.group.rank, settings.group.size, settings.max_tokens_per_rank
         device = settings.group.device
-        self._found = torch.zeros(4, dtype=torch.int32, device=device)
-        self._mirror = torch.zeros(4, dtype=torch.int32, pin_memory=True) if device.type == "cuda" else self._found
+        self._found = torch.zeros(5, dtype=torch.int32, device=device)
+        self._mirror = torch.zeros(5, dtype=torch.int32, pin_memory=True) if device.type == "cuda" else self._found
         self._has_step = torch.zeros(1, dtype=torch.bool, device=device)
         self._canaries: _Canaries | None = None
         if isinstance(transport, SymmetricTransport):
@@ -103,8 +104,16 @@ class Watch:
             with torch.no_grad():
                 self._published.copy_(self._packed)
                 self._has_step.fill_(True)
+                self._check_counts()
 
         return begin_step
+
+    def _check_counts(self) -> None:
+        """Whether what was published are counts of this workspace, and their sum, this rank's offset and the largest agree."""
+        told, tokens, _ = self._packed.split([3, self._size, self._size])
+        wanted = torch.stack([tokens.sum(), tokens[: self._rank].sum(), tokens.max()])
+        wrong = ((tokens < 0) | (tokens > self._max_tokens_per_rank)).any() | (told != wanted).any()
+        self._found[COUNTS].copy_(torch.maximum(self._found[COUNTS], wrong.to(torch.int32)))
 
     def _sends(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def dispatch(transport: Any, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Any:
@@ -169,12 +178,13 @@ class Watch:
 
         Raises:
             UsageError: an expert number that there is not.
-            StateError: a step's tensors were written, or memory where no region of the symmetric buffer lies.
+            StateError: a step's tensors were written, or memory where no region of the symmetric buffer lies; or a step's counts
+                cannot be.
         """
         if wait:
             self._look()
-        low, high, written, overrun = (self._found if wait else self._mirror).tolist()
-        if not (low or high or written or overrun):
+        low, high, written, overrun, counts = (self._found if wait else self._mirror).tolist()
+        if not (low or high or written or overrun or counts):
             return
         if self._found.is_cuda and not torch.cuda.is_current_stream_capturing():
             # Copies to the mirror that are on their way would report the same once more.
@@ -190,4 +200,9 @@ class Watch:
             raise UsageError(f"topk_idx held {wrong}, but expert numbers are -1 (none) to {self._num_experts - 1}")
         if written:
             raise StateError("the tensors of a step were written on the device; read or clone them only")
+        if counts:
+            raise StateError(
+                f"a step published counts that do not fit one another, or exceed {self._max_tokens_per_rank} rows a rank: "
+                "memory of the workspace was overwritten"
+            )
         raise StateError(f"{said}, was written: a kernel stored outside of its tensor")

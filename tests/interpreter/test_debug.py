@@ -8,6 +8,7 @@ import torch
 
 import tokenferry as tf
 from cases import CASES, Case, StepCase, run_case
+from tokenferry.step import StepRequest
 from tokenferry.testing import run_ranks
 
 pytestmark = pytest.mark.interpreter
@@ -63,6 +64,17 @@ def found(group: tf.EPGroup) -> dict[str, str]:
         view = step.tokens_per_rank.numpy()  # PyTorch does not count this write
         view += 1
         harmed("counts", tf.StateError, ws.check)
+        step = ws.begin_step(3)
+        begin_step = type(transport).begin_step
+        for name, place, value in (("sum", 0, 2), ("offset", 1, 1), ("most", 2, 4), ("range", 3, 5)):
+
+            def publishes_wrong(*args: object, place: int = place, value: int = value) -> None:
+                begin_step(*args)
+                ws._step_tensors.packed.numpy()[place] = value
+
+            ws._watch._begin_step(publishes_wrong)(transport, StepRequest(9, 3, 3), -1)
+            harmed(f"counts {name}", tf.StateError, ws.check)
+        ws.begin_step(3)
         layout = transport._layout
         for name, place in (
             ("overrun", layout.hidden.end + 3),
@@ -84,6 +96,8 @@ def test_ids_counts_and_canaries_are_found_and_the_workspace_goes_on() -> None:
     assert "topk_idx held 8, but" in said["large"]
     assert "topk_idx held" in said["huge"]
     assert "written on the device" in said["counts"]
+    for name in ("sum", "offset", "most", "range"):
+        assert "published counts that do not fit one another" in said[f"counts {name}"]
     assert "behind 'hidden' and before 'topk_idx', was written" in said["overrun"]
     assert "behind 'topk_idx' and before 'topk_weights', was written" in said["underrun"]
     assert "behind 'control' and before 'counts', was written" in said["first"]
