@@ -71,7 +71,8 @@ class MoELayer(nn.Module):
         if shared_experts is not None and shared_overlap == "stream" and side_stream is None and workspace.device.type == "cuda":
             self._side_stream = torch.cuda.Stream(workspace.device)
         self._check_parts()
-        experts.prepare(workspace)  # here, since loading a kernel waits for the device
+        router.prepare(workspace.config.dtype)  # here, since loading a kernel waits for the device
+        experts.prepare(workspace)
 
     def _check_parts(self) -> None:
         config, routing, experts = self.workspace.config, self.router.config, self.experts.config

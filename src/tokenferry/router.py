@@ -225,6 +225,14 @@ class Router(nn.Module):
         correction = torch.zeros(E, dtype=torch.float32, device=device) if config.score_correction_bias else None
         self.register_buffer("score_correction_bias", correction)
 
+    def prepare(self, dtype: torch.dtype) -> None:
+        """On CUDA: loads what a call with `hidden` of this dtype launches. Loading waits for the device, so not amid steps."""
+        weight: torch.Tensor = self.weight
+        if weight.is_cuda:
+            dtype = dtype if self.config.float32_logits else weight.dtype
+            with torch.no_grad():
+                self(torch.zeros(1, self.config.hidden_size, dtype=dtype, device=weight.device))
+
     def forward(self, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Route rows.
 
