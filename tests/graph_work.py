@@ -5,6 +5,7 @@ Rows are independent of one another, so the oracle is computed once for a pool o
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -46,11 +47,19 @@ class Setup:
         return "-".join(part for part in (*parts, "shared" * self.shared, "latent" * self.latent) if part)
 
 
+SEEDED = threading.Lock()
+"""Virtual ranks are threads with one generator of random numbers: drawn from at once, each got a model of its own."""
+
+
 class Model:
     """All parameters, the same on every rank, and the pool of rows. On the CPU."""
 
     def __init__(self, setup: Setup) -> None:
-        torch.manual_seed(11)
+        with SEEDED:
+            torch.manual_seed(11)
+            self._make(setup)
+
+    def _make(self, setup: Setup) -> None:
         dtype, inner = setup.dtype, LATENT if setup.latent else H
         self.router = Router(RouterConfig(hidden_size=H, num_experts=E, topk=K, renormalize=True), dtype=dtype)
         shape = ExpertsConfig(hidden_size=inner, intermediate_size=INTERMEDIATE, num_experts=E)

@@ -292,10 +292,11 @@ def experts_of(cases: tuple[ExpertsCase, ...]) -> int:
             assert bool((out[valid:] == 7.0).all()), "rows beyond V were written"
             if valid:
                 expected = on_cpu(experts, rows, valid)
-                error = (out[:valid].cpu() - expected).abs().max().item()
+                errors = (out[:valid].cpu() - expected).abs()
+                error, beyond = errors.max().item(), f"rms {errors.square().mean().sqrt():.1e}, rows {errors.amax(1).tolist()}"
                 worst = (1.0 if case.float8 and wire.INTERPRETED else 3e-2) * max(expected.abs().max().item(), 1e-3)
                 # The interpreter's rounding to float8 loses a carry: 7.85 becomes 4.
-                assert error <= worst, f"{case}, {valid} rows, {routing}: {error:.1e} > {worst:.1e}"
+                assert error <= worst, f"{case}, {valid} rows, {routing}: {error:.1e} > {worst:.1e}; {beyond}"
             compared += 1
     return compared
 
