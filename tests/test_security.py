@@ -5,8 +5,10 @@ import json
 import os
 import socket
 import stat
+from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,62 +33,76 @@ UNPICKLES = {"pickle", "torch.load", *OBJECTS, "cloudpickle", "marshal"}
 # --- shared memory ------------------------------------------------------------------------------------------------------
 
 
-def shared_file(path: Path, mode: int = 0o600) -> Path:
-    path.write_bytes(bytes(64))
-    path.chmod(mode)
-    return path
+NUM_BYTES = 4096
 
 
 @pytest.fixture
-def name() -> Path:
-    path = memory.SHARED_FOLDER / f"tokenferry-test-{os.getpid()}"
-    yield path
-    path.unlink(missing_ok=True)
+def opened() -> Iterator[list[int]]:
+    """Descriptors, closed when the test ends."""
+    descriptors: list[int] = []
+    yield descriptors
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
-def test_a_peers_file_of_this_user_alone_is_opened(name: Path) -> None:
-    os.close(memory._open_ours(shared_file(name)))
+def offered(opened: list[int], mode: int = 0o600, num_bytes: int = NUM_BYTES) -> str:
+    """Memory as a peer offers it."""
+    opened.append(os.memfd_create("test"))
+    os.fchmod(opened[-1], mode)
+    os.truncate(opened[-1], num_bytes)
+    return f"/proc/{os.getpid()}/fd/{opened[-1]}"
+
+
+def test_a_peers_memory_of_this_user_alone_is_mapped(opened: list[int]) -> None:
+    memory._map_of_peer(offered(opened), NUM_BYTES).close()
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o666], ids=oct)
-def test_a_file_that_others_may_read_or_write_is_refused(name: Path, mode: int) -> None:
+def test_memory_that_others_may_read_or_write_is_refused(opened: list[int], mode: int) -> None:
     with pytest.raises(ValueError, match="is not this user's alone"):
-        memory._open_ours(shared_file(name, mode))
+        memory._map_of_peer(offered(opened, mode), NUM_BYTES)
 
 
-def test_a_file_elsewhere_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="shared memory must lie in"):
-        memory._open_ours(shared_file(tmp_path / "elsewhere"))
+def test_memory_of_another_size_is_refused(opened: list[int]) -> None:
+    with pytest.raises(ValueError, match="has 64 bytes, not 4096"):
+        memory._map_of_peer(offered(opened, num_bytes=64), NUM_BYTES)
 
 
-def test_a_link_is_not_followed(name: Path, tmp_path: Path) -> None:
-    name.symlink_to(shared_file(tmp_path / "target"))
-    with pytest.raises(OSError, match="symbolic links"):
-        memory._open_ours(name)
+def test_a_path_elsewhere_is_refused(tmp_path: Path) -> None:
+    for path in (str(tmp_path / "file"), "/proc/self/mem", f"/proc/{os.getpid()}/fd/../../1/mem", "/dev/shm/x"):
+        with pytest.raises(ValueError, match="shared memory must be a descriptor of its owner"):
+            memory._map_of_peer(path, NUM_BYTES)
 
 
-def shared_names(rank: int, world_size: int, store_path: str) -> list[tuple[str, int]]:
-    """Names and modes of the files, as they are when a rank opens its peers'."""
-    seen, open_ours = [], memory._open_ours
+def test_a_file_with_a_name_and_what_is_no_file_are_refused(opened: list[int], tmp_path: Path) -> None:
+    named = os.open(tmp_path / "named", os.O_CREAT | os.O_RDWR, 0o600)
+    os.truncate(named, NUM_BYTES)
+    opened += [named, *os.pipe()]
+    for descriptor in opened[:2]:
+        with pytest.raises(ValueError, match="is not memory without a name"):
+            memory._map_of_peer(f"/proc/{os.getpid()}/fd/{descriptor}", NUM_BYTES)
 
-    def look(path: Path) -> int:
-        seen.append((path.name, stat.S_IMODE(path.stat().st_mode)))
-        return open_ours(path)
 
-    memory._open_ours = look
+def shared_memory(rank: int, world_size: int, store_path: str) -> list[tuple[int, int, list[str]]]:
+    """Modes, numbers of names, and what is in /dev/shm, as they are when a rank maps its peers' memory."""
+    seen, map_of_peer = [], memory._map_of_peer
+
+    def look(path: str, num_bytes: int) -> Any:
+        status = os.stat(path)
+        seen.append((stat.S_IMODE(status.st_mode), status.st_nlink, [name for name in os.listdir("/dev/shm") if "ferry" in name]))
+        return map_of_peer(path, num_bytes)
+
+    memory._map_of_peer = look
     group = EPGroup.from_store(dist.FileStore(store_path, world_size), rank, world_size, "cpu")
     for number in range(2):
-        memory.SymmetricBuffer(group, 4096, f"buffer{number}", 20).close()
+        memory.SymmetricBuffer(group, NUM_BYTES, f"buffer{number}", 20).close()
     return seen
 
 
 @pytest.mark.ranks
-def test_shared_memory_has_mode_0600_and_a_random_name_each_time() -> None:
-    seen = [each for rank in run_processes(shared_names, 2, timeout_s=60) for each in rank]
-    assert len(seen) == 4
-    assert {mode for _, mode in seen} == {0o600}
-    assert len({name for name, _ in seen}) == 4
-    assert all(len(name) == len("tokenferry-") + 32 for name, _ in seen), "128 random bits"
+def test_shared_memory_has_mode_0600_and_never_a_name() -> None:
+    seen = [each for rank in run_processes(shared_memory, 2, timeout_s=60) for each in rank]
+    assert seen == [(0o600, 0, [])] * 4
 
 
 # --- meeting places -----------------------------------------------------------------------------------------------------

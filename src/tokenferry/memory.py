@@ -1,19 +1,19 @@
 """Memory that every rank of a group can address: one buffer a rank, all of the same size.
 
 On GPUs it comes from PyTorch's symmetric memory. Virtual ranks (threads of one process on one GPU) share plain device
-memory. On CPUs it is a file in /dev/shm that all ranks map; its name is gone as soon as they have.
+memory. On CPUs it is a file in memory that never has a name, so that nothing is left whenever a rank is killed: peers open it
+through the descriptor of its owner.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import datetime
 import mmap
 import os
-import secrets
+import re
 import socket
-from pathlib import Path
+import stat
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ import torch.distributed as dist
 from tokenferry.errors import TransportUnavailableError
 from tokenferry.groups import EPGroup
 
-SHARED_FOLDER = Path("/dev/shm")
+DESCRIPTOR = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
+"""What a peer offers on CPUs: its descriptor of memory without a name, which only its own user can open."""
 
 
 class SymmetricBuffer:
@@ -87,32 +88,33 @@ class SymmetricBuffer:
     # --- CPU --------------------------------------------------------------------------------------------------------
 
     def _open_files(self, num_bytes: int) -> None:
-        path = SHARED_FOLDER / f"tokenferry-{secrets.token_hex(16)}"
+        descriptor = os.memfd_create("tokenferry", os.MFD_CLOEXEC)
         try:
-            maps, error = self._map_files(path, num_bytes)
+            maps, error = self._map_files(descriptor, num_bytes)
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+            os.close(descriptor)
         self._agree("map the other ranks' memory", error)
         tensors = [torch.frombuffer(each, dtype=torch.uint8) for each in maps]
         self._tensors = tensors
         self.tensor = tensors[self._group.rank]
         self.peers = [tensor.data_ptr() for tensor in tensors]
 
-    def _map_files(self, path: Path, num_bytes: int) -> tuple[list[mmap.mmap], Exception | None]:
+    def _map_files(self, descriptor: int, num_bytes: int) -> tuple[list[mmap.mmap], Exception | None]:
         """Every rank's file, mapped; returns when all ranks have mapped all."""
         error: Exception | None = None
         own: mmap.mmap | None = None
         try:
-            own = _map(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600), num_bytes)
+            os.fchmod(descriptor, 0o600)
+            os.posix_fallocate(descriptor, 0, num_bytes)  # too little memory is an error here, not a SIGBUS later
+            own = mmap.mmap(descriptor, num_bytes)
         except OSError as problem:
             error = problem
-        paths = self._exchange("file", str(path))
+        paths = self._exchange("file", f"/proc/{os.getpid()}/fd/{descriptor}")
         self._agree("allocate shared memory", error)
         maps: list[mmap.mmap] = []
         try:
             for rank, other in enumerate(paths):
-                mapped = own if rank == self._group.rank else _map(_open_ours(Path(other)), num_bytes)
+                mapped = own if rank == self._group.rank else _map_of_peer(other, num_bytes)
                 assert mapped is not None, "an error was raised"
                 maps.append(mapped)
         except (OSError, ValueError) as problem:
@@ -191,22 +193,19 @@ class SymmetricBuffer:
         self.table = torch.empty(0, dtype=torch.int64)
 
 
-def _map(descriptor: int, num_bytes: int) -> mmap.mmap:
+def _map_of_peer(path: str, num_bytes: int) -> mmap.mmap:
+    """Maps a peer's memory: only memory without a name, of the size that all agreed on, that belongs to this user alone."""
+    if not DESCRIPTOR.fullmatch(path):
+        raise ValueError(f"shared memory must be a descriptor of its owner, /proc/<process>/fd/<number>; a peer offers {path}")
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        if os.fstat(descriptor).st_size != num_bytes:
-            os.posix_fallocate(descriptor, 0, num_bytes)  # a full /dev/shm is an error here, not a SIGBUS later
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink:
+            raise ValueError(f"{path} is not memory without a name")
+        if status.st_uid != os.getuid() or status.st_mode & 0o077:
+            raise ValueError(f"{path} is not this user's alone (owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o})")
+        if status.st_size != num_bytes:
+            raise ValueError(f"{path} has {status.st_size} bytes, not {num_bytes}")
         return mmap.mmap(descriptor, num_bytes)
     finally:
         os.close(descriptor)
-
-
-def _open_ours(path: Path) -> int:
-    """Opens a peer's file: only under our folder, only if it belongs to this user alone."""
-    if path.parent != SHARED_FOLDER:
-        raise ValueError(f"shared memory must lie in {SHARED_FOLDER}, a peer offers {path}")
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    status = os.fstat(descriptor)
-    if status.st_uid != os.getuid() or status.st_mode & 0o077:
-        os.close(descriptor)
-        raise ValueError(f"{path} is not this user's alone")
-    return descriptor
