@@ -1,10 +1,13 @@
 """Memory and meeting places are this user's alone; what peers send is data, never code; caches are checked before use."""
 
 import ast
+import errno
 import json
 import os
 import socket
 import stat
+import threading
+import time
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -45,33 +48,38 @@ def opened() -> Iterator[list[int]]:
         os.close(descriptor)
 
 
-def offered(opened: list[int], mode: int = 0o600, num_bytes: int = NUM_BYTES) -> str:
+def identity(path: str) -> list[int]:
+    return memory._identity(os.stat(path))
+
+
+def offered(opened: list[int], mode: int = 0o600, num_bytes: int = NUM_BYTES) -> tuple[str, list[int]]:
     """Memory as a peer offers it."""
-    opened.append(os.memfd_create("test"))
+    opened.append(os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR, 0o600))
     os.fchmod(opened[-1], mode)
     os.truncate(opened[-1], num_bytes)
-    return f"/proc/{os.getpid()}/fd/{opened[-1]}"
+    path = f"/proc/{os.getpid()}/fd/{opened[-1]}"
+    return path, identity(path)
 
 
 def test_a_peers_memory_of_this_user_alone_is_mapped(opened: list[int]) -> None:
-    memory._map_of_peer(offered(opened), NUM_BYTES).close()
+    memory._map_of_peer(*offered(opened), NUM_BYTES).close()
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o666], ids=oct)
 def test_memory_that_others_may_read_or_write_is_refused(opened: list[int], mode: int) -> None:
     with pytest.raises(ValueError, match="is not this user's alone"):
-        memory._map_of_peer(offered(opened, mode), NUM_BYTES)
+        memory._map_of_peer(*offered(opened, mode), NUM_BYTES)
 
 
 def test_memory_of_another_size_is_refused(opened: list[int]) -> None:
     with pytest.raises(ValueError, match="has 64 bytes, not 4096"):
-        memory._map_of_peer(offered(opened, num_bytes=64), NUM_BYTES)
+        memory._map_of_peer(*offered(opened, num_bytes=64), NUM_BYTES)
 
 
 def test_a_path_elsewhere_is_refused(tmp_path: Path) -> None:
     for path in (str(tmp_path / "file"), "/proc/self/mem", f"/proc/{os.getpid()}/fd/../../1/mem", "/dev/shm/x"):
         with pytest.raises(ValueError, match="shared memory must be a descriptor of its owner"):
-            memory._map_of_peer(path, NUM_BYTES)
+            memory._map_of_peer(path, [0, 0], NUM_BYTES)
 
 
 def test_a_file_with_a_name_and_what_is_no_file_are_refused(opened: list[int], tmp_path: Path) -> None:
@@ -80,17 +88,24 @@ def test_a_file_with_a_name_and_what_is_no_file_are_refused(opened: list[int], t
     opened += [named, *os.pipe()]
     for descriptor in opened[:2]:
         with pytest.raises(ValueError, match="is not memory without a name"):
-            memory._map_of_peer(f"/proc/{os.getpid()}/fd/{descriptor}", NUM_BYTES)
+            memory._map_of_peer(path := f"/proc/{os.getpid()}/fd/{descriptor}", identity(path), NUM_BYTES)
+
+
+def test_the_same_path_to_other_memory_is_refused(opened: list[int]) -> None:
+    """As between ranks that see different processes under one number."""
+    (_, one), (path, _) = offered(opened), offered(opened)
+    with pytest.raises(ValueError, match="is other memory here than where the peer runs"):
+        memory._map_of_peer(path, one, NUM_BYTES)
 
 
 def shared_memory(rank: int, world_size: int, store_path: str) -> list[tuple[int, int, list[str]]]:
     """Modes, numbers of names, and what is in /dev/shm, as they are when a rank maps its peers' memory."""
     seen, map_of_peer = [], memory._map_of_peer
 
-    def look(path: str, num_bytes: int) -> Any:
+    def look(path: str, identity: list[int], num_bytes: int) -> Any:
         status = os.stat(path)
         seen.append((stat.S_IMODE(status.st_mode), status.st_nlink, [name for name in os.listdir("/dev/shm") if "ferry" in name]))
-        return map_of_peer(path, num_bytes)
+        return map_of_peer(path, identity, num_bytes)
 
     memory._map_of_peer = look
     group = EPGroup.from_store(dist.FileStore(store_path, world_size), rank, world_size, "cpu")
@@ -103,6 +118,42 @@ def shared_memory(rank: int, world_size: int, store_path: str) -> list[tuple[int
 def test_shared_memory_has_mode_0600_and_never_a_name() -> None:
     seen = [each for rank in run_processes(shared_memory, 2, timeout_s=60) for each in rank]
     assert seen == [(0o600, 0, [])] * 4
+
+
+def full(rank: int, world_size: int, store_path: str) -> tuple[str, float]:
+    """Rank 1's share of the memory is not to be had."""
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    group = EPGroup.from_store(dist.FileStore(store_path, world_size), rank, world_size, "cpu")
+    if rank == 1:
+        os.posix_fallocate = refuse
+    start = time.monotonic()
+    with pytest.raises(tf.TransportUnavailableError) as caught:
+        memory.SymmetricBuffer(group, NUM_BYTES, "buffer", 20)
+    return str(caught.value), time.monotonic() - start
+
+
+@pytest.mark.ranks
+def test_a_full_dev_shm_is_told_by_all_ranks_at_once() -> None:
+    for said, waited_s in run_processes(full, 2, timeout_s=60):
+        assert "rank 1 failed to allocate shared memory: OSError: [Errno 28] no space left" in said
+        assert waited_s < 5
+
+
+def test_threads_that_open_at_once_leave_the_mask_as_it_was() -> None:
+    before = os.umask(0o027)
+    try:
+        with memory.PRIVATE_FILES:
+            thread = threading.Thread(target=memory.PRIVATE_FILES.__enter__)
+            thread.start()
+            thread.join()
+        assert os.umask(0o077) == 0o077, "one is inside still"
+        memory.PRIVATE_FILES.__exit__()
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
 
 
 # --- meeting places -----------------------------------------------------------------------------------------------------
@@ -231,8 +282,9 @@ def test_results_come_through_the_store_as_they_were_sent() -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     logits = torch.randn(30, 100_000)  # 12 MB: more than one value of that store may have
     sent = [result(0, (answer(0, None),)), result(1, (answer(1, logits), answer(2, torch.empty(0, 100_000))))]
-    assert start._gather(store, sent[1], 2) is None
-    got = start._gather(store, sent[0], 2)
+    for each in sent:
+        start._tell(store, each)
+    got = [start._received(store, rank) for rank in range(2)]
     assert repr(got) == repr(sent)
     assert torch.equal(got[1].answers[0].logits, logits)
 

@@ -23,6 +23,11 @@ CANARY: Final = 0xA5
 LOW, HIGH, WRITTEN, OVERRUN, COUNTS = range(5)
 
 
+def _poison(gathered: Gathered) -> None:
+    gathered.hidden_RH.fill_(torch.nan)
+    gathered.topk_weights_RK.fill_(torch.nan)
+
+
 class _Canaries:
     """A known byte wherever no region lies."""
 
@@ -52,8 +57,8 @@ class Watch:
     """Watches one transport. Its methods are replaced on the object; it has the same type and answers as before.
 
     Poison, on symmetric transports alone, where tensors are the workspace's own: `combine_input()` is NaN when a dispatch
-    returns it, and the gathered rows and weights are NaN as soon as their combine begins. Not earlier: a fast peer may have
-    stored the next rows by then.
+    returns it; the gathered rows and weights are NaN from opening on, and again as soon as their combine begins. Not
+    earlier: a fast peer may have stored the next rows by then.
 
     Checks: expert numbers (on CUDA there is no other check of them), the counts that a step publishes, users' writes to
     the step's tensors, and the bytes before, between and behind the regions of the symmetric buffer, which nobody may write.
@@ -70,6 +75,8 @@ class Watch:
         self._canaries: _Canaries | None = None
         if isinstance(transport, SymmetricTransport):
             self._canaries = _Canaries(transport._buffer.tensor, transport._layout)
+        if isinstance(transport, Rounds):
+            _poison(transport._views.gathered)  # peers store here only after they have this rank's count
         self._watch(transport)
         if device.type == "cuda":  # steps may begin on another stream
             torch.cuda.current_stream(device).synchronize()
@@ -141,8 +148,7 @@ class Watch:
             rows = gathered.hidden_RH
             if rows.data_ptr() <= partial.data_ptr() < rows.data_ptr() + rows.nbytes:
                 partial = partial.clone()
-            rows.fill_(torch.nan)
-            gathered.topk_weights_RK.fill_(torch.nan)
+            _poison(gathered)
             self._look()
             return call(transport, partial)
 

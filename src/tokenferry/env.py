@@ -37,7 +37,10 @@ class DebugSettings:
     """How much tokenferry checks itself."""
 
     enabled: bool = _variable(
-        "TOKENFERRY_DEBUG", "1: check what costs time, such as users' writes to a step's tensors", _flag, False
+        "TOKENFERRY_DEBUG",
+        "1: poison buffers; check ids, counts and canaries on the device",
+        _flag,
+        False,
     )
 
 

@@ -230,7 +230,11 @@ def _end(ranks: Sequence[_Rank]) -> None:
 
 def _run_rank(rank: int, world_size: int, folder: str, call: bytes, wants_messages: bool, connection: Connection) -> None:
     """The rank process's side: run the target and send its result, or the time and traceback of its failure."""
-    Path(folder, f"pid{rank}").write_text(str(os.getpid()))
+    try:
+        Path(folder, f".pid{rank}").write_text(str(os.getpid()))
+        Path(folder, f".pid{rank}").rename(Path(folder, f"pid{rank}"))  # whole, or not there
+    except FileNotFoundError:
+        os._exit(1)  # the supervisor is gone already, and the run's folder with it
     threading.Thread(target=_end_with_supervisor, args=(connection, folder), daemon=True).start()
     with open(Path(folder, f"stack{rank}"), "w") as stack_file:
         faulthandler.register(signal.SIGUSR1, stack_file, all_threads=True)

@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import stat
+import threading
 from typing import Any
 
 import torch
@@ -22,8 +23,32 @@ import torch.distributed as dist
 from tokenferry.errors import TransportUnavailableError
 from tokenferry.groups import EPGroup
 
+SHARED_FOLDER = "/dev/shm"
 DESCRIPTOR = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
 """What a peer offers on CPUs: its descriptor of memory without a name, which only its own user can open."""
+
+
+class PrivateFiles:
+    """Within it, files that this process makes are its user's alone. The mask for new files belongs to the whole process, so that
+    there is one such object: the first thread to enter sets the mask, the last to leave puts back what was there."""
+
+    def __init__(self) -> None:
+        self._lock, self._num_inside, self._mask = threading.Lock(), 0, 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._num_inside == 0:
+                self._mask = os.umask(0o077)
+            self._num_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if self._num_inside == 0:
+                os.umask(self._mask)
+
+
+PRIVATE_FILES = PrivateFiles()
 
 
 class SymmetricBuffer:
@@ -88,33 +113,36 @@ class SymmetricBuffer:
     # --- CPU --------------------------------------------------------------------------------------------------------
 
     def _open_files(self, num_bytes: int) -> None:
-        descriptor = os.memfd_create("tokenferry", os.MFD_CLOEXEC)
+        opened: list[int] = []
         try:
-            maps, error = self._map_files(descriptor, num_bytes)
+            maps, error = self._map_files(opened, num_bytes)
         finally:
-            os.close(descriptor)
+            for descriptor in opened:
+                os.close(descriptor)
         self._agree("map the other ranks' memory", error)
         tensors = [torch.frombuffer(each, dtype=torch.uint8) for each in maps]
         self._tensors = tensors
         self.tensor = tensors[self._group.rank]
         self.peers = [tensor.data_ptr() for tensor in tensors]
 
-    def _map_files(self, descriptor: int, num_bytes: int) -> tuple[list[mmap.mmap], Exception | None]:
-        """Every rank's file, mapped; returns when all ranks have mapped all."""
+    def _map_files(self, opened: list[int], num_bytes: int) -> tuple[list[mmap.mmap], Exception | None]:
+        """Every rank's file, mapped; returns when all ranks have mapped all. `opened`: out, the descriptor of this rank's."""
         error: Exception | None = None
         own: mmap.mmap | None = None
+        offer: list[Any] = []
         try:
-            os.fchmod(descriptor, 0o600)
-            os.posix_fallocate(descriptor, 0, num_bytes)  # too little memory is an error here, not a SIGBUS later
-            own = mmap.mmap(descriptor, num_bytes)
-        except OSError as problem:
+            opened.append(os.open(SHARED_FOLDER, os.O_TMPFILE | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
+            os.posix_fallocate(opened[0], 0, num_bytes)  # a full /dev/shm is an error here, not a SIGBUS later
+            own = mmap.mmap(opened[0], num_bytes)
+            offer = [f"/proc/{os.getpid()}/fd/{opened[0]}", *_identity(os.fstat(opened[0]))]
+        except (OSError, AttributeError) as problem:  # O_TMPFILE is Linux's
             error = problem
-        paths = self._exchange("file", f"/proc/{os.getpid()}/fd/{descriptor}")
+        offers = self._exchange("file", offer)
         self._agree("allocate shared memory", error)
         maps: list[mmap.mmap] = []
         try:
-            for rank, other in enumerate(paths):
-                mapped = own if rank == self._group.rank else _map_of_peer(other, num_bytes)
+            for rank, other in enumerate(offers):
+                mapped = own if rank == self._group.rank else _map_of_peer(other[0], other[1:], num_bytes)
                 assert mapped is not None, "an error was raised"
                 maps.append(mapped)
         except (OSError, ValueError) as problem:
@@ -171,11 +199,10 @@ class SymmetricBuffer:
         bare = dist.ProcessGroup(store, self._group.rank, self._group.size)
         name: Any = self._name  # newer releases of PyTorch have a type of their own for it
         _register_process_group(name, bare)
-        mask = os.umask(0o077)  # descriptors of memory travel through a socket file that PyTorch makes with what the mask allows
         try:
-            return rendezvous(self.tensor, name)
+            with PRIVATE_FILES:  # descriptors of memory travel through a socket file that PyTorch makes
+                return rendezvous(self.tensor, name)
         finally:
-            os.umask(mask)
             _unregister_process_group(name)
 
     def of_peer(self, rank: int) -> torch.Tensor:
@@ -193,13 +220,24 @@ class SymmetricBuffer:
         self.table = torch.empty(0, dtype=torch.int64)
 
 
-def _map_of_peer(path: str, num_bytes: int) -> mmap.mmap:
-    """Maps a peer's memory: only memory without a name, of the size that all agreed on, that belongs to this user alone."""
+def _identity(status: os.stat_result) -> list[int]:
+    """Of a file, whatever its name: two processes may give one descriptor's path to different files."""
+    return [status.st_dev, status.st_ino]
+
+
+def _map_of_peer(path: str, identity: list[int], num_bytes: int) -> mmap.mmap:
+    """Maps a peer's memory: only what it offers, without a name, of the size that all agreed on, and of this user alone.
+
+    Raises:
+        ValueError, OSError: it is not.
+    """
     if not DESCRIPTOR.fullmatch(path):
         raise ValueError(f"shared memory must be a descriptor of its owner, /proc/<process>/fd/<number>; a peer offers {path}")
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         status = os.fstat(descriptor)
+        if _identity(status) != identity:
+            raise ValueError(f"{path} is other memory here than where the peer runs; all ranks must see the same processes")
         if not stat.S_ISREG(status.st_mode) or status.st_nlink:
             raise ValueError(f"{path} is not memory without a name")
         if status.st_uid != os.getuid() or status.st_mode & 0o077:

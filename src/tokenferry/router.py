@@ -150,8 +150,11 @@ def route(
 
 def _has_kernel(logits_TE: torch.Tensor) -> bool:
     """The kernel has no gradient; a compiler makes fewer launches of the chain itself."""
-    wants_gradient = logits_TE.requires_grad and torch.is_grad_enabled()
-    return logits_TE.is_cuda and logits_TE.dtype != torch.float64 and not wants_gradient and not torch.compiler.is_compiling()
+    return logits_TE.is_cuda and logits_TE.dtype != torch.float64 and not _wants_operators(logits_TE)
+
+
+def _wants_operators(tensor: torch.Tensor) -> bool:
+    return (tensor.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling()
 
 
 def _route_by_kernel(
@@ -195,7 +198,7 @@ def _keep_best_groups(choice_TE: torch.Tensor, config: RouterConfig) -> torch.Te
 def _float32_linear(hidden_TH: torch.Tensor, weight_EH: torch.Tensor, bias_E: torch.Tensor | None) -> torch.Tensor:
     """float32 logits. Products of 16-bit numbers are exact in float32, so that CUDA's 16-bit units need no converted copies."""
     is_16_bit = hidden_TH.dtype == weight_EH.dtype and hidden_TH.dtype in (torch.bfloat16, torch.float16)
-    if hidden_TH.is_cuda and is_16_bit and not torch.compiler.is_compiling():
+    if hidden_TH.is_cuda and is_16_bit and not _wants_operators(hidden_TH):
         logits_TE = torch.mm(hidden_TH, weight_EH.t(), out_dtype=torch.float32)
         return logits_TE if bias_E is None else logits_TE + bias_E.float()
     return F.linear(hidden_TH.float(), weight_EH.float(), None if bias_E is None else bias_E.float())

@@ -46,7 +46,7 @@ class Check:
 
 CHECKS = (
     Check("memcheck", "planted-store", finds="Invalid __global__ write"),
-    Check("racecheck", "planted-race", finds="hazard|Race reported"),
+    Check("racecheck", "planted-race", finds=r"SUMMARY: [1-9]\d* hazard"),
     Check("memcheck", "slots"),
     Check("memcheck", "bulk"),
     Check("memcheck", "slots", debug=True),

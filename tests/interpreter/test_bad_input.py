@@ -4,7 +4,7 @@ import pytest
 
 import test_bad_input as plain
 import tokenferry as tf
-from bad_calls import TABLE
+from bad_calls import NUMBERS, TABLE
 from tokenferry.testing import run_ranks
 
 pytestmark = pytest.mark.interpreter
@@ -17,7 +17,7 @@ NOT_HERE = frozenset({"num_tokens-over-capacity", "open-p2p-on-a-cpu"})
 def wrong_calls(group: tf.EPGroup) -> tuple[int, dict[str, str]]:
     """How many calls were made, and what was not as it should be."""
     found, tried = {}, 0
-    for wrong in TABLE:
+    for wrong in (*TABLE, *NUMBERS):
         if wrong.name not in NOT_HERE:
             tried += 1
             try:

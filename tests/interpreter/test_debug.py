@@ -38,6 +38,9 @@ def found(group: tf.EPGroup) -> dict[str, str]:
     with tf.Workspace(config, group, max_tokens_per_rank=4, transport="p2p") as ws:
         layer, transport = ws.dispatcher(), ws._transport
 
+        rows_before = transport._views.gathered.hidden_RH
+        said["unread"] = "NaN" if bool(rows_before.isnan().all()) else "not poisoned before the first step"
+
         def round_trip(ids: torch.Tensor = rows[1]) -> torch.Tensor:
             got = layer.dispatch(rows[0], ids, rows[2])
             assert bool(layer.combine_input().isnan().all()), "not yet written by the experts"
@@ -92,6 +95,7 @@ def found(group: tf.EPGroup) -> dict[str, str]:
 
 def test_ids_counts_and_canaries_are_found_and_the_workspace_goes_on() -> None:
     said = run_ranks(found, 1, env=DEBUG)[0]
+    assert said["unread"] == "NaN"
     assert "topk_idx held -2, but" in said["negative"]
     assert "topk_idx held 8, but" in said["large"]
     assert "topk_idx held" in said["huge"]

@@ -386,6 +386,29 @@ def test_a_rank_that_cannot_load_its_kernels_is_named_on_all_ranks_at_once() -> 
         assert "rank 1 failed to load its kernels: OSError: no compiler here" in said
 
 
+def one_is_slow_to_load(group: tf.EPGroup) -> list[int]:
+    from tokenferry.transports import symmetric
+
+    load = symmetric.load_kernels
+
+    def slowly(*arguments: object) -> object:
+        time.sleep(2.0)
+        return load(*arguments)
+
+    if group.rank == 1:
+        time.sleep(1.0)
+        symmetric.load_kernels = slowly
+    config = Case().config
+    with tf.Workspace(config, group, max_tokens_per_rank=8, transport="p2p", timeout_s=0.5, open_timeout_s=30) as ws:
+        tokens = ws.begin_step(group.rank + 1).tokens_per_rank.tolist()
+        ws.check()
+        return tokens
+
+
+def test_a_rank_that_loads_for_longer_than_timeout_s_is_waited_for_while_opening() -> None:
+    assert run_ranks(one_is_slow_to_load, 2, env=INTERPRETER) == [[1, 2]] * 2
+
+
 def too_patient(group: tf.EPGroup) -> str:
     with pytest.raises(tf.TransportUnavailableError) as caught:
         tf.Workspace(Case().config, group, max_tokens_per_rank=8, transport="p2p", timeout_s=1e5)

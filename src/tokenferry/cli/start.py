@@ -60,11 +60,14 @@ def run_under_torchrun(job: Job, place: env.TorchrunSettings, on_message: OnMess
     group = EPGroup.from_store(dist.PrefixStore("cli/group", store), rank, world_size, device)
     with _messages_through_store(group, on_message) as send:
         result = answer_as_rank(job, group, send)
-    return _gather(dist.PrefixStore("cli/results", store), result, world_size)
+    results = dist.PrefixStore("cli/results", store)
+    _tell(results, result)
+    group.channel.barrier("cli/results", STORE_TIMEOUT_S)  # names a rank that has died
+    return [_received(results, each) for each in range(world_size)] if rank == 0 else None
 
 
-def _gather(store: dist.Store, result: RankResult, world_size: int) -> list[RankResult] | None:
-    """All ranks' results on rank 0, None elsewhere. JSON and bare float32 words: what comes over a network is never unpickled."""
+def _tell(store: dist.Store, result: RankResult) -> None:
+    """Lays a rank's result into the store. JSON and bare float32 words: what comes over a network is never unpickled."""
     told = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "answers"}
     told["answers"] = []
     for number, answer in enumerate(result.answers):
@@ -73,8 +76,7 @@ def _gather(store: dist.Store, result: RankResult, world_size: int) -> list[Rank
         for token, row in enumerate(() if answer.logits is None else answer.logits):  # each by itself: TCPStore refuses 8 MiB
             words: Any = row.contiguous().numpy().tobytes()  # its annotation says str, any bytes will do
             store.set(f"{result.rank}/logits/{number}/{token}", words)
-    store.set(f"{result.rank}/result", json.dumps(told))  # last: what it speaks of is there by then
-    return [_received(store, rank) for rank in range(world_size)] if result.rank == 0 else None
+    store.set(f"{result.rank}/result", json.dumps(told))
 
 
 def _received(store: dist.Store, rank: int) -> RankResult:

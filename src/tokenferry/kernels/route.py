@@ -5,6 +5,8 @@ Legend: T rows, E experts, K chosen experts, G groups, M experts of a group.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -173,32 +175,34 @@ def route(
     idx_TK = torch.empty(T, topk, dtype=idx_dtype, device=logits_TE.device)
     if T == 0:
         return weights_TK, idx_TK
+    on_device = contextlib.nullcontext() if wire.INTERPRETED else torch.cuda.device(logits_TE.device)
     logits_TE = logits_TE.contiguous()
     correction_E = None if correction_E is None else correction_E.float().contiguous()
     M = E // num_groups
     groups, members = triton.next_power_of_2(num_groups), triton.next_power_of_2(M)
     pdl = not wire.INTERPRETED and torch.cuda.get_device_capability(logits_TE.device)[0] >= 9
     options = {} if wire.INTERPRETED else {"launch_pdl": pdl, "enable_fp_fusion": False}
-    route_kernel[(T,)](
-        logits_TE,
-        logits_TE if correction_E is None else correction_E,
-        weights_TK,
-        idx_TK,
-        scale,
-        epsilon,
-        G=num_groups,
-        M=M,
-        K=topk,
-        GROUPS=groups,
-        MEMBERS=members,
-        TOPK_GROUPS=topk_groups,
-        GROUP_TOPK=group_score_topk,
-        SIGMOID=is_sigmoid,
-        FIRST=topk_before_score,
-        RENORMALIZE=renormalize,
-        CORRECTED=correction_E is not None,
-        PDL=pdl,
-        num_warps=1 if groups * members <= ONE_WARP else 4,
-        **options,
-    )
+    with on_device:  # not the current one, which Triton would take
+        route_kernel[(T,)](
+            logits_TE,
+            logits_TE if correction_E is None else correction_E,
+            weights_TK,
+            idx_TK,
+            scale,
+            epsilon,
+            G=num_groups,
+            M=M,
+            K=topk,
+            GROUPS=groups,
+            MEMBERS=members,
+            TOPK_GROUPS=topk_groups,
+            GROUP_TOPK=group_score_topk,
+            SIGMOID=is_sigmoid,
+            FIRST=topk_before_score,
+            RENORMALIZE=renormalize,
+            CORRECTED=correction_E is not None,
+            PDL=pdl,
+            num_warps=1 if groups * members <= ONE_WARP else 4,
+            **options,
+        )
     return weights_TK, idx_TK

@@ -73,10 +73,8 @@ class SymmetricTransport(Rounds):
         if multicast and group.size > 1 and not buffer.multicast_address:
             buffer.close()
             raise TransportUnavailableError("nvls: the symmetric memory has no multicast address here; use transport='p2p'")
-        self._mirror = torch.zeros(1, dtype=torch.int64, pin_memory=group.device.type == "cuda")
         self._observer: wire.Observer | None = None
-        _initialise(settings, buffer, layout, self._mirror.data_ptr() if group.device.type == "cuda" else 0)
-        kernels, grid = _load_together(settings, layout, tuning, buffer, multicast and group.size > 1)
+        self._mirror, kernels, grid = _prepare_together(settings, layout, tuning, buffer, multicast and group.size > 1)
         views = _views(settings, buffer, layout)
         address = buffer.address
         place = Place(group.rank, group.size, address + wire.STATE, address + layout.block.offset)
@@ -242,13 +240,17 @@ def load_kernels(settings: TransportSettings, tuning: Tuning, multicast: bool) -
     )
 
 
-def _load_together(
+def _prepare_together(
     settings: TransportSettings, layout: Layout, tuning: Tuning, buffer: SymmetricBuffer, multicast: bool
-) -> tuple[Kernels, int]:
-    """Loads the kernels, and agrees on their grid: the same on all ranks, since in bulk rounds each program tells its like.
-    Nobody goes on before everybody's kernels are loaded. Raises on every rank if they are not on one."""
-    kernels, wanted, failure = None, 0, None
+) -> tuple[torch.Tensor, Kernels, int]:
+    """Fills the buffer, loads the kernels, and agrees on their grid: the same on all ranks, since in bulk rounds each program
+    tells its like. Nobody goes on before everybody is ready. Raises on every rank if one is not. Returns the mirror first: where
+    the host sees the abort record without asking the device."""
+    mirror, kernels, wanted, failure = None, None, 0, None
+    is_cuda = settings.group.device.type == "cuda"
     try:
+        mirror = torch.zeros(1, dtype=torch.int64, pin_memory=is_cuda)
+        _initialise(settings, buffer, layout, mirror.data_ptr() if is_cuda else 0)
         kernels = load_kernels(settings, tuning, multicast)
         resident = min(launch.resident for launch in (*kernels.dispatch.values(), *kernels.combine.values()))
         wanted = _grid(settings, layout, tuning, resident, buffer.is_virtual)
@@ -260,8 +262,8 @@ def _load_together(
         if reason is not None:
             buffer.close()
             raise TransportUnavailableError(f"symmetric memory: rank {rank} failed to load its kernels: {reason}") from failure
-    assert kernels is not None, "nobody failed"
-    return kernels, min(grid for grid, _ in answers)
+    assert kernels is not None and mirror is not None, "nobody failed"
+    return mirror, kernels, min(grid for grid, _ in answers)
 
 
 def _initialise(settings: TransportSettings, buffer: SymmetricBuffer, layout: Layout, mirror: int) -> None:

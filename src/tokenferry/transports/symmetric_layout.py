@@ -12,7 +12,7 @@ from tokenferry.errors import ConfigError
 ALIGNMENT = 256
 CONTROL_BYTES = 256
 CONTROL_SPARE_BYTES = 32
-"""The last of them, which no kernel uses. Before the first region as `CANARY_BYTES` are behind each."""
+"""The last bytes of the control block: no kernel uses them, and debug mode watches them as it does the gaps behind regions."""
 COUNT_PACKET_BYTES = 16
 CANARY_BYTES = 16
 """Behind each region at least; nobody writes there, which debug mode checks."""
