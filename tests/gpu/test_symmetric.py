@@ -221,3 +221,59 @@ def test_a_late_rank_is_named_and_after_a_reset_all_is_right() -> None:
     said = run_ranks(late, 2, backend="nccl", timeout_s=150)
     assert said[0] == ["PeerTimeoutError 1 data-missing True"] * 2
     assert said[1] == ["PeerFailedError 1 data-missing True"] * 2
+
+
+NUM_GRAPH_LAYERS = 60
+
+
+def late_for_a_graph(group: tf.EPGroup) -> tuple[str, int, float]:
+    """One graph of a step and 60 layers, which rank 1 launches long after the others have given it up. What each rank is told,
+    of whom, and how long its device was busy."""
+    config = tf.MoEConfig(hidden_size=64, num_experts=8, topk=2)
+    rows = (
+        torch.ones(5, 64, dtype=torch.bfloat16, device=group.device),
+        torch.zeros(5, 2, dtype=torch.int32, device=group.device),
+        torch.ones(5, 2, device=group.device),
+    )
+    with tf.Workspace(config, group, max_tokens_per_rank=CAPACITY, transport="p2p", timeout_s=1.5) as ws:
+        layers = [ws.dispatcher() for _ in range(NUM_GRAPH_LAYERS)]
+        partial = torch.zeros(CAPACITY * group.size, 64, dtype=torch.bfloat16, device=ws.device)
+
+        def forward() -> None:
+            ws.begin_step(5)
+            for layer in layers:
+                layer.combine(partial, layer.dispatch(*rows))
+
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream), ws.solo():
+            forward()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with ws.capturing(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            forward()
+        group.channel.barrier("captured", 60.0)
+        if group.rank == 1:
+            time.sleep(4)
+        start = time.monotonic()
+        with ws.replaying():
+            graph.replay()
+        torch.cuda.synchronize()
+        busy_s = time.monotonic() - start
+        with pytest.raises(tf.PeerError) as caught:
+            ws.check()
+        del graph
+        ws.reset(timeout_s=60)
+        for seed in range(100):
+            step = StepCase((seed % 4, (seed + 1) % 4), seed=seed)
+            begin(ws, step)
+            run_layer(ws, layers[0], step, 0)
+        return type(caught.value).__name__, caught.value.rank, busy_s
+
+
+@two_gpus
+def test_a_graph_of_60_layers_waits_once_for_a_late_rank_and_after_a_reset_all_is_right() -> None:
+    first, second = run_ranks(late_for_a_graph, 2, backend="nccl", timeout_s=120)
+    assert first[:2] == ("PeerTimeoutError", 1)
+    assert second[:2] == ("PeerFailedError", 1)
+    assert first[2] < 1.5 + 2, "not 120 times the time-out"
+    assert second[2] < 2
