@@ -54,6 +54,18 @@ def test_compiles_to_a_cubin(name, capability) -> None:
             assert "wgmma" in kernel.asm["ptx"] and "cp.async.cg.shared.global" in kernel.asm["ptx"]
 
 
+@pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+def test_rows_are_quantized_by_rounded_divisions() -> None:
+    """bfloat16 rows often lie exactly between two float8 numbers, where a division that misses goes the other way."""
+    specs = [
+        each for each in triton_path.specs(VARIANTS["deepseek-v3-float8"], torch.device("cpu")).all if each.name == "quantize"
+    ]
+    assert specs
+    for spec in specs:
+        ptx = triton.compile(spec.source(), target=GPUTarget("cuda", 90, 32), options=spec.options()).asm["ptx"]
+        assert "div.rn.f32" in ptx and "div.full.f32" not in ptx
+
+
 def test_what_serves_an_expert_depends_on_its_rows_alone() -> None:
     """No setting of the launch or the transport takes part, and each number of rows is served exactly once."""
     for settings in ({}, {"batch_invariant": True}, {"scaled": True}, {"gated": False}, {"max_rows": 8}, {"max_rows": 10**6}):

@@ -10,8 +10,8 @@ from faults import (
     CAPACITY,
     CONFIG,
     CULPRIT,
+    DEADLY,
     FAULTS,
-    KILLED,
     Fault,
     Run,
     Setting,
@@ -70,9 +70,12 @@ def test_nccl_neither_processes_nor_shared_memory_are_left(on_nccl: Run) -> None
 
 @pytest.mark.timeout(100)
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_killed_rank_is_named_in_time_and_the_other_goes_on(transport: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    killed = suffer(transport, (KILLED,), tmp_path_factory)
-    assert_named_in_time(killed, KILLED, SLACK_S)
+@pytest.mark.parametrize("fault", DEADLY, ids=lambda fault: fault.name)
+def test_a_killed_rank_is_named_in_time_and_the_other_goes_on(
+    fault: Fault, transport: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    killed = suffer(transport, (fault,), tmp_path_factory)
+    assert_named_in_time(killed, fault, SLACK_S)
     assert "-9" in killed.failure
     assert_nothing_left(killed)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from faults import (
+    DEADLY,
     FAULTS,
-    KILLED,
     STOPPED_WHILE_SENDING,
     Fault,
     Run,
@@ -21,24 +21,18 @@ pytestmark = pytest.mark.interpreter
 
 SETTING = Setting("p2p", env=(("TRITON_INTERPRET", "1"),))
 ALL = (*FAULTS, STOPPED_WHILE_SENDING)
-WORLD_SIZES = [2, pytest.param(3, marks=pytest.mark.long)]
+PATIENT = Setting("p2p", right_steps=100, env=SETTING.env)
+GROUPS = [
+    pytest.param((2, SETTING), id="EP2"),
+    pytest.param((2, PATIENT), id="EP2-100-steps", marks=pytest.mark.long),
+    pytest.param((3, PATIENT), id="EP3-100-steps", marks=pytest.mark.long),
+]
 
 
-def suffer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, faults: tuple[Fault, ...]) -> Run:
-    """Three ranks, in the long tests, make 100 right steps after each fault."""
-    folder = tmp_path_factory.mktemp("faults")
-    setting = SETTING if request.param == 2 else Setting("p2p", right_steps=100, env=SETTING.env)
-    return run_faults(setting, request.param, [fault.name for fault in faults], folder, 900)
-
-
-@pytest.fixture(scope="module", params=WORLD_SIZES)
+@pytest.fixture(scope="module", params=GROUPS)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return suffer(request, tmp_path_factory, ALL)
-
-
-@pytest.fixture(scope="module", params=WORLD_SIZES)
-def killed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return suffer(request, tmp_path_factory, (KILLED,))
+    world_size, setting = request.param
+    return run_faults(setting, world_size, [fault.name for fault in ALL], tmp_path_factory.mktemp("faults"), 900)
 
 
 @pytest.mark.timeout(950)
@@ -51,14 +45,15 @@ def test_neither_processes_nor_shared_memory_are_left(run: Run) -> None:
     assert_nothing_left(run)
 
 
-@pytest.mark.timeout(950)
-def test_a_killed_rank_is_named_in_time_and_the_others_go_on(killed: Run) -> None:
-    assert_named_in_time(killed, KILLED)
-
-
-def test_a_killed_rank_leaves_neither_processes_nor_shared_memory(killed: Run) -> None:
-    assert "-9" in killed.failure
-    assert_nothing_left(killed)
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("fault", DEADLY, ids=lambda fault: fault.name)
+def test_a_killed_rank_is_named_in_time_and_the_others_go_on(fault: Fault, group: tuple[int, Setting], tmp_path: Path) -> None:
+    world_size, setting = group
+    run = run_faults(setting, world_size, [fault.name], tmp_path, 180)
+    assert "-9" in run.failure
+    assert_named_in_time(run, fault)
+    assert_nothing_left(run)
 
 
 @pytest.mark.timeout(150)

@@ -10,8 +10,8 @@ import tokenferry as tf
 from faults import (
     CONFIG,
     CULPRIT,
+    DEADLY,
     FAULTS,
-    KILLED,
     Fault,
     Run,
     Setting,
@@ -25,7 +25,7 @@ from tokenferry.testing import run_ranks
 
 pytestmark = pytest.mark.ranks
 
-SETTING = Setting("collective")
+SETTING = Setting("collective", right_steps=100)
 
 
 def open_workspace(group: tf.EPGroup) -> tf.Workspace:
@@ -35,11 +35,6 @@ def open_workspace(group: tf.EPGroup) -> tf.Workspace:
 @pytest.fixture(scope="module", params=[2, 3])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_faults(SETTING, request.param, [fault.name for fault in FAULTS], tmp_path_factory.mktemp("faults"), 120)
-
-
-@pytest.fixture(scope="module", params=[2, 3])
-def killed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run_faults(SETTING, request.param, [KILLED.name], tmp_path_factory.mktemp("killed"), 60)
 
 
 @pytest.mark.timeout(150)
@@ -53,10 +48,13 @@ def test_neither_processes_nor_shared_memory_are_left(run: Run) -> None:
 
 
 @pytest.mark.timeout(90)
-def test_a_killed_rank_is_named_at_once_and_the_others_go_on(killed: Run) -> None:
-    assert_named_in_time(killed, KILLED)
-    assert {outcome.error for outcome in killed.outcomes["killed"].values()} == {"PeerFailedError"}
-    assert_nothing_left(killed)
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("fault", DEADLY, ids=lambda fault: fault.name)
+def test_a_killed_rank_is_named_at_once_and_the_others_go_on(fault: Fault, world_size: int, tmp_path: Path) -> None:
+    run = run_faults(SETTING, world_size, [fault.name], tmp_path, 60)
+    assert_named_in_time(run, fault)
+    assert {outcome.error for outcome in run.outcomes[fault.name].values()} == {"PeerFailedError"}
+    assert_nothing_left(run)
 
 
 def no_more() -> None:
