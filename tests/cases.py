@@ -2,12 +2,17 @@
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 
 import tokenferry as tf
 from tokenferry.testing.data import RankInputs, make_inputs
 from tokenferry.testing.numeric import first_difference
 
+ON_GPUS = pytest.mark.parametrize(
+    "world_size", [pytest.param(size, id=f"EP{size}", marks=pytest.mark.gpu(count=size)) for size in (2, 4, 8)]
+)
+"""On as many GPUs as there are; the others say how many they need."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

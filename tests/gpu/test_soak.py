@@ -2,14 +2,15 @@
 
 import pytest
 
+from cases import ON_GPUS
 from soak import Plan, run
 from tokenferry import env
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.gpu(count=2)
-def test_every_row_of_random_steps_is_right_on_two_gpus_eager_and_in_graphs() -> None:
-    reports = run(Plan("gpu", 10, seed=2, ranks=2))
+@ON_GPUS
+def test_every_row_of_random_steps_is_right_eager_and_in_graphs(world_size: int) -> None:
+    reports = run(Plan("gpu", 10, seed=world_size, ranks=world_size))
     assert all(report.graph >= 2_000 and report.eager > 0 for report in reports)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tokenferry as tf
-from cases import CASES, Case, StepCase, begin, run_case, run_layer, same
+from cases import CASES, ON_GPUS, Case, StepCase, begin, run_case, run_layer, same
 from tokenferry.testing import run_ranks
 from tokenferry.testing.data import make_inputs
 from tokenferry.testing.ranks import run_virtual
@@ -50,12 +50,14 @@ def many(group: tf.EPGroup, cases: list[Case]) -> int:
     return sum(run_case(group, case) for case in cases)
 
 
-@two_gpus
-def test_bits_as_reference_on_two_gpus() -> None:
-    cases = [dataclasses.replace(CASES[name][1], transport="p2p", hidden_size=64, topk=2) for name in NAMED]
-    cases.append(Case(hidden_size=72, num_experts=11, topk=3, capacity=CAPACITY, transport="p2p", steps=random_steps(1, 60, 2)))
-    compared = run_ranks(many, 2, cases, backend="nccl", timeout_s=240)
-    assert compared == [sum(step.layers for case in cases for step in case.steps)] * 2
+@ON_GPUS
+def test_bits_as_reference(world_size: int) -> None:
+    named = [CASES[name] for name in NAMED]
+    cases = [dataclasses.replace(case, transport="p2p", hidden_size=64, topk=2) for size, case in named if size == world_size]
+    steps = random_steps(1, 60, world_size)
+    cases.append(Case(hidden_size=72, num_experts=11, topk=3, capacity=CAPACITY, transport="p2p", steps=steps))
+    compared = run_ranks(many, world_size, cases, backend="nccl", timeout_s=240)
+    assert compared == [sum(step.layers for case in cases for step in case.steps)] * world_size
 
 
 def virtual(group: tf.EPGroup, world_size: int, case: Case) -> list[int]:
@@ -144,9 +146,9 @@ def graphs(group: tf.EPGroup) -> None:
                 same("combined", out, total)
 
 
-@two_gpus
-def test_each_rank_replays_its_own_graph_at_any_counts_of_the_others() -> None:
-    run_ranks(graphs, 2, backend="nccl", timeout_s=150)
+@ON_GPUS
+def test_each_rank_replays_its_own_graph_at_any_counts_of_the_others(world_size: int) -> None:
+    run_ranks(graphs, world_size, backend="nccl", timeout_s=150)
 
 
 # --- no synchronisation ---------------------------------------------------------------------------------------------
@@ -177,9 +179,9 @@ def without_synchronisation(group: tf.EPGroup) -> int:
         return torch.cuda.memory_stats()["allocated_bytes.all.current"] - before
 
 
-@two_gpus
-def test_nothing_waits_for_the_device_and_nothing_grows() -> None:
-    assert run_ranks(without_synchronisation, 2, backend="nccl", timeout_s=120) == [0, 0]
+@ON_GPUS
+def test_nothing_waits_for_the_device_and_nothing_grows(world_size: int) -> None:
+    assert run_ranks(without_synchronisation, world_size, backend="nccl", timeout_s=120) == [0] * world_size
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------
@@ -264,16 +266,17 @@ def late_for_a_graph(group: tf.EPGroup) -> tuple[str, int, float]:
         del graph
         ws.reset(timeout_s=60)
         for seed in range(100):
-            step = StepCase((seed % 4, (seed + 1) % 4), seed=seed)
+            step = StepCase(tuple((seed + rank) % 4 for rank in range(group.size)), seed=seed)
             begin(ws, step)
             run_layer(ws, layers[0], step, 0)
         return type(caught.value).__name__, caught.value.rank, busy_s
 
 
-@two_gpus
-def test_a_graph_of_60_layers_waits_once_for_a_late_rank_and_after_a_reset_all_is_right() -> None:
-    first, second = run_ranks(late_for_a_graph, 2, backend="nccl", timeout_s=120)
-    assert first[:2] == ("PeerTimeoutError", 1)
-    assert second[:2] == ("PeerFailedError", 1)
-    assert first[2] < 1.5 + 2, "not 120 times the time-out"
-    assert second[2] < 2
+@ON_GPUS
+def test_a_graph_of_60_layers_waits_once_for_a_late_rank_and_after_a_reset_all_is_right(world_size: int) -> None:
+    told = run_ranks(late_for_a_graph, world_size, backend="nccl", timeout_s=120)
+    late, others = told[1], [told[rank] for rank in range(world_size) if rank != 1]
+    assert late[:2] == ("PeerFailedError", 1)
+    assert late[2] < 2
+    assert {each[:2] for each in others} == {("PeerTimeoutError", 1)}
+    assert max(each[2] for each in others) < 1.5 + 2, "not 120 times the time-out"
