@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import typer
 
 from tokenferry.cli import options
-from tokenferry.cli.failure import one_line_errors
+from tokenferry.cli.failure import EXIT_CODE, one_line_errors
+
+TYPER_INTERRUPTED: Final = 130
+"""With this typer leaves, without a word, on a Ctrl-C that comes before or after a command's own work."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -101,4 +105,10 @@ def bench_layer(
 
 def run() -> None:
     """The entry point of the command `tokenferry`."""
-    app()
+    try:
+        app()
+    except SystemExit as leaving:
+        if leaving.code != TYPER_INTERRUPTED:
+            raise
+        typer.echo("tokenferry: interrupted", err=True)
+        raise SystemExit(EXIT_CODE) from None
