@@ -12,8 +12,8 @@ TCP_LISTEN, UNIX_ACCEPTS = "0A", 0x10000
 
 @dataclass(frozen=True)
 class Socket:
-    """`kind`: tcp, tcp6, udp, udp6 or unix. `where`: its own address; of a unix socket its file, "@..." for an abstract name, or
-    empty if it has none."""
+    """`kind`: tcp, tcp6, udp, udp6, unix, netlink (to the kernel alone), or other. `where`: its own address; of a unix socket its
+    file, "@..." for an abstract name, or empty if it has none; else empty."""
 
     kind: str
     where: str
@@ -21,6 +21,8 @@ class Socket:
 
     @property
     def on_loopback(self) -> bool:
+        if not self.where:
+            return False
         address = ipaddress.ip_address(self.where)
         return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
@@ -34,15 +36,18 @@ def of_own_process() -> list[Socket]:
             continue
         if name.startswith("socket:["):
             inodes.add(name[len("socket:[") : -1])
-    found = []
+    found, known = [], set()
     for kind in ("tcp", "tcp6", "udp", "udp6"):
         for fields in rows(kind):
             if fields[9] in inodes:
+                known.add(fields[9])
                 found.append(Socket(kind, ip_address(fields[1].partition(":")[0]), fields[3] == TCP_LISTEN))
     for fields in rows("unix"):
         if fields[6] in inodes:
+            known.add(fields[6])
             found.append(Socket("unix", fields[7] if len(fields) > 7 else "", bool(int(fields[3], 16) & UNIX_ACCEPTS)))
-    return found
+    netlink = {fields[9] for fields in rows("netlink")}
+    return found + [Socket("netlink" if inode in netlink else "other", "", False) for inode in sorted(inodes - known)]
 
 
 def rows(kind: str) -> list[list[str]]:

@@ -190,6 +190,28 @@ def sockets_at_work(group: EPGroup, transport: str) -> list[Socket]:
         return found
 
 
+def test_every_socket_that_is_open_is_found() -> None:
+    before = of_own_process()
+    families = [socket.AF_INET, socket.AF_INET6, socket.AF_UNIX, socket.AF_NETLINK, socket.AF_ALG]
+    kinds = []
+    for family in families:
+        try:
+            with socket.socket(family, socket.SOCK_SEQPACKET if family == socket.AF_ALG else socket.SOCK_DGRAM) as one:
+                if family in families[:2]:
+                    one.bind(("127.0.0.1" if family == socket.AF_INET else "::1", 0))
+                elif family == socket.AF_NETLINK:
+                    one.bind((0, 0))  # the kernel lists it from then on
+                found = of_own_process()
+        except OSError:
+            continue  # this kernel has no such family
+        for each in before:
+            found.remove(each)
+        kinds += [each.kind for each in found]
+        assert len(found) == 1, f"{family.name} was not seen"
+    assert {"udp", "unix"} <= set(kinds)
+    print("kinds seen:", *kinds)
+
+
 @pytest.mark.interpreter
 def test_symmetric_memory_needs_no_socket_at_all() -> None:
     for found in run_ranks(sockets_at_work, 2, "p2p", env={"TRITON_INTERPRET": "1"}):

@@ -29,6 +29,21 @@ def test_regions_are_apart_aligned_and_behind_the_control_block(ep_size: int, ca
     assert layout.num_bytes == ends[-1] + CANARY_BYTES
 
 
+@pytest.mark.parametrize("multicast", [False, True], ids=["p2p", "nvls"])
+@pytest.mark.parametrize("ep_size", [1, 3, 72])
+@pytest.mark.parametrize("capacity", [1, 7, 4096])
+def test_every_byte_is_the_control_blocks_a_regions_or_watched(ep_size: int, capacity: int, multicast: bool) -> None:
+    layout = plan(CONFIG, ep_size, capacity, torch.bfloat16, multicast=multicast)
+    used = [range(symmetric_layout.CONTROL_BYTES - symmetric_layout.CONTROL_SPARE_BYTES)]
+    used += [range(region.offset, region.end) for region in regions(layout)]
+    pieces = sorted((piece for piece in (*used, *layout.gaps) if piece), key=lambda piece: piece.start)
+    assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
+    assert pieces[-1].stop == layout.num_bytes
+    for region in regions(layout):
+        behind = next(gap for gap in layout.gaps if gap.start == region.end)
+        assert len(behind) >= CANARY_BYTES
+
+
 @pytest.mark.parametrize("hidden_size", [2048, 7168])
 @pytest.mark.parametrize("ep_size", [2, 8, 72])
 @pytest.mark.parametrize("capacity", [4096, 16384])

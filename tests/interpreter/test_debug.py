@@ -106,3 +106,43 @@ def test_ids_counts_and_canaries_are_found_and_the_workspace_goes_on() -> None:
     assert "behind 'topk_idx' and before 'topk_weights', was written" in said["underrun"]
     assert "behind 'control' and before 'counts', was written" in said["first"]
     assert "behind 'terms' and before 'end', was written" in said["last"]
+
+
+def found_by_each(group: tf.EPGroup) -> list[str]:
+    """Two ranks in one workspace. Each kind of harm is done by rank 1 alone, and each rank says what it was told."""
+    from tokenferry import dispatcher
+
+    dispatcher._ids_out_of_range = lambda *_: None  # as on CUDA tensors
+    config = tf.MoEConfig(hidden_size=16, num_experts=8, topk=2)
+    hidden, ids, weights = torch.ones(3, 16, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)
+    said = []
+    with tf.Workspace(config, group, max_tokens_per_rank=4, transport="p2p", timeout_s=20) as ws:
+        layer = ws.dispatcher()
+
+        def round_trip(ids: torch.Tensor = ids) -> torch.Tensor:
+            got = layer.dispatch(hidden, ids, weights)
+            return layer.combine(got.hidden, got)
+
+        for harm in ("ids", "counts", "overrun"):
+            step = ws.begin_step(3)
+            wrong = ids.clone()
+            wrong[2, 0] = 8 if harm == "ids" and group.rank == 1 else 0
+            round_trip(wrong)
+            if harm == "counts" and group.rank == 1:
+                view = step.tokens_per_rank.numpy()  # PyTorch does not count this write
+                view += 1
+            if harm == "overrun" and group.rank == 1:
+                ws._transport._buffer.tensor[ws._transport._layout.hidden.end] = 0
+            try:
+                ws.check()
+                said.append("nothing")
+            except (tf.UsageError, tf.StateError) as error:
+                said.append(type(error).__name__)
+            ws.begin_step(3)
+            assert torch.equal(round_trip(), 2 * hidden), "both ranks go on, and both ranks' experts are the identity"
+            ws.check()
+    return said
+
+
+def test_what_is_found_on_one_rank_is_told_there_and_both_ranks_go_on() -> None:
+    assert run_ranks(found_by_each, 2, env=DEBUG) == [["nothing"] * 3, ["UsageError", "StateError", "StateError"]]

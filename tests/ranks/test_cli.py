@@ -51,10 +51,9 @@ def test_generate_answers_uneven_prompts_and_prints_one_json_object(environment,
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--model", "tiny:mixtral", "--ranks", "3"],
-        ["--model", "tiny:olmoe", "--ranks", "2", "--exact", "--dtype", "bfloat16"],
+        pytest.param(["--model", "tiny:mixtral", "--ranks", "3"], id="mixtral-EP3-fp32", marks=pytest.mark.long),
+        pytest.param(["--model", "tiny:olmoe", "--ranks", "2", "--exact", "--dtype", "bfloat16"], id="olmoe-EP2-bf16-exact"),
     ],
-    ids=["mixtral-EP3-fp32", "olmoe-EP2-bf16-exact"],
 )
 def test_verify_finds_equal_tokens(environment, tmp_path, arguments):
     prompts = tmp_path / "prompts.txt"
@@ -152,6 +151,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.long
 def test_takes_its_place_under_two_agents(environment):
     rendezvous = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     arguments = ["-m", "tokenferry.cli", "verify", "--model", "tiny:mixtral", "--max-new-tokens", "4", "--json"]

@@ -19,7 +19,7 @@ def test_bits_as_reference(name: str) -> None:
     assert run_ranks(run_case, world_size, case) == [sum(step.layers for step in case.steps)] * world_size
 
 
-@settings(max_examples=30, **PROPERTY)
+@settings(max_examples=15, **PROPERTY)
 @given(scenarios())
 def test_any_scenario_gives_the_bits_of_the_reference(scenario: tuple[int, Case]) -> None:
     world_size, case = scenario

@@ -26,13 +26,14 @@ from tokenferry.testing import run_ranks
 pytestmark = pytest.mark.ranks
 
 SETTING = Setting("collective", right_steps=100)
+WORLD_SIZES = [pytest.param(2, marks=pytest.mark.long), 3]
 
 
 def open_workspace(group: tf.EPGroup) -> tf.Workspace:
     return tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport="collective", timeout_s=SETTING.timeout_s)
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=WORLD_SIZES)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_faults(SETTING, request.param, [fault.name for fault in FAULTS], tmp_path_factory.mktemp("faults"), 120)
 
@@ -48,7 +49,7 @@ def test_neither_processes_nor_shared_memory_are_left(run: Run) -> None:
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("fault", DEADLY, ids=lambda fault: fault.name)
 def test_a_killed_rank_is_named_at_once_and_the_others_go_on(fault: Fault, world_size: int, tmp_path: Path) -> None:
     run = run_faults(SETTING, world_size, [fault.name], tmp_path, 60)
@@ -77,17 +78,32 @@ def test_an_exception_that_leaves_the_workspace_reaches_the_peers_with_its_text(
     assert said[0].startswith("PeerFailedError: rank 1 failed in step 1: ValueError: no more")
 
 
-def one_never_opens(group: tf.EPGroup) -> str:
+def one_never_opens(group: tf.EPGroup, transport: str) -> str:
     if group.rank == CULPRIT:
         time.sleep(2)
         return ""
     with pytest.raises(tf.PeerTimeoutError) as caught:
-        tf.Workspace(CONFIG, group, max_tokens_per_rank=8, open_timeout_s=1)
+        tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport=transport, open_timeout_s=1)
     return f"{caught.value.rank} {caught.value.phase}"
 
 
-def test_a_rank_that_does_not_open_is_named() -> None:
-    assert run_ranks(one_never_opens, 3) == ["1 open", "", "1 open"]
+@pytest.mark.parametrize("transport", ["collective", "p2p"])
+def test_a_rank_that_does_not_open_is_named(transport: str) -> None:
+    assert run_ranks(one_never_opens, 3, transport, env={"TRITON_INTERPRET": "1"}) == ["1 open", "", "1 open"]
+
+
+def one_is_slow_to_open(group: tf.EPGroup) -> list[int]:
+    if group.rank == CULPRIT:
+        time.sleep(2)
+    config = {"max_tokens_per_rank": 8, "transport": "collective", "timeout_s": 0.5, "open_timeout_s": 30}
+    with tf.Workspace(CONFIG, group, **config) as ws:
+        tokens = ws.begin_step(group.rank + 1).tokens_per_rank.tolist()
+        ws.check()
+        return tokens
+
+
+def test_a_rank_that_loads_for_longer_than_timeout_s_is_waited_for_while_opening() -> None:
+    assert run_ranks(one_is_slow_to_open, 3) == [[1, 2, 3]] * 3
 
 
 def one_cannot_open(group: tf.EPGroup) -> str:
