@@ -264,6 +264,24 @@ def on_cpu(experts: Experts, rows: Dispatched, valid: int) -> torch.Tensor:
     return torch_path.run("trimmed", given, weights, LOCAL.start, experts.config.activation, out)
 
 
+def assert_close(case: ExpertsCase, out: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """No output is far off, and all of them together are close.
+
+    In float8 a single output says little. Hopper's float8 tensor cores keep some 14 bits of a sum, so that about one activated
+    number in thirty lands on the other side of a rounding to bfloat16, and some of these a whole step of float8 (7 % at most)
+    away. Noise of 1e-4 to 3e-4 on the first product's sums, put into the CPU's operators, gives what an H100 gave (2026-11-26): a
+    root mean square of 0.1 % of the largest output, single outputs 1 to 3 % off. A wrong scale or row moves the mean square.
+    """
+    errors = (out - expected).abs()
+    largest = max(expected.abs().max().item(), 1e-3)
+    worst, mean_square = 3e-2, 3e-2
+    if case.float8:  # the interpreter's rounding to float8 loses a carry: 7.85 becomes 4
+        worst, mean_square = (1.0, 1.0) if wire.INTERPRETED else (1e-1, 5e-3)
+    error, rms = errors.max().item() / largest, errors.square().mean().sqrt().item() / largest
+    assert error <= worst, f"{what}: an output is off by {error:.1e} of the largest, not {worst:.0e}; mean square {rms:.1e}"
+    assert rms <= mean_square, f"{what}: the mean square is off by {rms:.1e} of the largest, not {mean_square:.0e}"
+
+
 def experts_of(cases: tuple[ExpertsCase, ...]) -> int:
     compared = 0
     for case in cases:
@@ -292,11 +310,7 @@ def experts_of(cases: tuple[ExpertsCase, ...]) -> int:
             assert bool((out[valid:] == 7.0).all()), "rows beyond V were written"
             if valid:
                 expected = on_cpu(experts, rows, valid)
-                errors = (out[:valid].cpu() - expected).abs()
-                error, beyond = errors.max().item(), f"rms {errors.square().mean().sqrt():.1e}, rows {errors.amax(1).tolist()}"
-                worst = (1.0 if case.float8 and wire.INTERPRETED else 3e-2) * max(expected.abs().max().item(), 1e-3)
-                # The interpreter's rounding to float8 loses a carry: 7.85 becomes 4.
-                assert error <= worst, f"{case}, {valid} rows, {routing}: {error:.1e} > {worst:.1e}; {beyond}"
+                assert_close(case, out[:valid].cpu(), expected, f"{case}, {valid} rows, {routing}")
             compared += 1
     return compared
 
