@@ -132,7 +132,7 @@ def host_time(group, bench):
         plain = copy.copy(counts)
         plain._run = copy.copy(counts._run)
         plain._run.launch_pdl = False
-        solo_args = (1, alone._buffer.address, alone._buffer.table_address, 0, 1, alone._place.state, alone._place.block,
+        solo_args = (1, alone._buffer.address, alone._buffer.own_table_address, 0, 1, alone._place.state, alone._place.block,
                      alone._step_tensors.packed.data_ptr(), group.rank, group.size, 1, 0, 1, 0)  # fmt: skip
         for name, call in (
             ("torch_add", lambda: tensor.add_(1)),

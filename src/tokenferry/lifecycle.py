@@ -7,6 +7,9 @@ import threading
 
 from tokenferry.errors import PeerError, StateError
 
+MAX_LAYERS = (1 << 16) - 1
+"""Dispatchers of a workspace: an abort record names the layer in 16 bits (`kernels.wire.Record`)."""
+
 
 class Stage(enum.Enum):
     """Where a workspace stands."""

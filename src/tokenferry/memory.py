@@ -62,7 +62,8 @@ class SymmetricBuffer:
         tensor: uint8 [nbytes], this rank's own.
         address: of `tensor`, in this rank's address space.
         peers: address of every rank's buffer, in this rank's address space.
-        table, table_address: int64 [size] tensor on the device with the same, and where it lies.
+        table, table_address: int64 [size + 1] tensor on the device with the same, then `address`, and where it lies.
+        own_table_address: where the last entry lies: the table of a rank that runs alone.
         multicast_address: of the mapping whose stores reach all buffers, or 0.
         is_virtual: whether the ranks share one GPU.
 
@@ -88,8 +89,9 @@ class SymmetricBuffer:
         else:
             self._open_cuda(num_bytes)
         self.address = self.tensor.data_ptr()
-        self.table = torch.tensor(self.peers, dtype=torch.int64, device=group.device)
+        self.table = torch.tensor([*self.peers, self.address], dtype=torch.int64, device=group.device)
         self.table_address = self.table.data_ptr()
+        self.own_table_address = self.table_address + group.size * self.table.itemsize
 
     @property
     def nbytes(self) -> int:

@@ -13,8 +13,10 @@ from tokenferry.dispatched import Dispatched
 
 
 def mask_padding(topk_idx: torch.Tensor, num_real_tokens: int) -> torch.Tensor:
-    """`topk_idx` as int32, with -1 in every row >= `num_real_tokens`."""
+    """`topk_idx` as int32, with -1 in every row >= `num_real_tokens`, and for a number that no int32 holds."""
     masked = topk_idx.to(torch.int32, copy=True)
+    if topk_idx.dtype != torch.int32:
+        masked.masked_fill_(masked != topk_idx, -1)  # cut off, 2**32 + 3 would be expert 3
     masked[num_real_tokens:] = -1
     return masked
 

@@ -30,7 +30,7 @@ from tokenferry.errors import (
     UsageError,
 )
 from tokenferry.groups import EPGroup
-from tokenferry.lifecycle import Lifecycle, Stage
+from tokenferry.lifecycle import MAX_LAYERS, Lifecycle, Stage
 from tokenferry.operators import Operators, Shapes
 from tokenferry.step import Announced, Step, StepRequest, StepTensors
 from tokenferry.transports import select
@@ -377,9 +377,18 @@ class Workspace:
             lifecycle.leave()
 
     def dispatcher(self) -> Dispatcher:
-        """A dispatcher for the next MoE layer. All ranks ask in the same order; the number names the layer in errors."""
+        """A dispatcher for the next MoE layer. All ranks ask in the same order; the number names the layer in errors.
+
+        Raises:
+            StateError: the workspace is closed, or has given out 65535 dispatchers: make one a layer, once, not one a call.
+        """
         if self.lifecycle.stage is Stage.CLOSED:
             self.lifecycle.require_usable("dispatcher")
+        if self._num_layers >= MAX_LAYERS:
+            raise StateError(
+                f"dispatcher: the workspace has given out {self._num_layers} dispatchers, and {MAX_LAYERS} is the most; make one for "
+                "each layer of the model, once, and keep it"
+            )
         layer, self._num_layers = self._num_layers, self._num_layers + 1
         return Dispatcher(self, layer)
 

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+import switch
 import tokenferry as tf
 from cases import Case, StepCase, begin, run_layer
 from tokenferry.kernels import wire
@@ -18,15 +19,7 @@ INTERPRETER = {"TRITON_INTERPRET": "1"}
 
 def over_multicast(group: tf.EPGroup, steps: list[StepCase], **settings: object) -> int:
     """`nvls` on a buffer whose own address stands for the multicast mapping: the interpreter stores to each rank in turn."""
-    from tokenferry.memory import SymmetricBuffer
-    from tokenferry.transports import symmetric
-
-    class WithSwitch(SymmetricBuffer):
-        def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments)
-            self.multicast_address = self.address
-
-    symmetric.SymmetricBuffer = WithSwitch
+    switch.install()
     compared = 0
     with tf.Workspace(Case().config, group, max_tokens_per_rank=1025, transport="nvls", timeout_s=20, **settings) as ws:
         assert ws.transport == "nvls"
@@ -77,9 +70,9 @@ def test_without_a_multicast_address_nvls_does_not_open() -> None:
 
 
 @triton.jit
-def add(control, size, out, BLOCK: tl.constexpr):
+def add(control, out, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
-    a, b, c, d = wire.multicast_sum(control.to(tl.int64) + 1024 + lanes * 16, lanes < BLOCK, control, size, 0)
+    a, b, c, d = wire.multicast_sum(control.to(tl.int64) + 1024 + lanes * 16, lanes < BLOCK, control)
     wire.store(out.to(tl.int64) + lanes * 16, a, b, c, d, lanes < BLOCK, 4)
 
 
@@ -89,11 +82,12 @@ def summed(group: tf.EPGroup) -> list[float]:
     buffer = SymmetricBuffer(group, 4096, "sum", 30.0)
     words = buffer.tensor.view(torch.int64)
     words[wire.PEER_TABLE.value // 8] = buffer.table_address
+    words[wire.GROUP_SIZE.value // 8] = group.size
     values = buffer.tensor[1024 : 1024 + 128].view(torch.float32)
     values[:] = torch.arange(32) + 100 * group.rank
     group.channel.barrier("filled", 30.0)
     out = torch.empty(32)
-    add[(1,)](buffer.address, group.size, out.data_ptr(), BLOCK=8)
+    add[(1,)](buffer.address, out.data_ptr(), BLOCK=8)
     group.channel.barrier("read", 30.0)
     return np.asarray(out).tolist()
 

@@ -301,7 +301,7 @@ def combine_kernel(
                 elif SWITCH_SUM:
                     if (largest > slot_rows) & (size > 1):
                         goal = cast.to(tl.int64) + terms + first.to(tl.int64) * ROW_BYTES + place * (WORDS * 4)
-                        w0, w1, w2, w3 = wire.multicast_sum(goal, live, own, size, 0)
+                        w0, w1, w2, w3 = wire.multicast_sum(goal, live, own)
                 elif source != rank:
                     fetched = tl.load(peer_table + source) + terms + first.to(tl.int64) * ROW_BYTES
                     w0, w1, w2, w3 = wire.load_peer(fetched + place * (WORDS * 4), live, WORDS)

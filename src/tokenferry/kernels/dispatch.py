@@ -45,7 +45,8 @@ SIGNATURE = {
 
 @triton.jit
 def load_routing(word, topk_idx, topk_weights, num_supplied, K: tl.constexpr, IDX: tl.constexpr, WEIGHTS: tl.constexpr):
-    """Words of the routing message, [rows][K numbers, then K float32 weights].
+    """Words of the routing message, [rows][K numbers, then K float32 weights]. A number that is negative, or needs more than 32
+    bits, travels as -1: cut off, 2**32 + 3 would be expert 3.
 
     Example:
         K = 2, one row with numbers (3, 5) and weights (0.5, 0.25): words 3, 5, 0x3F000000, 0x3E800000.
@@ -54,7 +55,8 @@ def load_routing(word, topk_idx, topk_weights, num_supplied, K: tl.constexpr, ID
     column = word - row * (2 * K)
     present = row < num_supplied
     place = row.to(tl.int64) * K + column
-    idx = tl.load(topk_idx.to(tl.pointer_type(IDX)) + place, mask=present & (column < K), other=-1).to(tl.int32)
+    idx = tl.load(topk_idx.to(tl.pointer_type(IDX)) + place, mask=present & (column < K), other=-1)
+    idx = tl.where(idx == idx.to(tl.int32), idx, -1).to(tl.int32)
     weight = tl.load(topk_weights.to(tl.pointer_type(WEIGHTS)) + place - K, mask=present & (column >= K), other=0.0)
     bits = weight.to(tl.float32).to(tl.uint32, bitcast=True)
     return tl.where(column < K, tl.maximum(idx, -1).to(tl.uint32, bitcast=True), bits)
@@ -210,7 +212,7 @@ def dispatch_kernel(
         n0, n1, n2, n3 = wire.load(hidden + following.to(tl.int64) * (WORDS * 4), following < supplied, WORDS)
         if MULTICAST:
             goal = tl.where(in_slots, parity_slots + rank * slot_bytes, hidden_place)
-            wire.multicast(cast + goal + place, w0, w1, w2, w3, live, own, size, 0, WORDS)
+            wire.multicast(cast + goal + place, w0, w1, w2, w3, live, own, WORDS)
         else:
             address = nearest
             for i in range(1, size):

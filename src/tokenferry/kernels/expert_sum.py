@@ -60,7 +60,7 @@ def expert_sum_kernel(
         slots = (first_row + row).to(tl.int64) * K
         total = tl.zeros([BLOCK], tl.float32)
         for k in tl.static_range(K):
-            local = tl.load(topk_idx + slots + k).to(tl.int32) - first_expert
+            local = tl.load(topk_idx + slots + k) - first_expert
             is_local = (local >= 0) & (local < L)
             weight = tl.load(topk_weights + slots + k, mask=is_local, other=0.0)
             source = outputs + (row * K + k).to(tl.int64) * H

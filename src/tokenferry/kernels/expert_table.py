@@ -25,13 +25,16 @@ SIGNATURE = {
 
 @triton.jit
 def fill_table(ids, counts, offsets, pairs, total, expert, first_expert, BLOCK: tl.constexpr):
-    """One expert's part of the table, from the `total` numbers at `ids`, read twice, BLOCK at a time."""
+    """One expert's part of the table, from the `total` numbers at `ids`, read twice, BLOCK at a time.
+
+    Numbers are compared in their own width: cut to 32 bits, 2**32 + 3 would be expert 3.
+    """
     lanes = tl.arange(0, BLOCK)
     before = tl.zeros([BLOCK], tl.int32)
     own = tl.zeros([BLOCK], tl.int32)
     for begin in range(0, total, BLOCK):
         here = begin + lanes < total
-        local = tl.load(ids + begin + lanes, mask=here, other=-1).to(tl.int32) - first_expert
+        local = tl.load(ids + begin + lanes, mask=here, other=-1) - first_expert
         before += (here & (local >= 0) & (local < expert)).to(tl.int32)
         own += (here & (local == expert)).to(tl.int32)
     position = tl.sum(before)
@@ -41,7 +44,7 @@ def fill_table(ids, counts, offsets, pairs, total, expert, first_expert, BLOCK: 
     if count > 0:
         for begin in range(0, total, BLOCK):
             at = begin + lanes
-            local = tl.load(ids + at, mask=at < total, other=-1).to(tl.int32) - first_expert
+            local = tl.load(ids + at, mask=at < total, other=-1) - first_expert
             here = ((at < total) & (local == expert)).to(tl.int32)
             rank = tl.cumsum(here, 0) - here
             tl.store(pairs + position + rank, at, mask=here > 0)

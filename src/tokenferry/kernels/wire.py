@@ -53,17 +53,23 @@ ESCAPE: tl.constexpr = tl.constexpr(0xFFFFFFFE)
 PHASES = ("failed", "not-entered", "data-missing", "counts-disagree")
 NOT_ENTERED: tl.constexpr = tl.constexpr(1)
 DATA_MISSING: tl.constexpr = tl.constexpr(2)
+MAX_LAYERS = (1 << 16) - 1
+"""Dispatchers of a workspace: an abort record has 16 bits for the layer, of which one value stands for none."""
 _PHASE_SHIFT: tl.constexpr = tl.constexpr(56)
-_REPORTER_SHIFT: tl.constexpr = tl.constexpr(46)
-_RANK_SHIFT: tl.constexpr = tl.constexpr(36)
+_REPORTER_SHIFT: tl.constexpr = tl.constexpr(48)
+_RANK_SHIFT: tl.constexpr = tl.constexpr(40)
 _LAYER_SHIFT: tl.constexpr = tl.constexpr(24)
 _VALID: tl.constexpr = tl.constexpr(1 << 62)
-_STEP_MASK: tl.constexpr = tl.constexpr(0xFFFFFF)
+NUM_RECORD_STEPS = 1 << 24
+_STEP_MASK: tl.constexpr = tl.constexpr(NUM_RECORD_STEPS - 1)
 
 
 @dataclass(frozen=True)
 class Record:
-    """An abort record: rank `rank` is blamed by rank `reporter`. One 64-bit word, so that it is written whole."""
+    """An abort record: rank `rank` is blamed by rank `reporter`. One 64-bit word, so that it is written whole.
+
+    Bits, from the lowest: step 24, layer + 1 16, rank 8, reporter 8, phase 2, four unused, one that is always set.
+    """
 
     rank: int
     reporter: int
@@ -75,7 +81,7 @@ class Record:
         """The word. Steps are kept modulo 2**24.
 
         Example:
-            Record(rank=1, reporter=0, phase="data-missing", step=7, layer=-1).pack() == 0x4200001000000007
+            Record(rank=1, reporter=0, phase="data-missing", step=7, layer=-1).pack() == 0x4200010000000007
         """
         fields = (self.step & _STEP_MASK.value) | (self.layer + 1) << _LAYER_SHIFT.value | self.rank << _RANK_SHIFT.value
         phase = PHASES.index(self.phase) << _PHASE_SHIFT.value
@@ -85,11 +91,11 @@ class Record:
     def unpack(word: int) -> Record:
         """The inverse of `pack`."""
         return Record(
-            rank=word >> _RANK_SHIFT.value & 0x3FF,
-            reporter=word >> _REPORTER_SHIFT.value & 0x3FF,
+            rank=word >> _RANK_SHIFT.value & 0xFF,
+            reporter=word >> _REPORTER_SHIFT.value & 0xFF,
             phase=PHASES[word >> _PHASE_SHIFT.value & 3],
             step=word & _STEP_MASK.value,
-            layer=(word >> _LAYER_SHIFT.value & 0xFFF) - 1,
+            layer=(word >> _LAYER_SHIFT.value & 0xFFFF) - 1,
         )
 
 
@@ -341,8 +347,8 @@ if not INTERPRETED:
             tl.inline_asm_elementwise(_SEND1, _STORE_CONSTRAINTS, [address, a, b, c, d, m], dtype=tl.int32, is_pure=False, pack=1)
 
     @triton.jit
-    def multicast(address, a, b, c, d, mask, control, size, stride, WORDS: tl.constexpr):
-        """`send` to all ranks at once; `address` is in the multicast mapping (`size` and `stride` are for the interpreter)."""
+    def multicast(address, a, b, c, d, mask, control, WORDS: tl.constexpr):
+        """`send` to all ranks at once, whatever the kernel takes for its peers; `address` is in the multicast mapping."""
         m = mask.to(tl.int32)
         if WORDS == 4:
             tl.inline_asm_elementwise(_CAST4, _STORE_CONSTRAINTS, [address, a, b, c, d, m], dtype=tl.int32, is_pure=False, pack=1)
@@ -379,7 +385,12 @@ if not INTERPRETED:
     @triton.jit
     def take_ticket(state):
         """One ticket a program, known to its first thread alone: telling the others would cost all a trip to memory. Returns how
-        many were taken before, in the lower half. The round, in the upper half, is not touched."""
+        many were taken before, in the lower half. The round, in the upper half, is not touched.
+
+        The last ticket lets the round end, and every warp of a program has loaded the round itself. So all of them come here
+        first: a warp that was held up before its load would read the next round.
+        """
+        tl.debug_barrier()
         return tl.inline_asm_elementwise(_TICKET_TEXT, "=&l,l", [state], dtype=tl.int64, is_pure=False, pack=1)
 
     @triton.jit
@@ -447,7 +458,7 @@ if not INTERPRETED:
         tl.debug_barrier()
 
     @triton.jit
-    def multicast_sum(address, mask, control, size, stride):
+    def multicast_sum(address, mask, control):
         """The float32 sum of four words over all ranks, in the switch's own order; `address` is in the multicast mapping."""
         return tl.inline_asm_elementwise(
             _CAST_REDUCE_TEXT,
@@ -571,22 +582,29 @@ else:
     def send(address, a, b, c, d, mask, control, WORDS):
         _put(address, (a, b, c, d), mask, _scalar(WORDS), _observer(_scalar(control)), "send")
 
-    def _clones(address, control, size, stride):
-        """The same place in every rank's buffer: without a switch, a multicast address is one in the own buffer."""
-        offsets = _array(address).astype(np.int64) - _scalar(control)
-        return [offsets + int(base) for base in _word64_table(_scalar(control), _scalar(size))]
+    def _clones(address, control):
+        """The same place in every rank's buffer: without a switch, a multicast address is one in the own buffer.
+
+        All ranks of the group, as the hardware does it: the size that a kernel was given is not asked.
+        """
+        control = _scalar(control)
+        offsets = _array(address).astype(np.int64) - control
+        return [offsets + int(base) for base in _word64_table(control, _group_size(control))]
+
+    def _group_size(control: int) -> int:
+        return int(np.asarray(_Memory(control + GROUP_SIZE.value, 1))[0])
 
     def _word64_table(control: int, size: int):
         table = int(_word64(control + PEER_TABLE.value)[0])
         return np.asarray(_Memory(table, 2 * size)).view(np.int64)
 
-    def multicast(address, a, b, c, d, mask, control, size, stride, WORDS):
-        for clone in _clones(address, control, size, stride):
+    def multicast(address, a, b, c, d, mask, control, WORDS):
+        for clone in _clones(address, control):
             _put(_tensor(clone, tl.int64), (a, b, c, d), mask, _scalar(WORDS), _observer(_scalar(control)), "send")
 
-    def multicast_sum(address, mask, control, size, stride):
+    def multicast_sum(address, mask, control):
         totals = None
-        for clone in _clones(address, control, size, stride):
+        for clone in _clones(address, control):
             words = [_array(word).view(np.float32) for word in _get(_tensor(clone, tl.int64), mask, 4)]
             totals = words if totals is None else [total + word for total, word in zip(totals, words, strict=True)]
         return tuple(_tensor(total.view(np.uint32), tl.uint32) for total in totals)
@@ -613,7 +631,7 @@ else:
     def _claim(control: int, word: int) -> None:
         claim_record(tl.full([], control, tl.int64), tl.full([], word, tl.int64))
         agreed = int(_word64(control)[0])
-        for peer in _word64_table(control, int(np.asarray(_Memory(control + GROUP_SIZE.value, 1))[0])):
+        for peer in _word64_table(control, _group_size(control)):
             claim_record(tl.full([], int(peer), tl.int64), tl.full([], agreed, tl.int64))
 
     def take(address, mask, control, blamed, hint, WORDS):

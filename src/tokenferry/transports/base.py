@@ -19,7 +19,7 @@ from tokenferry.step import StepRequest, StepTensors
 CombineOrder = Literal["rank", "any"]
 Counts = Literal["uneven", "equal"]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised when ranks of an older release could not understand this one; compared when a workspace opens."""
 
 
@@ -156,8 +156,13 @@ def empty_like_routing(settings: TransportSettings, num_rows: int) -> tuple[torc
 
 
 def mask_padding(topk_idx: torch.Tensor, num_real_tokens: int | torch.Tensor) -> torch.Tensor:
-    """`topk_idx` as a new int32 tensor with -1 in the padding rows. Reads a device scalar on the device."""
+    """`topk_idx` as a new int32 tensor with -1 in the padding rows, and for a number that no int32 holds.
+
+    Reads a device scalar on the device.
+    """
     masked = topk_idx.to(torch.int32, copy=True)
+    if topk_idx.dtype != torch.int32:
+        masked.masked_fill_(masked != topk_idx, -1)  # cut off, 2**32 + 3 would be expert 3
     if isinstance(num_real_tokens, int):
         masked[num_real_tokens:] = -1
         return masked

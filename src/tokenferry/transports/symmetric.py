@@ -77,10 +77,12 @@ class SymmetricTransport(Rounds):
         self._mirror, kernels, grid = _prepare_together(settings, layout, tuning, buffer, multicast and group.size > 1)
         views = _views(settings, buffer, layout)
         address = buffer.address
-        place = Place(group.rank, group.size, address + wire.STATE, address + layout.block.offset)
+        state, block = address + wire.STATE, address + layout.block.offset
+        place = Place(group.rank, group.size, state, block, buffer.table_address, buffer.multicast_address)
         super().__init__(settings, step_tensors, buffer, layout, kernels, views, place, grid)
         self.name = "nvls" if multicast else "p2p"
-        self._alone = Place(0, 1, address + wire.SOLO_STATE, address + layout.solo_block.offset)
+        state, block = address + wire.SOLO_STATE, address + layout.solo_block.offset
+        self._alone = Place(0, 1, state, block, buffer.own_table_address, 0)
         is_cpu = group.device.type == "cpu"
         self._is_cpu = is_cpu
         self._record = ctypes.c_int64.from_address(address if is_cpu else self._mirror.data_ptr())
@@ -141,10 +143,12 @@ class SymmetricTransport(Rounds):
     def _settled(self, word: int) -> Exception:
         """The error that the whole group agrees on: two ranks may have given up at the same moment."""
         record = wire.Record.unpack(word)
-        settings = self._settings
+        settings, half = self._settings, wire.NUM_RECORD_STEPS // 2
+        # A record has the step's lower bits: the step meant is the one nearest to ours.
+        step = max(0, self._request.index + (record.step - self._request.index + half) % (2 * half) - half)
         reason = f"rank {record.rank} gave up" if record.phase == "failed" else ""
         phase = "data-missing" if record.phase == "failed" else record.phase
-        mine = AbortRecord(record.rank, record.reporter, phase, record.step, record.layer, settings.timeout_s, reason)
+        mine = AbortRecord(record.rank, record.reporter, phase, step, record.layer, settings.timeout_s, reason)
         agreed = AbortRecord(**settings.group.channel.claim(f"{settings.name}/abort", asdict(mine)))
         return agreed.error_for(settings.group.rank)
 
@@ -203,7 +207,7 @@ def load_kernels(settings: TransportSettings, tuning: Tuning, multicast: bool) -
         multicast and settings.combine_order == "any" and settings.combine_dtype == torch.float32 and wire_bytes % 16 == 0
     )
 
-    def dispatch(idx: torch.dtype, weights: torch.dtype) -> Launch:
+    def dispatch(idx: torch.dtype, weights: torch.dtype, multicast: bool) -> Launch:
         constants = {
             "ROW_WORDS": row_bytes // 4,
             "K": config.topk,
@@ -232,10 +236,13 @@ def load_kernels(settings: TransportSettings, tuning: Tuning, multicast: bool) -
         }
         return prepare(combine_kernel, COMBINE_SIGNATURE, constants, tuning.num_warps, device)
 
+    kinds = tuple(product(INDEX_DTYPES, FLOAT_DTYPES))
+    alone = {(idx, weights): dispatch(idx, weights, False) for idx, weights in kinds}
     return Kernels(
         prepare(counts_kernel, COUNTS_SIGNATURE, {"LANES": lanes, "PDL": pdl}, 1, device),
         prepare(abort_kernel, ABORT_SIGNATURE, {"PDL": 0}, 1, device),
-        {(idx, weights): dispatch(idx, weights) for idx, weights in product(INDEX_DTYPES, FLOAT_DTYPES)},
+        {(idx, weights): dispatch(idx, weights, True) for idx, weights in kinds} if multicast else alone,
+        alone,
         {partial: combine(partial) for partial in FLOAT_DTYPES},
     )
 
@@ -252,7 +259,10 @@ def _prepare_together(
         mirror = torch.zeros(1, dtype=torch.int64, pin_memory=is_cuda)
         _initialise(settings, buffer, layout, mirror.data_ptr() if is_cuda else 0)
         kernels = load_kernels(settings, tuning, multicast)
-        resident = min(launch.resident for launch in (*kernels.dispatch.values(), *kernels.combine.values()))
+        resident = min(
+            launch.resident
+            for launch in (*kernels.dispatch.values(), *kernels.dispatch_alone.values(), *kernels.combine.values())
+        )
         wanted = _grid(settings, layout, tuning, resident, buffer.is_virtual)
     except Exception as error:  # noqa: BLE001  # compilers raise anything
         failure = error

@@ -173,6 +173,6 @@ def required_bytes(
     multicast: bool,
     index_dtype: torch.dtype = torch.int32,
 ) -> int:
-    """What a rank holds: the buffer, the table of addresses, and the step's counts."""
+    """What a rank holds: the buffer, the table of addresses (with its own once more, for `solo`), and the step's counts."""
     layout = plan(config, ep_size, max_tokens_per_rank, combine_dtype, multicast=multicast, index_dtype=index_dtype)
-    return layout.num_bytes + ep_size * 8 + (3 + 2 * ep_size) * 4
+    return layout.num_bytes + (ep_size + 1) * 8 + (3 + 2 * ep_size) * 4

@@ -22,6 +22,8 @@ class Kernels:
     abort: Launch
     dispatch: dict[tuple[torch.dtype, torch.dtype], Launch]
     """By dtype of topk_idx and of topk_weights."""
+    dispatch_alone: dict[tuple[torch.dtype, torch.dtype], Launch]
+    """The same without multicast, for `solo`: a multicast store reaches every rank, whoever the kernel takes its peers for."""
     combine: dict[torch.dtype, Launch]
     """By dtype of the partial rows."""
 
@@ -36,12 +38,22 @@ class Views:
 
 @dataclass(frozen=True)
 class Place:
-    """Who the kernels run as: this rank among its peers, or rank 0 of 1 in `solo`."""
+    """Who the kernels run as: this rank among its peers, or rank 0 of 1 in `solo`.
+
+    Everything by which a kernel could reach another rank stands here. Once `solo` kept the group's table of buffers and its
+    multicast address: the warm-up rows of rank 1 lay in rank 0's gathered ids, and over multicast in every peer's slots.
+
+    Attributes:
+        peers: address of the table of buffers, `size` of them.
+        cast: of the multicast mapping, 0 if there is none or nobody to reach.
+    """
 
     rank: int
     size: int
     state: int
     block: int
+    peers: int
+    cast: int
 
 
 class Rounds:
@@ -78,7 +90,7 @@ class Rounds:
         group = self._settings.group
         common = {
             "own": buffer.address,
-            "peers": buffer.table_address,
+            "peers": place.peers,
             "rank": place.rank,
             "size": place.size,
             "state": place.state,
@@ -95,7 +107,7 @@ class Rounds:
         rows = {**common, "counts": layout.counts.offset, "slot_rows": layout.slot_rows}
         dispatch = {
             **rows,
-            "cast": buffer.multicast_address,
+            "cast": place.cast,
             "arrived": layout.arrived.offset,
             "slots": layout.dispatch_slots.offset,
             "slot_bytes": layout.dispatch_slot_bytes,
@@ -105,15 +117,16 @@ class Rounds:
         }
         combine = {
             **rows,
-            "cast": buffer.multicast_address,
+            "cast": place.cast,
             "ready": layout.ready.offset,
             "slots": layout.combine_slots.offset,
             "slot_bytes": layout.combine_slot_bytes,
             "terms": layout.terms.offset,
         }
+        dispatches = kernels.dispatch if place.size > 1 else kernels.dispatch_alone
         return (
             counts,
-            {dtypes: launch.bind(self._grid, **dispatch) for dtypes, launch in kernels.dispatch.items()},
+            {dtypes: launch.bind(self._grid, **dispatch) for dtypes, launch in dispatches.items()},
             {dtype: launch.bind(self._grid, **combine) for dtype, launch in kernels.combine.items()},
         )
 

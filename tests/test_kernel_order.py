@@ -1,0 +1,107 @@
+"""What the protocols need of the compiled kernels, read from their PTX: which accesses order others, and in which order they stand.
+
+Interpreted kernels run one program in one thread, so no other test on a CPU notices when one of these goes.
+"""
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from test_compile_kernels import VARIANTS, compiled
+from tokenferry.kernels import wire
+
+pytestmark = pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+
+CAPABILITIES = pytest.mark.parametrize("capability", [90, 100])
+EXCHANGES = tuple(name for name in VARIANTS if name != "abort")
+BULK = tuple(name for name in VARIANTS if name.startswith(("dispatch", "combine")))
+COMBINES = tuple(name for name in VARIANTS if name.startswith("combine"))
+
+TO_A_PEER = re.compile(r"\b(st\.(relaxed|release)\.sys|multimem\.st|red\.\S*\.sys|atom\.\S*\.sys)")
+"""Stores and atomics that other GPUs see."""
+OF_A_PEER = re.compile(r"\bld\.(relaxed|acquire|volatile)\S*")
+TICKET = re.compile(r"\batom\.\S*gpu\S*\.add\.u64")
+
+
+def instructions(name: str, capability: int) -> list[str]:
+    """In the order of the PTX, which is the order of the program up to its branches."""
+    lines = (piece.strip() for line in compiled(name, capability).asm["ptx"].splitlines() for piece in line.split(";"))
+    return [line for line in lines if line and not line.startswith(("//", ".loc", ".file"))]
+
+
+def places(lines: list[str], pattern: str | re.Pattern[str]) -> Iterator[int]:
+    return (place for place, line in enumerate(lines) if re.search(pattern, line))
+
+
+@CAPABILITIES
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_nothing_goes_to_a_peer_before_the_previous_kernel_has_ended(name: str, capability: int) -> None:
+    """The previous kernel may still read what a peer sends in answer, or poll the slots that this one would restore."""
+    lines = instructions(name, capability)
+    waits, stores = list(places(lines, r"griddepcontrol\.wait")), list(places(lines, TO_A_PEER))
+    assert len(waits) == 1, "one wait, on every path"
+    assert stores, "the kernel sends"
+    assert waits[0] < min(stores)
+    branches = [line for line in lines[: waits[0]] if re.search(r"\bbra\b", line)]
+    assert branches == [], "no path leads around the wait"
+
+
+@CAPABILITIES
+@pytest.mark.parametrize("name", [name for name in EXCHANGES if name not in COMBINES])
+def test_the_counter_and_the_step_are_read_after_the_previous_kernel_has_ended(name: str, capability: int) -> None:
+    """Combine alone reads them before: a dispatch always lies between it and whatever wrote them last."""
+    lines = instructions(name, capability)
+    wait = next(places(lines, r"griddepcontrol\.wait"))
+    loads = [line for line in lines[:wait] if re.search(r"\bld\.(global|relaxed|acquire|volatile)", line)]
+    assert all("b64" in line or "u64" in line for line in loads), "before the wait nothing but the table of addresses is read"
+
+
+@CAPABILITIES
+@pytest.mark.parametrize("name", BULK)
+def test_flags_are_released_and_acquired(name: str, capability: int) -> None:
+    """A flag says that rows are there: they must be visible before it, and read after it."""
+    text = "\n".join(instructions(name, capability))
+    assert re.search(r"\bst\.release\.sys\.global\.b64", text), "the flag of a bulk round"
+    assert re.search(r"\bld\.acquire\.sys\.global\.b64", text), "its poll"
+
+
+@CAPABILITIES
+@pytest.mark.parametrize("name", BULK)
+def test_all_threads_have_stored_before_one_of_them_sets_the_flag(name: str, capability: int) -> None:
+    lines = instructions(name, capability)
+    for flag in places(lines, r"\bst\.release\.sys\.global\.b64"):
+        before = [line for line in lines[:flag] if re.search(r"\b(bar\.sync|barrier\.sync|st\.\S*global)", line)]
+        assert before and re.search(r"\bbar", before[-1]), "between the last store and the flag stands a barrier"
+
+
+@CAPABILITIES
+@pytest.mark.parametrize("name", COMBINES)
+def test_one_thread_takes_the_ticket_and_all_have_loaded_the_round_by_then(name: str, capability: int) -> None:
+    lines = instructions(name, capability)
+    tickets = list(places(lines, TICKET))
+    assert len(tickets) == 1
+    ticket = lines[tickets[0]]
+    predicate = re.match(r"@(%\w+)", ticket)
+    assert predicate is not None, f"every thread would take one: {ticket}"
+    setting = [line for line in lines[: tickets[0]] if f"{predicate[1]}," in line][-1]
+    assert setting.startswith("setp.eq.u32"), "the first thread alone"
+    assert "%tid.x" in lines[list(places(lines[: tickets[0]], r"%tid\.x"))[-1]]
+    last_load = max(places(lines[: tickets[0]], r"\bld\.(global|relaxed|volatile)"))
+    assert any(re.search(r"\bbar(rier)?\.", line) for line in lines[last_load : tickets[0]]), "a barrier after the last load"
+
+
+@CAPABILITIES
+@pytest.mark.parametrize("name", BULK)
+def test_packets_are_polled_past_the_caches(name: str, capability: int) -> None:
+    """Every load that waits for a peer asks memory itself: a cached word would never change."""
+    text = "\n".join(instructions(name, capability))
+    assert re.search(r"\bld\.relaxed\.sys\.global", text)
+    assert not re.search(r"\bld\.weak\.\S*sys", text)
+
+
+@CAPABILITIES
+def test_a_group_of_72_ranks_runs_the_code_of_a_group_of_2(capability: int) -> None:
+    """Nothing is unrolled over peers: the number of ranks is an argument, and no store to a peer stands twice for two of them."""
+    stores = {name: len(list(places(instructions(name, capability), TO_A_PEER))) for name in ("counts-EP2", "counts-EP72")}
+    assert stores["counts-EP2"] <= stores["counts-EP72"] <= 4 * stores["counts-EP2"], "four blocks of 32 lanes at most"
