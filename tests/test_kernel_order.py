@@ -1,4 +1,4 @@
-"""What the protocols need of the compiled kernels, read from their PTX: which accesses order others, and in which order they stand.
+"""What the protocols need of the compiled kernels, read from their PTX: which accesses order others, and where they stand.
 
 Interpreted kernels run one program in one thread, so no other test on a CPU notices when one of these goes.
 """

@@ -386,8 +386,8 @@ class Workspace:
             self.lifecycle.require_usable("dispatcher")
         if self._num_layers >= MAX_LAYERS:
             raise StateError(
-                f"dispatcher: the workspace has given out {self._num_layers} dispatchers, and {MAX_LAYERS} is the most; make one for "
-                "each layer of the model, once, and keep it"
+                f"dispatcher: the workspace has given out {self._num_layers} dispatchers, and {MAX_LAYERS} is the most; make one "
+                "for each layer of the model, once, and keep it"
             )
         layer, self._num_layers = self._num_layers, self._num_layers + 1
         return Dispatcher(self, layer)

@@ -259,10 +259,8 @@ def _prepare_together(
         mirror = torch.zeros(1, dtype=torch.int64, pin_memory=is_cuda)
         _initialise(settings, buffer, layout, mirror.data_ptr() if is_cuda else 0)
         kernels = load_kernels(settings, tuning, multicast)
-        resident = min(
-            launch.resident
-            for launch in (*kernels.dispatch.values(), *kernels.dispatch_alone.values(), *kernels.combine.values())
-        )
+        launches = (*kernels.dispatch.values(), *kernels.dispatch_alone.values(), *kernels.combine.values())
+        resident = min(launch.resident for launch in launches)
         wanted = _grid(settings, layout, tuning, resident, buffer.is_virtual)
     except Exception as error:  # noqa: BLE001  # compilers raise anything
         failure = error
