@@ -72,7 +72,7 @@ CASES = (
     Routes("sigmoid-correction", num_experts=600, topk=22),  # more than one warp
     Routes("softmax", num_rows=0),
     *(Routes(rules, num_off=off) for rules in ("sigmoid-correction", "deepseek") for off in (3, 7, 13, 16)),
-    Routes("deepseek", num_experts=256, topk=8, num_rows=33, num_off=200),
+    Routes("deepseek", num_experts=256, topk=8, num_off=200),
 )
 
 

@@ -226,8 +226,6 @@ def test_any_pytree_comes_back_as_it_was_cut_to_the_real_rows(kind: str, rows: i
 
 
 @pytest.mark.parametrize("inputs", [torch.empty(2, 3), None, (), [3], [torch.tensor(1.0)]], ids=str)
-def test_inputs_that_are_no_list_of_rows_are_refused(inputs: object) -> None:
-    config = tf.MoEConfig(hidden_size=8, num_experts=4, topk=1, dtype=torch.float32)
-    with tf.Workspace(config, tf.EPGroup(device="cpu"), max_tokens_per_rank=8) as ws:
-        with pytest.raises(tf.UsageError, match="inputs must be"):
-            tf.GraphRunner(ws, lambda x: x, [4], inputs=inputs)
+def test_inputs_that_are_no_list_of_rows_are_refused(ws, inputs: object) -> None:
+    with pytest.raises(tf.UsageError, match="inputs must be"):
+        GraphRunner(ws, lambda x: x, [4], inputs=inputs)

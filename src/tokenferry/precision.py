@@ -42,7 +42,7 @@ class KeepsPrecision(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
         kept = self.kept_dtypes()
         for name, now in self._kept().items():
             if now.dtype != kept[name]:
