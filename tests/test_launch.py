@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from launch_workers import (
     read_environment,
     report,
 )
-from tokenferry.errors import ConfigError, RankFailedError
+from tokenferry.errors import ConfigError, RankFailedError, UsageError
 from tokenferry.launch import run_processes
+from tokenferry.testing import run_ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -144,3 +146,59 @@ def test_program_without_a_file_is_told_to_have_one(way):
     command, text = ([sys.executable, "-"], TYPED) if way == "standard-input" else ([sys.executable, "-c", TYPED], None)
     ended = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
     assert ended.stderr.strip().splitlines()[-1].endswith("this one has no file; save it as a .py file")
+
+
+# --- programs that rank processes cannot serve, told at once -----------------------------------------------------------------
+
+PROGRAM = """
+from tokenferry.testing import run_ranks
+
+def worker(group):
+    return {result}
+
+def outer():
+    def inner(group):
+        return 0
+    return inner
+
+{start}
+"""
+GUARDED = 'if __name__ == "__main__":\n    print(run_ranks({what}, 2, timeout_s=20.0))'
+PROGRAMS = {
+    "no-guard": ("group.rank", "print(run_ranks(worker, 2))", r"ConfigError: line \d+ of .*program\.py starts .* `if __name__"),
+    "a-lambda": ("0", GUARDED.format(what="lambda group: 0"), "ConfigError: .*no lambda and none within another"),
+    "a-function-within-another": ("0", GUARDED.format(what="outer()"), "ConfigError: .*no lambda and none within another"),
+    "no-function": ("0", GUARDED.format(what="3"), "UsageError: worker must be"),
+    "an-unpicklable-result": ("open(__file__)", GUARDED.format(what="worker"), "UsageError: a rank's result .* TextIOWrapper"),
+    "a-generator-as-result": ("(i for i in ())", GUARDED.format(what="worker"), "UsageError: a rank's result .* generator"),
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_that_rank_processes_cannot_serve_is_told_so_in_a_line(name: str, tmp_path: Path) -> None:
+    result, start, said = PROGRAMS[name]
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM.format(result=result, start=start))
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert re.search(said, done.stderr), done.stderr
+    assert "bootstrapping" not in done.stderr, "Python's own page about it"
+    assert time.monotonic() - begun < 30
+
+
+@pytest.mark.ranks
+def test_a_guard_within_another_statement_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    start = 'try:\n    if __name__ == "__main__":\n        print(run_ranks(worker, 2))\nfinally:\n    pass'
+    path.write_text(PROGRAM.format(result="group.rank", start=start))
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.strip() == "[0, 1]", done.stderr
+
+
+def test_run_ranks_is_refused_under_torchrun_s_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(UsageError, match=r"RANK=1 and WORLD_SIZE=2 .*EPGroup\(torch\.distributed\.group\.WORLD\)"):
+        run_ranks(print, 2)

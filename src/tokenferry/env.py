@@ -63,6 +63,7 @@ class TorchrunSettings:
     local_world_size: int | None = _variable("LOCAL_WORLD_SIZE", "torchrun: number of processes on this machine", int)
     master_addr: str | None = _variable("MASTER_ADDR", "torchrun: host of the rendezvous store", str)
     master_port: int | None = _variable("MASTER_PORT", "torchrun: port of the rendezvous store", int)
+    run_id: str | None = _variable("TORCHELASTIC_RUN_ID", "torchrun: its run; the other variables alone may be left over", str)
 
     @property
     def active(self) -> bool:

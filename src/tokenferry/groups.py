@@ -7,6 +7,7 @@ the rank that is missing, which a collective call does not, and it still works w
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -14,7 +15,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from tokenferry.errors import ConfigError, PeerTimeoutError, Phase
+from tokenferry import env
+from tokenferry.errors import ConfigError, PeerTimeoutError, Phase, UsageError
 
 _POLL_FIRST_S = 0.0005
 _POLL_LAST_S = 0.02
@@ -69,12 +71,46 @@ class StoreChannel:
         return json.loads(self._store.get(name)) if self._store.check([name]) else None
 
 
+class ThreadRanks:
+    """What threads of one process share as its virtual ranks: Python objects, handed over as they are.
+
+    A group of virtual ranks is made with one. Nothing else makes ranks virtual: host names, process numbers and devices are
+    equal in different containers, and a number that came from there was once taken for an object's address in this process.
+    """
+
+    def __init__(self) -> None:
+        self._objects: dict[tuple[str, int], Any] = {}
+        self._changed = threading.Condition()
+
+    def share(self, name: str, rank: int, size: int, value: Any, timeout_s: float) -> list[Any]:
+        """Every rank's `value` under `name`, in rank order; a name is used once.
+
+        Raises:
+            PeerTimeoutError: a rank did not come.
+        """
+        start = time.monotonic()
+        keys = [(name, each) for each in range(size)]
+        with self._changed:
+            self._objects[name, rank] = value
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: all(key in self._objects for key in keys), timeout_s):
+                late = next(each for each, key in enumerate(keys) if key not in self._objects)
+                raise PeerTimeoutError(late, "open", 0, -1, time.monotonic() - start, detail=f"nothing under {name!r}")
+            return [self._objects[key] for key in keys]
+
+    def forget(self, name: str, rank: int) -> None:
+        """Lets go of this rank's value, once every rank has it."""
+        with self._changed:
+            self._objects.pop((name, rank), None)
+
+
 class EPGroup:
     """The ranks that share a model's experts. All ranks make their groups on a process group in the same order.
 
     Args:
         process_group: a `torch.distributed` process group (`torch.distributed.group.WORLD` for all ranks). None makes a
-            group of one; the default group is never taken without being asked for.
+            group of one; the default group is never taken without being asked for. Under torchrun a group of one is made by
+            `EPGroup.alone()`, since there None is mostly a WORLD that was read before `init_process_group()`.
         device: where this rank's tensors live. Default: the current CUDA device if the process group speaks NCCL (or, for a
             group of one, if there is CUDA), else the CPU.
 
@@ -83,13 +119,16 @@ class EPGroup:
         device: a `torch.device` with an index if it is CUDA.
         channel: the `Channel` between the ranks.
         process_group: as given, or None.
+        threads: what the ranks share if they are threads of one process, or None.
 
     Raises:
         ConfigError: this process is not a member of `process_group`.
+        UsageError: None, where the environment variable WORLD_SIZE says that there are several processes.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None, device: torch.device | str | None = None) -> None:
         if process_group is None:
+            _refuse_one_of_many()
             self._setup(dist.HashStore(), 0, 1, _device(device, prefer_cuda=torch.cuda.is_available()), None)
             return
         if not isinstance(process_group, dist.ProcessGroup) and process_group != dist.GroupMember.NON_GROUP_MEMBER:
@@ -111,23 +150,47 @@ class EPGroup:
         )
 
     @classmethod
-    def from_store(cls, store: dist.Store, rank: int, size: int, device: torch.device | str | None = None) -> EPGroup:
-        """A group of `size` ranks that meet in `store` (no process group needed). `device` defaults to the CPU."""
+    def alone(cls, device: torch.device | str | None = None) -> EPGroup:
+        """A group of one, under torchrun too. `device` defaults to the current CUDA device if there is one, else the CPU."""
+        group = cls.__new__(cls)
+        group._setup(dist.HashStore(), 0, 1, _device(device, prefer_cuda=torch.cuda.is_available()), None)
+        return group
+
+    @classmethod
+    def from_store(
+        cls,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        device: torch.device | str | None = None,
+        *,
+        threads: ThreadRanks | None = None,
+    ) -> EPGroup:
+        """A group of `size` ranks that meet in `store` (no process group needed). `device` defaults to the CPU. Ranks that are
+        threads of one process share `threads` too; `testing.virtual_ranks` makes such groups."""
         if not isinstance(store, dist.Store):
             raise ConfigError(f"store must be a torch.distributed store, got {type(store).__name__}")
         if not _are_ints(rank, size) or not 0 <= rank < size:
             raise ConfigError(f"rank must lie in [0, {size}), got {rank}")
         group = cls.__new__(cls)
-        group._setup(store, rank, size, _device(device, prefer_cuda=False), None)
+        group._setup(store, rank, size, _device(device, prefer_cuda=False), None, threads)
         return group
 
     def _setup(
-        self, store: dist.Store, rank: int, size: int, device: torch.device, process_group: dist.ProcessGroup | None
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        device: torch.device,
+        process_group: dist.ProcessGroup | None,
+        threads: ThreadRanks | None = None,
+        path: str = "",
     ) -> None:
-        self.rank, self.size, self.device, self.process_group = rank, size, device, process_group
+        self.rank, self.size, self.device, self.process_group, self.threads = rank, size, device, process_group, threads
         # A second group on the same store must not find the first one's words: each rank counts the groups that it has made.
         number = store.add(f"groups made by rank {rank}", 1)
         self.store = dist.PrefixStore(f"group.{number}", store)
+        self._path = f"{path}/group.{number}"
         self.channel: Channel = StoreChannel(self.store, rank, size)
         self._names_given: dict[str, int] = {}
 
@@ -140,7 +203,19 @@ class EPGroup:
         if self.rank not in chosen or chosen[0] < 0 or chosen[-1] >= self.size:
             raise ConfigError(f"ranks must be a part of 0..{self.size - 1} that holds this rank, {self.rank}; got {list(ranks)}")
         name = self.unique_name("subset/" + "-".join(map(str, chosen)))
-        return EPGroup.from_store(dist.PrefixStore(name, self.store), chosen.index(self.rank), len(chosen), self.device)
+        group = EPGroup.__new__(EPGroup)
+        store, path = dist.PrefixStore(name, self.store), f"{self._path}/{name}"
+        group._setup(store, chosen.index(self.rank), len(chosen), self.device, None, self.threads, path)
+        return group
+
+    def share(self, name: str, value: Any, timeout_s: float) -> list[Any]:
+        """Every virtual rank's own `value`, in rank order; for groups with `threads` alone. A name is used once."""
+        assert self.threads is not None, "only threads of one process share objects"
+        key = f"{self._path}/{name}"
+        values = self.threads.share(key, self.rank, self.size, value, timeout_s)
+        self.channel.barrier(f"{name}/shared", timeout_s)
+        self.threads.forget(key, self.rank)
+        return values
 
     def unique_name(self, kind: str) -> str:
         """`kind` and a running number, equal on all ranks if they ask in the same order."""
@@ -167,6 +242,20 @@ class EPGroup:
 
     def __repr__(self) -> str:
         return f"EPGroup(rank={self.rank}, size={self.size}, device={str(self.device)!r})"
+
+
+def _refuse_one_of_many() -> None:
+    """`EPGroup(dist.group.WORLD)` before `init_process_group()` is `EPGroup(None)`: under torchrun it made a group of one on each
+    rank, and all of them went on with themselves alone."""
+    try:
+        world_size = env.read(env.TorchrunSettings).world_size
+    except ConfigError:  # other programs have other uses for these names
+        return
+    if world_size is not None and world_size > 1:
+        raise UsageError(
+            f"process_group is None but WORLD_SIZE is {world_size}: call torch.distributed.init_process_group() first, then "
+            "EPGroup(torch.distributed.group.WORLD); for a group of one on purpose call EPGroup.alone()"
+        )
 
 
 def _are_ints(*values: object) -> bool:

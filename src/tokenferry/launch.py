@@ -6,8 +6,10 @@ Ranks meet in a folder of their own (a file store), so no port is used. A rank t
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import faulthandler
+import inspect
 import json
 import multiprocessing
 import os
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from tokenferry import env as environment_table
-from tokenferry.errors import ConfigError, RankFailedError
+from tokenferry.errors import ConfigError, RankFailedError, UsageError
 
 StartMethod = Literal["forkserver", "spawn", "fork"]
 
@@ -85,16 +87,20 @@ def run_processes(
         RankFailedError: of the first failure: an exception (its traceback), death by a signal (its name), an exit without
             a result, or ranks that are stuck at the deadline (their numbers and stacks). All ranks are dead by then.
         ConfigError: `world_size` < 1, or `target` or `args` cannot be pickled, or are of a program that rank processes cannot
-            import: one typed at a prompt, or read from standard input.
+            import: one typed at a prompt, read from standard input, or that would start them again as it is imported.
     """
     if world_size < 1:
         raise ConfigError(f"world_size must be at least 1, got {world_size}")
     try:
         call = pickle.dumps((target, tuple(args)))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise ConfigError(f"target must be a plain module-level function with picklable args: {error}") from error
+        raise ConfigError(
+            f"rank processes get the function and its arguments pickled, and these cannot be: {error}; give a plain function "
+            "at the top of a module, no lambda and none within another, and arguments that pickle takes"
+        ) from error
     if start_method != "fork":
         _check_main_can_be_imported(call)
+        _check_main_is_guarded()
     deadline_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
     context = multiprocessing.get_context(start_method)
     if start_method == "forkserver":
@@ -124,6 +130,28 @@ def _check_main_can_be_imported(call: bytes) -> None:
     from_stdin = main_file is not None and Path(main_file).name == "<stdin>"
     if from_stdin or (main_file is None and b"__main__" in call):
         raise ConfigError("rank processes import the program that starts them, and this one has no file; save it as a .py file")
+
+
+def _check_main_is_guarded() -> None:
+    """Rank processes import the program that starts them. One that starts them at its top level, unguarded, would do so again in
+    each; Python's own report of that is a page for every rank, and does not name the line."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    frame = inspect.currentframe()
+    while frame is not None and not (frame.f_code.co_name == "<module>" and frame.f_code.co_filename == file):
+        frame = frame.f_back
+    if frame is None or file is None or frame.f_globals.get("__name__") != "__main__":
+        return
+    try:
+        program = ast.parse(Path(file).read_text())
+    except (OSError, ValueError, SyntaxError):  # a program that Python runs from elsewhere, such as an archive
+        return
+    line = frame.f_lineno
+    guards = [node for node in ast.walk(program) if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)]
+    if not any(guard.lineno <= line <= (guard.end_lineno or guard.lineno) for guard in guards):
+        raise ConfigError(
+            f"line {line} of {file} starts rank processes, which import that file and would start them again: put it under "
+            '`if __name__ == "__main__":`'
+        )
 
 
 def _start(context: Any, environment: Mapping[str, str], start: Mapping[str, Any]) -> _Rank:
@@ -249,7 +277,7 @@ def _run_rank(rank: int, world_size: int, folder: str, call: bytes, wants_messag
                 else {}
             )
             result = target(rank, world_size, str(Path(folder, "store")), *args, **extra)
-            connection.send_bytes(b"result " + pickle.dumps(result))
+            connection.send_bytes(b"result " + _pickled(result))
         except BaseException:  # noqa: BLE001 - SystemExit too is a failure of this rank, and the supervisor must hear of it
             failure = [time.monotonic(), rank, traceback.format_exc()]
             connection.send_bytes(b"failure " + json.dumps(failure).encode())
@@ -257,6 +285,16 @@ def _run_rank(rank: int, world_size: int, folder: str, call: bytes, wants_messag
             os._exit(1)  # at once: a rank that waits for others here would hide its failure from them
         finally:
             faulthandler.unregister(signal.SIGUSR1)
+
+
+def _pickled(result: Any) -> bytes:
+    try:
+        return pickle.dumps(result)
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
+        raise UsageError(
+            f"a rank's result travels pickled, and this {type(result).__name__} cannot be: {error}; return numbers, strings, "
+            "tensors, or lists and dicts of them"
+        ) from error
 
 
 def _end_with_supervisor(connection: Connection, folder: str) -> None:

@@ -7,12 +7,10 @@ through the descriptor of its owner.
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import mmap
 import os
 import re
-import socket
 import stat
 import threading
 from typing import Any
@@ -84,7 +82,7 @@ class SymmetricBuffer:
             self.peers = [self.tensor.data_ptr()]
         elif group.device.type == "cpu":
             self._open_files(num_bytes)
-        elif len({tuple(place) for place in self._exchange("place", self._place())}) == 1:
+        elif group.threads is not None:
             self._open_virtual(num_bytes)
         else:
             self._open_cuda(num_bytes)
@@ -107,10 +105,6 @@ class SymmetricBuffer:
         for rank, answer in enumerate(answers):
             if answer is not None:
                 raise TransportUnavailableError(f"symmetric memory: rank {rank} failed to {what}: {answer}") from error
-
-    def _place(self) -> list[Any]:
-        """Equal on virtual ranks alone."""
-        return [socket.gethostname(), os.getpid(), str(self._group.device)]
 
     # --- CPU --------------------------------------------------------------------------------------------------------
 
@@ -163,11 +157,9 @@ class SymmetricBuffer:
             error = problem
         self._agree("allocate device memory", error)
         self.is_virtual = True
-        self.peers = self._exchange("addresses", self.tensor.data_ptr())
         # A peer may store here after this rank has closed, as on real ranks: everyone keeps everyone's tensor alive.
-        identities = self._exchange("tensors", id(self.tensor))
-        self._tensors = [ctypes.cast(identity, ctypes.py_object).value for identity in identities]
-        self._exchange("kept", None)
+        self._tensors = self._group.share(f"{self._name}/tensors", self.tensor, self._timeout_s)
+        self.peers = [tensor.data_ptr() for tensor in self._tensors]
 
     def _open_cuda(self, num_bytes: int) -> None:
         from torch.distributed import _symmetric_memory as symmetric_memory  # absent from some CPU builds

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -47,6 +48,18 @@ class Topology:
     memory_bytes: int
     gpus: tuple[Gpu, ...]
     versions: tuple[tuple[str, str], ...]
+
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""Linux's number of this boot of this machine: the same in all of its containers, whatever host names they have."""
+
+
+def machine_id() -> str:
+    """Equal on processes of one machine alone, as far as can be known: the boot's number, else the host's name."""
+    try:
+        return BOOT_ID.read_text().strip()
+    except OSError:  # not Linux, or /proc is not there
+        return platform.node()
 
 
 def num_cpus() -> int:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+import typer
 
 from tokenferry import env
 from tokenferry.cli.job import Answer, Job, RankResult
@@ -27,6 +28,10 @@ PRELOAD: Final = ("torch", "tokenferry.integrations.transformers")
 """Imported once by the fork server instead of once by each rank."""
 POLL_S: Final = 0.2
 STORE_TIMEOUT_S: Final = 600.0
+LEFTOVER_TIMEOUT_S: Final = 45.0
+"""How long the other processes may take where nothing but RANK and WORLD_SIZE speaks of them: these may be left over."""
+NOTICE_S: Final = 3.0
+"""After which a process says what it waits for."""
 
 
 def rank_environment(num_threads: int) -> dict[str, str]:
@@ -55,7 +60,7 @@ def run_under_torchrun(job: Job, place: env.TorchrunSettings, on_message: OnMess
     device = torch.device("cuda", place.local_rank or 0) if job.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=STORE_TIMEOUT_S)))
+    store, rank, world_size = _meet(place)
     # No default process group while the model is made and loaded: transformers' saving and loading change their ways with it.
     group = EPGroup.from_store(dist.PrefixStore("cli/group", store), rank, world_size, device)
     with _messages_through_store(group, on_message) as send:
@@ -64,6 +69,31 @@ def run_under_torchrun(job: Job, place: env.TorchrunSettings, on_message: OnMess
     _tell(results, result)
     group.channel.barrier("cli/results", STORE_TIMEOUT_S)  # names a rank that has died
     return [_received(results, each) for each in range(world_size)] if rank == 0 else None
+
+
+def _meet(place: env.TorchrunSettings) -> tuple[dist.Store, int, int]:
+    """The store of all processes, once they have come.
+
+    Raises:
+        ConfigError: they do not. Variables left over from another run made a single process wait for ten minutes, in silence.
+    """
+    timeout_s = STORE_TIMEOUT_S if place.run_id is not None else LEFTOVER_TIMEOUT_S
+    among = f"RANK={place.rank} and WORLD_SIZE={place.world_size} say that torchrun started {place.world_size} processes"
+    where = f"{place.master_addr}:{place.master_port}"
+    notice = threading.Timer(NOTICE_S, typer.echo, [f"tokenferry: waiting for the others at {where}; {among}"], {"err": True})
+    notice.daemon = True
+    notice.start()
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{among}, but they did not meet at {where} within {timeout_s:.0f} s ({reason}); unset RANK and WORLD_SIZE to have "
+            "the ranks started here, or start all of them with torchrun"
+        ) from error
+    finally:
+        notice.cancel()
+    return store, rank, world_size
 
 
 def _tell(store: dist.Store, result: RankResult) -> None:

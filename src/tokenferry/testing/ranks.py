@@ -9,7 +9,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from tokenferry.groups import EPGroup
+from tokenferry import env as env_table
+from tokenferry.errors import UsageError, check_kind
+from tokenferry.groups import EPGroup, ThreadRanks
 from tokenferry.launch import run_processes
 
 Backend = Literal["gloo", "nccl"]
@@ -33,7 +35,18 @@ def run_ranks(
 
     Raises:
         RankFailedError: the FIRST failure, with its rank and traceback; the other ranks are ended.
+        ConfigError: `worker` is no plain module-level function, or the program cannot be imported by rank processes; see
+            `supervisor.run_processes`.
+        UsageError: torchrun started this process already.
     """
+    check_kind("worker", worker, Callable)  # type: ignore[arg-type]
+    place = env_table.read(env_table.TorchrunSettings)
+    if place.active and (place.world_size or 1) > 1:
+        raise UsageError(
+            f"run_ranks starts rank processes itself, but RANK={place.rank} and WORLD_SIZE={place.world_size} say that torchrun "
+            "started this one: make its group with EPGroup(torch.distributed.group.WORLD), after init_process_group(); or start "
+            "the program with python, without these variables"
+        )
     return run_processes(_with_group, world_size, (worker, backend, args), timeout_s=timeout_s, env=env)
 
 
@@ -48,8 +61,8 @@ def _with_group(rank: int, world_size: int, store_path: str, worker: Callable[..
 
 def virtual_ranks(num_ranks: int, device: torch.device | str = "cpu") -> list[EPGroup]:
     """Groups for `num_ranks` ranks within this process, each to be used by a thread of its own (see `run_virtual`)."""
-    store = dist.HashStore()
-    return [EPGroup.from_store(store, rank, num_ranks, device) for rank in range(num_ranks)]
+    store, threads = dist.HashStore(), ThreadRanks()
+    return [EPGroup.from_store(store, rank, num_ranks, device, threads=threads) for rank in range(num_ranks)]
 
 
 def run_virtual(worker: Callable[..., Any], num_ranks: int, *args: Any, device: torch.device | str = "cpu") -> list[Any]:

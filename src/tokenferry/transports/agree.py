@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from typing import Any
 
+from tokenferry import topology
 from tokenferry.errors import ConfigError, Phase, TransportUnavailableError
 from tokenferry.step import StepTensors
 from tokenferry.transports import select
@@ -53,7 +53,7 @@ def agree_to_open(settings: TransportSettings, requested: str, phase: Phase) -> 
     decisions = [[isinstance(d, select.Accepted), d.name, d.reason] for d in own]
     answers = settings.group.channel.exchange(
         f"{settings.name}/open",
-        {"offer": offer, "decisions": decisions, "host": platform.node()},
+        {"offer": offer, "decisions": decisions, "machine": topology.machine_id()},
         settings.open_timeout_s,
         phase=phase,
     )
@@ -68,5 +68,5 @@ def agree_to_open(settings: TransportSettings, requested: str, phase: Phase) -> 
         [select.Accepted(name, reason) if ok else select.Rejected(name, reason) for ok, name, reason in answer["decisions"]]
         for answer in answers
     ]
-    agreed = select.agree(per_rank, [answer["host"] for answer in answers])
+    agreed = select.agree(per_rank, [answer["machine"] for answer in answers])
     return agreed, select.choose(requested, agreed)

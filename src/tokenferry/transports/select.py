@@ -128,12 +128,12 @@ def _collective(group: EPGroup) -> Decision:
     return Accepted("collective", f"{backend} on {group.device.type.upper()} tensors")
 
 
-def agree(per_rank: Sequence[Sequence[Decision]], hosts: Sequence[str] = ()) -> tuple[Decision, ...]:
+def agree(per_rank: Sequence[Sequence[Decision]], machines: Sequence[str] = ()) -> tuple[Decision, ...]:
     """One decision a transport for the whole group: rejected if a rank rejects it, with that rank's reason, and the symmetric
-    ones also if the ranks live on several of the `hosts`."""
+    ones also if the ranks live on several of the `machines`."""
     agreed: list[Decision] = []
-    if len(set(hosts)) > 1:
-        apart = f"the ranks live on {len(set(hosts))} hosts; symmetric memory reaches one"
+    if len(set(machines)) > 1:
+        apart = f"the ranks live on {len(set(machines))} machines; symmetric memory reaches one"
         per_rank = [[Rejected(d.name, apart) if d.name in SYMMETRIC else d for d in decisions] for decisions in per_rank]
     for decisions in zip(*per_rank, strict=True):
         refusals = [(rank, d) for rank, d in enumerate(decisions) if isinstance(d, Rejected)]
