@@ -25,6 +25,7 @@ from tokenferry.errors import (
     UsageError,
     check_kind,
 )
+from tokenferry.lifecycle import WrongCallerError
 from tokenferry.step import Announced, Step
 from tokenferry.workspace import Workspace
 
@@ -133,6 +134,7 @@ class GraphRunner:
     @torch.no_grad()
     def capture(self) -> None:
         """Captures all graphs, anew if there were some: due after a `workspace.reset`, on every rank that goes on."""
+        self.workspace.lifecycle.require_usable("capture")
         self.close()
         self._generation = self.workspace.generation
         if self.workspace.device.type != "cuda":
@@ -235,7 +237,10 @@ class GraphRunner:
         return self._finish().all_done()
 
     def close(self) -> None:
-        """Drops the graphs and their memory; `capture()` makes them again. Before `Workspace.close` where NCCL was captured."""
+        """Drops the graphs and their memory; `capture()` makes them again. Before `Workspace.close` where NCCL was captured.
+        In a forked child it does nothing: they are the parent's."""
+        if not self.workspace.lifecycle.is_at_home:
+            return
         if self._captured:
             torch.cuda.synchronize(self.workspace.device)
         self._captured.clear()
@@ -291,11 +296,11 @@ class GraphRunner:
         """A forward with the peers: if it fails here, they are told, since they wait for this rank's rows."""
         try:
             return forward()
-        except PeerError:
+        except (PeerError, WrongCallerError):  # another thread's forward goes on
             raise
         except BaseException as error:
             if self.workspace.group.size > 1:
-                self.workspace.fail(f"{type(error).__name__}: {error}")
+                self.workspace.tell_peers(error)
             else:
                 self.workspace.lifecycle.leave_step()
             raise
@@ -304,6 +309,7 @@ class GraphRunner:
         launched, self._launched = self._launched, None
         if launched is None:
             raise StateError("end: no forward was begun; call begin() first")
+        self.workspace.lifecycle.require_at_home("end")
         if self.workspace.device.type == "cuda":
             torch.cuda.current_stream(self.workspace.device).synchronize()
         self.workspace.check()
