@@ -8,6 +8,7 @@ one exchange a step. Where there is no CUDA the padded forward runs as it is: th
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +115,7 @@ class GraphRunner:
         self._num_real = torch.zeros(1, dtype=torch.int32, device=workspace.device)
         self._captured: dict[tuple[int, bool], _Captured] = {}
         self._launched: _Launched | None = None
+        self._inside = threading.Lock()
         self.last_bucket: int | None = None
         """The bucket of the forward that was begun last; None if it ran eagerly."""
         self.capture()
@@ -247,8 +249,19 @@ class GraphRunner:
         self._launched = None
         self._generation = -1
 
-    @torch.no_grad()
     def _begin(self, num_tokens: int, inputs: tuple[torch.Tensor, ...], *, done: bool) -> None:
+        if not self._inside.acquire(blocking=False):  # between two calls on the workspace it would not notice a second forward
+            raise WrongCallerError(
+                "begin: another thread is inside a forward of this runner; let one thread at a time use it, or make a second "
+                "workspace and runner for the other"
+            )
+        try:
+            self._begin_alone(num_tokens, inputs, done=done)
+        finally:
+            self._inside.release()
+
+    @torch.no_grad()
+    def _begin_alone(self, num_tokens: int, inputs: tuple[torch.Tensor, ...], *, done: bool) -> None:
         workspace = self.workspace
         if self._generation != workspace.generation:
             why = "closed" if self._generation < 0 else f"captured in generation {self._generation} of the workspace"
