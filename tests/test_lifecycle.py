@@ -100,6 +100,22 @@ def on_another_thread(call: Callable[[], Any]) -> None:
         pool.submit(call).result(10)
 
 
+class Surprise(BaseException):
+    """Of no library, and no Exception either, as Ctrl-C is none."""
+
+
+def out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def surprise() -> None:
+    raise Surprise("out of nowhere")
+
+
+def no_connection() -> None:
+    raise RuntimeError("Connection closed by peer [127.0.0.1]:4711")
+
+
 # --- closing ----------------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +142,23 @@ def test_closing_amid_a_call_gives_back_when_the_call_ends_and_stays(operation: 
         scene.ws.begin_step(T)
     scene.ws.close()
     assert between.calls.count("close") == 1
+
+
+@pytest.mark.parametrize(("raises", "seen"), [(no_connection, StateError), (surprise, Surprise)], ids=["library", "ctrl-c"])
+def test_what_a_library_says_of_connections_that_another_thread_has_dropped_is_said_in_our_words(
+    raises: Callable[[], None], seen: type[BaseException]
+) -> None:
+    scene = scene_of("collective")
+    play(scene, "stepped")
+
+    def close_and_raise() -> None:
+        on_another_thread(scene.ws.close)
+        raises()
+
+    interpose(scene, BY_NAME["dispatch"], close_and_raise, before=True)
+    with pytest.raises(seen) as caught:
+        scene.dispatcher.dispatch(*scene.rows)
+    assert seen is Surprise or str(caught.value) == "dispatch: the workspace was closed by another thread meanwhile"
 
 
 def test_closing_with_nobody_inside_aborts_nothing(transport: str) -> None:
@@ -160,6 +193,9 @@ class Closes:
     def close(self) -> None:
         self.num_closes += 1
 
+    def abort(self) -> None: ...
+    def fail(self, reason: str) -> None: ...
+
 
 def test_a_lease_closes_once_as_its_last_user_leaves() -> None:
     lease = Lease(held := Closes())
@@ -193,18 +229,6 @@ def test_a_check_during_another_threads_reset_says_so(monkeypatch: pytest.Monkey
 
 
 # --- exceptions out of a transport ------------------------------------------------------------------------------------
-
-
-class Surprise(BaseException):
-    """Of no library, and no Exception either, as Ctrl-C is none."""
-
-
-def out_of_memory() -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-
-def surprise() -> None:
-    raise Surprise("out of nowhere")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=str)

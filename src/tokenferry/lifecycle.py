@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import enum
+import logging
 import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
-from typing import Generic, NoReturn, Protocol, SupportsIndex, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Generic, Protocol, SupportsIndex, TypeVar
 
 from tokenferry.errors import PeerError, StateError, TokenferryError
+
+_log = logging.getLogger(__name__)
 
 _MADV_WIPEONFORK = 18
 """Linux's number; Python's mmap module has no name for it before 3.13."""
@@ -56,11 +60,23 @@ class Ticket:
         self.layer = layer
 
 
-class _Closable(Protocol):
+@contextlib.contextmanager
+def logged(what: str) -> Iterator[None]:
+    """An exception inside, such as a store's or a driver's, is logged and goes no further: another one is on its way to the
+    caller, who must see that one."""
+    try:
+        yield
+    except Exception as problem:  # noqa: BLE001
+        _log.warning("%s: %s: %s", what, type(problem).__name__, problem)
+
+
+class _Transport(Protocol):
+    def fail(self, reason: str) -> None: ...
+    def abort(self) -> None: ...
     def close(self) -> None: ...
 
 
-Held = TypeVar("Held", bound=_Closable)
+Held = TypeVar("Held", bound=_Transport)
 
 
 class Lease(Generic[Held]):
@@ -172,21 +188,19 @@ class Lifecycle:
 
     # --- closing ----------------------------------------------------------------------------------------------------
 
-    def close(self, give_back: Callable[[], None]) -> bool:
-        """From here on every call says "closed". False if that was so before, or in a forked child, where nothing happens.
+    def close(self, lease: Lease[Held], give_back: Callable[[], None]) -> None:
+        """From here on every call says "closed". Does nothing if that was so before, nor in a forked child.
 
-        The caller then calls `give_back_if_free`. `give_back` runs once: there, or as the thread that is inside leaves.
+        Whoever is inside is woken. `give_back` runs once: here, or as the thread that is inside leaves.
         """
         if self.closed or not self._home[0]:
-            return False
+            return
         self._give_back = give_back
         self.closed = True
-        return True
-
-    @property
-    def is_occupied(self) -> bool:
-        """Whether a thread is inside."""
-        return self._inside.locked()
+        if self._inside.locked() or lease.is_used:
+            with contextlib.suppress(WrongCallerError), lease as transport:  # suppressed: they have left, and it is closed
+                transport.abort()
+        self.give_back_if_free()
 
     def give_back_if_free(self) -> None:
         """Gives back what a closed workspace holds, unless a thread is inside. Nobody comes in any more after that."""
@@ -212,11 +226,21 @@ class Lifecycle:
                 "that goes on, or close()"
             )
 
-    def rethrow(self, operation: str, error: BaseException) -> NoReturn:
-        """Raises why the workspace is closed or broken, from `error`, which came of that."""
-        if self.error is None:
-            raise StateError(f"{operation}: the workspace was closed by another thread meanwhile") from error
-        raise copy.copy(self.error) from error
+    def settle(self, operation: str, error: BaseException, lease: Lease[Held], launched: Callable[[], bool]) -> None:
+        """Called as `error` leaves `operation`: see `Workspace.settle_failure`. Where another thread has closed or broken the
+        workspace meanwhile, raises that in the place of what a library says whose connections are gone."""
+        if isinstance(error, PeerError):
+            self.fail(error)
+        elif self.closed or self.error is not None:
+            if isinstance(error, TokenferryError) or not isinstance(error, Exception):
+                return
+            if self.error is None:
+                raise StateError(f"{operation}: the workspace was closed by another thread meanwhile") from error
+            raise copy.copy(self.error) from error
+        elif not isinstance(error, WrongCallerError) and launched():
+            self.break_off(operation, error)
+            with logged("the peers could not be told why this rank gives up"), lease as transport:
+                transport.fail(f"{operation} raised {type(error).__name__}: {error}")
 
     def restart(self) -> None:
         """As after opening. A closed workspace stays closed."""

@@ -27,11 +27,10 @@ from tokenferry.errors import (
     Phase,
     ShapeError,
     StateError,
-    TokenferryError,
     UsageError,
 )
 from tokenferry.groups import EPGroup
-from tokenferry.lifecycle import Lease, Lifecycle, Stage, WrongCallerError
+from tokenferry.lifecycle import Lease, Lifecycle, Stage, WrongCallerError, logged
 from tokenferry.operators import Operators, Shapes
 from tokenferry.step import Announced, Step, StepRequest, StepTensors
 from tokenferry.transports import select
@@ -443,10 +442,8 @@ class Workspace:
         known to the peers, and the misuse by a second thread or a forked child is none of their business."""
         if isinstance(error, PeerError | WrongCallerError) or not self.lifecycle.is_at_home:
             return
-        try:
+        with logged("the peers could not be told why this rank gives up"):
             self.fail(f"{type(error).__name__}: {error}")
-        except Exception as problem:  # noqa: BLE001 - of a store or a driver
-            _log.warning("the peers could not be told of %s: %s: %s", type(error).__name__, type(problem).__name__, problem)
 
     def record_failure(self, error: PeerError) -> None:
         """Breaks the workspace: every later call raises `error`, until a reset."""
@@ -455,20 +452,9 @@ class Workspace:
     def settle_failure(self, operation: str, error: BaseException) -> None:
         """Called as `error` leaves `operation`. Where nothing was launched, the workspace stands where it stood. Else it is
         broken, and the peers, who wait for what will not come, are told."""
-        if isinstance(error, PeerError):
-            self.record_failure(error)
-        elif isinstance(error, WrongCallerError):
-            return
-        elif self.lifecycle.closed or self.lifecycle.error is not None:
-            if not isinstance(error, TokenferryError):  # what a library says whose connections another thread has dropped
-                self.lifecycle.rethrow(operation, error)
-        elif self.active_transport.launched and not _is_capturing(self.device):  # what is captured has not run
-            self.lifecycle.break_off(operation, error)
-            try:
-                with self._lease as transport:
-                    transport.fail(f"{operation} raised {type(error).__name__}: {error}")
-            except Exception as problem:  # noqa: BLE001 - `error` is the one that the caller must see
-                _log.warning("the peers could not be told of %s: %s: %s", type(error).__name__, type(problem).__name__, problem)
+        self.lifecycle.settle(
+            operation, error, self._lease, lambda: self.active_transport.launched and not _is_capturing(self.device)
+        )
 
     def reset(self, group: EPGroup | None = None, timeout_s: float | None = None) -> None:
         """Starts anew after a failure, collectively over the ranks that go on: new communicator, new buffers, no step.
@@ -551,13 +537,7 @@ class Workspace:
         From any thread. A call that another thread is inside of ends, by StateError where it waited for a peer, and what it
         uses is released as it ends; the peers get PeerFailedError then.
         """
-        lifecycle = self.lifecycle
-        if not lifecycle.close(self._give_back):
-            return
-        if lifecycle.is_occupied or self._lease.is_used:
-            with contextlib.suppress(WrongCallerError), self._lease as transport:  # suppressed: they have left, and it is closed
-                transport.abort()
-        lifecycle.give_back_if_free()
+        self.lifecycle.close(self._lease, self._give_back)
 
     def _give_back(self) -> None:
         try:
@@ -577,10 +557,8 @@ class Workspace:
         try:
             self.tell_peers(error)
         finally:
-            try:
+            with logged("the workspace could not be closed"):
                 self.close()
-            except Exception as problem:  # noqa: BLE001 - of a driver: the error that leaves the block is the one to see
-                _log.warning("the workspace could not be closed: %s: %s", type(problem).__name__, problem)
 
     def __repr__(self) -> str:
         return f"Workspace(transport={self.transport!r}, {self.group!r}, max_tokens_per_rank={self.max_tokens_per_rank})"
@@ -615,7 +593,9 @@ class _Calls:
 
 
 def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    with contextlib.suppress(RuntimeError):  # of a device whose last kernel failed: that one was no captured one
+        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return False
 
 
 def _register(workspace: Workspace) -> Operators:
