@@ -8,7 +8,7 @@ import torch
 
 from tokenferry.config import HIDDEN_DTYPES, MoEConfig
 from tokenferry.dispatched import Dispatched
-from tokenferry.errors import CapacityError, DeviceError, DtypeError, LayoutError, PeerError, ShapeError, StateError, UsageError
+from tokenferry.errors import CapacityError, DeviceError, DtypeError, LayoutError, ShapeError, StateError, UsageError
 from tokenferry.lifecycle import Lifecycle, Stage
 from tokenferry.operators import Operators
 from tokenferry.step import Step
@@ -33,7 +33,7 @@ class WorkspaceView(Protocol):
     def step(self) -> Step: ...
     @property
     def active_transport(self) -> Transport: ...
-    def record_failure(self, error: PeerError) -> None: ...
+    def settle_failure(self, operation: str, error: BaseException) -> None: ...
 
 
 class Dispatcher:
@@ -70,15 +70,17 @@ class Dispatcher:
             had_gradient = torch.is_grad_enabled()
             if had_gradient:
                 torch._C._set_grad_enabled(False)
+            transport = workspace.active_transport
+            transport.launched = False
             try:
                 if lifecycle.allows(Stage.READY) and self._rows_fit(hidden, topk_idx, topk_weights):
-                    lifecycle.advance("dispatch_begin", layer)
                     self._num_supplied = hidden.shape[0]
-                    gathered = workspace.active_transport.dispatch(layer, hidden, topk_idx, topk_weights)
+                    gathered = transport.dispatch(layer, hidden, topk_idx, topk_weights)
+                    lifecycle.advance("dispatch_begin", layer)
                     lifecycle.advance("dispatch_end", layer)
                     return self._dispatched(gathered)
-            except PeerError as error:
-                workspace.record_failure(error)
+            except BaseException as error:
+                workspace.settle_failure("dispatch", error)
                 raise
             finally:
                 if had_gradient:
@@ -93,9 +95,9 @@ class Dispatcher:
         with _Guarded(workspace, "dispatch_begin"):
             workspace.lifecycle.require("dispatch_begin", self.layer)
             self._check_rows(hidden, topk_idx, topk_weights)
-            workspace.lifecycle.advance("dispatch_begin", self.layer)
             self._num_supplied = hidden.shape[0]
             workspace.active_transport.dispatch_begin(self.layer, hidden, topk_idx, topk_weights)
+            workspace.lifecycle.advance("dispatch_begin", self.layer)
 
     def dispatch_end(self) -> Dispatched:
         """The receiving half of `dispatch`."""
@@ -146,14 +148,16 @@ class Dispatcher:
             had_gradient = torch.is_grad_enabled()
             if had_gradient:
                 torch._C._set_grad_enabled(False)
+            transport = workspace.active_transport
+            transport.launched = False
             try:
                 if lifecycle.allows(Stage.DISPATCHED) and lifecycle.layer == layer and self._partial_fits(partial, dispatched):
+                    combined = transport.combine(partial)
                     lifecycle.advance("combine_begin", layer)
-                    combined = workspace.active_transport.combine(partial)
                     lifecycle.advance("combine_end", layer)
                     return combined
-            except PeerError as error:
-                workspace.record_failure(error)
+            except BaseException as error:
+                workspace.settle_failure("combine", error)
                 raise
             finally:
                 if had_gradient:
@@ -169,8 +173,8 @@ class Dispatcher:
             self._check_pairing(dispatched)
             workspace.lifecycle.require("combine_begin", self.layer)
             self._check_partial(partial)
-            workspace.lifecycle.advance("combine_begin", self.layer)
             workspace.active_transport.combine_begin(partial)
+            workspace.lifecycle.advance("combine_begin", self.layer)
 
     def combine_end(self) -> torch.Tensor:
         """The receiving half of `combine`."""
@@ -246,7 +250,7 @@ class Dispatcher:
 
 
 class _Guarded:
-    """One thread and no gradient inside; a peer error is remembered in the workspace, so that every later call raises it too.
+    """One thread and no gradient inside; the workspace settles what an exception leaves behind (`settle_failure`).
 
     By hand, since `torch.no_grad()` alone takes two microseconds, four times a round trip.
     """
@@ -258,6 +262,7 @@ class _Guarded:
 
     def __enter__(self) -> None:
         self._lifecycle.enter(self._operation)
+        self._workspace.active_transport.launched = False
         self._had_gradient = torch.is_grad_enabled()
         if self._had_gradient:
             torch._C._set_grad_enabled(False)
@@ -265,9 +270,11 @@ class _Guarded:
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         if self._had_gradient:
             torch._C._set_grad_enabled(True)
-        if isinstance(error, PeerError):
-            self._workspace.record_failure(error)
-        self._lifecycle.leave()
+        try:
+            if error is not None:
+                self._workspace.settle_failure(self._operation, error)
+        finally:
+            self._lifecycle.leave()
 
 
 def _fitting_rows(tensor: torch.Tensor, columns: int, dtypes: tuple[torch.dtype, ...], device: torch.device) -> int:

@@ -8,6 +8,7 @@ one exchange a step. Where there is no CUDA the padded forward runs as it is: th
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from tokenferry.errors import (
     UsageError,
     check_kind,
 )
+from tokenferry.lifecycle import WrongCallerError
 from tokenferry.step import Announced, Step
 from tokenferry.workspace import Workspace
 
@@ -117,6 +119,7 @@ class GraphRunner:
         self._num_real = torch.zeros(1, dtype=torch.int32, device=workspace.device)
         self._captured: dict[tuple[int, bool], _Captured] = {}
         self._launched: _Launched | None = None
+        self._inside = threading.Lock()
         self.last_bucket: int | None = None
         """The bucket of the forward that was begun last; None if it ran eagerly."""
         self.capture()
@@ -137,6 +140,7 @@ class GraphRunner:
     @torch.no_grad()
     def capture(self) -> None:
         """Captures all graphs, anew if there were some: due after a `workspace.reset`, on every rank that goes on."""
+        self.workspace.lifecycle.require_usable("capture")
         self.close()
         self._generation = self.workspace.generation
         if self.workspace.device.type != "cuda":
@@ -239,15 +243,29 @@ class GraphRunner:
         return self._finish().all_done()
 
     def close(self) -> None:
-        """Drops the graphs and their memory; `capture()` makes them again. Before `Workspace.close` where NCCL was captured."""
+        """Drops the graphs and their memory; `capture()` makes them again. Before `Workspace.close` where NCCL was captured.
+        In a forked child it does nothing: they are the parent's."""
+        if not self.workspace.lifecycle.is_at_home:
+            return
         if self._captured:
             torch.cuda.synchronize(self.workspace.device)
         self._captured.clear()
         self._launched = None
         self._generation = -1
 
-    @torch.no_grad()
     def _begin(self, num_tokens: int, inputs: tuple[torch.Tensor, ...], *, done: bool) -> None:
+        if not self._inside.acquire(blocking=False):  # between two calls on the workspace it would not notice a second forward
+            raise WrongCallerError(
+                "begin: another thread is inside a forward of this runner; let one thread at a time use it, or make a second "
+                "workspace and runner for the other"
+            )
+        try:
+            self._begin_alone(num_tokens, inputs, done=done)
+        finally:
+            self._inside.release()
+
+    @torch.no_grad()
+    def _begin_alone(self, num_tokens: int, inputs: tuple[torch.Tensor, ...], *, done: bool) -> None:
         workspace = self.workspace
         if self._generation != workspace.generation:
             why = "closed" if self._generation < 0 else f"captured in generation {self._generation} of the workspace"
@@ -295,11 +313,11 @@ class GraphRunner:
         """A forward with the peers: if it fails here, they are told, since they wait for this rank's rows."""
         try:
             return forward()
-        except PeerError:
+        except (PeerError, WrongCallerError):  # another thread's forward goes on
             raise
         except BaseException as error:
             if self.workspace.group.size > 1:
-                self.workspace.fail(f"{type(error).__name__}: {error}")
+                self.workspace.tell_peers(error)
             else:
                 self.workspace.lifecycle.leave_step()
             raise
@@ -308,6 +326,7 @@ class GraphRunner:
         launched, self._launched = self._launched, None
         if launched is None:
             raise StateError("end: no forward was begun; call begin() first")
+        self.workspace.lifecycle.require_at_home("end")
         if self.workspace.device.type == "cuda":
             torch.cuda.current_stream(self.workspace.device).synchronize()
         self.workspace.check()

@@ -7,6 +7,7 @@ the rank that is missing, which a collective call does not, and it still works w
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from tokenferry import env
-from tokenferry.errors import ConfigError, PeerTimeoutError, Phase, UsageError
+from tokenferry.errors import ConfigError, PeerTimeoutError, Phase, StateError, UsageError
 
 _POLL_FIRST_S = 0.0005
 _POLL_LAST_S = 0.02
@@ -43,9 +44,19 @@ class StoreChannel:
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store, rank, size
+        self._pid = os.getpid()
+
+    def require_at_home(self) -> None:
+        """Raises StateError in a forked child: its words would go over its parent's connection to the store."""
+        if os.getpid() != self._pid:
+            raise StateError(
+                f"the group was made in another process (pid {self._pid}, this is {os.getpid()}); a forked child must leave its "
+                "parent's alone and make its own, on a store or process group of its own"
+            )
 
     def exchange(self, name: str, value: Any, timeout_s: float, *, phase: Phase = "open", step: int = 0) -> list[Any]:
         """See `Channel.exchange`. A name is used once."""
+        self.require_at_home()
         self._store.set(f"{name}/{self._rank}", json.dumps(value))
         start = time.monotonic()
         poll_s = _POLL_FIRST_S
@@ -64,10 +75,12 @@ class StoreChannel:
 
     def claim(self, name: str, value: Any) -> Any:
         """See `Channel.claim`."""
+        self.require_at_home()
         return json.loads(self._store.compare_set(name, "", json.dumps(value)))
 
     def peek(self, name: str) -> Any | None:
         """See `Channel.peek`."""
+        self.require_at_home()
         return json.loads(self._store.get(name)) if self._store.check([name]) else None
 
 
@@ -191,7 +204,7 @@ class EPGroup:
         number = store.add(f"groups made by rank {rank}", 1)
         self.store = dist.PrefixStore(f"group.{number}", store)
         self._path = f"{path}/group.{number}"
-        self.channel: Channel = StoreChannel(self.store, rank, size)
+        self.channel = StoreChannel(self.store, rank, size)
         self._names_given: dict[str, int] = {}
 
     def subset(self, ranks: Sequence[int]) -> EPGroup:
@@ -202,6 +215,7 @@ class EPGroup:
         chosen = sorted(set(ranks))
         if self.rank not in chosen or chosen[0] < 0 or chosen[-1] >= self.size:
             raise ConfigError(f"ranks must be a part of 0..{self.size - 1} that holds this rank, {self.rank}; got {list(ranks)}")
+        self.channel.require_at_home()
         name = self.unique_name("subset/" + "-".join(map(str, chosen)))
         group = EPGroup.__new__(EPGroup)
         store, path = dist.PrefixStore(name, self.store), f"{self._path}/{name}"

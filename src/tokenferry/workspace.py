@@ -30,7 +30,7 @@ from tokenferry.errors import (
     UsageError,
 )
 from tokenferry.groups import EPGroup
-from tokenferry.lifecycle import MAX_LAYERS, Lifecycle, Stage
+from tokenferry.lifecycle import MAX_LAYERS, Lease, Lifecycle, Stage, WrongCallerError, logged
 from tokenferry.operators import Operators, Shapes
 from tokenferry.step import Announced, Step, StepRequest, StepTensors
 from tokenferry.transports import select
@@ -121,13 +121,17 @@ class Workspace:
         start = time.monotonic()
         self.decisions, self.transport = agree_to_open(settings, self._requested, phase)
         self._step_tensors = StepTensors(settings.group.rank, settings.group.size, settings.group.device)
-        self._transport = open_together(self.transport, settings, self._step_tensors, phase)
+        self._lease = Lease(open_together(self.transport, settings, self._step_tensors, phase))
         self._watch = None
-        if settings.debug:
-            from tokenferry.debug import Watch  # here, since it imports Triton
+        try:
+            if settings.debug:
+                from tokenferry.debug import Watch  # here, since it imports Triton
 
-            self._watch = Watch(self._transport, settings, self._step_tensors)
-        self.operators = _register(self)
+                self._watch = Watch(self._transport, settings, self._step_tensors)
+            self.operators = _register(self)
+        except BaseException:
+            self._lease.end()
+            raise
         self.opened_s = time.monotonic() - start  # compiling and loading kernels included, the wait for peers too
         _log.info("workspace %s: transport %s, opened in %.2f s", settings.name, self.transport, self.opened_s)
         for decision in self.decisions:
@@ -236,13 +240,15 @@ class Workspace:
         lifecycle.enter("begin_step")
         try:
             return self._begin_step(num_tokens, num_real_tokens, done)
-        except PeerError as error:
-            self.record_failure(error)
+        except BaseException as error:
+            self.settle_failure("begin_step", error)
             raise
         finally:
             lifecycle.leave()
 
     def _begin_step(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None, done: bool) -> Step:
+        transport = self.active_transport
+        transport.launched = False
         self.lifecycle.begin_step()
         self._check_step_unwritten()
         if self._watch is not None:
@@ -253,8 +259,9 @@ class Workspace:
         request = StepRequest(self._step_index + 1, num_tokens, real, done or self._says_done, self._promised_equal)
         had_gradient = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # `torch.no_grad()` takes two microseconds
+        self.lifecycle.stage = Stage.NO_STEP  # if the transport raises, the last step's counts may be half overwritten
         try:
-            self.active_transport.begin_step(request, -1)
+            transport.begin_step(request, -1)
         finally:
             torch._C._set_grad_enabled(had_gradient)
         self._step_index = request.index
@@ -268,12 +275,11 @@ class Workspace:
         self._num_step_writes = None
 
     def _check_step_unwritten(self) -> None:
-        if self._settings.debug and self.lifecycle.stage is Stage.READY and self._num_step_writes is not None:
-            num_writes = self._step_tensors.num_writes - self._num_step_writes
+        step, before = self._step, self._num_step_writes  # read once: `check` may come while another thread begins a step
+        if self._settings.debug and self.lifecycle.stage is Stage.READY and before is not None and step is not None:
+            num_writes = self._step_tensors.num_writes - before
             if num_writes:
-                raise StateError(
-                    f"the tensors of step {self.step.index} were written {num_writes} times; read or clone them only"
-                )
+                raise StateError(f"the tensors of step {step.index} were written {num_writes} times; read or clone them only")
 
     def _check_counts(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None) -> int | torch.Tensor:
         if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 0:
@@ -312,13 +318,15 @@ class Workspace:
         lifecycle = self.lifecycle
         lifecycle.enter("announce")
         try:
+            transport = self.active_transport
+            transport.launched = False
             lifecycle.begin_step()
             self._check_counts(num_tokens, None)
-            if not isinstance(self.active_transport, CollectiveTransport):
+            if not isinstance(transport, CollectiveTransport):
                 return None
-            return self.active_transport.announce(StepRequest(self._step_index + 1, num_tokens, num_tokens, done))
-        except PeerError as error:
-            self.record_failure(error)
+            return transport.announce(StepRequest(self._step_index + 1, num_tokens, num_tokens, done))
+        except BaseException as error:
+            self.settle_failure("announce", error)
             raise
         finally:
             lifecycle.leave()
@@ -365,14 +373,19 @@ class Workspace:
         lifecycle = self.lifecycle
         lifecycle.enter("replaying")
         try:
+            transport = self._transport
+            transport.launched = False
             lifecycle.begin_step()
             if self._stand_in is not None:
                 raise StateError("replaying: inside solo(), but a graph runs with the peers; leave it first")
-            transport = self._transport
             with transport.watching_replay() if isinstance(transport, CollectiveTransport) else contextlib.nullcontext():
+                transport.launched = True
                 yield
             self._step_index += num_steps
             lifecycle.leave_step()
+        except BaseException as error:
+            self.settle_failure("replaying", error)
+            raise
         finally:
             lifecycle.leave()
 
@@ -382,8 +395,7 @@ class Workspace:
         Raises:
             StateError: the workspace is closed, or has given out 65535 dispatchers: make one a layer, once, not one a call.
         """
-        if self.lifecycle.stage is Stage.CLOSED:
-            self.lifecycle.require_usable("dispatcher")
+        self.lifecycle.require_open("dispatcher")
         if self._num_layers >= MAX_LAYERS:
             raise StateError(
                 f"dispatcher: the workspace has given out {self._num_layers} dispatchers, and {MAX_LAYERS} is the most; make one "
@@ -395,32 +407,63 @@ class Workspace:
     # --- peers ------------------------------------------------------------------------------------------------------
 
     @property
+    def _transport(self) -> Transport:
+        return self._lease.held
+
+    @_transport.setter
+    def _transport(self, transport: Transport) -> None:
+        self._lease.held = transport
+
+    @property
     def active_transport(self) -> Transport:
         """What dispatchers use: the transport, or its stand-in under `solo()`."""
-        return self._transport if self._stand_in is None else self._stand_in
+        return self._lease.held if self._stand_in is None else self._stand_in
 
     def check(self) -> None:
-        """Raises what a peer, or this rank, has failed with. Call it after your own synchronisation, before trusting results."""
+        """Raises what a peer, or this rank, has failed with. Call it after your own synchronisation, before trusting results.
+        From any thread, also while another one is inside a call."""
         self.lifecycle.require_usable("check")
-        self._check_step_unwritten()
-        try:
-            self._transport.check()
-        except PeerError as error:
-            self.record_failure(error)
-            raise
-        if self._watch is not None:
-            self._watch.report(wait=True)
+        with self._lease as transport:
+            self._check_step_unwritten()
+            try:
+                transport.check()
+            except PeerError as error:
+                if transport is self._transport:  # another thread may have reset the workspace meanwhile
+                    self.record_failure(error)
+                raise
+            if self._watch is not None:
+                self._watch.report(wait=True)
 
     def fail(self, reason: str) -> None:
-        """Tells the peers that this rank gives up: they, and from now on this rank, raise `PeerFailedError(rank, reason)`."""
-        if self.lifecycle.stage is Stage.CLOSED or self.lifecycle.error is not None:
+        """Tells the peers that this rank gives up: they, and from now on this rank, raise `PeerFailedError(rank, reason)`.
+        From any thread, also while another one is inside a call, which then raises it too."""
+        self.lifecycle.require_at_home("fail")
+        if self.lifecycle.closed or self.lifecycle.error is not None:
             return
-        self._transport.fail(reason)
-        self.record_failure(PeerFailedError(self.group.rank, reason, self._step_index))
+        with self._lease as transport:
+            try:
+                transport.fail(reason)
+            finally:
+                self.record_failure(PeerFailedError(self.group.rank, reason, self._step_index))
+
+    def tell_peers(self, error: BaseException) -> None:
+        """`fail` for an exception that is on its way to the caller: never raises one of its own in its place. A peer's error is
+        known to the peers, and the misuse by a second thread or a forked child is none of their business."""
+        if isinstance(error, PeerError | WrongCallerError) or not self.lifecycle.is_at_home:
+            return
+        with logged("the peers could not be told why this rank gives up"):
+            self.fail(f"{type(error).__name__}: {error}")
 
     def record_failure(self, error: PeerError) -> None:
         """Breaks the workspace: every later call raises `error`, until a reset."""
         self.lifecycle.fail(error)
+
+    def settle_failure(self, operation: str, error: BaseException) -> None:
+        """Called as `error` leaves `operation`. Where nothing was launched, the workspace stands where it stood. Else it is
+        broken, and the peers, who wait for what will not come, are told."""
+        self.lifecycle.settle(
+            operation, error, self._lease, lambda: self.active_transport.launched and not _is_capturing(self.device)
+        )
 
     def reset(self, group: EPGroup | None = None, timeout_s: float | None = None) -> None:
         """Starts anew after a failure, collectively over the ranks that go on: new communicator, new buffers, no step.
@@ -435,25 +478,20 @@ class Workspace:
             ConfigError, DeviceError: an argument is wrong; nothing has changed.
             PeerTimeoutError: a rank did not come; phase "reset". Call it again with the ranks that are left.
         """
-        if self.lifecycle.stage is Stage.CLOSED:
-            raise StateError("reset: the workspace is closed; open a new Workspace")
         lifecycle = self.lifecycle
         lifecycle.enter("reset")
         try:
+            lifecycle.require_open("reset")
             if self._stand_in is not None:
                 raise StateError("reset: inside solo(); leave it first")
             check_reset(self.group, group, timeout_s)
             self._reset(group, timeout_s)
+            lifecycle.require_open("reset")
         finally:
             lifecycle.leave()
 
     def _reset(self, group: EPGroup | None, timeout_s: float | None) -> None:
-        old = self._settings
-        self.operators.release()
-        self._transport.close()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        generation = old.generation + 1
+        old, generation = self._settings, self._settings.generation + 1
         # Counted up before the ranks meet: a rank that comes too late finds a generation that the others have left.
         self._settings = dataclasses.replace(
             old,
@@ -463,16 +501,21 @@ class Workspace:
             open_timeout_s=timeout_s if timeout_s is not None else old.open_timeout_s,
         )
         settings = self._settings
+        self._step, self._step_index = None, 0
+        self.lifecycle.restart()
         try:
+            self.operators.release()
+            self._lease.end()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
             settings.group.channel.barrier(f"{settings.name}/reset", settings.open_timeout_s, phase="reset")
             self._open("reset")
-        except PeerError as error:
-            self.lifecycle.error = error
+        except BaseException as error:  # whatever it is: the old transport is closed, and there is no new one
+            self.lifecycle.error = None
+            self.lifecycle.break_off("reset", error)
             raise
         finally:
             self._settings = dataclasses.replace(self._settings, open_timeout_s=old.open_timeout_s)
-        self._step, self._step_index = None, 0
-        self.lifecycle = Lifecycle()
 
     @contextlib.contextmanager
     def solo(self) -> Iterator[None]:
@@ -495,27 +538,36 @@ class Workspace:
         return self._step, self._step_index
 
     def _leave_other(self) -> None:
-        if self.lifecycle.stage is not Stage.CLOSED and self.lifecycle.error is None:
-            self.lifecycle.leave_step()
+        self.lifecycle.leave_step()
 
     def close(self) -> None:
-        """Releases everything. Never waits for a peer; calling it again does nothing."""
-        if self.lifecycle.stage is Stage.CLOSED:
-            return
-        self.lifecycle.stage = Stage.CLOSED
-        self.operators.release()
-        self._transport.close()
-        self.attached.clear()
+        """Releases everything. Never waits for a peer; calling it again does nothing, nor does it in a forked child.
+
+        From any thread. A call that another thread is inside of ends, by StateError where it waited for a peer, and what it
+        uses is released as it ends; the peers get PeerFailedError then.
+        """
+        self.lifecycle.close(self._lease, self._give_back)
+
+    def _give_back(self) -> None:
+        try:
+            self.operators.release()
+        finally:
+            self.attached.clear()
+            self._lease.end()
 
     def __enter__(self) -> Workspace:
-        if self.lifecycle.stage is Stage.CLOSED:
-            self.lifecycle.require_usable("with")
+        self.lifecycle.require_open("with")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if error is not None and not isinstance(error, PeerError):
-            self.fail(f"{type(error).__name__}: {error}")
-        self.close()
+        if error is None:
+            self.close()
+            return
+        try:
+            self.tell_peers(error)
+        finally:
+            with logged("the workspace could not be closed"):
+                self.close()
 
     def __repr__(self) -> str:
         return f"Workspace(transport={self.transport!r}, {self.group!r}, max_tokens_per_rank={self.max_tokens_per_rank})"
@@ -547,6 +599,12 @@ class _Calls:
 
     def combine(self, layer: int, partial: torch.Tensor) -> torch.Tensor:
         return Dispatcher(self._live(), layer).combine(partial)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    with contextlib.suppress(RuntimeError):  # of a device whose last kernel failed: that one was no captured one
+        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return False
 
 
 def _register(workspace: Workspace) -> Operators:

@@ -634,6 +634,13 @@ else:
         for peer in _word64_table(control, _group_size(control)):
             claim_record(tl.full([], int(peer), tl.int64), tl.full([], agreed, tl.int64))
 
+    def claim_records(controls, word: int) -> None:
+        """`claim_record` at each address, by the host, while another thread may be inside a kernel."""
+        addresses = np.array(controls, np.uint64)
+        expected, record = np.zeros(addresses.size, np.int64), np.full(addresses.size, word, np.int64)
+        atomics = triton.runtime.interpreter._interpreter
+        atomics.atomic_cas(addresses, expected, record, atomics.MEM_SEMANTIC.RELAXED)
+
     def take(address, mask, control, blamed, hint, WORDS):
         words, control = _scalar(WORDS), _scalar(control)
         addresses, live = _live(address, mask)

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 
 from tokenferry.config import MoEConfig
-from tokenferry.errors import PeerError, PeerFailedError, PeerTimeoutError
+from tokenferry.errors import PeerError, PeerFailedError, PeerTimeoutError, StateError
 from tokenferry.groups import EPGroup
 from tokenferry.step import StepRequest, StepTensors
 
@@ -56,6 +56,9 @@ class Transport(Protocol):
     """Moves rows. One step at a time; within it, dispatch and combine alternate strictly."""
 
     name: str
+    launched: bool
+    """Whether the operation under way has launched or sent something, or dropped what it cannot get back: if it then raises, the
+    workspace is broken; if not, it stands where it stood. Set before that happens; the caller clears it before each operation."""
 
     @property
     def nbytes(self) -> int:
@@ -98,12 +101,18 @@ class Transport(Protocol):
     def fail(self, reason: str) -> None:
         """Tells the peers that this rank gives up."""
 
+    def abort(self) -> None:
+        """Ends the waiting of the threads that are inside, which get StateError, since the workspace is being closed; tells the
+        peers, who wait for what these threads did. Nothing is released. Never waits for a peer; from any thread."""
+
     def close(self) -> None:
-        """Releases everything; never waits for a peer."""
+        """Releases everything; never waits for a peer. No thread is inside, unless within this very call."""
 
 
 class InHalves:
     """For transports that gain nothing from doing both halves at once, and give other tensors in each step."""
+
+    launched = False
 
     @property
     def fixed_rows(self) -> None:
@@ -120,6 +129,11 @@ class InHalves:
         """See `Transport`."""
         self.combine_begin(partial)
         return self.combine_end()
+
+
+def closed_meanwhile() -> StateError:
+    """What a thread raises that was inside when another one closed the workspace."""
+    return StateError("the workspace was closed by another thread while this call was inside; open a new Workspace")
 
 
 @dataclass(frozen=True)
@@ -180,6 +194,7 @@ __all__ = [
     "StepTensors",
     "Transport",
     "TransportSettings",
+    "closed_meanwhile",
     "empty_like_routing",
     "mask_padding",
 ]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tokenferry.errors import PeerError, StateError
 from tokenferry.reference import pad_rows, sum_in_rank_order
 from tokenferry.step import FLAG_DONE, Announced, StepRequest, StepTensors
-from tokenferry.transports.base import AbortRecord, Gathered, InHalves, TransportSettings, mask_padding
+from tokenferry.transports.base import AbortRecord, Gathered, InHalves, TransportSettings, closed_meanwhile, mask_padding
 from tokenferry.transports.communicator import CommunicationError, GlooCommunicator, Header, Pending
 from tokenferry.transports.local import LocalTransport
 from tokenferry.transports.nccl import NcclCommunicator
@@ -60,6 +60,7 @@ class CollectiveTransport(InHalves):
         self._dispatch: _Dispatch | None = None
         self._combine: _Combine | None = None
         self._combine_input: torch.Tensor | None = None
+        self._aborted = False
         self._communicator = _open_communicator(settings)
 
     @property
@@ -79,23 +80,26 @@ class CollectiveTransport(InHalves):
     # --- step -------------------------------------------------------------------------------------------------------
 
     def begin_step(self, request: StepRequest, layer: int) -> None:
-        headers, self._announced = self._announced, None
-        self._request, self._layer, self._operation = request, layer, STEP
-        self._combine_input = None
-        if self._settings.counts == "equal" or request.equal:
-            self._counts = [request.num_tokens] * self._settings.group.size
-            self._step_tensors.publish_equal(request.num_tokens, request.flags)
-            return
+        headers = self._announced
         own = self._settings.group.rank
-        if headers is not None and headers[own].num_tokens != request.num_tokens:
+        is_equal = self._settings.counts == "equal" or request.equal
+        if not is_equal and headers is not None and headers[own].num_tokens != request.num_tokens:
             raise StateError(
                 f"begin_step: {headers[own].num_tokens} tokens were announced but {request.num_tokens} come; the peers count on "
                 "the announced number"
             )
+        self._request, self._layer, self._operation = request, layer, STEP
+        self._combine_input = None
+        if is_equal:
+            self._announced = None
+            self._counts = [request.num_tokens] * self._settings.group.size
+            self._step_tensors.publish_equal(request.num_tokens, request.flags)
+            return
         if headers is None:
             headers = self._exchange_headers()
         self._counts = [header.num_tokens for header in headers]
         self._step_tensors.publish(self._counts, [header.flags for header in headers])
+        self._announced = None
 
     def announce(self, request: StepRequest) -> Announced:
         """Every rank's counts for the next step, known to the host; that step's `begin_step` then exchanges nothing."""
@@ -112,6 +116,7 @@ class CollectiveTransport(InHalves):
         return self._communicator.watching_replay()
 
     def _exchange_headers(self) -> list[Header]:
+        self.launched = True
         try:
             headers = self._communicator.exchange_headers(self._header())
         except CommunicationError as error:
@@ -137,6 +142,7 @@ class CollectiveTransport(InHalves):
         self._dispatch = _Dispatch(pending, gathered_hidden, gathered_routing)
 
     def dispatch_end(self) -> Gathered:
+        self.launched = True
         dispatch, self._dispatch = self._dispatch, None
         assert dispatch is not None, "the workspace orders the halves"
         self._finish(dispatch.pending)
@@ -170,6 +176,7 @@ class CollectiveTransport(InHalves):
         self._combine = _Combine(pending, terms)
 
     def combine_end(self) -> torch.Tensor:
+        self.launched = True
         combine, self._combine = self._combine, None
         assert combine is not None, "the workspace orders the halves"
         self._finish(combine.pending)
@@ -184,6 +191,7 @@ class CollectiveTransport(InHalves):
         return Header(self._operation, request.index, self._layer, generation, request.num_tokens, request.flags)
 
     def _start(self, outgoing: list[tuple[torch.Tensor, ...]], incoming: list[tuple[torch.Tensor, ...]]) -> Pending:
+        self.launched = True
         try:
             return self._communicator.start(self._header(), outgoing, incoming)
         except CommunicationError as error:
@@ -193,6 +201,7 @@ class CollectiveTransport(InHalves):
         """The library's own, where it has one that is faster than the ordered exchange."""
         if isinstance(self._communicator, GlooCommunicator):
             return None
+        self.launched = True
         try:
             return self._communicator.reduce_scatter(out, rows)
         except CommunicationError as error:
@@ -228,12 +237,16 @@ class CollectiveTransport(InHalves):
         return self._settle(record, grace_s=RECORD_GRACE_S if error.closed else 0.0)
 
     def _settle(self, record: AbortRecord, grace_s: float = 0.0) -> PeerError:
+        if self._aborted:  # this rank dropped the connections itself: no peer is to blame
+            raise closed_meanwhile()
         channel, name = self._settings.group.channel, f"{self._settings.name}/abort"
         give_up = time.monotonic() + grace_s
-        while channel.peek(name) is None and time.monotonic() < give_up:
-            time.sleep(0.01)
-        agreed = AbortRecord(**channel.claim(name, asdict(record)))
-        self._communicator.abort()
+        try:
+            while channel.peek(name) is None and time.monotonic() < give_up:
+                time.sleep(0.01)
+            agreed = AbortRecord(**channel.claim(name, asdict(record)))
+        finally:
+            self._communicator.abort()  # also if the store is gone: then the peers learn it from the connections
         return agreed.error_for(self._settings.group.rank)
 
     def fail(self, reason: str) -> None:
@@ -253,6 +266,10 @@ class CollectiveTransport(InHalves):
 
     def solo(self) -> LocalTransport:
         return LocalTransport(self._settings, self._step_tensors)
+
+    def abort(self) -> None:
+        self._aborted = True
+        self._communicator.abort()
 
     def close(self) -> None:
         self._communicator.abort()

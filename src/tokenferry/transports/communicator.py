@@ -7,7 +7,9 @@ application's own process groups stay as they are.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
@@ -57,6 +59,13 @@ class Pending(Protocol):
 HEADER_WORDS = 6
 
 
+def leave_to_parent(backend: object, pid: int) -> None:
+    """Called as the communicator goes that process `pid` made. A forked child keeps the backend for good: the threads that its
+    destructor would wait for are in the parent alone, so that the child hung when it dropped the workspace or exited."""
+    if os.getpid() != pid:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(backend))
+
+
 class GlooCommunicator:
     """Point-to-point messages over gloo's TCP pairs, so that the rank that is late is known by name.
 
@@ -66,6 +75,7 @@ class GlooCommunicator:
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float, open_timeout_s: float) -> None:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
+        self._pid = os.getpid()
         # Half the time for connecting: the ranks must still be able to tell one another why it failed.
         self._backend: Any = dist.ProcessGroupGloo(store, rank, size, datetime.timedelta(seconds=open_timeout_s / 2))
 
@@ -110,6 +120,9 @@ class GlooCommunicator:
         """Drops all connections at once; never waits."""
         backend, self._backend = self._backend, _Closed()
         del backend  # closes the sockets
+
+    def __del__(self) -> None:
+        leave_to_parent(getattr(self, "_backend", None), self._pid)
 
 
 class _Closed:

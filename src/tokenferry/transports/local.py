@@ -50,6 +50,7 @@ class LocalTransport(InHalves):
         self._gathered = Gathered(hidden, masked.to(self._settings.index_dtype), topk_weights.to(torch.float32))
 
     def dispatch_end(self) -> Gathered:
+        self.launched = True
         gathered, self._gathered = self._gathered, None
         assert gathered is not None, "the workspace orders the halves"
         return gathered
@@ -65,6 +66,7 @@ class LocalTransport(InHalves):
         self._combined = sum_in_rank_order([term]).to(self._settings.config.dtype)
 
     def combine_end(self) -> torch.Tensor:
+        self.launched = True
         combined, self._combined = self._combined, None
         assert combined is not None, "the workspace orders the halves"
         return combined
@@ -76,6 +78,9 @@ class LocalTransport(InHalves):
         return self
 
     def fail(self, reason: str) -> None:
+        return
+
+    def abort(self) -> None:
         return
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
 import threading
 import time
 from collections import deque
@@ -22,7 +23,7 @@ import torch.distributed as dist
 
 from tokenferry import env
 from tokenferry.groups import EPGroup
-from tokenferry.transports.communicator import HEADER_WORDS, CommunicationError, Header, Rows
+from tokenferry.transports.communicator import HEADER_WORDS, CommunicationError, Header, Rows, leave_to_parent
 
 _NO_TORCH_TIMEOUT = datetime.timedelta(days=30)
 _POLL_S = 0.00002
@@ -47,6 +48,7 @@ class NcclCommunicator:
     def __init__(self, store: dist.Store, group: EPGroup, timeout_s: float, open_timeout_s: float) -> None:
         self.rank, self.size, self.device, self.timeout_s = group.rank, group.size, group.device, timeout_s
         self._store = store
+        self._pid = os.getpid()
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = _NO_TORCH_TIMEOUT
         with env.nccl_errors_stay_ours():
@@ -151,6 +153,8 @@ class NcclCommunicator:
 
     def abort(self) -> None:
         """Drops the connections at once; never waits."""
+        if self._watchman.error is None:  # for a thread that is inside: what its calls leave behind is nobody's rows
+            self._watchman.error = CommunicationError(-1, True, 0.0, "the communicator was closed")
         self._watchman.stop()
         backend, self._backend = self._backend, None
         if backend is None:
@@ -161,6 +165,9 @@ class NcclCommunicator:
         thread.start()
         if not self._captured:
             thread.join(self.timeout_s)
+
+    def __del__(self) -> None:
+        leave_to_parent(getattr(self, "_backend", None), self._pid)
 
     def abort_backend(self) -> None:
         """Ends the kernels that wait; called by the watchman."""

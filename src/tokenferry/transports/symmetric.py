@@ -23,7 +23,7 @@ from tokenferry.kernels.dispatch import SIGNATURE as DISPATCH_SIGNATURE
 from tokenferry.kernels.dispatch import dispatch_kernel
 from tokenferry.memory import SymmetricBuffer
 from tokenferry.step import StepRequest, StepTensors
-from tokenferry.transports.base import AbortRecord, Gathered, TransportSettings
+from tokenferry.transports.base import AbortRecord, Gathered, TransportSettings, closed_meanwhile
 from tokenferry.transports.symmetric_launch import (
     DTYPES,
     PROGRAMS_PER_SM,
@@ -85,6 +85,7 @@ class SymmetricTransport(Rounds):
         self._alone = Place(0, 1, state, block, buffer.own_table_address, 0)
         is_cpu = group.device.type == "cpu"
         self._is_cpu = is_cpu
+        self._aborted = False
         self._record = ctypes.c_int64.from_address(address if is_cpu else self._mirror.data_ptr())
 
     # --- operations: look at the record first, without asking the device --------------------------------------------
@@ -142,6 +143,8 @@ class SymmetricTransport(Rounds):
 
     def _settled(self, word: int) -> Exception:
         """The error that the whole group agrees on: two ranks may have given up at the same moment."""
+        if self._aborted:  # the record is this rank's own, and no peer is to blame
+            return closed_meanwhile()
         record = wire.Record.unpack(word)
         settings, half = self._settings, wire.NUM_RECORD_STEPS // 2
         # A record has the step's lower bits: the step meant is the one nearest to ours.
@@ -163,14 +166,22 @@ class SymmetricTransport(Rounds):
         settings = self._settings
         rank = settings.group.rank
         mine = AbortRecord(rank, rank, "data-missing", self._request.index, self._layer, 0.0, reason)
-        settings.group.channel.claim(f"{settings.name}/abort", asdict(mine))
+        try:
+            settings.group.channel.claim(f"{settings.name}/abort", asdict(mine))
+        finally:
+            self._abort(wire.Record(rank, rank, "failed", self._request.index, self._layer))
+
+    def abort(self) -> None:
+        rank = self._settings.group.rank
+        self._aborted = True
         self._abort(wire.Record(rank, rank, "failed", self._request.index, self._layer))
 
     def _abort(self, record: wire.Record) -> None:
         """Writes the record to every rank, from a stream of its own: this rank's may be waiting for a peer."""
         args = (1, self._buffer.table_address, self._settings.group.size, record.pack())
         if self._is_cpu:
-            self._kernels.abort(*args)
+            # Not by the kernel: another thread may be inside one, and the interpreter runs one at a time in a process.
+            wire.claim_records(self._buffer.peers, record.pack())
             return
         stream = torch.cuda.Stream(self._settings.group.device)
         with torch.cuda.stream(stream):

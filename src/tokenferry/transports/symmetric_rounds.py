@@ -60,6 +60,7 @@ class Rounds:
     """Issues the kernels of one rank. What `Solo` and `SymmetricTransport` share: nothing here looks at a peer's state."""
 
     name = "solo"
+    launched = False
 
     def __init__(
         self,
@@ -152,6 +153,7 @@ class Rounds:
             known_real, self._num_real = request.num_real_tokens, place.state + wire.STATE_NUM_REAL.value
         else:  # read when the kernels run
             known_real, self._num_real = 0, request.num_real_tokens.data_ptr()
+        self.launched = True
         self._counts(request.num_tokens, request.flags, known_real)
 
     def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
@@ -163,6 +165,7 @@ class Rounds:
         self._sent_dtypes = topk_idx.dtype, topk_weights.dtype
 
     def dispatch_end(self) -> Gathered:
+        self.launched = True
         self._dispatches[self._sent_dtypes](0, 0, 0, 0, self._num_real, self._layer, wire.RECEIVE.value)
         return self._views.gathered
 
@@ -172,6 +175,7 @@ class Rounds:
         if address % self._dispatch_alignment:
             hidden = hidden.clone()
             address = hidden.data_ptr()
+        self.launched = True
         self._dispatches[topk_idx.dtype, topk_weights.dtype](
             address, topk_idx.data_ptr(), topk_weights.data_ptr(), self._num_supplied, self._num_real, layer, part
         )
@@ -184,12 +188,14 @@ class Rounds:
 
     def combine_begin(self, partial: torch.Tensor) -> None:
         self._partial = partial = _aligned(partial)
+        self.launched = True
         self._combines[partial.dtype](partial.data_ptr(), self._is_in_place(partial), 0, 0, self._layer, wire.SEND.value)
 
     def combine_end(self) -> torch.Tensor:
-        partial, self._partial = self._partial, None
+        partial = self._partial
         assert partial is not None, "the workspace orders the halves"
         combined = self._combine(partial, wire.RECEIVE.value)
+        self._partial = None
         if partial.is_cuda:  # it may be a copy of our own, made on the stream of `combine_begin`
             partial.record_stream(torch.cuda.current_stream(partial.device))
         return combined
@@ -199,6 +205,7 @@ class Rounds:
         config = settings.config
         out = torch.empty((num_rows, config.hidden_size), dtype=config.dtype, device=settings.group.device)
         in_place = self._is_in_place(partial)
+        self.launched = True
         self._combines[partial.dtype](partial.data_ptr(), in_place, out.data_ptr(), num_rows, self._layer, part)
         return out
 
@@ -212,6 +219,9 @@ class Rounds:
         return self
 
     def fail(self, reason: str) -> None:
+        return
+
+    def abort(self) -> None:
         return
 
     def close(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -103,10 +105,10 @@ class Registry:
 
     def delete_buffers(self) -> None:
         """Closes all buffers of the NVLS class."""
-        for buffers in self._buffers.values():
-            buffers.close()
+        buffers = list(self._buffers.values())
         self._buffers.clear()
         self.shown = self.latest = None
+        _close_all(buffers)
 
     # --- NCCL -------------------------------------------------------------------------------------------------------
 
@@ -134,10 +136,12 @@ class Registry:
 
     def close(self) -> None:
         """Closes everything of both classes."""
-        self.delete_buffers()
-        for lane in self._collective.values():
-            lane.workspace.close()
+        lanes = list(self._collective.values())
         self._collective.clear()
+        try:
+            self.delete_buffers()
+        finally:
+            _close_all([lane.workspace for lane in lanes])
 
     def workspaces(self) -> list[Workspace]:
         """All that are open."""
@@ -153,3 +157,10 @@ class Registry:
         if settings.combine_dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"combine_dtype must be torch.float32 or torch.bfloat16, got {settings.combine_dtype}")
         self.settings = settings
+
+
+def _close_all(opened: Sequence[GroupBuffers | Workspace]) -> None:
+    """Closes all of them, also if closing one raises; that is raised then."""
+    with contextlib.ExitStack() as stack:
+        for each in opened:
+            stack.callback(each.close)

@@ -14,7 +14,7 @@ from torch import nn
 
 from tokenferry.config import MoEConfig
 from tokenferry.dispatcher import Dispatcher
-from tokenferry.errors import CapacityError, ConfigError, PeerError, StateError
+from tokenferry.errors import CapacityError, ConfigError, StateError
 from tokenferry.groups import EPGroup
 from tokenferry.integrations.transformers.exchange import Rows, exchange_slots, exchange_sums
 from tokenferry.integrations.transformers.layer import ExpertLayer
@@ -297,8 +297,7 @@ class ExpertParallel:
         """Tells the other ranks that this one will not come, so that they need not wait for the time-out."""
         self._last_error = error
         self._end_step()
-        if not isinstance(error, PeerError):
-            self.workspace.fail(f"{type(error).__name__}: {error}")
+        self.workspace.tell_peers(error)
 
     def _after_forward(self, _module: nn.Module, _args: object, output: object) -> None:
         """Runs after every forward of the model; after one that raised, with no output and within its `except`."""
