@@ -196,6 +196,8 @@ def _serve(rank: int, _size: int, _store_path: str, folder: str, backend: Backen
         torch.cuda.set_device(device)
     with open(Path(folder, f"stack{rank}"), "w") as stack, open(Path(folder, f"calls{rank}")) as calls:
         faulthandler.register(signal.SIGUSR1, stack, all_threads=True)
+        gc.collect()
+        gc.freeze()  # what is here for good need not be looked through after every call
         send({"pid": os.getpid()})
         while (line := calls.readline()) != "end\n":
             number, world_size = map(int, line.split())
@@ -228,7 +230,8 @@ def _state_put_back(device: torch.device) -> Iterator[None]:
     torch.set_default_device(None)
     torch.set_autocast_enabled("cpu", False)
     torch.set_num_threads(num_threads)
-    torch.use_deterministic_algorithms(False)
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)  # imports the compiler, a second
     torch.set_float32_matmul_precision("highest")
     os.environ.clear()
     os.environ.update(environment)
