@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from tokenferry.cli.output import check_output
 from tokenferry.config import MoEConfig
-from tokenferry.errors import ConfigError, DeviceError, TokenferryError
+from tokenferry.errors import DeviceError, TokenferryError
 from tokenferry.groups import EPGroup
 from tokenferry.memory import SymmetricBuffer
 from tokenferry.reference import sum_in_rank_order
@@ -366,21 +367,6 @@ def write(records: Sequence[dict[str, Any]], path: Path, commit: str) -> None:
     """One JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({**record, "commit": commit}) + "\n" for record in records))
-
-
-def check_output(path: Path | None) -> None:
-    """Makes the folder of the file for the records.
-
-    Raises:
-        ConfigError: it cannot be written, which is better known before the measurements than after them.
-    """
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise ConfigError(f"--output {path} cannot be written: {error.strerror}; name a file in a folder of yours") from error
 
 
 def show(records: Sequence[dict[str, Any]]) -> str:
