@@ -1,21 +1,31 @@
 """The parts of the command line that need no rank: prompts, spreading, verdicts, errors, JSON."""
 
 import dataclasses
+import io
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from tokenferry.cli import output
+from tokenferry.cli.bench_presets import PRESETS, REHEARSAL
+from tokenferry.cli.context import check_prompts, context_length
 from tokenferry.cli.display import printable
 from tokenferry.cli.failure import one_line, summary
 from tokenferry.cli.job import Answer, Job, RankResult
 from tokenferry.cli.main import app
+from tokenferry.cli.progress import progress, progress_lines
 from tokenferry.cli.prompts import DEFAULT_PROMPTS, read_prompts
 from tokenferry.cli.reference import compare
 from tokenferry.cli.spread import TOKENS_PER_BATCH, batches, capacity, spread
+from tokenferry.cli.terminal import print_json
 from tokenferry.errors import ConfigError
 
 # Prompts
@@ -175,6 +185,102 @@ def test_default_prompts_differ_in_length():
     assert len({len(prompt) for prompt in DEFAULT_PROMPTS}) == 5
 
 
+# The model's context
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        ({"max_position_embeddings": 512}, 512),
+        ({"n_positions": 1024}, 1024),
+        ({"model_type": "mamba"}, None),
+        ({"text_config": {"max_position_embeddings": 256, "rope_scaling": None}}, 256),
+        ({"max_position_embeddings": 32768, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 131072),
+        (
+            {"max_position_embeddings": 131072, "rope_parameters": {"factor": 32.0, "original_max_position_embeddings": 4096}},
+            131072,
+        ),
+        ({"max_position_embeddings": 100, "rope_parameters": {"full_attention": {"factor": 8.0}, "other": {}}}, 800),
+    ],
+    ids=["plain", "gpt2", "none", "nested", "stretched", "stretched-already", "by-layer-type"],
+)
+def test_context_length_as_the_configuration_tells(config, length):
+    assert context_length(config) == length
+
+
+def test_a_prompt_that_fills_the_context_to_the_last_token_passes(tmp_path):
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 100}')
+    check_prompts(tmp_path, [3, 90], 10)
+    check_prompts(tmp_path, [], 10)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "new", "remedy"),
+    [
+        (
+            (3, 91),
+            10,
+            "prompt 1 has 91 tokens .* holds 100 tokens; .* to 90 tokens, or give --max-new-tokens 9 at most",
+        ),
+        ((400, 5), 10, "prompt 0 has 400 tokens .* shorten the prompt to 90 tokens at most"),
+    ],
+    ids=["together", "alone"],
+)
+def test_a_prompt_beyond_the_context_is_named_with_the_remedy(tmp_path, lengths, new, remedy):
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 100}')
+    with pytest.raises(ConfigError, match=remedy):
+        check_prompts(tmp_path, lengths, new)
+
+
+# Outputs that are no terminal, and those that are ASCII
+
+
+def test_piped_progress_is_lines():
+    written = io.StringIO()
+    with progress(Console(file=written), ["rank 0", "rank 1"]) as on_message:
+        on_message(1, {"total": 20, "prompts": 2})
+        on_message(1, {"new": 2})
+        on_message(1, {"done": True})
+    assert [line.rpartition(",")[0] for line in written.getvalue().splitlines()] == [
+        "rank 1: 2 prompts to answer, at most 20 tokens",
+        "rank 1: done, 2 tokens",
+    ]
+
+
+def test_piped_progress_comes_again_and_again_and_ends_with_an_error():
+    written = io.StringIO()
+    with pytest.raises(ConfigError), progress_lines(Console(file=written), ["rank 0", "rank 1"], every_s=0.05) as on_message:
+        on_message(1, {"total": 20, "prompts": 1})
+        on_message(1, {"new": 3})
+        while written.getvalue().count("rank 0: loading; rank 1: 3 of at most 20 tokens") < 2:
+            time.sleep(0.01)
+        raise ConfigError("it fails")
+    before = written.getvalue()
+    time.sleep(0.15)
+    assert written.getvalue() == before
+
+
+def ascii_console():
+    return Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), width=200)
+
+
+def test_json_stays_json_in_ascii():
+    console = ascii_console()
+    print_json(console, json.dumps({"text": "Grüße … 🙂"}, ensure_ascii=False))
+    console.file.flush()
+    assert json.loads(console.file.buffer.getvalue()) == {"text": "Grüße … 🙂"}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]], ids=["table", "json"])
+def test_doctor_prints_what_ascii_lacks_in_other_signs(arguments):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "300", "TOKENFERRY_CACHE_DIR": "/Jürgen – …"}
+    command = [sys.executable, "-m", "tokenferry.cli", "doctor", *arguments]
+    outcome = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=60)
+    assert outcome.returncode == 0, outcome.stderr
+    said = outcome.stdout.decode("ascii").replace("\n", "")
+    assert ("J\\u00fcrgen" if arguments else "rgen - ...") in said
+
+
 # Errors
 
 
@@ -220,8 +326,31 @@ def test_transport_that_cannot_be_had_gives_the_reason_for_that_one():
         (["generate", "--transport", "pigeon"], "--transport must be auto or one of"),
         (["generate", "--ranks", "0"], "Invalid value"),
         (["verify", "--dtype", "int8"], "Invalid value"),
+        (["generate", "--model", ""], "--model is empty: give demo, tiny:FAMILY or a checkpoint's folder"),
+        (
+            ["verify", "--model", "tiny:mixtral", "--max-new-tokens", "512"],
+            "the prompt's included; give at most 511",
+        ),
+        (["bench", "roundtrip", "--ranks", "0"], "Invalid value"),
+        (["bench", "roundtrip", "--ranks", "999"], "bench roundtrip needs 999 CUDA GPUs, found"),
+        (["bench", "layer", "--ranks", "0", "--rehearse"], "Invalid value"),
+        (["bench", "layer", "--rehearse", "--output", "/"], "--output / cannot be written: Is a directory"),
     ],
-    ids=["model", "family", "experts", "prompts", "transport", "ranks", "dtype"],
+    ids=[
+        "model",
+        "family",
+        "experts",
+        "prompts",
+        "transport",
+        "ranks",
+        "dtype",
+        "empty-model",
+        "new-tokens",
+        "bench-ranks",
+        "bench-GPUs",
+        "bench-layer-ranks",
+        "bench-output",
+    ],
 )
 def test_what_a_user_can_cause_is_a_line_and_exit_code_2(arguments, reason):
     outcome = CliRunner().invoke(app, arguments)
@@ -229,6 +358,7 @@ def test_what_a_user_can_cause_is_a_line_and_exit_code_2(arguments, reason):
     assert reason in outcome.stderr
     assert outcome.stdout == ""
     assert "Traceback" not in outcome.stderr
+    assert "--ranks 0" not in outcome.stderr
 
 
 def test_fewer_processes_under_torchrun_than_asked_for(monkeypatch):
@@ -247,6 +377,11 @@ def test_unwritable_cache_is_a_line_and_exit_code_2(monkeypatch, tmp_path):
     assert outcome.exit_code == 2
     assert "cannot be written to the cache folder" in outcome.stderr
     assert "set TOKENFERRY_CACHE_DIR" in outcome.stderr
+
+
+def test_bench_layer_names_its_presets_and_those_of_a_rehearsal():
+    said = CliRunner().invoke(app, ["bench", "layer", "--help"]).stdout
+    assert [preset.name for preset in (*PRESETS, *REHEARSAL) if preset.name not in said] == []
 
 
 def test_doctor_names_every_transport_with_its_reason():

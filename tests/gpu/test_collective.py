@@ -8,29 +8,30 @@ from hypothesis import given, settings
 
 import tokenferry as tf
 from cases import CASES, Case, StepCase, begin, run_case, run_layer, same
+from rank_pool import RankPools
 from scenarios import PROPERTY, scenarios
-from tokenferry.testing import run_ranks
 from tokenferry.testing.data import make_inputs
 
 pytestmark = pytest.mark.gpu(count=2)
 
 CONFIG = tf.MoEConfig(hidden_size=64, num_experts=8, topk=2)
-TWO_RANKS = [name for name, (world_size, _) in CASES.items() if world_size <= 2 and CASES[name][1].combine_order == "rank"]
+TWO_RANKS = sorted(
+    (name for name, (world_size, case) in CASES.items() if world_size <= 2 and case.combine_order == "rank"),
+    key=lambda name: -CASES[name][0],  # one rank last: it then runs in the processes of two
+)
 
 
 @pytest.mark.parametrize("name", TWO_RANKS)
-def test_bits_as_reference(name: str) -> None:
+def test_bits_as_reference(on_ranks: RankPools, name: str) -> None:
     world_size, case = CASES[name]
-    assert (
-        run_ranks(run_case, world_size, case, backend="nccl", timeout_s=120) == [sum(s.layers for s in case.steps)] * world_size
-    )
+    assert on_ranks(run_case, world_size, case, backend="nccl", timeout_s=120) == [sum(s.layers for s in case.steps)] * world_size
 
 
 def many_scenarios(group: tf.EPGroup, cases: list[Case]) -> int:
     return sum(run_case(group, case) for case in cases)
 
 
-def test_random_scenarios() -> None:
+def test_random_scenarios(on_ranks: RankPools) -> None:
     drawn: list[Case] = []
 
     @settings(max_examples=60, **PROPERTY)
@@ -41,7 +42,7 @@ def test_random_scenarios() -> None:
 
     draw()
     assert len(drawn) > 5
-    first, second = run_ranks(many_scenarios, 2, drawn, backend="nccl", timeout_s=300)
+    first, second = on_ranks(many_scenarios, 2, drawn, backend="nccl", timeout_s=300)
     assert first == second == sum(step.layers for case in drawn for step in case.steps)
 
 
@@ -58,8 +59,8 @@ def any_order(group: tf.EPGroup) -> float:
     return float((out.cpu() - wanted).abs().max())
 
 
-def test_any_order_is_right_within_rounding() -> None:
-    assert max(run_ranks(any_order, 2, backend="nccl", timeout_s=120)) < 1e-6
+def test_any_order_is_right_within_rounding(on_ranks: RankPools) -> None:
+    assert max(on_ranks(any_order, 2, backend="nccl", timeout_s=120)) < 1e-6
 
 
 def graph_with_equal_counts(group: tf.EPGroup) -> None:
@@ -95,8 +96,8 @@ def graph_with_equal_counts(group: tf.EPGroup) -> None:
             same("combined", out, wanted[group.rank])
 
 
-def test_a_graph_with_equal_counts_replays_with_other_rows() -> None:
-    run_ranks(graph_with_equal_counts, 2, backend="nccl", timeout_s=120)
+def test_a_graph_with_equal_counts_replays_with_other_rows(on_ranks: RankPools) -> None:
+    on_ranks(graph_with_equal_counts, 2, backend="nccl", timeout_s=120)
 
 
 def late_in_layer(group: tf.EPGroup) -> str:
@@ -122,6 +123,6 @@ def late_in_layer(group: tf.EPGroup) -> str:
         return said
 
 
-def test_a_late_rank_is_named_and_after_a_reset_all_is_right() -> None:
-    said = run_ranks(late_in_layer, 2, backend="nccl", timeout_s=150)
+def test_a_late_rank_is_named_and_after_a_reset_all_is_right(on_ranks: RankPools) -> None:
+    said = on_ranks(late_in_layer, 2, backend="nccl", timeout_s=150)
     assert said == ["PeerTimeoutError 1 in time True", "PeerFailedError 1 in time True"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tokenferry as tf
-from tokenferry.testing import run_ranks
+from rank_pool import RankPools
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's compiler uses what PyTorch deprecates
 CONFIG = tf.MoEConfig(hidden_size=64, num_experts=8, topk=2)
@@ -47,16 +47,16 @@ def compiled_as_eager(group: tf.EPGroup, transport: str, counts: str) -> int:
         return len(compiled_rows)
 
 
-@pytest.mark.gpu(count=1)
-@pytest.mark.parametrize("transport", ["local", "p2p"])
-def test_one_gpu(transport: str) -> None:
-    assert run_ranks(compiled_as_eager, 1, transport, "uneven", backend="nccl", timeout_s=200) == [4]
-
-
 @pytest.mark.gpu(count=2)
 @pytest.mark.parametrize(("transport", "counts"), [("p2p", "uneven"), ("collective", "equal"), ("collective", "uneven")])
-def test_two_gpus(transport: str, counts: str) -> None:
-    assert run_ranks(compiled_as_eager, 2, transport, counts, backend="nccl", timeout_s=250) == [4, 4]
+def test_two_gpus(on_ranks: RankPools, transport: str, counts: str) -> None:
+    assert on_ranks(compiled_as_eager, 2, transport, counts, backend="nccl", timeout_s=250) == [4, 4]
+
+
+@pytest.mark.gpu(count=1)
+@pytest.mark.parametrize("transport", ["local", "p2p"])
+def test_one_gpu(on_ranks: RankPools, transport: str) -> None:
+    assert on_ranks(compiled_as_eager, 1, transport, "uneven", backend="nccl", timeout_s=200) == [4]
 
 
 def relu_of_gathered(group: tf.EPGroup) -> bool:
@@ -81,10 +81,10 @@ def relu_of_gathered(group: tf.EPGroup) -> bool:
 
 
 @pytest.mark.gpu(count=1)
-def test_the_compiler_does_not_write_over_the_buffers() -> None:
-    assert run_ranks(relu_of_gathered, 1, backend="nccl", timeout_s=150) == [True]
+def test_the_compiler_does_not_write_over_the_buffers(on_ranks: RankPools) -> None:
+    assert on_ranks(relu_of_gathered, 1, backend="nccl", timeout_s=150) == [True]
 
 
 @pytest.mark.gpu(count=2)
-def test_the_compiler_does_not_write_over_the_buffers_that_peers_fill() -> None:
-    assert run_ranks(relu_of_gathered, 2, backend="nccl", timeout_s=150) == [True, True]
+def test_the_compiler_does_not_write_over_the_buffers_that_peers_fill(on_ranks: RankPools) -> None:
+    assert on_ranks(relu_of_gathered, 2, backend="nccl", timeout_s=150) == [True, True]

@@ -2,12 +2,14 @@
 
 import gc
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import tokenferry as tf
-from tokenferry.testing import run_ranks
+from rank_pool import RankPools
+from tokenferry.step import StepRequest
 
 pytestmark = pytest.mark.gpu(count=1)
 
@@ -50,6 +52,7 @@ def found(group: tf.EPGroup) -> list[str]:
             for harm, repair in (
                 (lambda: steps.ids[3, 1].fill_(8), lambda: steps.ids.zero_()),
                 (lambda: steps.ids[3, 1].fill_(-2), lambda: steps.ids.zero_()),
+                (lambda: ws.step.tokens_per_rank.data.add_(1), lambda: None),  # .data: PyTorch does not count this write
                 (lambda: buffer[layout.counts.offset - 1 : layout.counts.offset].zero_(), lambda: None),
                 (lambda: buffer[layout.terms.end : layout.terms.end + 1].zero_(), lambda: None),
             ):
@@ -70,13 +73,96 @@ def found(group: tf.EPGroup) -> list[str]:
     return said
 
 
-def test_harm_is_found_in_eager_steps_and_in_replays() -> None:
-    said = run_ranks(found, 1, backend="nccl", timeout_s=100, env=DEBUG)[0]
+def test_harm_is_found_in_eager_steps_and_in_replays(on_ranks: RankPools) -> None:
+    said = on_ranks(found, 1, backend="nccl", timeout_s=100, env=DEBUG)[0]
     print("\n" + "\n".join(said))
-    assert len(said) == 8
-    wanted = ("topk_idx held 8", "topk_idx held -2", "before 'counts', was written", "behind 'terms'")
+    assert len(said) == 10
+    wanted = (
+        "topk_idx held 8",
+        "topk_idx held -2",
+        "tensors of a step were written",
+        "before 'counts', was written",
+        "behind 'terms'",
+    )
     for text, part in zip(said, wanted * 2, strict=True):
         assert part in text
+
+
+def wrong_counts(group: tf.EPGroup) -> list[str]:
+    """What is said of a step that publishes what cannot be, first eager, then in a replay; and that right steps go on."""
+    said = []
+    with tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport="p2p") as ws:
+        steps, transport = Steps(ws), ws._transport
+        packed, begin_step = ws._step_tensors.packed.data, type(transport).begin_step
+        steps()
+        for place, value in ((0, ROWS - 1), (1, 1), (2, ROWS - 1), (3, 9)):  # sum, offset, largest; more rows than there may be
+
+            def publishes_wrong(*args: object, place: int = place, value: int = value) -> None:
+                begin_step(*args)
+                packed[place].fill_(value)
+
+            def begin(publish: Callable[..., None] = publishes_wrong) -> None:
+                ws._watch._begin_step(publish)(transport, StepRequest(9, ROWS, ROWS), -1)
+
+            begin()  # before the capture: what it launches has to be loaded
+            said.append(told(ws))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                begin()
+            graph.replay()
+            said.append(told(ws))
+            assert torch.equal(steps(), steps.hidden)
+            ws.check()
+    return said
+
+
+def told(ws: tf.Workspace) -> str:
+    torch.cuda.synchronize()
+    with pytest.raises(tf.StateError) as caught:
+        ws.check()
+    return str(caught.value)
+
+
+def test_counts_that_cannot_be_are_found_in_eager_steps_and_in_replays(on_ranks: RankPools) -> None:
+    [said] = on_ranks(wrong_counts, 1, backend="nccl", timeout_s=100, env=DEBUG)
+    assert len(said) == 8
+    assert {text.split(",")[0] for text in said} == {"a step published counts that do not fit one another"}
+
+
+def poisoned(group: tf.EPGroup) -> dict[str, bool]:
+    """Whether NaN stands where nothing valid does: before the first step, then in an eager step, then in a replay."""
+    with tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport="p2p") as ws:
+        steps, gathered = Steps(ws), ws._transport._views.gathered
+        rows, weights = gathered.hidden_RH, gathered.topk_weights_RK
+        seen = {"rows before the first step": bool(rows.isnan().all()), "weights too": bool(weights.isnan().all())}
+
+        def step() -> torch.Tensor:
+            ws.begin_step(ROWS)
+            got = steps.layer.dispatch(steps.hidden, steps.ids, steps.weights)
+            unwritten = steps.layer.combine_input().isnan().all()
+            steps.layer.combine(got.hidden, got)
+            return torch.stack([unwritten, rows.isnan().all(), weights.isnan().all()])
+
+        names = ("combine_input after dispatch", "rows after combine", "weights after combine")
+        seen |= {f"eager: {name}": flag for name, flag in zip(names, step().tolist(), strict=True)}
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            flags = step()
+        flags.zero_()
+        ws._transport.combine_input().zero_()
+        rows.zero_()
+        weights.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        ws.check()
+        return seen | {f"replay: {name}": flag for name, flag in zip(names, flags.tolist(), strict=True)}
+
+
+def test_rows_and_sums_that_nobody_may_read_are_poisoned(on_ranks: RankPools) -> None:
+    [seen] = on_ranks(poisoned, 1, backend="nccl", timeout_s=100, env=DEBUG)
+    assert len(seen) == 8
+    assert [name for name, is_nan in seen.items() if not is_nan] == []
 
 
 def without_waiting(group: tf.EPGroup) -> int:
@@ -105,5 +191,5 @@ def without_waiting(group: tf.EPGroup) -> int:
         return torch.cuda.memory_stats()["allocated_bytes.all.current"] - before
 
 
-def test_nothing_waits_for_the_device_and_nothing_grows() -> None:
-    assert run_ranks(without_waiting, 1, backend="nccl", timeout_s=100, env=DEBUG) == [0]
+def test_nothing_waits_for_the_device_and_nothing_grows(on_ranks: RankPools) -> None:
+    assert on_ranks(without_waiting, 1, backend="nccl", timeout_s=100, env=DEBUG) == [0]

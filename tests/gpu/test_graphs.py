@@ -9,8 +9,9 @@ import torch
 
 import tokenferry as tf
 from graph_work import ALL_PAIRS, TOLERANCE, Forward, Setup, check_steps, memory, open_workspace, run_steps
+from rank_pool import RankPools
 from tokenferry.graphs import GraphRunner
-from tokenferry.testing import run_ranks, same_bits
+from tokenferry.testing import same_bits
 from tokenferry.testing.ranks import run_virtual
 
 two_gpus = pytest.mark.gpu(count=2)
@@ -51,16 +52,16 @@ def many_setups(group: tf.EPGroup, setups: list[Setup], steps: list[tuple[int, .
 
 @two_gpus
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_all_16_combinations_of_eager_two_graphs_and_idle(transport: str) -> None:
+def test_all_16_combinations_of_eager_two_graphs_and_idle(on_ranks: RankPools, transport: str) -> None:
     setups = [setup for setup in SETUPS if setup.transport == transport]
-    run_ranks(many_setups, 2, setups, ALL_PAIRS, backend="nccl", timeout_s=240)
+    on_ranks(many_setups, 2, setups, ALL_PAIRS, backend="nccl", timeout_s=240)
 
 
 @two_gpus
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_500_random_steps_in_constant_memory(transport: str) -> None:
+def test_500_random_steps_in_constant_memory(on_ranks: RankPools, transport: str) -> None:
     setup = Setup(transport=transport, dtype=BF16, shared=True, overlap="stream")
-    for used in run_ranks(run_steps, 2, setup, random_steps(7, 500, 2), backend="nccl", timeout_s=240):
+    for used in on_ranks(run_steps, 2, setup, random_steps(7, 500, 2), backend="nccl", timeout_s=240):
         assert max(used["memory"][5:]) <= max(used["memory"][1:5]) + (1 << 20), used["memory"]
         assert used["calls"] < 500, "most steps are replays, which do not call fn"
 
@@ -93,8 +94,8 @@ def graph_and_eager(group: tf.EPGroup, transport: str) -> list[str]:
 
 @two_gpus
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_graphs_and_overlaps_give_the_bits_of_the_eager_forward(transport: str) -> None:
-    assert run_ranks(graph_and_eager, 2, transport, backend="nccl", timeout_s=180) == [[], []]
+def test_graphs_and_overlaps_give_the_bits_of_the_eager_forward(on_ranks: RankPools, transport: str) -> None:
+    assert on_ranks(graph_and_eager, 2, transport, backend="nccl", timeout_s=180) == [[], []]
 
 
 # --- no synchronisation ---------------------------------------------------------------------------------------------------
@@ -128,8 +129,8 @@ def begin_without_waiting(group: tf.EPGroup) -> int:
 
 
 @two_gpus
-def test_begin_never_waits_for_the_device() -> None:
-    assert run_ranks(begin_without_waiting, 2, backend="nccl", timeout_s=120) == [0, 0]
+def test_begin_never_waits_for_the_device(on_ranks: RankPools) -> None:
+    assert on_ranks(begin_without_waiting, 2, backend="nccl", timeout_s=120) == [0, 0]
 
 
 # --- reset and failure ----------------------------------------------------------------------------------------------------
@@ -165,8 +166,8 @@ def fails_while_captured(forward: Forward, where: str) -> torch.Tensor:
 
 @two_gpus
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_failed_capture_and_a_reset_leave_the_workspace_usable(transport: str) -> None:
-    run_ranks(reset_and_failures, 2, transport, backend="nccl", timeout_s=90)
+def test_a_failed_capture_and_a_reset_leave_the_workspace_usable(on_ranks: RankPools, transport: str) -> None:
+    on_ranks(reset_and_failures, 2, transport, backend="nccl", timeout_s=90)
 
 
 # --- virtual ranks --------------------------------------------------------------------------------------------------------
@@ -200,14 +201,14 @@ VIRTUAL = {"CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 
 
 @one_gpu
-def test_virtual_ranks_replay_their_own_graphs() -> None:
+def test_virtual_ranks_replay_their_own_graphs(on_ranks: RankPools) -> None:
     setup = Setup(transport="p2p", dtype=BF16, timeout_s=10)
     graphs_only = [tokens for tokens in ALL_PAIRS if max(tokens) <= 256]
-    run_ranks(virtual, 1, 2, setup, graphs_only * 2, backend="nccl", timeout_s=120, env=VIRTUAL)
+    on_ranks(virtual, 1, 2, setup, graphs_only * 2, backend="nccl", timeout_s=120, env=VIRTUAL)
 
 
 @one_gpu
 @pytest.mark.parametrize("transport", ["local", "collective"])
-def test_one_rank(transport: str) -> None:
+def test_one_rank(on_ranks: RankPools, transport: str) -> None:
     steps = [(count,) for count in (0, 1, 64, 65, 256, 300, 320, 0, 7)]
-    run_ranks(run_steps, 1, Setup(transport=transport, dtype=BF16, shared=True, overlap="stream"), steps, backend="nccl")
+    on_ranks(run_steps, 1, Setup(transport=transport, dtype=BF16, shared=True, overlap="stream"), steps, backend="nccl")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import tokenferry as tf
+from rank_pool import RankPools
 from tokenferry.dispatched import Dispatched
 from tokenferry.experts import Experts, ExpertsConfig, ExpertScratch, ExpertWeights, apply_experts
-from tokenferry.testing import run_ranks
 from tokenferry.testing.numeric import same_bits
 
 HIDDEN = 7168
@@ -76,19 +76,19 @@ def steps(group: tf.EPGroup, capacity: int, tokens: tuple[tuple[int, ...], ...])
     return largest
 
 
-@pytest.mark.gpu(count=1)
-@pytest.mark.timeout(150)
-def test_rows_of_one_rank_beyond_two_to_the_31_elements() -> None:
-    assert run_ranks(steps, 1, ROWS, ((ROWS,), (ROWS - 77,)), backend="nccl", timeout_s=140)[0] > LIMIT
-
-
 @pytest.mark.gpu(count=2)
 @pytest.mark.timeout(150)
-def test_rows_of_two_ranks_beyond_two_to_the_31_elements() -> None:
+def test_rows_of_two_ranks_beyond_two_to_the_31_elements(on_ranks: RankPools) -> None:
     """About 22 GB a GPU. The first steps are full, in place and with the caller's rows; then one rank has most, the other few."""
     half = ROWS // 2
     tokens = ((half, half), (half - 77, half), (half, half - 123), (5, half))
-    assert min(run_ranks(steps, 2, half, tokens, backend="nccl", timeout_s=140)) > LIMIT
+    assert min(on_ranks(steps, 2, half, tokens, backend="nccl", timeout_s=140)) > LIMIT
+
+
+@pytest.mark.gpu(count=1)
+@pytest.mark.timeout(150)
+def test_rows_of_one_rank_beyond_two_to_the_31_elements(on_ranks: RankPools) -> None:
+    assert on_ranks(steps, 1, ROWS, ((ROWS,), (ROWS - 77,)), backend="nccl", timeout_s=140)[0] > LIMIT
 
 
 # --- experts --------------------------------------------------------------------------------------------------------------

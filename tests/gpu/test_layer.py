@@ -7,7 +7,8 @@ import torch
 
 import tokenferry as tf
 from graph_work import TOLERANCE, Forward, Setup, memory, open_workspace
-from tokenferry.testing import run_ranks, same_bits
+from rank_pool import RankPools
+from tokenferry.testing import same_bits
 from tokenferry.testing.ranks import run_virtual
 
 two_gpus = pytest.mark.gpu(count=2)
@@ -59,8 +60,8 @@ def all_shapes(group: tf.EPGroup, transport: str) -> None:
 
 @two_gpus
 @pytest.mark.parametrize("transport", ["p2p", "collective"])
-def test_two_gpus_together_equal_the_plain_layer(transport: str) -> None:
-    run_ranks(all_shapes, 2, transport, backend="nccl", timeout_s=240)
+def test_two_gpus_together_equal_the_plain_layer(on_ranks: RankPools, transport: str) -> None:
+    on_ranks(all_shapes, 2, transport, backend="nccl", timeout_s=240)
 
 
 def same_every_time(group: tf.EPGroup, transport: str) -> tuple[bool, bool]:
@@ -85,8 +86,8 @@ def same_every_time(group: tf.EPGroup, transport: str) -> tuple[bool, bool]:
 
 @two_gpus
 @pytest.mark.parametrize("transport", ["p2p", "collective"])
-def test_the_same_step_gives_the_same_bits_in_constant_memory(transport: str) -> None:
-    assert run_ranks(same_every_time, 2, transport, backend="nccl", timeout_s=180) == [(True, True)] * 2
+def test_the_same_step_gives_the_same_bits_in_constant_memory(on_ranks: RankPools, transport: str) -> None:
+    assert on_ranks(same_every_time, 2, transport, backend="nccl", timeout_s=180) == [(True, True)] * 2
 
 
 def virtual_rank(group: tf.EPGroup, setup: Setup) -> None:
@@ -117,7 +118,7 @@ def virtual(group: tf.EPGroup, world_size: int, setup: Setup) -> None:
 
 @one_gpu
 @pytest.mark.parametrize("overlap", ["off", "stream"])
-def test_virtual_ranks_together_equal_the_plain_layer(overlap: str) -> None:
+def test_virtual_ranks_together_equal_the_plain_layer(on_ranks: RankPools, overlap: str) -> None:
     setup = Setup(transport="p2p", dtype=BF16, shared=True, overlap=overlap, timeout_s=10)
     env = {"CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}  # as in test_symmetric.py
-    run_ranks(virtual, 1, 2, setup, backend="nccl", timeout_s=120, env=env)
+    on_ranks(virtual, 1, 2, setup, backend="nccl", timeout_s=120, env=env)

@@ -6,11 +6,14 @@ import importlib.util
 import itertools
 import random
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 import tokenferry as tf
+from rank_pool import RankPools
 from ranks.test_megatron import (
     BASE,
     NCCL,
@@ -101,9 +104,15 @@ def test_between_two_gpus(name: str, request: pytest.FixtureRequest) -> None:
         assert outcome.get(name, "not run: one before it failed") == "", f"rank {rank}: {outcome.get(name)}"
 
 
-@one_gpu
-def test_group_of_one_gpu() -> None:
-    assert run_ranks(run_alone, 1, backend="nccl", timeout_s=100.0) == [[5, 0, 5]]
+def with_classes_as_new(group: tf.EPGroup, worker: Callable[..., Any]) -> Any:
+    """What the classes hold belongs to the process, which runs other tests too."""
+    megatron.configure(**dataclasses.asdict(megatron.Settings()))
+    NCCL._use_allgather_v, NCCL._local_tokens_per_rank = False, None
+    NVLS.set_real_token_count_tensor(None)
+    result = worker(group)
+    megatron.close()
+    NVLS.set_real_token_count_tensor(None)
+    return result
 
 
 # --- CUDA graphs ------------------------------------------------------------------------------------------------------
@@ -212,8 +221,8 @@ def check_forward(results: list, gathered: tf.Dispatched, combined: torch.Tensor
 
 
 @two_gpus
-def test_nvls_graphs_replay_at_any_counts_up_to_512() -> None:
-    assert run_ranks(run_nvls_graphs, 2, backend="nccl", timeout_s=200.0) == [2 * len(BUCKETS) ** 2] * 2
+def test_nvls_graphs_replay_at_any_counts_up_to_512(on_ranks: RankPools) -> None:
+    assert on_ranks(with_classes_as_new, 2, run_nvls_graphs, backend="nccl", timeout_s=200.0) == [2 * len(BUCKETS) ** 2] * 2
 
 
 def run_nccl_graph(group: tf.EPGroup) -> int:
@@ -253,8 +262,13 @@ def run_nccl_graph(group: tf.EPGroup) -> int:
 
 
 @two_gpus
-def test_nccl_graph_replays_with_other_rows() -> None:
-    assert run_ranks(run_nccl_graph, 2, backend="nccl", timeout_s=100.0) == [5, 5]
+def test_nccl_graph_replays_with_other_rows(on_ranks: RankPools) -> None:
+    assert on_ranks(with_classes_as_new, 2, run_nccl_graph, backend="nccl", timeout_s=100.0) == [5, 5]
+
+
+@one_gpu
+def test_group_of_one_gpu(on_ranks: RankPools) -> None:
+    assert on_ranks(with_classes_as_new, 1, run_alone, backend="nccl", timeout_s=100.0) == [[5, 0, 5]]
 
 
 # --- megatron-core itself ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 
 import tokenferry as tf
 from cases import CASES, ON_GPUS, Case, StepCase, begin, run_case, run_layer, same
-from tokenferry.testing import run_ranks
+from rank_pool import RankPools
 from tokenferry.testing.data import make_inputs
 from tokenferry.testing.ranks import run_virtual
 
@@ -51,12 +51,12 @@ def many(group: tf.EPGroup, cases: list[Case]) -> int:
 
 
 @ON_GPUS
-def test_bits_as_reference(world_size: int) -> None:
+def test_bits_as_reference(on_ranks: RankPools, world_size: int) -> None:
     named = [CASES[name] for name in NAMED]
     cases = [dataclasses.replace(case, transport="p2p", hidden_size=64, topk=2) for size, case in named if size == world_size]
     steps = random_steps(1, 60, world_size)
     cases.append(Case(hidden_size=72, num_experts=11, topk=3, capacity=CAPACITY, transport="p2p", steps=steps))
-    compared = run_ranks(many, world_size, cases, backend="nccl", timeout_s=240)
+    compared = on_ranks(many, world_size, cases, backend="nccl", timeout_s=240)
     assert compared == [sum(step.layers for case in cases for step in case.steps)] * world_size
 
 
@@ -70,10 +70,10 @@ VIRTUAL = {"CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 
 @one_gpu
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
-def test_bits_as_reference_on_virtual_ranks(world_size: int) -> None:
+def test_bits_as_reference_on_virtual_ranks(on_ranks: RankPools, world_size: int) -> None:
     steps = random_steps(world_size, 12, world_size, layers=1)
     case = Case(hidden_size=72, num_experts=11, topk=3, capacity=CAPACITY, transport="p2p", steps=steps)
-    assert run_ranks(virtual, 1, world_size, case, backend="nccl", timeout_s=150, env=VIRTUAL) == [[len(steps)] * world_size]
+    assert on_ranks(virtual, 1, world_size, case, backend="nccl", timeout_s=150, env=VIRTUAL) == [[len(steps)] * world_size]
 
 
 # --- graphs ---------------------------------------------------------------------------------------------------------
@@ -147,8 +147,8 @@ def graphs(group: tf.EPGroup) -> None:
 
 
 @ON_GPUS
-def test_each_rank_replays_its_own_graph_at_any_counts_of_the_others(world_size: int) -> None:
-    run_ranks(graphs, world_size, backend="nccl", timeout_s=150)
+def test_each_rank_replays_its_own_graph_at_any_counts_of_the_others(on_ranks: RankPools, world_size: int) -> None:
+    on_ranks(graphs, world_size, backend="nccl", timeout_s=150)
 
 
 # --- no synchronisation ---------------------------------------------------------------------------------------------
@@ -180,8 +180,8 @@ def without_synchronisation(group: tf.EPGroup) -> int:
 
 
 @ON_GPUS
-def test_nothing_waits_for_the_device_and_nothing_grows(world_size: int) -> None:
-    assert run_ranks(without_synchronisation, world_size, backend="nccl", timeout_s=120) == [0] * world_size
+def test_nothing_waits_for_the_device_and_nothing_grows(on_ranks: RankPools, world_size: int) -> None:
+    assert on_ranks(without_synchronisation, world_size, backend="nccl", timeout_s=120) == [0] * world_size
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------
@@ -219,8 +219,8 @@ def late(group: tf.EPGroup) -> list[str]:
 
 
 @two_gpus
-def test_a_late_rank_is_named_and_after_a_reset_all_is_right() -> None:
-    said = run_ranks(late, 2, backend="nccl", timeout_s=150)
+def test_a_late_rank_is_named_and_after_a_reset_all_is_right(on_ranks: RankPools) -> None:
+    said = on_ranks(late, 2, backend="nccl", timeout_s=150)
     assert said[0] == ["PeerTimeoutError 1 data-missing True"] * 2
     assert said[1] == ["PeerFailedError 1 data-missing True"] * 2
 
@@ -273,8 +273,10 @@ def late_for_a_graph(group: tf.EPGroup) -> tuple[str, int, float]:
 
 
 @ON_GPUS
-def test_a_graph_of_60_layers_waits_once_for_a_late_rank_and_after_a_reset_all_is_right(world_size: int) -> None:
-    told = run_ranks(late_for_a_graph, world_size, backend="nccl", timeout_s=120)
+def test_a_graph_of_60_layers_waits_once_for_a_late_rank_and_after_a_reset_all_is_right(
+    on_ranks: RankPools, world_size: int
+) -> None:
+    told = on_ranks(late_for_a_graph, world_size, backend="nccl", timeout_s=120)
     late, others = told[1], [told[rank] for rank in range(world_size) if rank != 1]
     assert late[:2] == ("PeerFailedError", 1)
     assert late[2] < 2

@@ -1,6 +1,5 @@
 """Tiny models of transformers on two GPUs: the tokens of the unmodified model on one, over NCCL and over peer memory."""
 
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 import tokenferry as tf
-from tokenferry.testing import run_ranks
+from rank_pool import RankPools
 from tokenferry.testing.tiny_models import make_tiny
 from transformers_work import Work, generate, generate_batch, load, quiet, unmodified
 
@@ -19,39 +18,49 @@ ROUNDS = (WORK, (Work(), Work((4, 6), 5)))
 """In the second round rank 0 has no requests."""
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return [make_tiny(family, folder / family) for family in ("qwen3_moe", "gpt_oss", "deepseek_v3", "llama4")]
+
+
 @pytest.mark.parametrize("exact", [False, True], ids=["sums", "exact"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("transport", ["collective", "p2p"])
-def test_tokens_of_the_unmodified_model(transport: str, dtype: torch.dtype, exact: bool, tmp_path: Path) -> None:
-    paths = [make_tiny(family, tmp_path / family) for family in ("qwen3_moe", "gpt_oss", "deepseek_v3", "llama4")]
-    for outcomes in run_ranks(compare, 2, paths, transport, dtype, exact, backend="nccl", timeout_s=240):
-        assert outcomes == {path.name: [True] * len(ROUNDS) for path in paths}
+def test_tokens_of_the_unmodified_model(
+    on_ranks: RankPools, models: list[Path], transport: str, dtype: torch.dtype, exact: bool
+) -> None:
+    for outcomes in on_ranks(compare, 2, models, transport, dtype, exact, backend="nccl", timeout_s=240):
+        assert outcomes == {path.name: [True] * len(ROUNDS) for path in models}
 
 
 @pytest.mark.parametrize("transport", ["collective", "p2p"])
-def test_continuous_batching(transport: str, tmp_path: Path) -> None:
-    path = make_tiny("qwen3_moe", tmp_path)
-    assert run_ranks(compare_batch, 2, path, transport, backend="nccl", timeout_s=240) == [True, True]
+def test_continuous_batching(on_ranks: RankPools, models: list[Path], transport: str) -> None:
+    assert on_ranks(compare_batch, 2, models[0], transport, backend="nccl", timeout_s=240) == [True, True]
 
 
 def compare(group: tf.EPGroup, paths: list[Path], transport: str, dtype: torch.dtype, exact: bool) -> dict[str, Any]:
     quiet()
-    return {path.name: _compare_or_trace(group, path, transport, dtype, exact) for path in paths}
+    outcomes = {}
+    for path in paths:
+        try:
+            outcomes[path.name] = _compare(group, path, transport, dtype, exact)
+        except Exception as error:
+            error.add_note(f"{path.name}; before it: {outcomes}")
+            raise
+    return outcomes
 
 
-def _compare_or_trace(group: tf.EPGroup, path: Path, transport: str, dtype: torch.dtype, exact: bool) -> Any:
-    try:
-        model = load(path, group, transport=transport, dtype=dtype, exact=exact)
-        assert next(model.parameters()).device == group.device
-        made = []
-        for work in ROUNDS:
-            made.append(generate(model, work[group.rank], group.rank)[0])
-            model.expert_parallel.finish()
-        model.expert_parallel.close()
-        reference = _unswapped(path, dtype, group)
-        return [tokens == generate(reference, work[group.rank], group.rank)[0] for tokens, work in zip(made, ROUNDS, strict=True)]
-    except Exception:
-        return traceback.format_exc()
+def _compare(group: tf.EPGroup, path: Path, transport: str, dtype: torch.dtype, exact: bool) -> list[bool]:
+    model = load(path, group, transport=transport, dtype=dtype, exact=exact)
+    assert next(model.parameters()).device == group.device
+    made = []
+    for work in ROUNDS:
+        made.append(generate(model, work[group.rank], group.rank)[0])
+        model.expert_parallel.finish()
+    model.expert_parallel.close()
+    reference = _unswapped(path, dtype, group)
+    return [tokens == generate(reference, work[group.rank], group.rank)[0] for tokens, work in zip(made, ROUNDS, strict=True)]
 
 
 def compare_batch(group: tf.EPGroup, path: Path, transport: str) -> bool:

@@ -10,7 +10,7 @@ from verification.rules import Event, Replay, Violation
 
 import tokenferry as tf
 from cases import StepCase, begin, run_layer
-from tokenferry.testing import run_ranks
+from rank_pool import RankPools
 from tokenferry.testing.data import make_inputs
 
 from .test_symmetric import CAPACITY, INTERPRETER, random_steps
@@ -81,7 +81,7 @@ def record(group: tf.EPGroup, steps: list[StepCase]) -> tuple[int, list[Event]]:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_recorded_events_obey_the_rules_of_the_models(world_size: int) -> None:
+def test_recorded_events_obey_the_rules_of_the_models(on_ranks: RankPools, world_size: int) -> None:
     empty = (0,) * (world_size - 1)
     steps = [
         *random_steps(world_size, 25, world_size, 4),
@@ -91,7 +91,7 @@ def test_recorded_events_obey_the_rules_of_the_models(world_size: int) -> None:
         StepCase((0, *empty), layers=2),
         StepCase((2, *empty), layers=2),
     ]
-    recordings = run_ranks(record, world_size, steps, env=INTERPRETER, timeout_s=120)
+    recordings = on_ranks(record, world_size, steps, env=INTERPRETER, timeout_s=120)
     replayed = Replay([events for _, events in recordings], recordings[0][0]).run()
     assert all(replayed[kind] > 0 for kind in ("count", "send", "take", "restore", "signal", "launch"))
     assert replayed["take"] == replayed["restore"]
@@ -198,5 +198,5 @@ def solo_while_a_peer_fetches(group: tf.EPGroup, rows: int) -> int:
 
 
 @pytest.mark.parametrize("rows", [8, BULK_ROWS], ids=["slots", "bulk"])
-def test_solo_right_after_a_step_leaves_the_peers_results_alone(rows: int) -> None:
-    assert run_ranks(solo_while_a_peer_fetches, 2, rows, env=INTERPRETER) == [0, 0]
+def test_solo_right_after_a_step_leaves_the_peers_results_alone(on_ranks: RankPools, rows: int) -> None:
+    assert on_ranks(solo_while_a_peer_fetches, 2, rows, env=INTERPRETER) == [0, 0]

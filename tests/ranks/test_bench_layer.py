@@ -41,7 +41,7 @@ def test_a_wrong_column_is_named() -> None:
 
 
 def test_wrong_requests_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"preset must be one of tiny, .* got 'huge'"):
+    with pytest.raises(ConfigError, match=r"with --rehearse a preset must be one of tiny, .* got 'huge'"):
         layer_command(1, "huge", "1", 1.0, None, rehearse=True)
     with pytest.raises(ConfigError, match="tokens must be positive ints"):
         layer_command(1, "tiny", "1,x", 1.0, None, rehearse=True)

@@ -33,6 +33,11 @@ def run(command, environment, timeout_s=120):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
+def without_progress(stderr):
+    """The lines of standard error but for those that tell how far the ranks are."""
+    return [line for line in stderr.splitlines() if line.strip() and not line.startswith("rank ")]
+
+
 def test_generate_answers_uneven_prompts_and_prints_one_json_object(environment, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a much longer prompt than all the others together\nb\ncc\nddd\n")
@@ -46,6 +51,29 @@ def test_generate_answers_uneven_prompts_and_prints_one_json_object(environment,
     assert all(rank["num_layers"] == 2 and 0 < rank["communication_share"] <= 1 for rank in document["ranks"])
     assert "rank 0: 1 prompt " in outcome.stderr
     assert "rank 1: 3 prompts" in outcome.stderr
+
+
+def test_a_prompt_beyond_the_context_is_a_line_and_exit_code_2_before_anything_is_loaded(environment, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("short\n" + 400_000 * "a" + "\n")
+    outcome = run([*CLI, "verify", "--model", "tiny:mixtral", "--prompts", str(prompts)], environment)
+    assert (outcome.returncode, outcome.stdout) == (2, "")
+    [line] = without_progress(outcome.stderr)
+    assert "prompt 1 has 400000 tokens and --max-new-tokens is 32, but the model's context holds 512 tokens" in line
+    assert "shorten the prompt to 480 tokens at most" in line
+    assert "to answer" not in outcome.stderr, "no rank has loaded"
+
+
+def test_answers_come_out_in_ascii_with_plain_lines_of_progress(environment, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Grüße – und …\n")
+    arguments = ["--model", "tiny:mixtral", "--prompts", str(prompts), "--max-new-tokens", "4"]
+    outcome = run([*CLI, "generate", *arguments], {**environment, "PYTHONIOENCODING": "ascii"})
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.isascii()
+    assert "Gr\\xfc\\xdfe - und ..." in outcome.stdout
+    assert "rank 1: 1 prompt to answer, at most 4 tokens" in outcome.stderr
+    assert "rank 1: done, 4 tokens" in outcome.stderr
 
 
 @pytest.mark.parametrize(
@@ -73,7 +101,7 @@ def test_a_model_without_experts_is_a_line_and_exit_code_2(environment, tmp_path
     byte_tokenizer().save_pretrained(tmp_path)
     outcome = run([*CLI, "generate", "--model", str(tmp_path)], environment)
     assert outcome.returncode == 2
-    [line] = [line for line in outcome.stderr.splitlines() if line.strip()]
+    [line] = without_progress(outcome.stderr)
     assert "LlamaForCausalLM has no MoE layer" in line
     assert outcome.stdout == ""
 
@@ -126,7 +154,8 @@ def test_ctrl_c_is_a_line_and_exit_code_2_and_leaves_nothing_behind(environment,
     os.killpg(process.pid, signal.SIGINT)
     stdout, stderr = process.communicate(timeout=20)
     assert (process.returncode, stdout) == (2, "")
-    assert [line for line in stderr.splitlines() if line.strip()] == ["tokenferry: interrupted"]
+    assert without_progress(stderr) == ["tokenferry: interrupted"]
+    assert stderr.endswith("tokenferry: interrupted\n"), "nothing behind it"
     while (left := {pid for pid in below if Path(f"/proc/{pid}").exists()}) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left

@@ -6,33 +6,33 @@ from hypothesis import given, settings
 
 import tokenferry as tf
 from cases import CASES, Case, StepCase, run_case, run_layer, same
+from rank_pool import RankPools
 from scenarios import PROPERTY, scenarios
-from tokenferry.testing import run_ranks
 from tokenferry.testing.data import make_inputs
 
 pytestmark = pytest.mark.ranks
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bits_as_reference(name: str) -> None:
+def test_bits_as_reference(on_ranks: RankPools, name: str) -> None:
     world_size, case = CASES[name]
-    assert run_ranks(run_case, world_size, case) == [sum(step.layers for step in case.steps)] * world_size
+    assert on_ranks(run_case, world_size, case) == [sum(step.layers for step in case.steps)] * world_size
 
 
 @settings(max_examples=15, **PROPERTY)
 @given(scenarios())
-def test_any_scenario_gives_the_bits_of_the_reference(scenario: tuple[int, Case]) -> None:
+def test_any_scenario_gives_the_bits_of_the_reference(on_ranks: RankPools, scenario: tuple[int, Case]) -> None:
     world_size, case = scenario
-    assert run_ranks(run_case, world_size, case) == [sum(step.layers for step in case.steps)] * world_size
+    assert on_ranks(run_case, world_size, case) == [sum(step.layers for step in case.steps)] * world_size
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @settings(max_examples=600, **PROPERTY)
 @given(scenarios(capacity=33))
-def test_many_scenarios_give_the_bits_of_the_reference(scenario: tuple[int, Case]) -> None:
+def test_many_scenarios_give_the_bits_of_the_reference(on_ranks: RankPools, scenario: tuple[int, Case]) -> None:
     world_size, case = scenario
-    assert run_ranks(run_case, world_size, case) == [sum(step.layers for step in case.steps)] * world_size
+    assert on_ranks(run_case, world_size, case) == [sum(step.layers for step in case.steps)] * world_size
 
 
 # --- two workspaces -------------------------------------------------------------------------------------------------
@@ -59,8 +59,8 @@ def layers_reference(config: tf.MoEConfig, seed: int) -> list[torch.Tensor]:
     return tf.reference.combine([i.partial for i in inputs], (3, 1), config.dtype, config.dtype)
 
 
-def test_two_workspaces_of_different_shape_interleave() -> None:
-    run_ranks(two_workspaces, 2)
+def test_two_workspaces_of_different_shape_interleave(on_ranks: RankPools) -> None:
+    on_ranks(two_workspaces, 2)
 
 
 def differing_settings(group: tf.EPGroup) -> str:
@@ -69,8 +69,8 @@ def differing_settings(group: tf.EPGroup) -> str:
     return str(caught.value)
 
 
-def test_settings_that_differ_are_an_error_on_every_rank() -> None:
-    said = run_ranks(differing_settings, 2)
+def test_settings_that_differ_are_an_error_on_every_rank(on_ranks: RankPools) -> None:
+    said = on_ranks(differing_settings, 2)
     assert said[0].startswith("hidden_size differs between ranks: rank 0 has 8, rank 1 has 9")
     assert said[1].startswith("hidden_size differs between ranks: rank 1 has 9, rank 0 has 8")
 
@@ -82,8 +82,8 @@ def two_groups(group: tf.EPGroup) -> bool:
     return all(run_case(each, case) == 1 for each in (other, third, group))
 
 
-def test_groups_on_one_store_do_not_read_each_others_words() -> None:
-    assert all(run_ranks(two_groups, 2))
+def test_groups_on_one_store_do_not_read_each_others_words(on_ranks: RankPools) -> None:
+    assert all(on_ranks(two_groups, 2))
 
 
 @pytest.mark.parametrize("transport", ["local", "collective"])

@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from tokenferry.cli.output import check_output
 from tokenferry.config import MoEConfig
 from tokenferry.errors import DeviceError, TokenferryError
 from tokenferry.groups import EPGroup
@@ -75,6 +77,11 @@ class Bench:
 
     def __init__(self, group: EPGroup, *, chain: int = 20, repeats: int = 15) -> None:
         self.group, self.chain, self.repeats = group, chain, repeats
+
+    def say(self, text: str) -> None:
+        """A line of progress, once for all ranks: a run takes minutes, and its table comes at the end."""
+        if self.group.rank == 0:
+            print(text, file=sys.stderr, flush=True)
 
     def slowest(self, value: float) -> float:
         """The largest of all ranks' values."""
@@ -305,7 +312,9 @@ def worker(group: EPGroup, table: Sequence[Point]) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     if any(point.transport == "p2p" for point in table):
         records.append({"transport": "p2p", "what": "parts", **bench.parts(7168, 8), **environment()})
-    for point in table:
+    for number, point in enumerate(table, start=1):
+        tokens = "x".join(map(str, point.tokens))
+        bench.say(f"point {number} of {len(table)}: {point.transport}, hidden size {point.hidden_size}, tokens {tokens}")
         try:
             measured = bench.roundtrip(point)
         except TokenferryError as error:
@@ -382,7 +391,9 @@ def roundtrip_command(ranks: int, output: Path | None) -> int:
     """`tokenferry bench roundtrip`: the exit code, 1 if a result was wrong."""
     found = torch.cuda.device_count()
     if found < ranks:
-        raise DeviceError(f"bench roundtrip needs {ranks} CUDA GPUs, found {found}; give --ranks {found}, if that is more than 0")
+        remedy = f"give --ranks {found} at most" if found else "run it on a machine with GPUs"
+        raise DeviceError(f"bench roundtrip needs {ranks} CUDA GPU{'s'[: ranks > 1]}, found {found}; {remedy}")
+    check_output(output)
     records = run(ranks, (7168, 2048), (1, 8, 32, 128, 512, 4096), ("p2p", "collective"))
     if output is not None:
         write(records, output, "unknown")

@@ -25,6 +25,7 @@ from torch import nn
 
 from tokenferry.cli.bench import Bench, environment
 from tokenferry.cli.bench_presets import PRESETS, REHEARSAL, Preset
+from tokenferry.cli.output import check_output
 from tokenferry.config import MoEConfig
 from tokenferry.dispatched import Dispatched
 from tokenferry.errors import ConfigError, DeviceError, TokenferryError
@@ -378,6 +379,7 @@ def worker(group: EPGroup, request: Request) -> list[dict[str, Any]]:
                     for count in request.tokens:
                         if bench.slowest(time.time() - request.started_s) > request.budget_s:
                             break
+                        bench.say(f"{preset.name}: {count} tokens a rank")
                         point = measured.point(ours, theirs, count)
                         remaining.remove(count)
                         add({**named, "tokens": count, "transport": ours.transport, **point})
@@ -432,16 +434,19 @@ def layer_command(
     """`tokenferry bench layer`: the exit code, 1 if a result was wrong or a preset failed."""
     found = torch.cuda.device_count()
     if not rehearse and found < ranks:
-        raise DeviceError(f"bench layer needs {ranks} CUDA GPUs, found {found}; give --rehearse to try it on CPUs, without times")
+        fewer = f"--ranks {found} at most, or " if found else ""
+        needs = f"{ranks} CUDA GPU{'s'[: ranks > 1]}"
+        raise DeviceError(f"bench layer needs {needs}, found {found}; give {fewer}--rehearse to try it on CPUs, without times")
     known = {preset.name: preset for preset in (REHEARSAL if rehearse else PRESETS)}
     names = list(known) if presets == "all" else presets.split(",")
     for name in names:
         if name not in known:
-            raise ConfigError(f"preset must be one of {', '.join(known)}, got {name!r}")
+            whose = "with --rehearse a preset" if rehearse else "preset"
+            raise ConfigError(f"{whose} must be one of {', '.join(known)}, or all of them by 'all'; got {name!r}")
     if not all(count.isdecimal() and int(count) for count in tokens.split(",")):
         raise ConfigError(f"tokens must be positive ints with commas between them, got {tokens!r}")
+    check_output(output)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text("")
     request = Request(
         presets=tuple(known[name] for name in names),

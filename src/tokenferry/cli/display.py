@@ -1,44 +1,16 @@
-"""What a person sees: progress bars while ranks work, then texts and tables."""
+"""What a person sees in the end: texts and tables."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from tokenferry.cli.job import RankResult
 from tokenferry.cli.reference import Comparison
-from tokenferry.cli.start import OnMessage
-
-
-@contextmanager
-def progress_bars(console: Console, names: Sequence[str]) -> Iterator[OnMessage]:
-    """A bar for each name, gone after an error. Yields a function that takes the ranks' messages (see `answer_as_rank`)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bars:
-        tasks = [bars.add_task(f"{name}: loading", total=None) for name in names]
-
-        def on_message(rank: int, message: dict[str, Any]) -> None:
-            if "total" in message:
-                prompts = message["prompts"]
-                description = f"{names[rank]}: {prompts} prompt{'' if prompts == 1 else 's'}"
-                bars.update(tasks[rank], total=message["total"], description=description)
-            elif "new" in message:
-                bars.advance(tasks[rank], message["new"])
-            elif "done" in message:  # answers may be shorter than allowed
-                bars.update(tasks[rank], total=bars.tasks[tasks[rank]].completed)
-
-        try:
-            yield on_message
-        except BaseException:
-            bars.live.transient, console.quiet = True, not console.is_terminal  # the error's line is to stand alone
-            raise
 
 
 def print_answers(console: Console, prompts: Sequence[str], results: Sequence[RankResult]) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tokenferry import env
+from tokenferry.cli.terminal import print_json
 from tokenferry.groups import EPGroup
 from tokenferry.topology import Topology, topology
 from tokenferry.transports.select import Accepted, Decision, decide
@@ -32,7 +33,7 @@ def print_report(*, as_json: bool) -> None:
     facts, trials = topology(), trial_groups()
     console = Console(highlight=False)
     if as_json:
-        console.print(report_json(facts, trials), soft_wrap=True, markup=False)
+        print_json(console, report_json(facts, trials))
         return
     for table in (machine_table(facts), gpu_table(facts), environment_table()):
         if table.row_count:

@@ -8,10 +8,17 @@ from typing import Final
 import typer
 
 from tokenferry.cli import options
+from tokenferry.cli.bench_presets import PRESETS, REHEARSAL
 from tokenferry.cli.failure import EXIT_CODE, one_line_errors
+from tokenferry.cli.terminal import accept_any_text
 
 TYPER_INTERRUPTED: Final = 130
 """With this typer leaves, without a word, on a Ctrl-C that comes before or after a command's own work."""
+
+PRESETS_HELP: Final = (
+    f"Names with commas between them, or all: {', '.join(preset.name for preset in PRESETS)}. "
+    f"With --rehearse: {', '.join(preset.name for preset in REHEARSAL)}."
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -77,7 +84,7 @@ app.add_typer(bench, name="bench")
 
 @bench.command("roundtrip")
 def bench_roundtrip(
-    ranks: int = typer.Option(2, help="GPUs to use."),
+    ranks: int = typer.Option(2, min=1, help="GPUs to use."),
     output: Path = typer.Option(None, help="Write the records there, one JSON object a line."),
 ) -> None:
     """Time dispatch + combine of every transport, beside a plain copy."""
@@ -89,10 +96,10 @@ def bench_roundtrip(
 
 @bench.command("layer")
 def bench_layer(
-    ranks: int = typer.Option(2, help="GPUs to use."),
-    presets: str = typer.Option("all", help="Names with commas between them, or all."),
+    ranks: int = typer.Option(2, min=1, help="GPUs to use."),
+    presets: str = typer.Option("all", help=PRESETS_HELP),
     tokens: str = typer.Option("1,8,32,128,512,4096", help="Tokens per rank."),
-    budget_s: float = typer.Option(200.0, "--budget-s", help="Begin no further point after so many seconds."),
+    budget_s: float = typer.Option(200.0, "--budget-s", min=0.0, help="Begin no further point after so many seconds."),
     output: Path = typer.Option(None, help="Write the records there, one JSON object a line."),
     rehearse: bool = typer.Option(False, help="On CPUs, with tiny sizes: every call and check, no figures."),
 ) -> None:
@@ -105,6 +112,7 @@ def bench_layer(
 
 def run() -> None:
     """The entry point of the command `tokenferry`."""
+    accept_any_text()
     try:
         app()
     except SystemExit as leaving:

@@ -13,6 +13,7 @@ import torch
 import typer
 
 from tokenferry import env
+from tokenferry.cli.context import check_new_tokens
 from tokenferry.cli.demo_model import demo_checkpoint
 from tokenferry.cli.job import Job
 from tokenferry.cli.prompts import DEFAULT_PROMPTS, read_prompts
@@ -20,7 +21,7 @@ from tokenferry.cli.run import Request
 from tokenferry.cli.start import torchrun_place
 from tokenferry.cli.work import TINY
 from tokenferry.errors import ConfigError
-from tokenferry.testing.tiny_models import FAMILIES
+from tokenferry.testing.tiny_models import COMMON, FAMILIES
 from tokenferry.transports.select import TRANSPORTS
 
 DEFAULT_RANKS: Final = 2
@@ -67,12 +68,15 @@ def choose_prompts(path: Path | None) -> tuple[str, ...]:
     return DEFAULT_PROMPTS if path is None else read_prompts(path)
 
 
-def choose_model(model: str, num_ranks: int, report: Callable[[str], None]) -> str:
+def choose_model(model: str, num_ranks: int, max_new_tokens: int, report: Callable[[str], None]) -> str:
     """The model as ranks take it: a folder, or `tiny:FAMILY`. Makes the demo checkpoint if need be.
 
     Raises:
-        ConfigError: no such model, or fewer experts than ranks; see also `demo_checkpoint`.
+        ConfigError: no such model, fewer experts than ranks, or a context too short for `max_new_tokens`; see also
+            `demo_checkpoint`.
     """
+    if not model.strip():
+        raise ConfigError("--model is empty: give demo, tiny:FAMILY or a checkpoint's folder")
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError("this command needs the package transformers; run, in tokenferry's folder: pip install '.[demo]'")
     if model.startswith(TINY):
@@ -80,6 +84,7 @@ def choose_model(model: str, num_ranks: int, report: Callable[[str], None]) -> s
         if family not in FAMILIES:
             raise ConfigError(f"no tiny model of family {family!r}; there are: {', '.join(sorted(FAMILIES))}")
         check_experts(FAMILIES[family][1], model, num_ranks)
+        check_new_tokens({**COMMON, **FAMILIES[family][1]}, max_new_tokens)
         return model
     folder = demo_checkpoint(report) if model == "demo" else Path(model)
     try:
@@ -91,6 +96,7 @@ def choose_model(model: str, num_ranks: int, report: Callable[[str], None]) -> s
     except ValueError as error:
         raise ConfigError(f"{folder / 'config.json'} is not JSON: {error}") from error
     check_experts(config, model, num_ranks)
+    check_new_tokens(config, max_new_tokens)
     return str(folder)
 
 
@@ -142,7 +148,7 @@ def request(
     num_ranks = place.world_size if place is not None and place.world_size is not None else ranks or DEFAULT_RANKS
     job = Job(
         prompts=choose_prompts(prompts),
-        model=choose_model(model, num_ranks, lambda line: typer.echo(line, err=True)),
+        model=choose_model(model, num_ranks, max_new_tokens, lambda line: typer.echo(line, err=True)),
         max_new_tokens=max_new_tokens,
         dtype=dtype.value,
         device=choose_device(device, num_ranks, place),

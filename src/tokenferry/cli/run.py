@@ -9,8 +9,10 @@ from rich.console import Console
 from tokenferry import env
 from tokenferry.cli import display, output
 from tokenferry.cli.job import Job, RankResult
+from tokenferry.cli.progress import progress
 from tokenferry.cli.reference import Comparison, compare, reference_answers
 from tokenferry.cli.start import run_launched, run_under_torchrun
+from tokenferry.cli.terminal import print_json
 
 EXIT_DIFFERENT = 1
 
@@ -40,7 +42,7 @@ def verify(request: Request) -> int:
     results = run_ranks(request)
     if results is None:
         return 0
-    with display.progress_bars(Console(stderr=True), ["unmodified model"]) as on_message:
+    with progress(Console(stderr=True), ["unmodified model"]) as on_message:
         reference = reference_answers(request.job, len(results), results[0].num_threads, on_message)
     comparison = compare(results, reference)
     show(request, results, comparison)
@@ -52,7 +54,7 @@ def run_ranks(request: Request) -> list[RankResult] | None:
     if request.place is not None and request.place.rank != 0:
         return run_under_torchrun(request.job, request.place, lambda rank, message: None)
     names = [f"rank {rank}" for rank in range(request.num_ranks)]
-    with display.progress_bars(Console(stderr=True), names) as on_message:
+    with progress(Console(stderr=True), names) as on_message:
         if request.place is not None:
             return run_under_torchrun(request.job, request.place, on_message)
         return run_launched(request.job, request.num_ranks, on_message)
@@ -62,7 +64,7 @@ def show(request: Request, results: list[RankResult], comparison: Comparison | N
     """Print results for a person, or for a program."""
     console = Console(highlight=False)
     if request.as_json:
-        console.print(output.as_json(request.command, request.job, results, comparison), soft_wrap=True, markup=False)
+        print_json(console, output.as_json(request.command, request.job, results, comparison))
         return
     display.print_answers(console, request.job.prompts, results)
     console.print(display.rank_table(results))

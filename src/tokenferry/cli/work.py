@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 
+from tokenferry.cli.context import check_prompts
 from tokenferry.cli.job import Answer, Job, RankResult
 from tokenferry.cli.quiet import quiet_transformers
 from tokenferry.cli.spread import batches, capacity, spread
@@ -36,6 +37,7 @@ def answer_as_rank(job: Job, group: EPGroup, send: Send, scratch: Path | None = 
         tokenizer = load_tokenizer(folder)
         token_ids = tokenize(tokenizer, job.prompts)
         lengths = [len(ids) for ids in token_ids]
+        check_prompts(folder, lengths, job.max_new_tokens)
         model = from_pretrained(
             str(folder),
             group=group,
