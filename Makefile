@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-long test-debug lint clean
+.PHONY: demo test test-long test-debug mutants lint clean
 
 demo: $(INSTALLED) ## a real MoE model generates text on 2 ranks that hold different work
 	$(BIN)/tokenferry generate --model demo --ranks 2
@@ -20,6 +20,9 @@ test-long: $(INSTALLED) ## thousands of steps, and the demo model
 
 test-debug: $(INSTALLED) ## the tests of the interpreted kernels once more, with poison and checks in memory
 	TOKENFERRY_DEBUG=1 $(BIN)/python -m pytest -m "interpreter and not long"
+
+mutants: $(INSTALLED) ## seeded changes of kernels and host logic, each of which a test must notice: 10 minutes
+	$(BIN)/python verification/run_mutants.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
