@@ -82,7 +82,9 @@ def test_flags_are_released_and_acquired(name: str, capability: int) -> None:
 @pytest.mark.parametrize("name", BULK)
 def test_all_threads_have_stored_before_one_of_them_sets_the_flag(name: str, capability: int) -> None:
     lines = instructions(name, capability)
-    for flag in places(lines, r"\bst\.release\.sys\.global\.b64"):
+    flags = list(places(lines, r"\bst\.release\.sys\.global\.b64"))
+    assert flags
+    for flag in flags:
         before = [line for line in lines[:flag] if re.search(r"\b(bar\.sync|barrier\.sync|st\.\S*global)", line)]
         assert before and re.search(r"\bbar", before[-1]), "between the last store and the flag stands a barrier"
 
@@ -97,10 +99,22 @@ def test_one_thread_takes_the_ticket_and_all_have_loaded_the_round_by_then(name:
     predicate = re.match(r"@(%\w+)", ticket)
     assert predicate is not None, f"every thread would take one: {ticket}"
     setting = [line for line in lines[: tickets[0]] if f"{predicate[1]}," in line][-1]
-    assert setting.startswith("setp.eq.u32"), "the first thread alone"
-    assert "%tid.x" in lines[list(places(lines[: tickets[0]], r"%tid\.x"))[-1]]
+    compared = re.match(r"setp\.eq\.u32 %\w+, (%\w+), 0$", setting)
+    assert compared is not None and f"mov.u32 {compared[1]}, %tid.x" in lines[: tickets[0]], "the first thread alone"
     last_load = max(places(lines[: tickets[0]], r"\bld\.(global|relaxed|volatile)"))
     assert any(re.search(r"\bbar(rier)?\.", line) for line in lines[last_load : tickets[0]]), "a barrier after the last load"
+
+
+@CAPABILITIES
+@pytest.mark.parametrize("name", COMBINES)
+def test_the_holder_of_the_last_ticket_ends_the_round_and_nobody_else(name: str, capability: int) -> None:
+    lines = instructions(name, capability)
+    [end] = places(lines, rf"\bst\.global\.u64 \[%\w+ ?\+ ?{wire.STATE_ROUND.value}\]")
+    predicate = re.match(r"@(%\w+)", lines[end])
+    assert predicate is not None, f"every thread would end it: {lines[end]}"
+    last, first = [line for line in lines[:end] if line.startswith("setp") and f" {predicate[1]}," in line][:-3:-1]
+    assert re.match(rf"setp\.eq\.and\.u32 {predicate[1]}, %t, %\w+, {predicate[1]}$", last), "all tickets are taken"
+    assert first == f"setp.eq.u32 {predicate[1]}, %t, 0", "its first thread"
 
 
 @CAPABILITIES
@@ -131,9 +145,10 @@ def test_a_packet_that_was_taken_leaves_the_sentinel_in_its_place(name: str, cap
     taken = [(place, match[1]) for place, match in polls if match]
     assert taken, "the kernel takes packets"
     for place, address in taken:
-        end = next(places(lines[place:], r"^END:")) + place
-        sentinel = next(places(lines[place:end], rf"GOT: mov\.u32 %i, {wire.SENTINEL:#x}")) + place
-        assert re.match(rf"st\.relaxed\.sys\.global\.v[24]\.b32 {re.escape(address)}, \{{%i, %i", lines[sentinel + 1])
+        until_end = lines[place : place + next(places(lines[place:], r"^END:"))]
+        got = until_end[next(places(until_end, r"^GOT:")) :]
+        assert got[0] == f"GOT: mov.u32 %i, {wire.SENTINEL:#x}"
+        assert re.match(rf"st\.relaxed\.sys\.global\.v[24]\.b32 {re.escape(address)}, \{{%i, %i", got[1])
 
 
 @CAPABILITIES

@@ -113,6 +113,20 @@ OF_PTX = (
         (f"{ORDER}test_one_thread_takes_the_ticket_and_all_have_loaded_the_round_by_then[combine-90]",),
     ),
     Mutant(
+        "every-warp-takes-a-ticket",
+        f"{_KERNELS}/wire.py",
+        '_TICKET = f"""{{ .reg .pred %p0; .reg .u32 %t; mov.u32 %t, %tid.x;',
+        '_TICKET = f"""{{ .reg .pred %p0; .reg .u32 %t; mov.u32 %t, %laneid;',
+        (f"{ORDER}test_one_thread_takes_the_ticket_and_all_have_loaded_the_round_by_then[combine-90]",),
+    ),
+    Mutant(
+        "every-program-ends-the-round",
+        f"{_KERNELS}/wire.py",
+        " setp.eq.and.u32 %p0, %t, $3, %p0;",
+        "",
+        (f"{ORDER}test_the_holder_of_the_last_ticket_ends_the_round_and_nobody_else[combine-90]",),
+    ),
+    Mutant(
         "no-barrier-before-the-ticket",
         f"{_KERNELS}/wire.py",
         "        tl.debug_barrier()\n        return tl.inline_asm_elementwise(_TICKET_TEXT",
@@ -306,6 +320,13 @@ OF_HOST_LOGIC = (
         "return range(start, start + share + (rank < extra))",
         "return range(start, start + share + (rank >= self.size - extra))",
         ("tests/test_core.py::test_experts_lie_in_blocks_the_first_ranks_hold_one_more",),
+    ),
+    Mutant(
+        "kernels-import-one-another",
+        f"{_KERNELS}/abort.py",
+        "from tokenferry.kernels import wire\n",
+        "from tokenferry.kernels import counts, wire  # noqa: F401\n",
+        ("tests/test_layering.py::test_kernels_import_only_wire_from_one_another",),
     ),
     Mutant(
         "dispatch-twice-is-allowed",

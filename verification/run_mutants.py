@@ -42,9 +42,9 @@ class Report:
 
     @property
     def reason(self) -> str:
-        """The line that says why a test failed: the last of pytest's lines of errors."""
+        """The line of pytest's that says why a test failed; of a rank process, what its own traceback ends with."""
         errors = [line[1:].strip() for line in self.output.splitlines() if line.startswith("E  ") and line[1:].strip()]
-        return errors[-1][:140] if errors else ""
+        return errors[-1 if "RankFailedError" in errors[0] else 0][:140] if errors else ""
 
 
 def environment_of(tree: Path) -> dict[str, str]:
