@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-long test-debug test-gpu lint clean
+.PHONY: demo test test-long test-debug test-gpu mutants lint clean
 
 demo: $(INSTALLED) ## a real MoE model generates text on 2 ranks that hold different work
 	$(BIN)/tokenferry generate --model demo --ranks 2
@@ -24,6 +24,9 @@ test-debug: $(INSTALLED) ## the tests of the interpreted kernels once more, with
 LOGS ?= gpu-logs
 test-gpu: $(INSTALLED) ## the tests that need GPUs, a file at a time, logs and a table in the folder LOGS
 	$(BIN)/python tests/gpu/run_tier.py $(LOGS)
+
+mutants: $(INSTALLED) ## seeded changes of kernels and host logic, each of which a test must notice: 10 minutes
+	$(BIN)/python verification/run_mutants.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

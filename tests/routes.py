@@ -89,6 +89,7 @@ def hostile(device: str) -> dict[str, bool]:
     nan, inf = float("nan"), float("inf")
     return {
         "equals": idx([[1.0] * 6, [0.0, -0.0, 0.0, 1.0, 0.0, 0.0]]) == [[0, 1, 2], [3, 0, 1]],
+        "zeros of both signs are equals": idx([[-0.0, 0.0, -0.0, 1.0, 0.0, 0.0]], chosen) == [[3, 0, 1]],
         "equal groups": idx([[0.5] * 16], groups) == [[0, 1, 2, 3]],
         "all NaN": idx([[nan] * 6]) == [[0, 1, 2]],
         "NaN comes first": idx([[1.0, nan, 3.0, 2.0, -nan, 0.0]], chosen) == [[1, 4, 2]],

@@ -52,6 +52,14 @@ def test_fewer_experts_than_ranks_is_an_error() -> None:
         tf.Workspace(CONFIG, group, max_tokens_per_rank=4)
 
 
+def test_the_first_to_claim_a_name_keeps_it() -> None:
+    """So that all ranks blame the rank that was blamed first."""
+    first, second = (
+        tf.EPGroup.from_store(store, rank, 2).channel for store in [torch.distributed.HashStore()] for rank in range(2)
+    )
+    assert [first.claim("abort", 0), second.claim("abort", 1), first.claim("abort", 2)] == [0, 0, 0]
+
+
 def test_every_candidate_gets_a_decision() -> None:
     with tf.Workspace(CONFIG, tf.EPGroup(device="cpu"), max_tokens_per_rank=4) as ws:
         assert sorted(decision.name for decision in ws.decisions) == sorted(TRANSPORTS)
@@ -93,6 +101,15 @@ def test_a_combined_row_never_aliases_the_partial(ws: tf.Workspace) -> None:
     before = out.clone()
     partial.zero_()
     assert torch.equal(out, before)
+
+
+def test_a_rank_alone_rounds_its_term_too(ws: tf.Workspace) -> None:
+    """1 + 2^-9 is 1 in bfloat16."""
+    with tf.Workspace(CONFIG, ws.group, max_tokens_per_rank=1, transport=ws.transport, combine_dtype=torch.bfloat16) as rounding:
+        dispatcher = rounding.dispatcher()
+        rounding.begin_step(1)
+        dispatcher.dispatch(*rows(1))
+        assert torch.equal(dispatcher.combine(torch.full((1, 8), 1 + 2**-9)), torch.ones(1, 8))
 
 
 def test_combine_input_has_a_row_for_each_gathered_row(ws: tf.Workspace) -> None:

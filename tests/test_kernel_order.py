@@ -20,7 +20,6 @@ COMBINES = tuple(name for name in VARIANTS if name.startswith("combine"))
 
 TO_A_PEER = re.compile(r"\b(st\.(relaxed|release)\.sys|multimem\.st|red\.\S*\.sys|atom\.\S*\.sys)")
 """Stores and atomics that other GPUs see."""
-OF_A_PEER = re.compile(r"\bld\.(relaxed|acquire|volatile)\S*")
 TICKET = re.compile(r"\batom\.\S*gpu\S*\.add\.u64")
 
 
@@ -32,6 +31,17 @@ def instructions(name: str, capability: int) -> list[str]:
 
 def places(lines: list[str], pattern: str | re.Pattern[str]) -> Iterator[int]:
     return (place for place, line in enumerate(lines) if re.search(pattern, line))
+
+
+def registers_derived_from(signature: dict[str, str], parameter: str, lines: list[str]) -> set[str]:
+    """What was computed with this parameter of the kernel."""
+    known: set[str] = set()
+    mentioned = f"_param_{[name for name, kind in signature.items() if kind != 'constexpr'].index(parameter)}]"
+    for line in lines:
+        registers = re.findall(r"%\w+", re.sub(r"^@!?%\w+", "", line))
+        if mentioned in line or not known.isdisjoint(registers[1:]):
+            known.update(registers[:1])
+    return known
 
 
 @CAPABILITIES
@@ -52,9 +62,11 @@ def test_nothing_goes_to_a_peer_before_the_previous_kernel_has_ended(name: str, 
 def test_the_counter_and_the_step_are_read_after_the_previous_kernel_has_ended(name: str, capability: int) -> None:
     """Combine alone reads them before: a dispatch always lies between it and whatever wrote them last."""
     lines = instructions(name, capability)
-    wait = next(places(lines, r"griddepcontrol\.wait"))
-    loads = [line for line in lines[:wait] if re.search(r"\bld\.(global|relaxed|acquire|volatile)", line)]
-    assert all("b64" in line or "u64" in line for line in loads), "before the wait nothing but the table of addresses is read"
+    before = lines[: next(places(lines, r"griddepcontrol\.wait"))]
+    loads = [line for line in before if re.search(r"\bld\.(global|relaxed|acquire|volatile)", line)]
+    of_table = registers_derived_from(VARIANTS[name][1], "peers", before)
+    others = [line for line in loads if re.search(r"\[\s*(%\w+)", line)[1] not in of_table]
+    assert others == [], "before the wait nothing but the table of addresses is read"
 
 
 @CAPABILITIES
@@ -70,7 +82,9 @@ def test_flags_are_released_and_acquired(name: str, capability: int) -> None:
 @pytest.mark.parametrize("name", BULK)
 def test_all_threads_have_stored_before_one_of_them_sets_the_flag(name: str, capability: int) -> None:
     lines = instructions(name, capability)
-    for flag in places(lines, r"\bst\.release\.sys\.global\.b64"):
+    flags = list(places(lines, r"\bst\.release\.sys\.global\.b64"))
+    assert flags
+    for flag in flags:
         before = [line for line in lines[:flag] if re.search(r"\b(bar\.sync|barrier\.sync|st\.\S*global)", line)]
         assert before and re.search(r"\bbar", before[-1]), "between the last store and the flag stands a barrier"
 
@@ -85,19 +99,56 @@ def test_one_thread_takes_the_ticket_and_all_have_loaded_the_round_by_then(name:
     predicate = re.match(r"@(%\w+)", ticket)
     assert predicate is not None, f"every thread would take one: {ticket}"
     setting = [line for line in lines[: tickets[0]] if f"{predicate[1]}," in line][-1]
-    assert setting.startswith("setp.eq.u32"), "the first thread alone"
-    assert "%tid.x" in lines[list(places(lines[: tickets[0]], r"%tid\.x"))[-1]]
+    compared = re.match(r"setp\.eq\.u32 %\w+, (%\w+), 0$", setting)
+    assert compared is not None and f"mov.u32 {compared[1]}, %tid.x" in lines[: tickets[0]], "the first thread alone"
     last_load = max(places(lines[: tickets[0]], r"\bld\.(global|relaxed|volatile)"))
     assert any(re.search(r"\bbar(rier)?\.", line) for line in lines[last_load : tickets[0]]), "a barrier after the last load"
 
 
 @CAPABILITIES
+@pytest.mark.parametrize("name", COMBINES)
+def test_the_holder_of_the_last_ticket_ends_the_round_and_nobody_else(name: str, capability: int) -> None:
+    lines = instructions(name, capability)
+    [end] = places(lines, rf"\bst\.global\.u64 \[%\w+ ?\+ ?{wire.STATE_ROUND.value}\]")
+    predicate = re.match(r"@(%\w+)", lines[end])
+    assert predicate is not None, f"every thread would end it: {lines[end]}"
+    last, first = [line for line in lines[:end] if line.startswith("setp") and f" {predicate[1]}," in line][:-3:-1]
+    assert re.match(rf"setp\.eq\.and\.u32 {predicate[1]}, %t, %\w+, {predicate[1]}$", last), "all tickets are taken"
+    assert first == f"setp.eq.u32 {predicate[1]}, %t, 0", "its first thread"
+
+
+@CAPABILITIES
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_whatever_waits_for_a_peer_polls_past_the_caches(name: str, capability: int) -> None:
+    """A cached word would never change. Each loop that waits begins at a label W, with the load that is repeated."""
+    polls = [line for line in instructions(name, capability) if line.startswith("W:")]
+    assert polls, "the kernel waits"
+    assert [line for line in polls if not re.match(r"W: ld\.(relaxed|acquire)\.sys\.global", line)] == []
+
+
+@CAPABILITIES
 @pytest.mark.parametrize("name", BULK)
-def test_packets_are_polled_past_the_caches(name: str, capability: int) -> None:
-    """Every load that waits for a peer asks memory itself: a cached word would never change."""
-    text = "\n".join(instructions(name, capability))
-    assert re.search(r"\bld\.relaxed\.sys\.global", text)
-    assert not re.search(r"\bld\.weak\.\S*sys", text)
+def test_packets_are_sent_past_the_caches(name: str, capability: int) -> None:
+    """Words that differ from one another are a payload; the sentinel is the same word everywhere."""
+    stores = [re.search(r"\bst\.relaxed\.sys\.global\.v[24]\.b32 \S+ \{(.*)\}", line) for line in instructions(name, capability)]
+    assert any(len(set(store[1].split(", "))) > 1 for store in stores if store)
+
+
+@CAPABILITIES
+@pytest.mark.parametrize("name", BULK)
+def test_a_packet_that_was_taken_leaves_the_sentinel_in_its_place(name: str, capability: int) -> None:
+    """Else the next round but one would take it once more."""
+    lines = instructions(name, capability)
+    polls = [
+        (place, re.match(r"W: ld\.relaxed\.sys\.global\.v[24]\.b32 .*, (\[%\w+\])", line)) for place, line in enumerate(lines)
+    ]
+    taken = [(place, match[1]) for place, match in polls if match]
+    assert taken, "the kernel takes packets"
+    for place, address in taken:
+        until_end = lines[place : place + next(places(lines[place:], r"^END:"))]
+        got = until_end[next(places(until_end, r"^GOT:")) :]
+        assert got[0] == f"GOT: mov.u32 %i, {wire.SENTINEL:#x}"
+        assert re.match(rf"st\.relaxed\.sys\.global\.v[24]\.b32 {re.escape(address)}, \{{%i, %i", got[1])
 
 
 @CAPABILITIES

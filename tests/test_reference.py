@@ -52,10 +52,10 @@ def test_every_term_is_rounded_before_the_sum() -> None:
 
 
 def test_the_order_is_the_ranks() -> None:
-    """(2^24 + 1) + 1 stays 2^24 in float32; 1 + 1 + 2^24 would be 2^24 + 2."""
+    """(2^24 + 1) - 2^24 is 0 in float32; with the second and the third term in another order it would be 1."""
     big, one = torch.tensor([[2.0**24]]), torch.tensor([[1.0]])
-    (total, *_) = reference.combine([big, one, one], [1, 0, 0], torch.float32, torch.float32)
-    assert total.item() == 2.0**24
+    (total, *_) = reference.combine([big, one, -big], [1, 0, 0], torch.float32, torch.float32)
+    assert total.item() == 0.0
 
 
 def test_same_bits_tells_zeros_apart_and_any_nan_equal() -> None:

@@ -74,6 +74,41 @@ def test_load_term_and_load_routing() -> None:
     assert run_ranks(helpers_example, 1, env=INTERPRETER) == [[0x40003F80, 0x40804040, 3, 5, 0x3F000000, 0x3E800000]]
 
 
+@triton.jit
+def escaped(words, out, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    a, b, c, d = wire.load(words.to(tl.int64) + lanes * 16, lanes < 1, 4)
+    wire.store(out.to(tl.int64) + lanes * 16, wire.escape(a), wire.escape(b), wire.escape(c), wire.escape(d), lanes < 1, 4)
+
+
+def escape_example(group: tf.EPGroup) -> list[int]:
+    words, out = torch.tensor([-1, -2, 7, 0x7FFFFFFF], dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    escaped[(1,)](words.data_ptr(), out.data_ptr(), BLOCK=4)
+    return out.tolist()
+
+
+def test_no_payload_word_is_the_sentinel() -> None:
+    """-1, that is 0xFFFFFFFF, becomes 0xFFFFFFFE, which means the same; all others stay."""
+    assert run_ranks(escape_example, 1, env=INTERPRETER) == [[-2, -2, 7, 0x7FFFFFFF]]
+
+
+def fewer_rows_example(group: tf.EPGroup) -> tuple[list[float], list[list[int]], list[list[float]]]:
+    """One row of two that are announced, and behind it in memory another that is not meant."""
+    config = tf.MoEConfig(hidden_size=4, num_experts=6, topk=2)
+    with tf.Workspace(config, group, max_tokens_per_rank=2, transport="p2p") as ws:
+        ws.begin_step(2)
+        given = torch.full((2, 4), 3.0, dtype=torch.bfloat16), torch.full((2, 2), 5), torch.full((2, 2), 0.5)
+        got = ws.dispatcher().dispatch(*(tensor[:1] for tensor in given))
+        return got.hidden[:, 0].tolist(), got.topk_idx.tolist(), got.topk_weights.tolist()
+
+
+def test_rows_that_are_not_supplied_are_never_read() -> None:
+    for hidden, ids, weights in run_ranks(fewer_rows_example, 2, env=INTERPRETER):
+        assert hidden == [3.0, 0.0] * 2
+        assert ids == [[5, 5], [-1, -1]] * 2
+        assert weights == [[0.5, 0.5], [0.0, 0.0]] * 2
+
+
 def abort_example(group: tf.EPGroup) -> int:
     config = tf.MoEConfig(hidden_size=4, num_experts=6, topk=2)
     with tf.Workspace(config, group, max_tokens_per_rank=2, transport="p2p") as ws:
