@@ -345,8 +345,8 @@ OF_HOST_LOGIC = (
     Mutant(
         "reset-keeps-the-generation",
         "src/tokenferry/workspace.py",
-        "        generation = old.generation + 1\n",
-        "        generation = old.generation\n",
+        "        old, generation = self._settings, self._settings.generation + 1\n",
+        "        old, generation = self._settings, self._settings.generation\n",
         ("tests/ranks/test_graphs.py::test_a_runner_from_before_a_reset_is_refused_and_captures_again",),
     ),
     Mutant(
