@@ -115,6 +115,9 @@ class PeerFailedError(PeerError):
 
     def __init__(self, rank: int, reason: str, step: int, phase: Phase = "data-missing") -> None:
         self.rank, self.reason, self.step, self.phase = rank, reason, step, phase
+        if phase == "open":
+            super().__init__(f"rank {rank} failed before its workspace was open: {reason}")
+            return
         super().__init__(f"rank {rank} failed in step {step}: {reason}; call reset() on every rank that goes on")
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from tokenferry.errors import ConfigError, PeerTimeoutError, Phase
+from tokenferry.errors import ConfigError, PeerFailedError, PeerTimeoutError, Phase
 
 _POLL_FIRST_S = 0.0005
 _POLL_LAST_S = 0.02
@@ -24,10 +24,14 @@ class Channel(Protocol):
     """Small objects between the ranks of a group. Values are what JSON can hold."""
 
     def exchange(self, name: str, value: Any, timeout_s: float, *, phase: Phase = "open", step: int = 0) -> list[Any]:
-        """Every rank's value under `name`, in rank order. Raises `PeerTimeoutError` naming the first rank that is missing."""
+        """Every rank's value under `name`, in rank order. Raises `PeerTimeoutError` naming the first rank that is missing, and
+        `PeerFailedError` if a rank has given up to come."""
 
     def barrier(self, name: str, timeout_s: float, *, phase: Phase = "open", step: int = 0) -> None:
         """Returns when every rank has come."""
+
+    def give_up(self, name: str, reason: str) -> None:
+        """This rank will not come to the exchange `name`: those who wait there raise `PeerFailedError` at once. Never waits."""
 
     def claim(self, name: str, value: Any) -> Any:
         """Writes `value` under `name` unless somebody has; returns what stands there now."""
@@ -49,6 +53,9 @@ class StoreChannel:
         poll_s = _POLL_FIRST_S
         for rank in range(self._size):
             while not self._store.check([f"{name}/{rank}"]):
+                given_up = self.peek(f"{name}/given up")
+                if given_up is not None:
+                    raise PeerFailedError(*given_up, step, phase)
                 waited_s = time.monotonic() - start
                 if waited_s > timeout_s:
                     raise PeerTimeoutError(rank, phase, step, -1, waited_s, detail=f"nothing under {name!r}")
@@ -59,6 +66,10 @@ class StoreChannel:
     def barrier(self, name: str, timeout_s: float, *, phase: Phase = "open", step: int = 0) -> None:
         """See `Channel.barrier`."""
         self.exchange(name, None, timeout_s, phase=phase, step=step)
+
+    def give_up(self, name: str, reason: str) -> None:
+        """See `Channel.give_up`. Of several ranks the first is named."""
+        self.claim(f"{name}/given up", [self._rank, reason])
 
     def claim(self, name: str, value: Any) -> Any:
         """See `Channel.claim`."""

@@ -240,13 +240,13 @@ def test_a_checkpoint_that_lacks_experts(path: Path, tmp_path: Path) -> None:
     unmodified(path).config.save_pretrained(tmp_path)
     tensors = {key: tensor for key, tensor in load_file(path / "model.safetensors").items() if "layers.1.mlp.experts" not in key}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"lacks the weights of 2 expert parameters, such as model\.layers\.1\.mlp\.experts"):
+    with pytest.raises(ConfigError, match=r"lacks 2 of the model's parameters, such as model\.layers\.1\.mlp\.experts"):
         load(tmp_path, alone_of(2))
 
 
 def test_experts_that_cannot_leave_out_those_of_other_ranks(tmp_path: Path) -> None:
-    """The eager forward of gpt_oss has no class for "none of mine"."""
-    with pytest.raises(ConfigError, match="GptOssExperts cannot leave out the experts of other ranks"):
+    """The eager forward of gpt_oss has no class for "none of mine": torch's own text is shown, and no cause guessed."""
+    with pytest.raises(ConfigError, match="GptOssExperts failed on one row, with 4 of 8 experts .* RuntimeError: Class values"):
         load(make_tiny("gpt_oss", tmp_path), alone_of(2), experts_implementation="eager")
 
 
