@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from tokenferry.errors import ConfigError, PeerFailedError, PeerTimeoutError, Phase
+from tokenferry.waiting import WaitBoard
 
 _POLL_FIRST_S = 0.0005
 _POLL_LAST_S = 0.02
@@ -55,7 +56,8 @@ class StoreChannel:
             while not self._store.check([f"{name}/{rank}"]):
                 given_up = self.peek(f"{name}/given up")
                 if given_up is not None:
-                    raise PeerFailedError(*given_up, step, phase)
+                    by, reason = given_up
+                    raise PeerFailedError(by, reason, step, phase)
                 waited_s = time.monotonic() - start
                 if waited_s > timeout_s:
                     raise PeerTimeoutError(rank, phase, step, -1, waited_s, detail=f"nothing under {name!r}")
@@ -93,6 +95,7 @@ class EPGroup:
         rank, size: this rank's number and how many there are.
         device: a `torch.device` with an index if it is CUDA.
         channel: the `Channel` between the ranks.
+        waiting: where its ranks wait, for the error of one that waits in vain.
         process_group: as given, or None.
 
     Raises:
@@ -140,6 +143,7 @@ class EPGroup:
         number = store.add(f"groups made by rank {rank}", 1)
         self.store = dist.PrefixStore(f"group.{number}", store)
         self.channel: Channel = StoreChannel(self.store, rank, size)
+        self.waiting = WaitBoard(dist.PrefixStore("waiting", self.store), rank)
         self._names_given: dict[str, int] = {}
 
     def subset(self, ranks: Sequence[int]) -> EPGroup:

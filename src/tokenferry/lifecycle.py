@@ -74,6 +74,11 @@ class Lifecycle:
         """`enter` without an error: False if another thread is inside."""
         return self._inside.acquire(False)
 
+    @property
+    def is_entered(self) -> bool:
+        """Whether a thread is inside a call."""
+        return self._inside.locked()
+
     def leave(self) -> None:
         """The call that `enter` began is over."""
         self._inside.release()

@@ -39,6 +39,7 @@ from tokenferry.transports.base import CombineOrder, Counts, Transport, Transpor
 from tokenferry.transports.collective import CollectiveTransport
 from tokenferry.transports.open import required_bytes
 from tokenferry.transports.validation import check_dtypes, check_kinds, check_positive_ints, check_reset, check_settings
+from tokenferry.waiting import Place
 
 _log = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ class Workspace:
 
             self._watch = Watch(self._transport, settings, self._step_tensors)
         self.operators = _register(self)
+        settings.group.waiting.join(settings.name, _place_of(self), settings.timeout_s)
         self.opened_s = time.monotonic() - start  # compiling and loading kernels included, the wait for peers too
         _log.info("workspace %s: transport %s, opened in %.2f s", settings.name, self.transport, self.opened_s)
         for decision in self.decisions:
@@ -449,6 +451,7 @@ class Workspace:
 
     def _reset(self, group: EPGroup | None, timeout_s: float | None) -> None:
         old = self._settings
+        old.group.waiting.leave(old.name)
         self.operators.release()
         self._transport.close()
         if self.device.type == "cuda":
@@ -503,6 +506,7 @@ class Workspace:
         if self.lifecycle.stage is Stage.CLOSED:
             return
         self.lifecycle.stage = Stage.CLOSED
+        self.group.waiting.leave(self._settings.name)
         self.operators.release()
         self._transport.close()
         self.attached.clear()
@@ -547,6 +551,20 @@ class _Calls:
 
     def combine(self, layer: int, partial: torch.Tensor) -> torch.Tensor:
         return Dispatcher(self._live(), layer).combine(partial)
+
+
+def _place_of(workspace: Workspace) -> Callable[[], Place | None]:
+    """Tells where the workspace stands, without keeping it alive."""
+    reference = weakref.ref(workspace)
+
+    def look() -> Place | None:
+        workspace = reference()
+        if workspace is None or workspace.lifecycle.stage is Stage.CLOSED:
+            return None
+        lifecycle = workspace.lifecycle
+        return Place(workspace._step_index, lifecycle.layer, lifecycle.stage.value, lifecycle.is_entered)
+
+    return look
 
 
 def _register(workspace: Workspace) -> Operators:

@@ -246,7 +246,7 @@ def test_a_checkpoint_that_lacks_experts(path: Path, tmp_path: Path) -> None:
 
 def test_experts_that_cannot_leave_out_those_of_other_ranks(tmp_path: Path) -> None:
     """The eager forward of gpt_oss has no class for "none of mine": torch's own text is shown, and no cause guessed."""
-    with pytest.raises(ConfigError, match="GptOssExperts failed on one row, with 4 of 8 experts .* RuntimeError: Class values"):
+    with pytest.raises(ConfigError, match=r"GptOssExperts failed on one row, with 4 of 8 experts .* RuntimeError: Class values"):
         load(make_tiny("gpt_oss", tmp_path), alone_of(2), experts_implementation="eager")
 
 

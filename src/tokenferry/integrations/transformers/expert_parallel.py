@@ -349,6 +349,6 @@ class ExpertParallel:
             return layer.experts.partial(rows.hidden_TH, rows.topk_idx_TK, rows.topk_weights_TK, rows.hidden_TH.dtype)
         except RuntimeError as error:
             raise ConfigError(
-                f"{type(layer.module).__name__} failed on one row, with {len(layer.experts.owned)} of {layer.num_experts} experts "
-                f"on this rank: {type(error).__name__}: {error}; leave experts_implementation out, or choose another"
+                f"{type(layer.module).__name__} failed on one row, with {len(layer.experts.owned)} of {layer.num_experts} "
+                f"experts on this rank: {type(error).__name__}: {error}; leave experts_implementation out, or choose another"
             ) from error

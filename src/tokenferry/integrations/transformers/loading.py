@@ -168,8 +168,8 @@ def _require_parameters(model: Any, found: Collection[str], converters: Sequence
     ]
     if lacking:
         raise ConfigError(
-            f"the checkpoint lacks {len(lacking)} of the model's parameters, such as {lacking[0]}; fetch the checkpoint again, or "
-            "save it anew from a whole model"
+            f"the checkpoint lacks {len(lacking)} of the model's parameters, such as {lacking[0]}; fetch the checkpoint again, "
+            "or save it anew from a whole model"
         )
 
 
@@ -203,7 +203,7 @@ def own_keys(keys: Sequence[str], shard: Shard) -> list[str]:
             f"checkpoint tensors such as {keys[0]} hold one expert each, but their names do not tell which; save the checkpoint "
             "anew with save_pretrained()"
         )
-    # The layer's number is the same in all of them. The last of the places that differ most: there is one if only one key is left.
+    # The layer's number is the same in all of them: the place that differs most, and if only one key is left, the last place.
     place = max(places, key=lambda place: (len({each[place] for each in parts}), place))
     by_number = {int(each[place]): key for key, each in zip(keys, parts, strict=True)}
     # A list may fill two parameters one after the other (ernie): then it is a multiple of the experts long.
@@ -212,8 +212,8 @@ def own_keys(keys: Sequence[str], shard: Shard) -> list[str]:
     if lacking:
         example = ".".join([*parts[0][:place], str(lacking[0]), *parts[0][place + 1 :]])
         raise ConfigError(
-            f"the checkpoint lacks {len(lacking)} of {length} experts: there is no tensor {example}; fetch the checkpoint again, or "
-            "save it anew from a whole model"
+            f"the checkpoint lacks {len(lacking)} of {length} experts: there is no tensor {example}; fetch the checkpoint "
+            "again, or save it anew from a whole model"
         )
     return [key for number, key in sorted(by_number.items()) if number % shard.num_experts in shard.rows]
 

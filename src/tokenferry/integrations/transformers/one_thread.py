@@ -47,8 +47,8 @@ class OneThread:
                 if not self._waits:
                     name = "" if self._owner is None else f" ({self._owner.name})"
                     raise StateError(
-                        f"{what}: another thread{name} is in the middle of a call on this model; let one thread at a time use the "
-                        "model, or load it with serialize=True, and the second waits for the first"
+                        f"{what}: another thread{name} is in the middle of a call on this model; let one thread at a time use "
+                        "the model, or load it with serialize=True, and the second waits for the first"
                     )
                 self._changed.wait(_LOOK_AGAIN_S)
             self._depth += 1
