@@ -20,9 +20,12 @@ class Routes:
     num_rows: int = 5
     dtype: torch.dtype = torch.float32
     idx_dtype: torch.dtype = torch.int32
+    num_off: int = 0
+    """Experts with a correction of -inf."""
 
     def __str__(self) -> str:
-        return f"{self.rules}-E{self.num_experts}-K{self.topk}-T{self.num_rows}-{str(self.dtype).removeprefix('torch.')}"
+        off = f"-{self.num_off}off" if self.num_off else ""
+        return f"{self.rules}-E{self.num_experts}-K{self.topk}-T{self.num_rows}-{str(self.dtype).removeprefix('torch.')}{off}"
 
     @property
     def config(self) -> RouterConfig:
@@ -39,7 +42,9 @@ class Routes:
     def correction(self) -> torch.Tensor | None:
         if not self.config.score_correction_bias:
             return None
-        return torch.randn(self.num_experts, generator=torch.Generator().manual_seed(2)) * 0.3
+        correction = torch.randn(self.num_experts, generator=torch.Generator().manual_seed(2)) * 0.3
+        correction[torch.randperm(self.num_experts, generator=torch.Generator().manual_seed(3))[: self.num_off]] = -torch.inf
+        return correction
 
     def error(self, device: str) -> str:
         """What the kernel says on `device` against PyTorch's operators on the CPU; "" if the same."""
@@ -66,6 +71,8 @@ CASES = (
     Routes("deepseek", num_experts=24, topk=5),
     Routes("sigmoid-correction", num_experts=600, topk=22),  # more than one warp
     Routes("softmax", num_rows=0),
+    *(Routes(rules, num_off=off) for rules in ("sigmoid-correction", "deepseek") for off in (3, 7, 13, 16)),
+    Routes("deepseek", num_experts=256, topk=8, num_off=200),
 )
 
 
@@ -98,3 +105,12 @@ def example(device: str) -> tuple[list[list[float]], list[list[int]], list[list[
     weights, idx = _route_by_kernel(logits, config, None)
     shared = RouterConfig(hidden_size=4, num_experts=4, topk=2, renormalize=True)
     return weights.tolist(), idx.tolist(), _route_by_kernel(logits, shared, None)[0].tolist()
+
+
+def switched_off_example(device: str) -> tuple[list[list[float]], list[list[int]]]:
+    """The second one: three of four experts are off."""
+    logits = torch.tensor([[1.0, 4.0, 1.0, 2.0]], device=device).log()
+    config = RouterConfig(hidden_size=4, num_experts=4, topk=2, score_correction_bias=True)
+    correction = torch.tensor([-torch.inf, 0.0, -torch.inf, -torch.inf], device=device)
+    weights, idx = _route_by_kernel(logits, config, correction)
+    return weights.tolist(), idx.tolist()

@@ -1,10 +1,14 @@
 """The graph runner on one rank without a GPU: what it refuses, what it cuts, and what an exception leaves behind."""
 
+import collections
+import dataclasses
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 
 import tokenferry as tf
 from tokenferry.graphs import GraphRunner, choose_bucket
@@ -182,3 +186,46 @@ def test_the_example_of_the_page_runs_as_it_stands():
     [example] = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(example.splitlines()) <= 35
     exec(compile(example, "docs/graphs.md", "exec"), {})
+
+
+# --- outputs and inputs of every kind ---------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+@dataclasses.dataclass
+class Registered:
+    first: torch.Tensor
+    note: str
+
+
+pytree.register_dataclass(Registered)
+OUTPUTS = {
+    "namedtuple": lambda x: Pair(x, 2 * x),
+    "ordered-dict": lambda x: collections.OrderedDict(a=x, b=2 * x),
+    "nested": lambda x: {"a": [x, (Pair(x, x), None, 3)]},
+    "dataclass": lambda x: Registered(x, "kept"),
+}
+
+
+@pytest.mark.parametrize("rows", [4, 3], ids=["whole-bucket", "padded"])
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_any_pytree_comes_back_as_it_was_cut_to_the_real_rows(kind: str, rows: int) -> None:
+    config = tf.MoEConfig(hidden_size=8, num_experts=4, topk=1, dtype=torch.float32)
+    x = torch.arange(3.0 * rows).reshape(rows, 3)
+    with tf.Workspace(config, tf.EPGroup(device="cpu"), max_tokens_per_rank=8) as ws:
+        got = tf.GraphRunner(ws, OUTPUTS[kind], [4, 8], inputs=[torch.empty(0, 3)])(x)
+        (leaves, shape), (wanted, wanted_shape) = pytree.tree_flatten(got), pytree.tree_flatten(OUTPUTS[kind](x))
+        assert shape == wanted_shape
+        assert type(got) is type(OUTPUTS[kind](x))
+        for leaf, want in zip(leaves, wanted, strict=True):
+            assert torch.equal(leaf, want) if isinstance(want, torch.Tensor) else leaf == want
+
+
+@pytest.mark.parametrize("inputs", [torch.empty(2, 3), None, (), [3], [torch.tensor(1.0)]], ids=str)
+def test_inputs_that_are_no_list_of_rows_are_refused(ws, inputs: object) -> None:
+    with pytest.raises(tf.UsageError, match="inputs must be"):
+        GraphRunner(ws, lambda x: x, [4], inputs=inputs)

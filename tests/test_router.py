@@ -257,3 +257,29 @@ def test_hidden_rows_of_another_size_are_refused():
 def test_hidden_rows_of_another_dtype_are_refused_without_float32_logits():
     with pytest.raises(DtypeError, match=r"float32 but the router's weight is torch\.bfloat16"):
         Router(config(8, 2, float32_logits=False))(torch.zeros(3, 4))
+
+
+# --- experts that are switched off, by hand --------------------------------------------------------------------------------
+
+OFF = -math.inf
+
+
+@pytest.mark.parametrize(
+    ("correction", "expected"),
+    [
+        pytest.param([0.0, OFF, 0.0, OFF, 0.0, 0.0, 0.0, 0.0], [7, 6, 4], id="two-groups-stand-complete"),
+        pytest.param([0.0, OFF] * 4, [2, 0, -1], id="one-of-each-group-is-off"),
+        pytest.param([OFF] * 8, [-1, -1, -1], id="all-are-off"),
+    ],
+)
+def test_neither_a_switched_off_expert_nor_one_of_a_third_group_is_chosen(correction, expected):
+    """Scores rise with the number but for expert 2's; a group is as good as its two best, so one with an expert off is the worst,
+    and of equals the lower number is kept."""
+    rules = config(8, 3, **{**DEEPSEEK, "scaling_factor": 1.0})
+    logits = torch.tensor([[0.1, 0.2, 0.9, 0.3, 0.4, 0.35, 0.5, 0.6]])
+    weights, idx = route(logits, rules, torch.tensor(correction))
+    assert idx[0].tolist() == expected
+    is_off = idx[0] == -1
+    assert weights[0][is_off].tolist() == [0.0] * int(is_off.sum())
+    if not is_off.all():
+        assert weights[0].sum().item() == pytest.approx(1.0)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from tokenferry.errors import (
     CapacityError,
@@ -68,9 +69,10 @@ class GraphRunner:
 
     Args:
         workspace: what the layers in `fn` use. Its dispatchers and layers exist before.
-        fn: takes as many tensors as there are `inputs`, each with T rows, and returns a tensor, or a tuple, list or dict of
-            them. T is a bucket, or in an eager step the number of tokens; rows after the real ones are padding: their
-            experts' ids become -1, and what they give is cut off. T = 0 must be legal. Within a graph it runs once, while
+        fn: takes as many tensors as there are `inputs`, each with T rows, and returns a tensor, or any pytree with
+            tensors in it (tuples, named ones too, lists, dicts, registered dataclasses). T is a
+            bucket, or in an eager step the number of tokens; rows after the real ones are padding: their experts' ids become -1,
+            and what they give is cut off. T = 0 must be legal. Within a graph it runs once, while
             it is captured: it must not ask the device for a value, and reads what changes from `inputs` or from tensors
             that the caller keeps.
         buckets: token counts to capture, at most the workspace's max_tokens_per_rank; 0 is added for idle steps.
@@ -102,6 +104,8 @@ class GraphRunner:
         check_kind("workspace", workspace, Workspace)
         self.workspace, self.fn = workspace, fn
         self.buckets = _checked_buckets(buckets, workspace.max_tokens_per_rank)
+        if isinstance(inputs, torch.Tensor) or not isinstance(inputs, Sequence):
+            raise UsageError(f"inputs must be a list of tensors, one for each argument of fn; got {type(inputs).__name__}")
         if not inputs or not all(isinstance(tensor, torch.Tensor) and tensor.dim() for tensor in inputs):
             raise UsageError("inputs must be tensors of at least one dimension, one for each argument of fn")
         if not isinstance(num_warmups, int) or num_warmups < 1:
@@ -348,10 +352,9 @@ def _fill(static: torch.Tensor, given: torch.Tensor) -> None:
 
 def _cut(outputs: Any, num_rows: int, num_tokens: int) -> Any:
     """The first `num_tokens` rows of every tensor in `outputs` that has `num_rows`."""
-    if isinstance(outputs, torch.Tensor):
-        return outputs[:num_tokens] if outputs.dim() and outputs.shape[0] == num_rows else outputs
-    if isinstance(outputs, tuple | list):
-        return type(outputs)(_cut(output, num_rows, num_tokens) for output in outputs)
-    if isinstance(outputs, dict):
-        return {name: _cut(output, num_rows, num_tokens) for name, output in outputs.items()}
-    return outputs
+
+    def cut(output: Any) -> Any:
+        is_cut = isinstance(output, torch.Tensor) and output.dim() and output.shape[0] == num_rows
+        return output[:num_tokens] if is_cut else output
+
+    return tree_map(cut, outputs)

@@ -6,13 +6,15 @@ size; D = H without latent projections), K chosen experts.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from tokenferry.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError, check_kind
 from tokenferry.experts import Experts
+from tokenferry.precision import refuse_conversion
 from tokenferry.router import Router
 from tokenferry.shared_experts import PendingShared, SharedExperts
 from tokenferry.workspace import Workspace
@@ -104,6 +106,12 @@ class MoELayer(nn.Module):
                 "build Experts with group.expert_range(num_experts) and load them"
             )
         self._generation = self.workspace.generation
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Casts and moves, by a module around this one too. Raises where the workspace could not follow; nothing has changed."""
+        workspace = self.workspace
+        refuse_conversion(fn, workspace.config.dtype, workspace.device, "a MoELayer")
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

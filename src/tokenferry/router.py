@@ -15,6 +15,7 @@ Legend of shape suffixes: T this rank's rows, E experts, K chosen experts, G gro
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenferry.errors import ConfigError, DtypeError, ShapeError, check_kind
+from tokenferry.precision import KeepsPrecision
 
 ScoreFunction = Literal["softmax", "sigmoid"]
 
@@ -113,6 +115,8 @@ def route(
     Returns:
         topk_weights [T, K] float32 and topk_idx [T, K] of `config.idx_dtype`. A row's experts come in descending order of
         what they were chosen by; the order of equal ones is torch.topk's, or on CUDA, where one kernel does it all, by number.
+        An expert whose correction is -inf is switched off, and never chosen, nor is one of a group that was not: where fewer than
+        K are left, the rest of the row is -1 with weight 0. Logits, NaN and infinite ones too, give K different experts.
 
     Raises:
         ShapeError: columns other than E.
@@ -139,10 +143,15 @@ def route(
         choice_TE = scores_TE if score_correction_bias_E is None else scores_TE + score_correction_bias_E.float()
         if config.num_groups > 1:
             choice_TE = _keep_best_groups(choice_TE, config)
-        idx_TK = torch.topk(choice_TE, config.topk, dim=-1).indices
+        chosen_TK, idx_TK = torch.topk(choice_TE, config.topk, dim=-1)
         weights_TK = scores_TE.gather(1, idx_TK)
+    is_off_TK = chosen_TK == -math.inf if config.score_correction_bias else None
+    if is_off_TK is not None:
+        weights_TK, idx_TK = weights_TK.masked_fill(is_off_TK, 0.0), idx_TK.masked_fill(is_off_TK, -1)
     if config.renormalize:
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + config.renormalize_epsilon)
+        if is_off_TK is not None:
+            weights_TK = weights_TK.masked_fill(is_off_TK, 0.0)  # of a row without an expert 0 / 0 is left
     if config.scaling_factor != 1.0:
         weights_TK = weights_TK * config.scaling_factor
     return weights_TK, idx_TK.to(config.idx_dtype)
@@ -186,11 +195,12 @@ def _score(logits: torch.Tensor, function: ScoreFunction) -> torch.Tensor:
 def _keep_best_groups(choice_TE: torch.Tensor, config: RouterConfig) -> torch.Tensor:
     """Put -inf where an expert's group is not among the best `topk_groups`.
 
-    -inf and not 0: a correction can make every score of a kept group negative, and a 0 from a dropped group would win.
+    -inf and not 0: a correction can make every score of a kept group negative, and a 0 from a dropped group would win. Among
+    groups of equal score, those of -inf too, the lower number wins, as in the kernel.
     """
     choice_TGM = choice_TE.view(choice_TE.shape[0], config.num_groups, config.num_experts // config.num_groups)
     scores_TG = choice_TGM.topk(config.group_score_topk, dim=-1).values.sum(dim=-1)
-    best = scores_TG.topk(config.topk_groups, dim=-1).indices
+    best = scores_TG.sort(dim=-1, descending=True, stable=True).indices[:, : config.topk_groups]
     dropped_TG = torch.ones_like(scores_TG, dtype=torch.bool).scatter_(1, best, False)
     return choice_TGM.masked_fill(dropped_TG.unsqueeze(-1), -math.inf).flatten(1)
 
@@ -204,11 +214,12 @@ def _float32_linear(hidden_TH: torch.Tensor, weight_EH: torch.Tensor, bias_E: to
     return F.linear(hidden_TH.float(), weight_EH.float(), None if bias_E is None else bias_E.float())
 
 
-class Router(nn.Module):
+class Router(KeepsPrecision):
     """The linear layer in front of `route`.
 
     Parameters: `weight` [E, H]; `bias` [E] with `config.linear_bias`. Buffer: `score_correction_bias` [E] float32 with
-    `config.score_correction_bias` (`e_score_correction_bias` in checkpoints of the deepseek_v3 family).
+    `config.score_correction_bias` (`e_score_correction_bias` in checkpoints of the deepseek_v3 family); it stays float32 when the
+    router, or a module around it, is cast.
     """
 
     weight: nn.Parameter
@@ -227,6 +238,10 @@ class Router(nn.Module):
         self.register_parameter("bias", bias)
         correction = torch.zeros(E, dtype=torch.float32, device=device) if config.score_correction_bias else None
         self.register_buffer("score_correction_bias", correction)
+
+    def kept_dtypes(self) -> Mapping[str, torch.dtype]:
+        """See `KeepsPrecision`."""
+        return {"score_correction_bias": torch.float32}
 
     def prepare(self, dtype: torch.dtype) -> None:
         """On CUDA: loads what a call with `hidden` of this dtype launches. Loading waits for the device, so not amid steps."""

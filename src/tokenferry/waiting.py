@@ -103,8 +103,8 @@ class WaitBoard:
             return None
         return (
             f"rank {late} is alive, but it waits in {word['workspace']} after step {word['step']}, while rank {self._rank} waits "
-            f"in {name} after step {own.step} (numbered as they were opened); use the workspaces of a group, and the models on them, in "
-            "the same order on every rank"
+            f"in {name} after step {own.step} (numbered as they were opened); use the workspaces of a group, and the models on "
+            "them, in the same order on every rank"
         )
 
     def _watch(self) -> None:

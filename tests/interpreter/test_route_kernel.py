@@ -10,14 +10,19 @@ pytestmark = pytest.mark.interpreter
 INTERPRETER = {"TRITON_INTERPRET": "1"}
 
 
-def everything(group: tf.EPGroup) -> tuple[dict[str, str], dict[str, bool], tuple]:
+def everything(group: tf.EPGroup) -> tuple:
     import routes  # here: it imports the kernel, and whether that is interpreted is settled by then
 
-    return {str(case): case.error("cpu") for case in routes.CASES}, routes.hostile("cpu"), routes.example("cpu")
+    return (
+        {str(case): case.error("cpu") for case in routes.CASES},
+        routes.hostile("cpu"),
+        routes.example("cpu"),
+        routes.switched_off_example("cpu"),
+    )
 
 
 @pytest.fixture(scope="module")
-def said() -> tuple[dict[str, str], dict[str, bool], tuple]:
+def said() -> tuple:
     return run_ranks(everything, 1, env=INTERPRETER)[0]
 
 
@@ -36,3 +41,7 @@ def test_the_worked_example(said) -> None:
     assert idx == [[1, 3]]
     assert weights == [pytest.approx([0.5, 0.25])]
     assert renormalised == [pytest.approx([2 / 3, 1 / 3])]
+
+
+def test_where_too_few_experts_are_on_the_rest_of_the_row_is_none(said) -> None:
+    assert said[3] == ([[pytest.approx(0.5), 0.0]], [[1, -1]])

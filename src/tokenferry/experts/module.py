@@ -6,6 +6,8 @@ Legend of shape suffixes: R gathered rows, K slots of a row, H hidden size, I in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -14,9 +16,10 @@ from tokenferry.config import HIDDEN_DTYPES
 from tokenferry.dispatched import Dispatched
 from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, StateError, check_kind
 from tokenferry.experts import torch_path
-from tokenferry.experts.float8 import quantize_weights
+from tokenferry.experts.float8 import FLOAT8, quantize_weights
 from tokenferry.experts.scratch import ExpertScratch
 from tokenferry.experts.weights import ExpertsConfig, ExpertWeights, check_operands, check_out
+from tokenferry.precision import KeepsPrecision
 from tokenferry.workspace import Workspace
 
 SCRATCH_NAME = "expert_scratch"
@@ -74,7 +77,7 @@ def apply_experts(
     return torch_path.run(torch_path.choose_path(hidden_RH, weights), dispatched, weights, first_expert, activation, out)
 
 
-class Experts(nn.Module):
+class Experts(KeepsPrecision):
     """The routed experts that this rank holds.
 
     Parameters (no gradients): `up_proj` [L, N, H], `down_proj` [L, H, I]; with `config.bias` also `up_bias` [L, N] and
@@ -136,6 +139,12 @@ class Experts(nn.Module):
         self.register_buffer("down_scale", None)
         nn.init.normal_(self.up_proj, std=H**-0.5)
         nn.init.normal_(self.down_proj, std=I**-0.5)
+
+    def kept_dtypes(self) -> Mapping[str, torch.dtype]:
+        """See `KeepsPrecision`: float8 values mean something together with their scales alone."""
+        if self.up_scale is None:
+            return {}
+        return {"up_proj": FLOAT8, "down_proj": FLOAT8, "up_scale": torch.float32, "down_scale": torch.float32}
 
     @property
     def weights(self) -> ExpertWeights:

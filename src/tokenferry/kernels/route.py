@@ -105,15 +105,18 @@ def route_kernel(
     Args:
         logits: [T, G * M].
         correction: [G * M], read if CORRECTED.
-        topk_weights, topk_idx: [T, K] out, in descending order of what was chosen by; among equals the lower number first.
+        topk_weights, topk_idx: [T, K] out, in descending order of what was chosen by; among equals the lower number first. Where
+            corrections of -inf leave fewer than K experts in the kept groups, -1 with weight 0.
         scale, epsilon: factor of the weights, and what is added to their sum.
         TOPK_GROUPS, GROUP_TOPK: groups kept, members that speak for a group; used if G > 1.
         SIGMOID, FIRST: the score; whether K logits are chosen first and scored then.
 
     Example:
         Logits ln 1, ln 4, ln 1, ln 2, two chosen by softmax: experts 1 and 3 with weights 0.5 and 0.25; renormalised 2/3 and 1/3.
+        With corrections -inf, 0, -inf, -inf: expert 1 with weight 0.5, then -1 with weight 0.
     """
     NONE: tl.constexpr = -0x8000000000000000
+    MINUS_INFINITY: tl.constexpr = -0x7F800001  # the upper half of its key; those of NONE and of no number are below it
     CHOSEN: tl.constexpr = triton.next_power_of_2(K)
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)[:, None]
@@ -143,13 +146,20 @@ def route_kernel(
         best = tl.max(tl.max(keys, axis=1), axis=0)
         hit = keys == best
         weights = tl.where(place == k, tl.sum(tl.sum(tl.where(hit, score, 0.0), axis=1), axis=0), weights)
-        numbers = tl.where(place == k, 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32), numbers)
+        found = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
+        if CORRECTED:
+            found = tl.where((best >> 32) > MINUS_INFINITY, found, -1)
+        numbers = tl.where(place == k, found, numbers)
         keys = tl.where(hit, NONE, keys)
     if FIRST:
         weights = sigmoid(weights) if SIGMOID else softmax(weights, place < K)
+    if CORRECTED:
+        weights = tl.where(numbers >= 0, weights, 0.0)
     if RENORMALIZE:
         total = tl.sum(tl.where(place < K, weights, 0.0)) + epsilon
         weights = tl.div_rn(weights, total + tl.zeros_like(weights))
+        if CORRECTED:  # of a row without an expert 0 / 0 is left
+            weights = tl.where(numbers >= 0, weights, 0.0)
     tl.store(topk_weights + row * K + place, weights * scale, mask=place < K)
     tl.store(topk_idx + row * K + place, numbers.to(topk_idx.dtype.element_ty), mask=place < K)
 

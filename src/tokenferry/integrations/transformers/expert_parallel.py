@@ -165,6 +165,11 @@ class ExpertParallel:
     # Running
 
     @property
+    def is_open(self) -> bool:
+        """Whether the workspace has been opened."""
+        return self._workspace is not None
+
+    @property
     def workspace(self) -> Workspace:
         """The workspace that all layers share."""
         if self._workspace is None:

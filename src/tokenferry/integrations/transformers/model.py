@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from tokenferry.integrations.transformers.checkpoint import check_files
 from tokenferry.integrations.transformers.expert_parallel import ExpertParallel, Options
 from tokenferry.integrations.transformers.layer import LOCAL_EXPERTS, install_layers, register
 from tokenferry.integrations.transformers.loading import open_tensors, own_tensors
+from tokenferry.precision import refuse_conversion
 from tokenferry.transports.agree import telling_the_others
 
 _NOT_OURS: Final = ("distributed_config", "device_map", "device_mesh", "tp_plan", "tp_size")
@@ -139,6 +140,13 @@ class ExpertParallelModel:
         if lacking:
             raise ConfigError(f"the checkpoint lacks the weights of {len(lacking)} expert parameters, such as {lacking[0]}")
         return loaded
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """`.to()`, `.half()` and the like. Once the workspace is open, a dtype or device of another kind is refused."""
+        if self.expert_parallel.is_open:
+            workspace = self.expert_parallel.workspace
+            refuse_conversion(fn, self.expert_parallel.shape.hidden_dtype, workspace.device, type(self).__name__)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own; at its end, an error that another rank caused is raised and no tokens are returned.
