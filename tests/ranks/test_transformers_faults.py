@@ -316,7 +316,9 @@ def run_scenarios(group: tf.EPGroup, path: Path, broken: Path) -> dict[str, Any]
     quiet()
     # Before the others, since both ranks must be able to open workspaces afterwards.
     cannot_load = observed(lambda: load(broken if group.rank == 1 else path, group, open_timeout_s=40.0))
-    return {"one_cannot_load": cannot_load} | {name: _run(group, path, function, timeout_s) for name, (function, timeout_s) in SCENARIOS.items()}
+    return {"one_cannot_load": cannot_load} | {
+        name: _run(group, path, function, timeout_s) for name, (function, timeout_s) in SCENARIOS.items()
+    }
 
 
 def _run(group: tf.EPGroup, path: Path, scenario: Callable[..., Any], timeout_s: float) -> Any:
