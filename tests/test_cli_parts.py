@@ -26,6 +26,7 @@ from tokenferry.cli.prompts import DEFAULT_PROMPTS, read_prompts
 from tokenferry.cli.reference import compare
 from tokenferry.cli.spread import TOKENS_PER_BATCH, batches, capacity, spread
 from tokenferry.cli.terminal import print_json
+from tokenferry.cli.work import load_tokenizer
 from tokenferry.errors import ConfigError
 
 # Prompts
@@ -179,6 +180,19 @@ def test_unknown_logit_difference_is_null_in_json():
 
 def test_control_characters_do_not_reach_the_terminal():
     assert printable("a\x1b[31mb\tc\nd\r").plain == "a\N{REPLACEMENT CHARACTER}[31mb\tc\nd\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_model_without_a_tokenizer_is_named_with_the_remedy(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
+    with pytest.raises(ConfigError, match=rf"{tmp_path} holds no tokenizer; fetch its files"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=rf"the tokenizer in {tmp_path} cannot be loaded: .*; fetch its files"):
+        load_tokenizer(tmp_path)
 
 
 def test_default_prompts_differ_in_length():

@@ -11,8 +11,8 @@ import tokenferry
 
 ROOT = Path(tokenferry.__file__).parent
 ORDER = (
-    "errors", "env", "config", "groups", "topology", "dispatched", "precision", "reference", "kernels", "step", "lifecycle",
-    "memory", "transports", "debug", "operators", "dispatcher", "workspace", "activations", "experts", "router",
+    "errors", "env", "config", "waiting", "groups", "topology", "dispatched", "precision", "reference", "kernels", "step",
+    "lifecycle", "memory", "transports", "debug", "operators", "dispatcher", "workspace", "activations", "experts", "router",
     "shared_experts", "layer", "graphs", "launch", "integrations", "testing", "cli",
 )  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -2,7 +2,10 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,14 +15,16 @@ import torch
 import torch.distributed as dist
 
 import tokenferry as tf
-from tokenferry.errors import ConfigError
+from tokenferry.errors import ConfigError, StateError
 from tokenferry.integrations.transformers import from_pretrained
+from tokenferry.integrations.transformers.checkpoint import INDEX, check_files
 from tokenferry.integrations.transformers.exchange import Rows, exchange_slots, exchange_sums
 from tokenferry.integrations.transformers.expert_parallel import ExpertParallel
-from tokenferry.integrations.transformers.loading import OwnRows, Shard, own_tensors
+from tokenferry.integrations.transformers.loading import OwnRows, Shard, own_keys, own_tensors
 from tokenferry.integrations.transformers.local_experts import local_choices
+from tokenferry.integrations.transformers.one_thread import OneThread
 from tokenferry.integrations.transformers.stopwatch import Stopwatch
-from tokenferry.testing.tiny_models import make_tiny
+from tokenferry.testing.tiny_models import make_tiny, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers warns of its own affairs
 
@@ -102,6 +107,115 @@ def test_a_tensor_that_holds_neither_one_expert_nor_all(tmp_path: Path) -> None:
         own_tensors(tensors, model, None, {"experts": Shard(4, range(2), 3)})
 
 
+# --- checkpoints that are not whole ---------------------------------------------------------------------------------
+
+
+EACH = Shard(4, range(2, 4), 3)
+"""The upper half of four experts."""
+
+
+@pytest.mark.parametrize(
+    ("numbers", "own"),
+    [((0, 1, 2, 3), (2, 3)), ((3, 2, 1, 0), (2, 3)), ((0, 1, 2, 3, 4, 5, 6, 7), (2, 3, 6, 7))],
+    ids=["in-order", "in-any-order", "two-parameters"],
+)
+def test_experts_are_known_by_their_number(numbers: tuple[int, ...], own: tuple[int, ...]) -> None:
+    """ernie fills two parameters from one list."""
+    keys = [f"model.layers.7.mlp.experts.{number}.up_proj.weight" for number in numbers]
+    assert own_keys(keys, EACH) == [f"model.layers.7.mlp.experts.{number}.up_proj.weight" for number in own]
+
+
+@pytest.mark.parametrize("numbers", [(0, 2, 3), (0, 2, 3, 4), (0,)], ids=["one", "one-of-two-lists", "all-but-one"])
+def test_an_expert_that_is_lacking_is_named(numbers: tuple[int, ...]) -> None:
+    keys = [f"layers.7.experts.{number}.up_proj.weight" for number in numbers]
+    with pytest.raises(ConfigError, match=r"there is no tensor layers\.7\.experts\.1\.up_proj\.weight"):
+        own_keys(keys, EACH)
+
+
+@dataclass(frozen=True)
+class Lack:
+    """Tensors that are taken out of a tiny qwen3_moe checkpoint, and what the error names."""
+
+    name: str
+    without: str
+    told: str
+
+
+LACKS = [
+    Lack("an-expert", "layers.1.mlp.experts.6.up", "there is no tensor model.layers.1.mlp.experts.6.up_proj.weight"),
+    Lack("all-ups", "up_proj", "none named mlp.experts.*.up_proj.weight beside them"),
+    Lack("a-layer's-experts", "layers.1.mlp.experts", "2 of the model's parameters, such as model.layers.1.mlp.experts.gate_up"),
+    Lack("a-norm", "model.norm.weight", "1 of the model's parameters, such as model.norm.weight"),
+    Lack("the-head", "lm_head", "1 of the model's parameters, such as lm_head.weight"),
+]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("lack", LACKS, ids=lambda lack: lack.name)
+def test_what_a_checkpoint_lacks_is_named_on_every_rank(lack: Lack, rank: int, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = make_tiny("qwen3_moe", tmp_path)
+    tensors = {key: tensor for key, tensor in stored(path).items() if lack.without not in key}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    group = tf.EPGroup.from_store(dist.HashStore(), rank, 2)
+    with pytest.raises(ConfigError, match=re.escape(lack.told)):
+        from_pretrained(str(path), group=group, max_tokens_per_rank=4, open_timeout_s=1.0)
+
+
+def test_tied_weights_are_no_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config("qwen3_moe")
+    config.tie_word_embeddings = True
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert "lm_head.weight" not in stored(tmp_path)
+    model, _ = load_recorded(tmp_path, tf.EPGroup.from_store(dist.HashStore(), 0, 2), monkeypatch)
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What became of a safetensors file, and what the error says of it."""
+
+    name: str
+    change: Callable[[bytes], bytes]
+    told: str
+
+
+DAMAGES = [
+    Damage("in-its-tensors", lambda data: data[: len(data) * 2 // 3], r"is cut off: \d+ bytes of \d+"),
+    Damage("in-its-header", lambda data: data[:100], r"is cut off: 100 bytes, of which the header alone needs \d+"),
+    Damage("in-its-size", lambda data: data[:7], "is cut off: it has 7 bytes"),
+    Damage("empty", lambda data: b"", "an empty file"),
+    Damage("lfs", lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS .`git lfs pull`"),
+    Damage("page", lambda data: b"<html><body>404</body></html>", "text that begins '<html>"),
+    Damage("noise", lambda data: b"\xff" * 100, "does not begin with the size of a header"),
+    Damage("no-header", lambda data: (9).to_bytes(8, "little") + b"\x01" * 99, "its header is not one"),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name)
+def test_a_damaged_file_is_named_with_what_it_seems_to_be(damage: Damage, tmp_path: Path) -> None:
+    from safetensors.torch import save
+
+    data = save({"a": torch.zeros(100), "b": torch.zeros(100)})
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for name in names:
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict(zip("ab", names, strict=True))}))
+    check_files(tmp_path)
+    (tmp_path / names[1]).write_bytes(damage.change(data))
+    with pytest.raises(ConfigError, match=f"00002-of-00002.safetensors .*{damage.told}"):
+        check_files(tmp_path)
+
+
+def test_a_file_that_the_index_lists_and_the_folder_lacks(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+    with pytest.raises(ConfigError, match=r"00001-of-00001.safetensors is lacking, and model.safetensors.index.json lists it"):
+        check_files(tmp_path)
+
+
 # --- running --------------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +290,88 @@ def test_alone_it_is_the_usual_model(
     model.expert_parallel.finish()
     assert model.expert_parallel.communication_s > 0
     model.expert_parallel.close()
+
+
+@pytest.mark.parametrize("at_a_time", [1 << 28, 1], ids=["at-once", "row-by-row"])
+def test_rows_that_are_no_multiple_of_16_bytes(at_a_time: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16, hidden size 36 and intermediate size 20: 72 and 40 bytes, which grouped_mm refuses."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr("tokenferry.integrations.transformers.local_experts.GATHERED_BYTES", at_a_time)
+    config = tiny_config("qwen3_moe")
+    config.hidden_size, config.moe_intermediate_size = 36, 20
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    loading = {"dtype": torch.bfloat16}
+    model = from_pretrained(str(tmp_path), group=tf.EPGroup(device="cpu"), max_tokens_per_rank=16, **loading)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager", **loading)(ids).logits
+    torch.testing.assert_close(model(ids).logits, expected, rtol=2**-5, atol=2**-4)
+    model.expert_parallel.close()
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+def in_another_thread(call: Callable[[], object]) -> BaseException | None:
+    """What `call` raises there."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(10.0)
+    assert not thread.is_alive()
+    return raised[0] if raised else None
+
+
+def test_a_second_thread_is_refused_and_the_first_goes_on() -> None:
+    turn = OneThread(waits=False)
+    with turn.inside("generate"), turn.inside("forward"):
+        error = in_another_thread(lambda: turn.enter("generate"))
+        assert isinstance(error, StateError)
+        assert "generate: another thread (MainThread) is in the middle of a call" in str(error)
+        assert turn.is_mine()
+    assert in_another_thread(turn.inside("generate").__enter__) is None
+
+
+def test_a_second_thread_waits_if_it_is_asked_to() -> None:
+    turn, came = OneThread(waits=True), []
+    thread = threading.Thread(target=lambda: (turn.enter("generate"), came.append(None), turn.leave()))
+    with turn.inside("generate"):
+        thread.start()
+        thread.join(0.2)
+        assert not came
+    thread.join(10.0)
+    assert came
+
+
+def test_the_thread_for_which_the_owner_waits_is_let_in_and_no_third() -> None:
+    """As continuous batching has it."""
+    turn = OneThread(waits=False)
+
+    def guest() -> None:
+        turn.enter("forward", as_guest=True)
+        turn.leave()
+        assert isinstance(in_another_thread(lambda: turn.enter("forward", as_guest=True)), StateError)
+        turn.enter("forward", as_guest=True)
+        turn.leave()
+
+    with turn.hosting("generate_batch"):
+        assert isinstance(in_another_thread(lambda: turn.enter("generate")), StateError)
+        assert in_another_thread(guest) is None
+    assert in_another_thread(lambda: turn.enter("generate")) is None
+
+
+def test_a_thread_that_ended_amid_a_call_blocks_nobody() -> None:
+    turn = OneThread(waits=False)
+    assert in_another_thread(lambda: turn.enter("forward")) is None
+    turn.enter("forward")
+    assert turn.is_mine()
 
 
 def test_stopwatch_adds_up() -> None:

@@ -115,7 +115,11 @@ class PeerFailedError(PeerError):
 
     def __init__(self, rank: int, reason: str, step: int, phase: Phase = "data-missing") -> None:
         self.rank, self.reason, self.step, self.phase = rank, reason, step, phase
-        super().__init__(f"rank {rank} failed in step {step}: {reason}; call reset() on every rank that goes on")
+        if phase == "open":
+            super().__init__(f"rank {rank} failed before its workspace was open: {reason}")
+            return
+        what = f"the ranks disagree in step {step}" if phase == "counts-disagree" else f"rank {rank} failed in step {step}"
+        super().__init__(f"{what}: {reason}; call reset() on every rank that goes on")
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), (self.rank, self.reason, self.step, self.phase)

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from tokenferry import env
-from tokenferry.errors import ConfigError, PeerTimeoutError, Phase, StateError, UsageError
+from tokenferry.errors import ConfigError, PeerFailedError, PeerTimeoutError, Phase, StateError, UsageError
+from tokenferry.waiting import WaitBoard
 
 _POLL_FIRST_S = 0.0005
 _POLL_LAST_S = 0.02
@@ -27,10 +28,14 @@ class Channel(Protocol):
     """Small objects between the ranks of a group. Values are what JSON can hold."""
 
     def exchange(self, name: str, value: Any, timeout_s: float, *, phase: Phase = "open", step: int = 0) -> list[Any]:
-        """Every rank's value under `name`, in rank order. Raises `PeerTimeoutError` naming the first rank that is missing."""
+        """Every rank's value under `name`, in rank order. Raises `PeerTimeoutError` naming the first rank that is missing, and
+        `PeerFailedError` if a rank has given up to come."""
 
     def barrier(self, name: str, timeout_s: float, *, phase: Phase = "open", step: int = 0) -> None:
         """Returns when every rank has come."""
+
+    def give_up(self, name: str, reason: str) -> None:
+        """This rank will not come to the exchange `name`: those who wait there raise `PeerFailedError` at once. Never waits."""
 
     def claim(self, name: str, value: Any) -> Any:
         """Writes `value` under `name` unless somebody has; returns what stands there now."""
@@ -62,6 +67,10 @@ class StoreChannel:
         poll_s = _POLL_FIRST_S
         for rank in range(self._size):
             while not self._store.check([f"{name}/{rank}"]):
+                given_up = self.peek(f"{name}/given up")
+                if given_up is not None:
+                    by, reason = given_up
+                    raise PeerFailedError(by, reason, step, phase)
                 waited_s = time.monotonic() - start
                 if waited_s > timeout_s:
                     raise PeerTimeoutError(rank, phase, step, -1, waited_s, detail=f"nothing under {name!r}")
@@ -72,6 +81,10 @@ class StoreChannel:
     def barrier(self, name: str, timeout_s: float, *, phase: Phase = "open", step: int = 0) -> None:
         """See `Channel.barrier`."""
         self.exchange(name, None, timeout_s, phase=phase, step=step)
+
+    def give_up(self, name: str, reason: str) -> None:
+        """See `Channel.give_up`. Of several ranks the first is named."""
+        self.claim(f"{name}/given up", [self._rank, reason])
 
     def claim(self, name: str, value: Any) -> Any:
         """See `Channel.claim`."""
@@ -131,6 +144,7 @@ class EPGroup:
         rank, size: this rank's number and how many there are.
         device: a `torch.device` with an index if it is CUDA.
         channel: the `Channel` between the ranks.
+        waiting: where its ranks wait, for the error of one that waits in vain.
         process_group: as given, or None.
         threads: what the ranks share if they are threads of one process, or None.
 
@@ -205,6 +219,7 @@ class EPGroup:
         self.store = dist.PrefixStore(f"group.{number}", store)
         self._path = f"{path}/group.{number}"
         self.channel = StoreChannel(self.store, rank, size)
+        self.waiting = WaitBoard(dist.PrefixStore("waiting", self.store), rank)
         self._names_given: dict[str, int] = {}
 
     def subset(self, ranks: Sequence[int]) -> EPGroup:

@@ -39,6 +39,7 @@ from tokenferry.transports.base import CombineOrder, Counts, Transport, Transpor
 from tokenferry.transports.collective import CollectiveTransport
 from tokenferry.transports.open import required_bytes
 from tokenferry.transports.validation import check_dtypes, check_kinds, check_positive_ints, check_reset, check_settings
+from tokenferry.waiting import Place
 
 _log = logging.getLogger(__name__)
 
@@ -129,6 +130,7 @@ class Workspace:
 
                 self._watch = Watch(self._transport, settings, self._step_tensors)
             self.operators = _register(self)
+            settings.group.waiting.join(settings.name, _place_of(self), settings.timeout_s)
         except BaseException:
             self._lease.end()
             raise
@@ -492,6 +494,7 @@ class Workspace:
 
     def _reset(self, group: EPGroup | None, timeout_s: float | None) -> None:
         old, generation = self._settings, self._settings.generation + 1
+        old.group.waiting.leave(old.name)
         # Counted up before the ranks meet: a rank that comes too late finds a generation that the others have left.
         self._settings = dataclasses.replace(
             old,
@@ -549,6 +552,7 @@ class Workspace:
         self.lifecycle.close(self._lease, self._give_back)
 
     def _give_back(self) -> None:
+        self.group.waiting.leave(self._settings.name)
         try:
             self.operators.release()
         finally:
@@ -605,6 +609,20 @@ def _is_capturing(device: torch.device) -> bool:
     with contextlib.suppress(RuntimeError):  # of a device whose last kernel failed: that one was no captured one
         return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     return False
+
+
+def _place_of(workspace: Workspace) -> Callable[[], Place | None]:
+    """Tells where the workspace stands, without keeping it alive."""
+    reference = weakref.ref(workspace)
+
+    def look() -> Place | None:
+        workspace = reference()
+        if workspace is None or workspace.lifecycle.closed:
+            return None
+        lifecycle = workspace.lifecycle
+        return Place(workspace._step_index, lifecycle.layer, lifecycle.stage.value, lifecycle.is_occupied)
+
+    return look
 
 
 def _register(workspace: Workspace) -> Operators:

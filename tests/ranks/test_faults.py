@@ -1,6 +1,7 @@
 """Late, dead, raising and one-step-off ranks on gloo: the right error on every live rank in time, then reset and go on."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,63 @@ def test_a_reset_that_a_rank_misses_can_be_tried_again() -> None:
 @pytest.mark.parametrize("how", ENDS)
 def test_no_descendant_and_no_memory_outlive_a_run_that_ends_amid_steps(how: str, tmp_path: Path) -> None:
     assert_ended(end_while_ranks_work(SETTING, how, tmp_path), how, SETTING.timeout_s)
+
+
+# --- two workspaces of one group ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TwoWorkspaces:
+    """Rank 0 begins a step in the first workspace, rank 1 in the one that `second` says, `later_s` after it."""
+
+    name: str
+    second: int
+    later_s: float
+    told: tuple[tuple[str, str], ...]
+    """For each rank the kind of the error, and a part of its text."""
+
+
+def swapped(rank: int, there: int) -> tuple[str, str]:
+    return (
+        "PeerFailedError",
+        f"the ranks disagree in step 1: rank {rank} is alive, but it waits in workspace.{there} after step 0, while rank "
+        f"{1 - rank} waits in workspace.{1 - there} after step 0",
+    )
+
+
+OTHER_ORDER = [
+    TwoWorkspaces("at-once", 1, 0.0, (swapped(1, 1), swapped(0, 0))),
+    TwoWorkspaces("one-half-a-time-out-later", 1, 0.5, (swapped(1, 1), swapped(0, 0))),
+    TwoWorkspaces("only-late", 0, 2.0, (("PeerTimeoutError", "rank 1 is late: not-entered in step 1"), ("PeerFailedError", ""))),
+]
+
+
+def begin_in_two(group: tf.EPGroup, transport: str) -> list[tuple[str, str]]:
+    return [_begin_in_two(group.subset(range(2)), transport, case) for case in OTHER_ORDER]
+
+
+def _begin_in_two(group: tf.EPGroup, transport: str, case: TwoWorkspaces) -> tuple[str, str]:
+    config = {"max_tokens_per_rank": 8, "transport": transport, "timeout_s": 1.0}
+    with tf.Workspace(CONFIG, group, **config) as first, tf.Workspace(CONFIG, group, **config) as second:
+        mine = (first, second)[case.second if group.rank == 1 else 0]
+        time.sleep(case.later_s if group.rank == 1 else 0.0)
+        try:
+            mine.begin_step(1)
+        except tf.PeerError as error:
+            said = type(error).__name__, str(error)
+        else:
+            said = "nothing", ""
+        group.channel.barrier("both have been told", 20.0)
+        return said
+
+
+@pytest.fixture(scope="module", params=["collective", "p2p"])
+def told_in_two(request: pytest.FixtureRequest) -> list[list[tuple[str, str]]]:
+    return run_ranks(begin_in_two, 2, request.param, env={"TRITON_INTERPRET": "1"})
+
+
+@pytest.mark.parametrize("case", OTHER_ORDER, ids=lambda case: case.name)
+def test_workspaces_used_in_another_order(case: TwoWorkspaces, told_in_two: list[list[tuple[str, str]]]) -> None:
+    for said, (kind, text) in zip(told_in_two, case.told, strict=True):
+        assert said[OTHER_ORDER.index(case)][0] == kind
+        assert text in said[OTHER_ORDER.index(case)][1]

@@ -1,5 +1,6 @@
 """What a user of transformers may do wrong, and ranks that fail in mid-step: the right exception on every rank, in time."""
 
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -101,6 +102,21 @@ def other_order(model: Any, group: tf.EPGroup, path: Path) -> Any:
     return observed(lambda: generate(model, LONG, group.rank))
 
 
+def second_thread(model: Any, group: tf.EPGroup, path: Path) -> Any:
+    """On rank 0 another thread asks for something between two MoE layers of the first forward."""
+    said, threads = [], []
+
+    def ask(*_: object) -> None:
+        if not threads:
+            threads.append(threading.Thread(target=lambda: said.append(observed(lambda: generate(model, WORK[1], 1)))))
+            threads[0].start()
+            threads[0].join(5.0)
+
+    if group.rank == 0:
+        model.model.layers[-1].register_forward_pre_hook(ask)
+    return same_tokens(model, group, path), said
+
+
 def batches_beyond_capacity(model: Any, group: tf.EPGroup, path: Path) -> Any:
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -127,6 +143,7 @@ SCENARIOS: dict[str, tuple[Callable[..., Any], float]] = {
         late_in_mid_step,
         layers_left_out,
         other_order,
+        second_thread,
         batches_beyond_capacity,
         saving,
     )
@@ -139,10 +156,13 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def seen(path: Path) -> dict[str, list[Any]]:
+def seen(path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What each rank saw in each scenario; a traceback where a scenario broke."""
-    by_rank = run_ranks(run_scenarios, 2, path, timeout_s=120)
-    return {name: [rank[name] for rank in by_rank] for name in SCENARIOS}
+    broken = tmp_path_factory.mktemp("broken")
+    unmodified(path).config.save_pretrained(broken)
+    (broken / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:5000])
+    by_rank = run_ranks(run_scenarios, 2, path, broken, timeout_s=120)
+    return {name: [rank[name] for rank in by_rank] for name in by_rank[0]}
 
 
 def test_a_long_prompt_is_refused_with_both_numbers_and_the_remedy(seen: dict[str, list[Any]]) -> None:
@@ -200,6 +220,13 @@ def test_a_forward_with_other_layers_is_an_error(scenario: str, seen: dict[str, 
     assert "rank 0 failed" in other[1]
 
 
+def test_a_second_thread_alone_is_refused(seen: dict[str, list[Any]]) -> None:
+    (own_equal, ((kind, message, _),)), other = seen["second_thread"]
+    assert (own_equal, other) == (True, (True, []))
+    assert kind == "StateError"
+    assert "another thread (MainThread) is in the middle of a call on this model" in message
+
+
 def test_batches_beyond_the_capacity_are_refused(seen: dict[str, list[Any]]) -> None:
     for kind, message, _ in seen["batches_beyond_capacity"]:
         assert kind == "CapacityError"
@@ -240,13 +267,21 @@ def test_a_checkpoint_that_lacks_experts(path: Path, tmp_path: Path) -> None:
     unmodified(path).config.save_pretrained(tmp_path)
     tensors = {key: tensor for key, tensor in load_file(path / "model.safetensors").items() if "layers.1.mlp.experts" not in key}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"lacks the weights of 2 expert parameters, such as model\.layers\.1\.mlp\.experts"):
+    with pytest.raises(ConfigError, match=r"lacks 2 of the model's parameters, such as model\.layers\.1\.mlp\.experts"):
         load(tmp_path, alone_of(2))
 
 
+def test_a_rank_that_cannot_load_is_no_time_out_for_the_others(seen: dict[str, list[Any]]) -> None:
+    (others_kind, told, waited_s), own = seen["one_cannot_load"]
+    assert own[0] == "ConfigError"
+    assert others_kind == "PeerFailedError"
+    assert told.startswith("rank 1 failed before its workspace was open: ConfigError: checkpoint file")
+    assert waited_s < 15
+
+
 def test_experts_that_cannot_leave_out_those_of_other_ranks(tmp_path: Path) -> None:
-    """The eager forward of gpt_oss has no class for "none of mine"."""
-    with pytest.raises(ConfigError, match="GptOssExperts cannot leave out the experts of other ranks"):
+    """The eager forward of gpt_oss has no class for "none of mine": torch's own text is shown, and no cause guessed."""
+    with pytest.raises(ConfigError, match=r"GptOssExperts failed on one row, with 4 of 8 experts .* RuntimeError: Class values"):
         load(make_tiny("gpt_oss", tmp_path), alone_of(2), experts_implementation="eager")
 
 
@@ -277,9 +312,13 @@ def alone_of(size: int) -> tf.EPGroup:
 # --- workers --------------------------------------------------------------------------------------------------------
 
 
-def run_scenarios(group: tf.EPGroup, path: Path) -> dict[str, Any]:
+def run_scenarios(group: tf.EPGroup, path: Path, broken: Path) -> dict[str, Any]:
     quiet()
-    return {name: _run(group, path, function, timeout_s) for name, (function, timeout_s) in SCENARIOS.items()}
+    # Before the others, since both ranks must be able to open workspaces afterwards.
+    cannot_load = observed(lambda: load(broken if group.rank == 1 else path, group, open_timeout_s=40.0))
+    return {"one_cannot_load": cannot_load} | {
+        name: _run(group, path, function, timeout_s) for name, (function, timeout_s) in SCENARIOS.items()
+    }
 
 
 def _run(group: tf.EPGroup, path: Path, scenario: Callable[..., Any], timeout_s: float) -> Any:

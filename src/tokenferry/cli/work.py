@@ -17,7 +17,9 @@ from tokenferry.cli.context import check_prompts
 from tokenferry.cli.job import Answer, Job, RankResult
 from tokenferry.cli.quiet import quiet_transformers
 from tokenferry.cli.spread import batches, capacity, spread
+from tokenferry.errors import ConfigError
 from tokenferry.groups import EPGroup
+from tokenferry.transports.agree import telling_the_others
 
 Send = Callable[[dict[str, Any]], None]
 TINY: Final = "tiny:"
@@ -34,8 +36,9 @@ def answer_as_rank(job: Job, group: EPGroup, send: Send, scratch: Path | None = 
 
     quiet_transformers()
     with model_folder(job, scratch) as folder:
-        tokenizer = load_tokenizer(folder)
-        token_ids = tokenize(tokenizer, job.prompts)
+        with telling_the_others(group):
+            tokenizer = load_tokenizer(folder)
+            token_ids = tokenize(tokenizer, job.prompts)
         lengths = [len(ids) for ids in token_ids]
         check_prompts(folder, lengths, job.max_new_tokens)
         model = from_pretrained(
@@ -131,10 +134,21 @@ def model_folder(job: Job, scratch: Path | None) -> Iterator[Path]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer, padding on the left as generation needs it."""
+    """The model's tokenizer, padding on the left as generation needs it.
+
+    Raises:
+        ConfigError: there is none. transformers makes an empty one then, for which every text is nothing.
+    """
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+    remedy = "fetch its files (tokenizer.json, tokenizer_config.json and so on), or save_pretrained() the model's tokenizer there"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+    except Exception as error:  # tokenizers raises bare Exceptions
+        first_line = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"the tokenizer in {folder} cannot be loaded: {first_line}; {remedy}") from error
+    if not tokenizer("tokens")["input_ids"]:
+        raise ConfigError(f"{folder} holds no tokenizer; {remedy}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

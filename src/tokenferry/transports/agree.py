@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tokenferry import topology
 from tokenferry.errors import ConfigError, Phase, TransportUnavailableError
+from tokenferry.groups import EPGroup
 from tokenferry.step import StepTensors
 from tokenferry.transports import select
 from tokenferry.transports.base import PROTOCOL_VERSION, Transport, TransportSettings
 from tokenferry.transports.open import open_transport
+
+
+@contextmanager
+def telling_the_others(group: EPGroup) -> Iterator[None]:
+    """Around what a rank does before it opens its workspace, such as loading its part of a model.
+
+    An exception in the block goes on, and the ranks that wait for this one in `Workspace(...)` raise `PeerFailedError` at once:
+    they waited `open_timeout_s` once, for a rank that had failed after seconds. Afterwards all ranks may try again.
+    """
+    try:
+        yield
+    except BaseException as error:
+        group.channel.give_up(f"{group.unique_name('workspace')}/open", f"{type(error).__name__}: {error}")
+        raise
 
 
 def open_together(name: str, settings: TransportSettings, step_tensors: StepTensors, phase: Phase) -> Transport:

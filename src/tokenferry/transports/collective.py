@@ -233,6 +233,9 @@ class CollectiveTransport(InHalves):
         phase = "not-entered" if self._operation in (STEP, ANNOUNCE) else "data-missing"
         reason = "its connection is gone (the process ended, or closed its workspace)" if error.closed else ""
         rank = self._settings.group.rank
+        elsewhere = self._settings.group.waiting.who_waits_elsewhere(error.rank, self._settings.name, grace=not error.closed)
+        if elsewhere is not None:
+            phase, reason = "counts-disagree", elsewhere
         record = AbortRecord(error.rank, rank, phase, self._request.index, self._layer, error.waited_s, reason)
         return self._settle(record, grace_s=RECORD_GRACE_S if error.closed else 0.0)
 

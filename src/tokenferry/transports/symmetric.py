@@ -151,6 +151,9 @@ class SymmetricTransport(Rounds):
         step = max(0, self._request.index + (record.step - self._request.index + half) % (2 * half) - half)
         reason = f"rank {record.rank} gave up" if record.phase == "failed" else ""
         phase = "data-missing" if record.phase == "failed" else record.phase
+        if record.phase != "failed" and record.reporter == settings.group.rank:
+            elsewhere = settings.group.waiting.who_waits_elsewhere(record.rank, settings.name)
+            phase, reason = (phase, reason) if elsewhere is None else ("counts-disagree", elsewhere)
         mine = AbortRecord(record.rank, record.reporter, phase, step, record.layer, settings.timeout_s, reason)
         agreed = AbortRecord(**settings.group.channel.claim(f"{settings.name}/abort", asdict(mine)))
         return agreed.error_for(settings.group.rank)

@@ -19,6 +19,7 @@ from tokenferry.groups import EPGroup
 from tokenferry.integrations.transformers.exchange import Rows, exchange_slots, exchange_sums
 from tokenferry.integrations.transformers.layer import ExpertLayer
 from tokenferry.integrations.transformers.loading import Shard
+from tokenferry.integrations.transformers.one_thread import OneThread
 from tokenferry.integrations.transformers.stopwatch import Stopwatch
 from tokenferry.step import Step
 from tokenferry.workspace import Workspace
@@ -36,6 +37,7 @@ class Options:
     transport: str
     combine_dtype: torch.dtype | None
     exact: bool
+    serialize: bool
     timeout_s: float
     open_timeout_s: float
 
@@ -66,6 +68,7 @@ class ExpertParallel:
         group: the `EPGroup`.
         layers: the MoE layers that were installed, in the order of a forward.
         workspace: the `Workspace` that all layers share.
+        thread: which thread uses the model now.
         num_local_experts: experts of each layer that this rank holds.
     """
 
@@ -74,6 +77,7 @@ class ExpertParallel:
         self.options = options
         self.layers: tuple[ExpertLayer, ...] = ()
         self.num_local_experts = 0
+        self.thread = OneThread(waits=options.serialize)
         self._installed: list[ExpertLayer] = []
         self._probed: list[tuple[ExpertLayer, LayerShape]] | None = None
         self._workspace: Workspace | None = None
@@ -106,12 +110,12 @@ class ExpertParallel:
         """The layers found in the model, in the order of its modules."""
         return tuple(self._installed)
 
-    def open(self, model: Any) -> None:
-        """Learns from one forward of one token what the layers are called with, without communication, and opens the
-        workspace, collectively. All ranks hold the same model, so they learn the same.
+    def probe(self, model: Any) -> None:
+        """Learns from one forward of one token what the layers are called with, without communication. All ranks hold the same
+        model, so they learn the same.
 
         Raises:
-            ConfigError: layers that are not called, or differ in shape; as `Workspace`.
+            ConfigError: layers that are not called, that differ in shape, or whose experts fail.
         """
         self._probed = []
         with torch.no_grad():
@@ -129,7 +133,14 @@ class ExpertParallel:
             raise ConfigError(f"the MoE layers of {type(model).__name__} differ, and one workspace serves them all: {shapes}")
         shape = self._layer_shape = shapes.pop()
         self.num_local_experts = len(self.owned_experts(shape.num_experts))
-        self._workspace = self._open_workspace(shape)
+
+    def open(self, model: Any) -> None:
+        """Opens the workspace for what `probe` has learnt, collectively.
+
+        Raises:
+            As `Workspace`.
+        """
+        self._workspace = self._open_workspace(self.shape)
         self._dispatchers = tuple(self._workspace.dispatcher() for _ in self.layers)
         model.base_model.register_forward_hook(self._after_forward, always_call=True)
 
@@ -168,7 +179,7 @@ class ExpertParallel:
     @property
     def shape(self) -> LayerShape:
         """What the layers are called with."""
-        assert self._layer_shape is not None, "open() comes first"
+        assert self._layer_shape is not None, "probe() comes first"
         return self._layer_shape
 
     @property
@@ -187,12 +198,15 @@ class ExpertParallel:
         Raises:
             CapacityError: more rows than `max_tokens_per_rank`; nothing was sent, and the other ranks wait.
             PeerTimeoutError, PeerFailedError: another rank is the cause.
-            StateError: the layers are called in another order than in the first forward.
+            StateError: the layers are called in another order than in the first forward; or another thread is in the middle of a
+                call on the model, which then goes on as if nothing had happened.
         """
         rows = Rows(hidden_TH.contiguous(), topk_idx_TK.contiguous(), topk_weights_TK.contiguous())
         if self._probed is not None:
             return self._probe(self._probed, layer, rows)
-        step = self._step or self._begin_step(hidden_TH.shape[0])
+        step = self._step if self.thread.is_mine() else None
+        if step is None:
+            step = self._begin_step(hidden_TH.shape[0])
         try:
             summed_TH = self._run_next(layer, rows, step)
         except BaseException as error:
@@ -212,13 +226,15 @@ class ExpertParallel:
 
         Raises:
             PeerTimeoutError, PeerFailedError: another rank is the cause.
+            StateError: another thread is in the middle of a call on the model.
         """
         nothing = self.shape.empty_rows(self.group.device)
-        while not self._begin_step(0, done=True).all_done():
-            for layer in self.layers:
-                self.run_layer(layer, nothing.hidden_TH, nothing.topk_idx_TK, nothing.topk_weights_TK)
-        self._end_step()
-        self.check()
+        with self.thread.inside("finish"):
+            while not self._begin_step(0, done=True).all_done():
+                for layer in self.layers:
+                    self.run_layer(layer, nothing.hidden_TH, nothing.topk_idx_TK, nothing.topk_weights_TK)
+            self._end_step()
+            self.check()
 
     def check(self) -> None:
         """Raises the error that another rank caused, if there is one that no call has raised yet."""
@@ -226,9 +242,10 @@ class ExpertParallel:
 
     def reset(self) -> None:
         """Starts anew after a failure, collectively over the same ranks. See `Workspace.reset`."""
-        self.workspace.reset()
-        self._end_step()
-        self._last_error = None
+        with self.thread.inside("reset"):
+            self.workspace.reset()
+            self._end_step()
+            self._last_error = None
 
     def forget_swallowed(self) -> None:
         """Forgets errors of forwards so far; see `raise_swallowed`."""
@@ -263,6 +280,17 @@ class ExpertParallel:
         return torch.float32 if self.options.combine_dtype == torch.float32 else self.shape.hidden_dtype
 
     def _begin_step(self, num_tokens: int, *, done: bool = False) -> Step:
+        """Begins a step; from here to `_end_step` it belongs to the calling thread."""
+        self.thread.enter("forward", as_guest=True)
+        try:
+            step = self._begin_own_step(num_tokens, done)
+        except BaseException:
+            self.thread.leave()
+            raise
+        self._step, self._next_layer = step, 0
+        return step
+
+    def _begin_own_step(self, num_tokens: int, done: bool) -> Step:
         capacity = self.options.max_tokens_per_rank
         if self._step is not None:
             error = StateError(_CUT_SHORT)
@@ -277,7 +305,6 @@ class ExpertParallel:
             raise self._last_error
         with self._stopwatch.running():
             step = self.workspace.begin_step(num_tokens, done=done)
-        self._step, self._next_layer = step, 0
         self._num_valid_rows = self._read_valid_rows(step)
         return step
 
@@ -291,7 +318,9 @@ class ExpertParallel:
         return int(step.valid_tokens.item())
 
     def _end_step(self) -> None:
-        self._step, self._next_layer = None, 0
+        if self._step is not None:
+            self._step, self._next_layer = None, 0
+            self.thread.leave()
 
     def _abandon_step(self, error: BaseException) -> None:
         """Tells the other ranks that this one will not come, so that they need not wait for the time-out."""
@@ -302,7 +331,7 @@ class ExpertParallel:
     def _after_forward(self, _module: nn.Module, _args: object, output: object) -> None:
         """Runs after every forward of the model; after one that raised, with no output and within its `except`."""
         error = sys.exc_info()[1] if output is None else None
-        if self._step is not None:
+        if self._step is not None and self.thread.is_mine():
             self._abandon_step(error or StateError(_CUT_SHORT))
             if error is None:
                 raise StateError(_CUT_SHORT)
@@ -324,6 +353,6 @@ class ExpertParallel:
             return layer.experts.partial(rows.hidden_TH, rows.topk_idx_TK, rows.topk_weights_TK, rows.hidden_TH.dtype)
         except RuntimeError as error:
             raise ConfigError(
-                f"{type(layer.module).__name__} cannot leave out the experts of other ranks ({error}); leave "
-                "experts_implementation out, or choose another"
+                f"{type(layer.module).__name__} failed on one row, with {len(layer.experts.owned)} of {layer.num_experts} "
+                f"experts on this rank: {type(error).__name__}: {error}; leave experts_implementation out, or choose another"
             ) from error

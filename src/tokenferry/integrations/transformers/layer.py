@@ -17,14 +17,15 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tokenferry.errors import ConfigError
 from tokenferry.integrations.transformers.loading import Shard, keep_rows
-from tokenferry.integrations.transformers.local_experts import Llama4Experts, LocalExperts, RoutedExperts
+from tokenferry.integrations.transformers.local_experts import Llama4Experts, LocalExperts, RoutedExperts, experts_forward
 
 EP_IMPLEMENTATION: Final = "tokenferry"
 """Our name in `EPImplementationInterface`."""
 LOCAL_EXPERTS: Final = "tokenferry"
 """Our name in `ExpertsInterface`: transformers' grouped_mm under a name that `generate()` does not swap for batched_mm when it
 decodes on a GPU, which would gather the weights of one expert for every choice of every rank's rows. Load an unmodified model
-with `experts_implementation=LOCAL_EXPERTS` (after `register()`) to compare bits with it on a GPU."""
+with `experts_implementation=LOCAL_EXPERTS` (after `register()`) to compare bits with it on a GPU. Where grouped_mm refuses the
+sizes, batched_mm stands in for it."""
 
 _DECORATED: Final = ("has_gate", "has_bias", "is_transposed", "num_experts")
 """What `@use_experts_implementation` leaves on a module."""
@@ -89,8 +90,8 @@ class Llama4Block:
 
 def register() -> None:
     """Makes our names known to transformers. `from_pretrained` does it; calling it again changes nothing."""
-    for functions in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):
-        functions.register(LOCAL_EXPERTS, functions["grouped_mm"])
+    ALL_EXPERTS_FUNCTIONS.register(LOCAL_EXPERTS, experts_forward)
+    ALL_FP8_EXPERTS_FUNCTIONS.register(LOCAL_EXPERTS, ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"])
     slot = _slot()
     if slot is not None:
         slot.EPImplementationInterface.register(EP_IMPLEMENTATION, ExpertLayer)

@@ -7,10 +7,14 @@ An expert of another rank, and -1, becomes local number e with weight 0, which t
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+GATHERED_BYTES: Final = 1 << 28
+"""Weights that `batched_mm` may gather at a time."""
 
 
 class LocalExperts(Protocol):
@@ -128,3 +132,24 @@ def local_choices(topk_idx_RK: torch.Tensor, owned: range) -> tuple[torch.Tensor
     shifted_RK = topk_idx_RK.to(torch.int64) - owned.start
     is_own_RK = (shifted_RK >= 0) & (shifted_RK < len(owned))
     return torch.where(is_own_RK, shifted_RK, len(owned)), is_own_RK
+
+
+def experts_forward(
+    experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """transformers' grouped_mm, or its batched_mm where the rows are no multiple of 16 bytes long, which grouped_mm refuses.
+
+    batched_mm gathers the weights of one expert for each choice of each row, so it gets a few rows at a time.
+    """
+    arguments = (hidden_states, top_k_index, top_k_weights)
+    down = experts.down_proj
+    summed: torch.Tensor
+    if all(size * down.element_size() % 16 == 0 for size in down.shape[1:]):
+        summed = ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, *arguments)
+        return summed
+    bytes_per_row = 2 * down[0].nbytes * top_k_index.shape[-1]
+    at_a_time = max(1, GATHERED_BYTES // bytes_per_row)
+    batched_mm = ALL_EXPERTS_FUNCTIONS["batched_mm"]
+    parts = [batched_mm(experts, *rows) for rows in zip(*(each.split(at_a_time) for each in arguments), strict=True)]
+    summed = torch.cat(parts)
+    return summed

@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig
 
 from tokenferry.errors import CapacityError, ConfigError, StateError
 from tokenferry.groups import EPGroup
+from tokenferry.integrations.transformers.checkpoint import check_files
 from tokenferry.integrations.transformers.expert_parallel import ExpertParallel, Options
 from tokenferry.integrations.transformers.layer import LOCAL_EXPERTS, install_layers, register
 from tokenferry.integrations.transformers.loading import open_tensors, own_tensors
 from tokenferry.precision import refuse_conversion
+from tokenferry.transports.agree import telling_the_others
 
 _NOT_OURS: Final = ("distributed_config", "device_map", "device_mesh", "tp_plan", "tp_size")
 """Arguments of transformers' `from_pretrained` that place a model otherwise."""
@@ -29,6 +33,7 @@ def from_pretrained(
     transport: str = "auto",
     dtype: torch.dtype | str = "auto",
     exact: bool = False,
+    serialize: bool = False,
     combine_dtype: torch.dtype | None = torch.float32,
     timeout_s: float = 30.0,
     open_timeout_s: float = 300.0,
@@ -48,6 +53,7 @@ def from_pretrained(
         dtype: of the weights; "auto" = as stored.
         exact: compute bit for bit what the unmodified model computes for a rank's batch, in any dtype, with K times the
             communication and one expert call for each rank: for verification.
+        serialize: a second thread that calls the model waits until the first is through. Otherwise it gets a `StateError`.
         combine_dtype: in which the experts' partial sums travel. float32 keeps a bfloat16 model's tokens nearest to the
             unmodified model's; None = the model's own dtype, half the bytes. `exact` leaves it unused.
         timeout_s: how long to wait for another rank in a step.
@@ -61,8 +67,9 @@ def from_pretrained(
 
     Raises:
         ConfigError: no MoE layer that transformers can hand to us, fewer experts than ranks, a checkpoint that holds no
-            safetensors, or an argument that places the model otherwise.
-        TransportUnavailableError, PeerTimeoutError, PeerFailedError: as `Workspace`.
+            safetensors, a file of it that is damaged, a tensor that is lacking, or an argument that places the model otherwise.
+        PeerFailedError: another rank could not load its part.
+        TransportUnavailableError, PeerTimeoutError: as `Workspace`.
     """
     for name in _NOT_OURS:
         if kwargs.get(name) is not None:
@@ -76,6 +83,7 @@ def from_pretrained(
         transport=transport,
         combine_dtype=combine_dtype,
         exact=exact,
+        serialize=serialize,
         timeout_s=timeout_s,
         open_timeout_s=open_timeout_s,
     )
@@ -87,9 +95,15 @@ def from_pretrained(
     loads_to_device = group.device.type != "cpu" and importlib.util.find_spec("accelerate") is not None
     if loads_to_device:
         kwargs["device_map"] = {"": group.device}
-    model = auto.from_pretrained(path_or_id, dtype=dtype, **kwargs)
-    if not loads_to_device:
-        model.to(group.device)
+    with telling_the_others(group):
+        check_files(Path(path_or_id, kwargs.get("subfolder") or ""))
+        try:
+            model = auto.from_pretrained(path_or_id, dtype=dtype, **kwargs)
+        except SafetensorError as error:  # a file that transformers opened for itself
+            raise ConfigError(f"a file of the checkpoint {path_or_id} cannot be read: {error}") from error
+        if not loads_to_device:
+            model.to(group.device)
+        expert_parallel.probe(model)
     expert_parallel.open(model)
     return model
 
@@ -135,10 +149,15 @@ class ExpertParallelModel:
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own; at its end, an error that another rank caused is raised and no tokens are returned."""
-        generated = super().generate(*args, **kwargs)  # type: ignore[misc]
-        self.expert_parallel.check()
-        return generated
+        """As the model's own; at its end, an error that another rank caused is raised and no tokens are returned.
+
+        Raises:
+            StateError: another thread is in the middle of a call on this model (see `serialize`); that one goes on.
+        """
+        with self.expert_parallel.thread.inside("generate"):
+            generated = super().generate(*args, **kwargs)  # type: ignore[misc]
+            self.expert_parallel.check()
+            return generated
 
     def init_continuous_batching(
         self, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
@@ -157,11 +176,13 @@ class ExpertParallelModel:
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own, but an error in a forward is raised, not turned into fewer tokens."""
-        self.expert_parallel.forget_swallowed()
-        generated = super().generate_batch(*args, **kwargs)  # type: ignore[misc]
-        self.expert_parallel.raise_swallowed()
-        self.expert_parallel.check()
-        return generated
+        parallel = self.expert_parallel
+        with parallel.thread.hosting("generate_batch"):  # its forwards run in a thread that transformers starts
+            parallel.forget_swallowed()
+            generated = super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+            parallel.raise_swallowed()
+            parallel.check()
+            return generated
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Raises StateError: this rank holds a part of the experts only."""
@@ -213,7 +234,9 @@ def _no_layers(model: Any, quantizer: Any) -> str:
 
 
 def _own(model: Any, tensors: Mapping[str, Any], load_config: Any) -> dict[str, Any]:
-    return own_tensors(tensors, model, load_config.weight_mapping, model.expert_parallel.shards(model))
+    shards = model.expert_parallel.shards(model)
+    is_quantized = load_config.hf_quantizer is not None
+    return own_tensors(tensors, model, load_config.weight_mapping, shards, is_quantized=is_quantized)
 
 
 def _keep_local_experts(model: Any) -> None:
