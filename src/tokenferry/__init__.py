@@ -25,6 +25,8 @@ from tokenferry.groups import EPGroup
 from tokenferry.step import Step
 from tokenferry.workspace import Workspace
 
+__version__ = "0.1.0"
+
 __all__ = [
     "CapacityError",
     "ConfigError",

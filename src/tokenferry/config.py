@@ -39,4 +39,4 @@ class MoEConfig:
         if self.topk > self.num_experts:
             raise ConfigError(f"topk is {self.topk} but there are only {self.num_experts} experts; lower topk")
         if self.dtype not in HIDDEN_DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(map(str, HIDDEN_DTYPES))}, got {self.dtype}")
+            raise ConfigError(f"dtype must be one of {', '.join(map(str, HIDDEN_DTYPES))}, got {self.dtype!r}")

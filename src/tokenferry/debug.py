@@ -28,6 +28,11 @@ def _poison(gathered: Gathered) -> None:
     gathered.topk_weights_RK.fill_(torch.nan)
 
 
+def _num_writes(tensor: torch.Tensor) -> int:
+    """By PyTorch's operators, through whatever view; kernels and replayed graphs do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class _Canaries:
     """A known byte wherever no region lies."""
 
@@ -60,7 +65,10 @@ class Watch:
     returns it; the gathered rows and weights are NaN from opening on, and again as soon as their combine begins. Not
     earlier: a fast peer may have stored the next rows by then.
 
-    Checks: expert numbers (on CUDA there is no other check of them), the counts that a step publishes, users' writes to
+    On `local` what a dispatch returns are copies, so that a write to them does not reach the caller's own rows.
+
+    Checks: that what a sending half was given stays as it is until the receiving half, as far as PyTorch's operators write to it;
+    expert numbers (on CUDA there is no other check of them), the counts that a step publishes, users' writes to
     the step's tensors, and the bytes before, between and behind the regions of the symmetric buffer, which nobody may write.
     """
 
@@ -73,6 +81,7 @@ class Watch:
         self._mirror = torch.zeros(5, dtype=torch.int32, pin_memory=True) if device.type == "cuda" else self._found
         self._has_step = torch.zeros(1, dtype=torch.bool, device=device)
         self._canaries: _Canaries | None = None
+        self._held: list[tuple[str, torch.Tensor, int]] = []
         if isinstance(transport, SymmetricTransport):
             self._canaries = _Canaries(transport._buffer.tensor, transport._layout)
         if isinstance(transport, Rounds):
@@ -95,14 +104,42 @@ class Watch:
                 setattr(transport, name, lambda *args: replaced(here(), *args))
 
         replace("begin_step", self._begin_step)
-        replace("dispatch_begin", self._sends)
+        replace("dispatch_begin", lambda call: self._holds(self._sends(call), ("hidden", "topk_idx", "topk_weights")))
+        replace("dispatch_end", self._returns_held)
+        replace("combine_begin", lambda call: self._holds(call, ("partial",)))
+        replace("combine_end", self._returns_held)
         replace("solo", self._solo)
         replace("close", self._close)
         if isinstance(transport, Rounds):
             replace("dispatch", lambda call: self._receives(self._sends(call)))
-            replace("dispatch_end", self._receives)
+            replace("dispatch_end", lambda call: self._receives(self._returns_held(call)))
             replace("combine", self._combines)
-            replace("combine_begin", self._combines)
+            replace("combine_begin", lambda call: self._holds(self._combines(call), ("partial",)))
+
+    def _holds(self, call: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+        """Notes what a sending half was given, and how often it had been written."""
+
+        def begin(transport: Any, *args: Any) -> Any:
+            result = call(transport, *args)
+            self._held = [(name, tensor, _num_writes(tensor)) for name, tensor in zip(names, args[-len(names) :], strict=True)]
+            return result
+
+        return begin
+
+    def _returns_held(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The receiving half: what the sending half was given must be as it was."""
+
+        def end(transport: Any, *args: Any) -> Any:
+            held, self._held = self._held, []
+            for name, tensor, num_writes in held:
+                if _num_writes(tensor) != num_writes:
+                    raise StateError(
+                        f"{name} was written {_num_writes(tensor) - num_writes} times between the two halves; it belongs to the "
+                        "call until its _end has returned: write to another tensor, or call the whole operation"
+                    )
+            return call(transport, *args)
+
+        return end
 
     def _begin_step(self, call: Callable[..., None]) -> Callable[..., None]:
         def begin_step(transport: Any, *args: Any) -> None:

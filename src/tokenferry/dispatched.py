@@ -18,7 +18,9 @@ class Dispatched:
         topk_weights: [R, K] float32, carried unchanged, also where the id is -1. Rows >= V are undefined.
         valid_tokens: [1] int32, V, on the device.
 
-    On symmetric transports these are views of the workspace's buffers, valid until the matching `combine_begin`.
+    On symmetric transports these are views of the workspace's buffers, valid until the matching `combine_begin`. On `local` (one
+    rank, and `solo()` over the collective transport) they may be the very tensors that `dispatch` was given; elsewhere they never
+    share memory with them.
     """
 
     hidden: torch.Tensor

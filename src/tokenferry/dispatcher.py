@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NoReturn, Protocol, SupportsIndex
 
 import torch
 
 from tokenferry.config import HIDDEN_DTYPES, MoEConfig
 from tokenferry.dispatched import Dispatched
-from tokenferry.errors import CapacityError, DeviceError, DtypeError, LayoutError, ShapeError, StateError, UsageError
+from tokenferry.errors import (
+    CapacityError,
+    DeviceError,
+    DtypeError,
+    LayoutError,
+    ShapeError,
+    StateError,
+    UsageError,
+    refuse_pickling,
+)
 from tokenferry.lifecycle import Lifecycle, Stage
 from tokenferry.operators import Operators
 from tokenferry.step import Step
@@ -46,6 +55,9 @@ class Dispatcher:
         self._workspace, self.layer = workspace, layer
         self._num_supplied = 0
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        refuse_pickling(self, "it belongs to its workspace: ask that for another with dispatcher()")
+
     def dispatch(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Dispatched:
         """Sends this rank's rows to every rank and returns everybody's.
 
@@ -54,6 +66,10 @@ class Dispatcher:
                 id -1.
             topk_idx: [T', K] int32 or int64 global expert numbers, -1 = no expert, contiguous.
             topk_weights: [T', K] float32, bfloat16 or float16, contiguous.
+
+        Returns:
+            See `Dispatched` for how long its tensors are valid. On `local` some of them are the arguments themselves: who writes
+            to them writes to the arguments. With TOKENFERRY_DEBUG=1 they are copies.
 
         Raises:
             ShapeError, DtypeError, DeviceError, LayoutError, CapacityError, UsageError: before anything is launched.
@@ -86,14 +102,22 @@ class Dispatcher:
                 if had_gradient:
                     torch._C._set_grad_enabled(True)
                 lifecycle.leave()
-        self.dispatch_begin(hidden, topk_idx, topk_weights)  # the long way: it says what is wrong
+        self._begin_dispatch("dispatch", hidden, topk_idx, topk_weights)  # the long way: it says what is wrong
         return self.dispatch_end()
 
     def dispatch_begin(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
-        """The sending half of `dispatch`: returns at once, so that other work can overlap."""
+        """The sending half of `dispatch`: returns at once, so that other work can overlap.
+
+        The three tensors belong to the call until `dispatch_end` has returned, on every transport: leave them as they are. They
+        are kept alive, and may be dropped. With TOKENFERRY_DEBUG=1 a change by PyTorch's operators is a StateError there.
+        """
+        self._begin_dispatch("dispatch_begin", hidden, topk_idx, topk_weights)
+
+    def _begin_dispatch(self, called: str, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        """`called`: what the caller called, for messages."""
         workspace = self._workspace
-        with _Guarded(workspace, "dispatch_begin"):
-            workspace.lifecycle.require("dispatch_begin", self.layer)
+        with _Guarded(workspace, called):
+            workspace.lifecycle.require("dispatch_begin", self.layer, called)
             self._check_rows(hidden, topk_idx, topk_weights)
             self._num_supplied = hidden.shape[0]
             workspace.active_transport.dispatch_begin(self.layer, hidden, topk_idx, topk_weights)
@@ -163,15 +187,23 @@ class Dispatcher:
                 if had_gradient:
                     torch._C._set_grad_enabled(True)
                 lifecycle.leave()
-        self.combine_begin(partial, dispatched)  # the long way: it says what is wrong
+        self._begin_combine("combine", partial, dispatched)  # the long way: it says what is wrong
         return self.combine_end()
 
     def combine_begin(self, partial: torch.Tensor, dispatched: Dispatched | None = None) -> None:
-        """The sending half of `combine`: returns at once. `partial` stays as it is until the work of `combine_end` is done."""
+        """The sending half of `combine`: returns at once.
+
+        `partial` belongs to the call until `combine_end` has returned, on every transport: leave it as it is. It is kept alive,
+        and may be dropped. With TOKENFERRY_DEBUG=1 a change by PyTorch's operators is a StateError there.
+        """
+        self._begin_combine("combine_begin", partial, dispatched)
+
+    def _begin_combine(self, called: str, partial: torch.Tensor, dispatched: Dispatched | None) -> None:
+        """`called`: what the caller called, for messages."""
         workspace = self._workspace
-        with _Guarded(workspace, "combine_begin"):
-            self._check_pairing(dispatched)
-            workspace.lifecycle.require("combine_begin", self.layer)
+        with _Guarded(workspace, called):
+            self._check_pairing(called, dispatched)
+            workspace.lifecycle.require("combine_begin", self.layer, called)
             self._check_partial(partial)
             workspace.active_transport.combine_begin(partial)
             workspace.lifecycle.advance("combine_begin", self.layer)
@@ -226,16 +258,16 @@ class Dispatcher:
                     f"to {config.num_experts - 1} (num_experts is {config.num_experts})"
                 )
 
-    def _check_pairing(self, dispatched: Dispatched | None) -> None:
+    def _check_pairing(self, called: str, dispatched: Dispatched | None) -> None:
         if dispatched is None:
             return
         if not isinstance(dispatched, Dispatched):
             raise UsageError(f"dispatched must be what dispatch returned, or None; got {type(dispatched).__name__}")
         lifecycle = self._workspace.lifecycle
         if dispatched.ticket is not lifecycle.ticket and dispatched.ticket is not self._workspace.operators.ticket:
-            lifecycle.require_usable("combine_begin")
+            lifecycle.require_usable(called)
             raise StateError(
-                "combine: `dispatched` was combined already, or belongs to another dispatch or workspace; "
+                f"{called}: `dispatched` was combined already, or belongs to another dispatch or workspace; "
                 "pass what this layer's last dispatch returned"
             )
 

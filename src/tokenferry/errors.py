@@ -21,7 +21,7 @@ Messages say what is wrong, with both numbers where there are two, and what to d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NoReturn
 
 Phase = Literal["open", "not-entered", "data-missing", "counts-disagree", "reset"]
 """Where a peer was missed: while opening, at the start of a step, in the middle of one, off by a step, in a reset."""
@@ -63,6 +63,15 @@ def check_kind(name: str, value: object, kind: type) -> None:
     """Raises UsageError unless `value`, the argument `name`, is a `kind`."""
     if not isinstance(value, kind):
         raise UsageError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
+
+
+def refuse_pickling(instance: object, instead: str) -> NoReturn:
+    """For `__reduce_ex__` of what cannot leave its process, nor be copied: torch's own error there names an inner object.
+
+    Raises:
+        UsageError: always.
+    """
+    raise UsageError(f"a {type(instance).__name__} can be neither pickled nor copied; {instead}")
 
 
 class StateError(TokenferryError, RuntimeError):

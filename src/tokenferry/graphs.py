@@ -11,7 +11,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch.utils._pytree import tree_map
@@ -26,6 +26,7 @@ from tokenferry.errors import (
     StateError,
     UsageError,
     check_kind,
+    refuse_pickling,
 )
 from tokenferry.lifecycle import WrongCallerError
 from tokenferry.step import Announced, Step
@@ -123,6 +124,9 @@ class GraphRunner:
         self.last_bucket: int | None = None
         """The bucket of the forward that was begun last; None if it ran eagerly."""
         self.capture()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        refuse_pickling(self, "its graphs are of this process: make one on every rank, in the rank's process")
 
     @property
     def static_inputs(self) -> tuple[torch.Tensor, ...]:

@@ -11,13 +11,13 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol, SupportsIndex
 
 import torch
 import torch.distributed as dist
 
 from tokenferry import env
-from tokenferry.errors import ConfigError, PeerFailedError, PeerTimeoutError, Phase, StateError, UsageError
+from tokenferry.errors import ConfigError, PeerFailedError, PeerTimeoutError, Phase, StateError, UsageError, refuse_pickling
 from tokenferry.waiting import WaitBoard
 
 _POLL_FIRST_S = 0.0005
@@ -268,6 +268,9 @@ class EPGroup:
         share, extra = divmod(num_experts, self.size)
         start = rank * share + min(rank, extra)
         return range(start, start + share + (rank < extra))
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        refuse_pickling(self, "it stands on connections of this process: make one in each process, on a process group or a store")
 
     def __repr__(self) -> str:
         return f"EPGroup(rank={self.rank}, size={self.size}, device={str(self.device)!r})"

@@ -7,12 +7,12 @@ size; D = H without latent projections), K chosen experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, SupportsIndex, get_args
 
 import torch
 from torch import nn
 
-from tokenferry.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError, check_kind
+from tokenferry.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError, check_kind, refuse_pickling
 from tokenferry.experts import Experts
 from tokenferry.precision import refuse_conversion
 from tokenferry.router import Router
@@ -106,6 +106,9 @@ class MoELayer(nn.Module):
                 "build Experts with group.expert_range(num_experts) and load them"
             )
         self._generation = self.workspace.generation
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        refuse_pickling(self, "it stands on an open workspace: save its parts' state_dict(), and make a layer on each rank")
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Casts and moves, by a module around this one too. Raises where the workspace could not follow; nothing has changed."""

@@ -276,16 +276,20 @@ class Lifecycle:
         """The step's counts are gone."""
         self.stage, self.layer, self.ticket = Stage.NO_STEP, -1, None
 
-    def require(self, operation: str, layer: int) -> None:
-        """Whether `operation` of dispatcher `layer` may come now; changes nothing."""
-        self.require_usable(operation)
+    def require(self, operation: str, layer: int, called: str = "") -> None:
+        """Whether `operation` of dispatcher `layer` may come now; changes nothing.
+
+        `called`: what the caller called, for messages.
+        """
+        called = called or operation
+        self.require_usable(called)
         expected, _ = _NEXT[operation]
         if self.stage is not expected:
             owner = f" in layer {self.layer}" if self.layer >= 0 else ""
-            raise StateError(f"{operation} in layer {layer}: the workspace is {self.stage.value}{owner}; {_REMEDY[self.stage]}")
+            raise StateError(f"{called} in layer {layer}: the workspace is {self.stage.value}{owner}; {_REMEDY[self.stage]}")
         if operation != "dispatch_begin" and layer != self.layer:
             raise StateError(
-                f"{operation} was called on the dispatcher of layer {layer}, but the dispatch under way is layer {self.layer}'s; "
+                f"{called} was called on the dispatcher of layer {layer}, but the dispatch under way is layer {self.layer}'s; "
                 "use one dispatcher for a layer's dispatch and combine, or a second workspace for two layers in flight"
             )
 

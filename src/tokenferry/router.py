@@ -81,7 +81,7 @@ class RouterConfig:
         if self.score_function not in get_args(ScoreFunction):
             raise ConfigError(f"score_function must be softmax or sigmoid, got {self.score_function!r}")
         if self.idx_dtype not in (torch.int32, torch.int64):
-            raise ConfigError(f"idx_dtype must be torch.int32 or torch.int64, got {self.idx_dtype}")
+            raise ConfigError(f"idx_dtype must be torch.int32 or torch.int64, got {self.idx_dtype!r}")
         if self.topk_before_score and (self.score_correction_bias or self.num_groups > 1):
             raise ConfigError("topk_before_score chooses by logits; a score correction or groups choose by scores: drop one")
         if self.num_groups > 1:

@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 
@@ -28,6 +28,7 @@ from tokenferry.errors import (
     ShapeError,
     StateError,
     UsageError,
+    refuse_pickling,
 )
 from tokenferry.groups import EPGroup
 from tokenferry.lifecycle import MAX_LAYERS, Lease, Lifecycle, Stage, WrongCallerError, logged
@@ -284,8 +285,10 @@ class Workspace:
                 raise StateError(f"the tensors of step {step.index} were written {num_writes} times; read or clone them only")
 
     def _check_counts(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None) -> int | torch.Tensor:
-        if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 0:
-            raise ShapeError(f"num_tokens must be an int >= 0, got {num_tokens!r}")
+        if not isinstance(num_tokens, int) or isinstance(num_tokens, bool):
+            raise UsageError(f"num_tokens must be an int, got {num_tokens!r}")
+        if num_tokens < 0:
+            raise ShapeError(f"num_tokens must be an int >= 0, got {num_tokens}")
         if num_tokens > self.max_tokens_per_rank:
             raise CapacityError(
                 f"num_tokens is {num_tokens} but the workspace was opened for {self.max_tokens_per_rank}; "
@@ -572,6 +575,9 @@ class Workspace:
         finally:
             with logged("the workspace could not be closed"):
                 self.close()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        refuse_pickling(self, "it stands on memory and connections of this process: open one in the process of each rank")
 
     def __repr__(self) -> str:
         return f"Workspace(transport={self.transport!r}, {self.group!r}, max_tokens_per_rank={self.max_tokens_per_rank})"

@@ -121,10 +121,9 @@ class Experts(KeepsPrecision):
                 "take group.expert_range(num_experts)"
             )
         if dtype not in HIDDEN_DTYPES:
-            raise DtypeError(f"experts take {', '.join(map(str, HIDDEN_DTYPES))}, got {dtype}")
+            raise DtypeError(f"experts take {', '.join(map(str, HIDDEN_DTYPES))}, got {dtype!r}")
         self.config, self.expert_range, self.batch_invariant = config, expert_range, batch_invariant
-        self.dtype = dtype
-        """Of the hidden rows; of the parameters too unless they are float8."""
+        self._float8_dtype = dtype  # of hidden rows once the parameters are float8
         self.scratch: ExpertScratch | None = None
         """Memory and kernels on CUDA: the workspace's after `prepare`, else this module's own from its first call."""
         self._max_rows: int | None = None
@@ -139,6 +138,11 @@ class Experts(KeepsPrecision):
         self.register_buffer("down_scale", None)
         nn.init.normal_(self.up_proj, std=H**-0.5)
         nn.init.normal_(self.down_proj, std=I**-0.5)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden rows; of the parameters too unless they are float8."""
+        return self.up_proj.dtype if self.up_scale is None else self._float8_dtype
 
     def kept_dtypes(self) -> Mapping[str, torch.dtype]:
         """See `KeepsPrecision`: float8 values mean something together with their scales alone."""
@@ -171,6 +175,7 @@ class Experts(KeepsPrecision):
             raise StateError("quantize: these experts are prepared for a workspace; quantize them before MoELayer is made")
         if self.up_scale is not None or self.dtype == torch.float32:
             raise DtypeError(f"quantize takes bfloat16 or float16 experts once; these are {self.up_proj.dtype}")
+        self._float8_dtype = self.dtype
         for name in ("up", "down"):
             weights, scale = quantize_weights(getattr(self, f"{name}_proj"))
             setattr(self, f"{name}_proj", nn.Parameter(weights, requires_grad=False))

@@ -36,14 +36,17 @@ class _Dispatch:
     pending: Pending
     hidden_RH: torch.Tensor
     routing_R2K: torch.Tensor
+    sent: tuple[torch.Tensor, ...]
+    """Kept alive until they have left, though the caller may drop them."""
 
 
 @dataclass
 class _Combine:
-    """A combine under way: `terms[r]` are rank r's rows for this rank."""
+    """A combine under way: `terms[r]` are rank r's rows for this rank. `sent` is kept alive until it has left."""
 
     pending: Pending
     terms: list[torch.Tensor]
+    sent: torch.Tensor
 
 
 class CollectiveTransport(InHalves):
@@ -139,7 +142,7 @@ class CollectiveTransport(InHalves):
         pending = self._start([(hidden, routing)] * size, list(zip(hidden_parts, routing_parts, strict=True)))
         hidden_parts[rank].copy_(hidden)
         routing_parts[rank].copy_(routing)
-        self._dispatch = _Dispatch(pending, gathered_hidden, gathered_routing)
+        self._dispatch = _Dispatch(pending, gathered_hidden, gathered_routing, (hidden, routing))
 
     def dispatch_end(self) -> Gathered:
         self.launched = True
@@ -165,7 +168,7 @@ class CollectiveTransport(InHalves):
             reduced = rows.new_empty((self._counts[rank], rows.shape[1]))
             pending = self._reduce_scatter(reduced, rows)
             if pending is not None:
-                self._combine = _Combine(pending, [reduced])
+                self._combine = _Combine(pending, [reduced], rows)
                 return
         outgoing = rows.split(self._counts)
         own_rows = self._counts[rank]
@@ -173,7 +176,7 @@ class CollectiveTransport(InHalves):
             outgoing[rank] if peer == rank else outgoing[rank].new_empty((own_rows, partial.shape[1])) for peer in range(size)
         ]
         pending = self._start([(rows,) for rows in outgoing], [(term,) for term in terms])
-        self._combine = _Combine(pending, terms)
+        self._combine = _Combine(pending, terms, rows)
 
     def combine_end(self) -> torch.Tensor:
         self.launched = True

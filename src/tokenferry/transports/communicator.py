@@ -117,7 +117,11 @@ class GlooCommunicator:
         """gloo's calls raise by themselves."""
 
     def abort(self) -> None:
-        """Drops all connections at once; never waits."""
+        """Drops this side's hold on the connections; does not wait.
+
+        A thread that is inside a call on them is not woken: gloo has no way to (its own `abort` and `shutdown` leave it where it
+        is, torch 2.13). It leaves when the peer it waits for sends, closes or ends, and after `timeout_s` at the latest.
+        """
         backend, self._backend = self._backend, _Closed()
         del backend  # closes the sockets
 

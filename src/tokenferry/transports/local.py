@@ -47,6 +47,8 @@ class LocalTransport(InHalves):
         if self._num_supplied < self._request.num_tokens:
             hidden, topk_idx, topk_weights = pad_rows(hidden, topk_idx, topk_weights, self._request.num_tokens)
         masked = mask_padding(topk_idx, self._request.num_real_tokens)
+        if self._settings.debug:  # a write to what a dispatch returns would reach the caller's rows
+            hidden, topk_weights = hidden.clone(), topk_weights.clone()
         self._gathered = Gathered(hidden, masked.to(self._settings.index_dtype), topk_weights.to(torch.float32))
 
     def dispatch_end(self) -> Gathered:

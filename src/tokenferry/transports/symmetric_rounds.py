@@ -79,6 +79,7 @@ class Rounds:
         self._layer, self._num_supplied = -1, 0
         self._partial: torch.Tensor | None = None
         self._sent_dtypes = torch.int64, torch.float32
+        self._sending: tuple[torch.Tensor, ...] = ()
         config = settings.config
         self._dispatch_alignment = 16 if config.hidden_size * config.dtype.itemsize % 16 == 0 else 8
         self._num_real = place.state + wire.STATE_NUM_REAL.value
@@ -161,12 +162,17 @@ class Rounds:
         return self._views.gathered
 
     def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        self._sending = (hidden, topk_idx, topk_weights)  # kept: another stream may get the memory of what the caller drops
         self._send_rows(layer, hidden, topk_idx, topk_weights, wire.SEND.value)
         self._sent_dtypes = topk_idx.dtype, topk_weights.dtype
 
     def dispatch_end(self) -> Gathered:
         self.launched = True
         self._dispatches[self._sent_dtypes](0, 0, 0, 0, self._num_real, self._layer, wire.RECEIVE.value)
+        for tensor in self._sending:
+            if tensor.is_cuda:  # it may have been made on another stream, which would hand its memory on at once
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        self._sending = ()
         return self._views.gathered
 
     def _send_rows(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, part: int) -> None:
@@ -225,7 +231,7 @@ class Rounds:
         return
 
     def close(self) -> None:
-        self._partial = None
+        self._partial, self._sending = None, ()
 
 
 class Solo(Rounds):

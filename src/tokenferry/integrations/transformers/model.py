@@ -142,11 +142,18 @@ class ExpertParallelModel:
         return loaded
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """`.to()`, `.half()` and the like. Once the workspace is open, a dtype or device of another kind is refused."""
-        if self.expert_parallel.is_open:
-            workspace = self.expert_parallel.workspace
-            refuse_conversion(fn, self.expert_parallel.shape.hidden_dtype, workspace.device, type(self).__name__)
-        return super()._apply(fn, recurse)  # type: ignore[misc]
+        """`.to()`, `.half()` and the like. Once the workspace is open, a dtype or device of another kind is refused, and what the
+        model keeps in float32 beside bfloat16, such as the correction of a router's scores, stays so in a cast to bfloat16."""
+        if not self.expert_parallel.is_open:
+            return super()._apply(fn, recurse)  # type: ignore[misc]
+        workspace = self.expert_parallel.workspace
+        refuse_conversion(fn, self.expert_parallel.shape.hidden_dtype, workspace.device, type(self).__name__)
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            converted = fn(tensor)
+            return converted if converted.dtype == tensor.dtype else tensor
+
+        return super()._apply(keep_dtype, recurse)  # type: ignore[misc]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own; at its end, an error that another rank caused is raised and no tokens are returned.
