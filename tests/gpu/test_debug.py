@@ -50,6 +50,7 @@ def found(group: tf.EPGroup) -> list[str]:
             for harm, repair in (
                 (lambda: steps.ids[3, 1].fill_(8), lambda: steps.ids.zero_()),
                 (lambda: steps.ids[3, 1].fill_(-2), lambda: steps.ids.zero_()),
+                (lambda: steps.ids[3, 1].fill_(2**32 + 3), lambda: steps.ids.zero_()),
                 (lambda: buffer[layout.counts.offset - 1 : layout.counts.offset].zero_(), lambda: None),
                 (lambda: buffer[layout.terms.end : layout.terms.end + 1].zero_(), lambda: None),
             ):
@@ -73,8 +74,14 @@ def found(group: tf.EPGroup) -> list[str]:
 def test_harm_is_found_in_eager_steps_and_in_replays() -> None:
     said = run_ranks(found, 1, backend="nccl", timeout_s=100, env=DEBUG)[0]
     print("\n" + "\n".join(said))
-    assert len(said) == 8
-    wanted = ("topk_idx held 8", "topk_idx held -2", "before 'counts', was written", "behind 'terms'")
+    assert len(said) == 10
+    wanted = (
+        "topk_idx held 8",
+        "topk_idx held -2",
+        f"topk_idx held {2**32 + 3}",
+        "before 'counts', was written",
+        "behind 'terms'",
+    )
     for text, part in zip(said, wanted * 2, strict=True):
         assert part in text
 

@@ -143,9 +143,7 @@ class SymmetricTransport(Rounds):
     def _settled(self, word: int) -> Exception:
         """The error that the whole group agrees on: two ranks may have given up at the same moment."""
         record = wire.Record.unpack(word)
-        settings, half = self._settings, wire.NUM_RECORD_STEPS // 2
-        # A record has the step's lower bits: the step meant is the one nearest to ours.
-        step = max(0, self._request.index + (record.step - self._request.index + half) % (2 * half) - half)
+        settings, step = self._settings, record.step_near(self._request.index)
         reason = f"rank {record.rank} gave up" if record.phase == "failed" else ""
         phase = "data-missing" if record.phase == "failed" else record.phase
         mine = AbortRecord(record.rank, record.reporter, phase, step, record.layer, settings.timeout_s, reason)
