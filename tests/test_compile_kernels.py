@@ -198,3 +198,11 @@ def test_every_field_of_a_record_goes_to_its_limit_and_leaves_the_others_alone(p
     word = record.pack()
     assert 0 < word < 2**63
     assert wire.Record.unpack(word) == record
+
+
+@pytest.mark.parametrize("reader", [0, 1, 2**23, 2**24 - 1, 2**24, 2**31 + 5], ids="reader-in-{}".format)
+@pytest.mark.parametrize("ahead", [-1, 0, 1, 60])
+def test_the_step_of_a_record_is_whole_again_beyond_its_24_bits(reader: int, ahead: int) -> None:
+    late = max(0, reader + ahead)
+    record = wire.Record(rank=1, reporter=0, phase="not-entered", step=late, layer=-1)
+    assert wire.Record.unpack(record.pack()).step_near(reader) == late

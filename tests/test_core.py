@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tokenferry as tf
+from tokenferry.lifecycle import MAX_LAYERS
 from tokenferry.transports.select import TRANSPORTS, Accepted, Rejected, agree, choose
 
 CONFIG = tf.MoEConfig(hidden_size=8, num_experts=6, topk=2, dtype=torch.float32)
@@ -128,6 +129,15 @@ def test_padding_by_a_device_scalar_is_read_late(ws: tf.Workspace) -> None:
     assert (got.topk_idx[:, 0]).tolist() == [0, -1, -1]
 
 
+@pytest.mark.parametrize("wrong", [2**32 + 3, -(2**32) + 1, 2**31, 6, -2])
+def test_a_number_out_of_range_is_refused_by_its_own_value(ws: tf.Workspace, wrong: int) -> None:
+    hidden, idx, weights = rows(2)
+    idx[1, 1] = wrong
+    ws.begin_step(2)
+    with pytest.raises(tf.UsageError, match=f"topk_idx holds {wrong}, but expert numbers are -1"):
+        ws.dispatcher().dispatch(hidden, idx, weights)
+
+
 def test_fewer_rows_than_announced_travel_with_rows_of_no_expert(ws: tf.Workspace) -> None:
     dispatcher = ws.dispatcher()
     ws.begin_step(4)
@@ -144,7 +154,7 @@ def test_solo_runs_without_the_peers_and_leaves_no_step() -> None:
             ws.begin_step(2)
             got = dispatcher.dispatch(*rows(2))
             dispatcher.combine(got.hidden.clone())
-        with pytest.raises(tf.StateError, match="dispatch_begin in layer 0: the workspace is without a step; call begin_step"):
+        with pytest.raises(tf.StateError, match="dispatch in layer 0: the workspace is without a step; call begin_step"):
             dispatcher.dispatch(*rows(2))
 
 
@@ -155,6 +165,15 @@ def test_after_solo_there_is_no_step_to_read_but_numbers_go_on(ws: tf.Workspace)
     with pytest.raises(tf.StateError, match="no step has begun"):
         _ = ws.step
     assert ws.begin_step(3).index == 2
+
+
+def test_dispatchers_are_given_out_up_to_the_limit_and_not_beyond(ws: tf.Workspace) -> None:
+    last = [ws.dispatcher() for _ in range(MAX_LAYERS)][-1]
+    with pytest.raises(tf.StateError, match="has given out 65535 dispatchers, and 65535 is the most; make one for each layer"):
+        ws.dispatcher()
+    ws.begin_step(2)
+    assert last.layer == MAX_LAYERS - 1
+    assert last.combine(last.dispatch(*rows(2)).hidden.clone()).shape == (2, 8)
 
 
 def test_in_debug_mode_a_write_to_the_counts_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,8 +101,33 @@ def test_one_thread_takes_the_ticket_and_all_have_loaded_the_round_by_then(name:
     setting = [line for line in lines[: tickets[0]] if f"{predicate[1]}," in line][-1]
     compared = re.match(r"setp\.eq\.u32 %\w+, (%\w+), 0$", setting)
     assert compared is not None and f"mov.u32 {compared[1]}, %tid.x" in lines[: tickets[0]], "the first thread alone"
-    last_load = max(places(lines[: tickets[0]], r"\bld\.(global|relaxed|volatile)"))
-    assert any(re.search(r"\bbar(rier)?\.", line) for line in lines[last_load : tickets[0]]), "a barrier after the last load"
+    base, offset = re.search(r"\[(%\w+) \+ (\d+)\]", ticket).groups()
+    assert int(offset) == wire.STATE_ROUND.value
+    sums = {int(offset): [base], 0: defined_as_sum(lines, base, offset)}
+    counter = [
+        place
+        for place in places(lines, r"\bld\.\S*global")
+        if (at := re.search(r"\[ ?(%\w+) \+ (\d+) ?\]", lines[place])) and at[1] in sums.get(int(at[2]), [])
+    ]
+    assert counter, "the kernel reads the round"
+    assert max(counter) < tickets[0], "nobody reads it after the ticket"
+    between = lines[max(counter) : tickets[0]]
+    assert any(re.search(r"\bbar(rier)?\.(cta\.)?sync\b", line) for line in between), (
+        "a barrier between its last load and the ticket"
+    )
+
+
+def defined_as_sum(lines: list[str], base: str, offset: str) -> list[str]:
+    """Registers that hold `base` + `offset`."""
+    wanted = re.compile(rf"add\.s64\s+(%\w+), {base}, {offset}$")
+    return [match[1] for line in lines if (match := wanted.search(line))]
+
+
+@CAPABILITIES
+@pytest.mark.parametrize("name", [name for name in EXCHANGES if name not in COMBINES])
+def test_no_other_kernel_takes_a_ticket(name: str, capability: int) -> None:
+    """One that did would need the barrier too."""
+    assert list(places(instructions(name, capability), TICKET)) == []
 
 
 @CAPABILITIES

@@ -77,8 +77,9 @@ class Watch:
         self._published = step_tensors.packed.clone()
         self._rank, self._size, self._max_tokens_per_rank = settings.group.rank, settings.group.size, settings.max_tokens_per_rank
         device = settings.group.device
-        self._found = torch.zeros(5, dtype=torch.int32, device=device)
-        self._mirror = torch.zeros(5, dtype=torch.int32, pin_memory=True) if device.type == "cuda" else self._found
+        # 64 bits, as wide as an expert number: in 32 the report of 2**40 named a number that nobody had sent.
+        self._found = torch.zeros(5, dtype=torch.int64, device=device)
+        self._mirror = torch.zeros(5, dtype=torch.int64, pin_memory=True) if device.type == "cuda" else self._found
         self._has_step = torch.zeros(1, dtype=torch.bool, device=device)
         self._canaries: _Canaries | None = None
         self._held: list[tuple[str, torch.Tensor, int]] = []
@@ -157,13 +158,13 @@ class Watch:
         told, tokens, _ = self._packed.split([3, self._size, self._size])
         wanted = torch.stack([tokens.sum(), tokens[: self._rank].sum(), tokens.max()])
         wrong = ((tokens < 0) | (tokens > self._max_tokens_per_rank)).any() | (told != wanted).any()
-        self._found[COUNTS].copy_(torch.maximum(self._found[COUNTS], wrong.to(torch.int32)))
+        self._found[COUNTS].copy_(torch.maximum(self._found[COUNTS], wrong))
 
     def _sends(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def dispatch(transport: Any, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Any:
             if topk_idx.numel():
-                low = (topk_idx.min() + 1).clamp(-(2**31), 0).to(torch.int32)
-                high = (topk_idx.max() - (self._num_experts - 1)).clamp(0, 2**31 - 1).to(torch.int32)
+                low = (topk_idx.min() + 1).clamp(max=0)
+                high = (topk_idx.max() - (self._num_experts - 1)).clamp(min=0)
                 self._found[LOW].copy_(torch.minimum(self._found[LOW], low))
                 self._found[HIGH].copy_(torch.maximum(self._found[HIGH], high))
             self._look()
@@ -210,7 +211,7 @@ class Watch:
     def _look(self) -> None:
         """Compares, on the device, and sends what was found to the host."""
         written = (self._packed != self._published).any() & self._has_step
-        self._found[WRITTEN : WRITTEN + 1].copy_(torch.maximum(self._found[WRITTEN], written.to(torch.int32)))
+        self._found[WRITTEN : WRITTEN + 1].copy_(torch.maximum(self._found[WRITTEN], written))
         if self._canaries is not None:
             self._found[OVERRUN].copy_(torch.maximum(self._found[OVERRUN], self._canaries.last_written()))
         if self._mirror is not self._found:

@@ -64,7 +64,8 @@ class Dispatcher:
         Args:
             hidden: [T', H] in the configuration's dtype, contiguous. T' <= T of the step: rows [T', T) travel as zeros with
                 id -1.
-            topk_idx: [T', K] int32 or int64 global expert numbers, -1 = no expert, contiguous.
+            topk_idx: [T', K] int32 or int64 global expert numbers, -1 = no expert, contiguous. On CUDA nobody looks at the
+                values, but in debug mode: one beyond the experts is nobody's, and arrives as -1 if no int32 holds it.
             topk_weights: [T', K] float32, bfloat16 or float16, contiguous.
 
         Returns:

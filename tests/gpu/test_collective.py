@@ -11,6 +11,7 @@ from cases import CASES, Case, StepCase, begin, run_case, run_layer, same
 from rank_pool import RankPools
 from scenarios import PROPERTY, scenarios
 from tokenferry.testing.data import make_inputs
+from wide_work import WIDE, gathered
 
 pytestmark = pytest.mark.gpu(count=2)
 
@@ -25,6 +26,12 @@ TWO_RANKS = sorted(
 def test_bits_as_reference(on_ranks: RankPools, name: str) -> None:
     world_size, case = CASES[name]
     assert on_ranks(run_case, world_size, case, backend="nccl", timeout_s=120) == [sum(s.layers for s in case.steps)] * world_size
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32-out", "int64-out"])
+def test_a_number_that_no_int32_holds_arrives_as_none(on_ranks: RankPools, index_dtype: torch.dtype) -> None:
+    found = on_ranks(gathered, 2, "collective", index_dtype, backend="nccl", timeout_s=120)
+    assert found == [[-1] * len(WIDE) * 2] * 2
 
 
 def many_scenarios(group: tf.EPGroup, cases: list[Case]) -> int:

@@ -53,6 +53,7 @@ def found(group: tf.EPGroup) -> list[str]:
                 (lambda: steps.ids[3, 1].fill_(8), lambda: steps.ids.zero_()),
                 (lambda: steps.ids[3, 1].fill_(-2), lambda: steps.ids.zero_()),
                 (lambda: ws.step.tokens_per_rank.data.add_(1), lambda: None),  # .data: PyTorch does not count this write
+                (lambda: steps.ids[3, 1].fill_(2**32 + 3), lambda: steps.ids.zero_()),
                 (lambda: buffer[layout.counts.offset - 1 : layout.counts.offset].zero_(), lambda: None),
                 (lambda: buffer[layout.terms.end : layout.terms.end + 1].zero_(), lambda: None),
             ):
@@ -81,6 +82,7 @@ def test_harm_is_found_in_eager_steps_and_in_replays(on_ranks: RankPools) -> Non
         "topk_idx held 8",
         "topk_idx held -2",
         "tensors of a step were written",
+        f"topk_idx held {2**32 + 3}",
         "before 'counts', was written",
         "behind 'terms'",
     )

@@ -106,6 +106,17 @@ def test_any_number_of_rows_equals_float64(activation, dtype, bias) -> None:
         assert bool((out[valid:] == 7.0).all()), "rows beyond V were written"
 
 
+def test_numbers_that_no_int32_holds_are_nobodys_experts() -> None:
+    """Cut to 32 bits they would be local ones."""
+    experts, rows = make_experts(), make_rows(64)
+    none = dataclasses.replace(rows, topk_idx=torch.where(rows.topk_idx == LOCAL.start, -1, rows.topk_idx.long()))
+    wide = dataclasses.replace(
+        rows, topk_idx=torch.where(rows.topk_idx == LOCAL.start, 2**32 + LOCAL.start, rows.topk_idx.long())
+    )
+    assert_right(experts(wide), experts, wide)
+    assert same_bits(experts(wide)[:64], experts(none)[:64])
+
+
 def test_sizes_that_fit_no_tile_and_no_packet() -> None:
     experts = make_experts(intermediate_size=75)
     for valid in (1, 100, CAPACITY):

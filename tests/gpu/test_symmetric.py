@@ -11,8 +11,10 @@ import torch
 import tokenferry as tf
 from cases import CASES, ON_GPUS, Case, StepCase, begin, run_case, run_layer, same
 from rank_pool import RankPools
+from solo_work import Solo, alone
 from tokenferry.testing.data import make_inputs
 from tokenferry.testing.ranks import run_virtual
+from wide_work import WIDE, gathered
 
 two_gpus = pytest.mark.gpu(count=2)
 one_gpu = pytest.mark.gpu(count=1)
@@ -74,6 +76,39 @@ def test_bits_as_reference_on_virtual_ranks(on_ranks: RankPools, world_size: int
     steps = random_steps(world_size, 12, world_size, layers=1)
     case = Case(hidden_size=72, num_experts=11, topk=3, capacity=CAPACITY, transport="p2p", steps=steps)
     assert on_ranks(virtual, 1, world_size, case, backend="nccl", timeout_s=150, env=VIRTUAL) == [[len(steps)] * world_size]
+
+
+def numbers_of_virtual_ranks(group: tf.EPGroup, world_size: int) -> list[list[int]]:
+    return run_virtual(gathered, world_size, "p2p", torch.int32, device=group.device)
+
+
+@one_gpu
+def test_a_number_that_no_int32_holds_arrives_as_none(on_ranks: RankPools) -> None:
+    found = on_ranks(numbers_of_virtual_ranks, 1, 2, backend="nccl", timeout_s=100, env=VIRTUAL)
+    assert found == [[[-1] * len(WIDE) * 2] * 2]
+
+
+# --- solo -----------------------------------------------------------------------------------------------------------
+
+
+def alone_in_turn(group: tf.EPGroup, world_size: int) -> list[bool]:
+    """The last rank alone, in slots and beyond them. It is the one whose rows would lie elsewhere among its peers."""
+    return [alone(group, Solo("p2p", world_size, world_size - 1, tokens)) for tokens in (3, 200)]
+
+
+def virtual_alone_in_turn(group: tf.EPGroup, world_size: int) -> list[list[bool]]:
+    return run_virtual(alone_in_turn, world_size, world_size, device=group.device)
+
+
+@ON_GPUS
+def test_solo_gives_its_own_rows_and_writes_to_no_peer(on_ranks: RankPools, world_size: int) -> None:
+    assert on_ranks(alone_in_turn, world_size, world_size, backend="nccl", timeout_s=120) == [[True, True]] * world_size
+
+
+@one_gpu
+def test_solo_writes_to_no_virtual_rank(on_ranks: RankPools) -> None:
+    found = on_ranks(virtual_alone_in_turn, 1, 3, backend="nccl", timeout_s=120, env=VIRTUAL)
+    assert found == [[[True, True]] * 3]
 
 
 # --- graphs ---------------------------------------------------------------------------------------------------------

@@ -57,7 +57,8 @@ def found(group: tf.EPGroup) -> dict[str, str]:
             ws.check()
 
         dispatcher._ids_out_of_range = lambda *_: None  # as on CUDA tensors
-        for name, wrong in (("negative", -2), ("large", 8), ("huge", 2**40)):
+        wrong_ids = (("negative", -2), ("large", 8), ("huge", 2**40), ("expert 3 if cut", 2**32 + 3), ("deep", -(2**32) + 1))
+        for name, wrong in wrong_ids:
             ws.begin_step(3)
             ids = rows[1].clone()
             ids[1, 1] = wrong
@@ -98,7 +99,9 @@ def test_ids_counts_and_canaries_are_found_and_the_workspace_goes_on() -> None:
     assert said["unread"] == "NaN"
     assert "topk_idx held -2, but" in said["negative"]
     assert "topk_idx held 8, but" in said["large"]
-    assert "topk_idx held" in said["huge"]
+    assert f"topk_idx held {2**40}, but" in said["huge"]
+    assert f"topk_idx held {2**32 + 3}, but" in said["expert 3 if cut"]
+    assert f"topk_idx held {-(2**32) + 1}, but" in said["deep"]
     assert "written on the device" in said["counts"]
     for name in ("sum", "offset", "most", "range"):
         assert "published counts that do not fit one another" in said[f"counts {name}"]

@@ -98,6 +98,15 @@ class Record:
             layer=(word >> _LAYER_SHIFT.value & 0xFFFF) - 1,
         )
 
+    def step_near(self, step: int) -> int:
+        """The whole number of the step, of which the word has the lower 24 bits: the nearest one to `step`, the reader's own.
+
+        Example:
+            A record of step 3, read by a rank in step 2**24 - 1: step 2**24 + 3.
+        """
+        half = NUM_RECORD_STEPS // 2
+        return max(0, step + (self.step - step + half) % NUM_RECORD_STEPS - half)
+
 
 class Observer:
     """Sees the words that an interpreted rank puts on the wire, and may delay them. Subclass it in tests.

@@ -178,7 +178,8 @@ def mask_padding(topk_idx: torch.Tensor, num_real_tokens: int | torch.Tensor) ->
     if topk_idx.dtype != torch.int32:
         masked.masked_fill_(masked != topk_idx, -1)  # cut off, 2**32 + 3 would be expert 3
     if isinstance(num_real_tokens, int):
-        masked[num_real_tokens:] = -1
+        if num_real_tokens < masked.shape[0]:
+            masked[num_real_tokens:] = -1
         return masked
     rows = torch.arange(masked.shape[0], device=masked.device, dtype=torch.int32)
     return masked.masked_fill_((rows >= num_real_tokens).unsqueeze(1), -1)

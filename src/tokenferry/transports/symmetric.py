@@ -146,9 +146,7 @@ class SymmetricTransport(Rounds):
         if self._aborted:  # the record is this rank's own, and no peer is to blame
             return closed_meanwhile()
         record = wire.Record.unpack(word)
-        settings, half = self._settings, wire.NUM_RECORD_STEPS // 2
-        # A record has the step's lower bits: the step meant is the one nearest to ours.
-        step = max(0, self._request.index + (record.step - self._request.index + half) % (2 * half) - half)
+        settings, step = self._settings, record.step_near(self._request.index)
         reason = f"rank {record.rank} gave up" if record.phase == "failed" else ""
         phase = "data-missing" if record.phase == "failed" else record.phase
         if record.phase != "failed" and record.reporter == settings.group.rank:
