@@ -44,7 +44,7 @@ class Activation:
         if self.interleaved and not self.gated:
             raise ConfigError(f"interleaved describes a gate and an up half, but {self.name} has no gate; drop interleaved")
         if not self.limit > 0:
-            raise ConfigError(f"limit must be positive, got {self.limit}")
+            raise ConfigError(f"limit must be positive, got {self.limit!r}")
 
     @property
     def gated(self) -> bool:

@@ -20,7 +20,9 @@ from tokenferry.transports.symmetric_layout import Layout
 from tokenferry.transports.symmetric_rounds import Rounds
 
 CANARY: Final = 0xA5
-LOW, HIGH, WRITTEN, OVERRUN, COUNTS = range(5)
+LOW, HIGH, WRITTEN, OVERRUN, COUNTS, CHANGED = range(6)
+INPUTS: Final = ("hidden", "topk_idx", "topk_weights", "partial")
+"""Of the sending halves, numbered from 1 in what the device found."""
 
 
 def _poison(gathered: Gathered) -> None:
@@ -28,9 +30,20 @@ def _poison(gathered: Gathered) -> None:
     gathered.topk_weights_RK.fill_(torch.nan)
 
 
-def _num_writes(tensor: torch.Tensor) -> int:
-    """By PyTorch's operators, through whatever view; kernels and replayed graphs do not count."""
-    return 0 if tensor.is_inference() else tensor._version
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's memory: NaNs compare too, and a gradient does not matter."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def _lies_in(tensor: torch.Tensor, rows: torch.Tensor) -> bool:
+    return rows.data_ptr() <= tensor.data_ptr() < rows.data_ptr() + rows.nbytes
+
+
+def _changed(name: str) -> StateError:
+    return StateError(
+        f"{name} was changed between the two halves; it belongs to the call until its _end has returned: write to another tensor, "
+        "or call the whole operation"
+    )
 
 
 class _Canaries:
@@ -67,7 +80,7 @@ class Watch:
 
     On `local` what a dispatch returns are copies, so that a write to them does not reach the caller's own rows.
 
-    Checks: that what a sending half was given stays as it is until the receiving half, as far as PyTorch's operators write to it;
+    Checks: that what a sending half was given stays as it is until the receiving half, whoever writes to it, by a copy of it;
     expert numbers (on CUDA there is no other check of them), the counts that a step publishes, users' writes to
     the step's tensors, and the bytes before, between and behind the regions of the symmetric buffer, which nobody may write.
     """
@@ -78,11 +91,11 @@ class Watch:
         self._rank, self._size, self._max_tokens_per_rank = settings.group.rank, settings.group.size, settings.max_tokens_per_rank
         device = settings.group.device
         # 64 bits, as wide as an expert number: in 32 the report of 2**40 named a number that nobody had sent.
-        self._found = torch.zeros(5, dtype=torch.int64, device=device)
-        self._mirror = torch.zeros(5, dtype=torch.int64, pin_memory=True) if device.type == "cuda" else self._found
+        self._found = torch.zeros(6, dtype=torch.int64, device=device)
+        self._mirror = torch.zeros(6, dtype=torch.int64, pin_memory=True) if device.type == "cuda" else self._found
         self._has_step = torch.zeros(1, dtype=torch.bool, device=device)
         self._canaries: _Canaries | None = None
-        self._held: list[tuple[str, torch.Tensor, int]] = []
+        self._held: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         if isinstance(transport, SymmetricTransport):
             self._canaries = _Canaries(transport._buffer.tensor, transport._layout)
         if isinstance(transport, Rounds):
@@ -118,26 +131,36 @@ class Watch:
             replace("combine_begin", lambda call: self._holds(self._combines(call), ("partial",)))
 
     def _holds(self, call: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
-        """Notes what a sending half was given, and how often it had been written."""
+        """Keeps what a sending half was given, and a copy of it. Not what lies in the gathered rows: these are the workspace's
+        own again from `combine_begin` on, and are poisoned there."""
 
         def begin(transport: Any, *args: Any) -> Any:
+            own = transport._views.gathered.hidden_RH if isinstance(transport, Rounds) else None
+            given = zip(names, args[-len(names) :], strict=True)
+            held = [(name, tensor, tensor.clone()) for name, tensor in given if own is None or not _lies_in(tensor, own)]
             result = call(transport, *args)
-            self._held = [(name, tensor, _num_writes(tensor)) for name, tensor in zip(names, args[-len(names) :], strict=True)]
+            self._held = held
             return result
 
         return begin
 
     def _returns_held(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The receiving half: what the sending half was given must be as it was."""
+        """The receiving half: what the sending half was given must be as it was. What has left may be either, so that the
+        workspace is broken and the peers are told. On CUDA the next report says it, and breaks nothing.
+
+        PyTorch's counter of writes would not do: a tensor shares it with the whole buffer that it is a slice of, and kernels,
+        numpy and inference mode do not count.
+        """
 
         def end(transport: Any, *args: Any) -> Any:
             held, self._held = self._held, []
-            for name, tensor, num_writes in held:
-                if _num_writes(tensor) != num_writes:
-                    raise StateError(
-                        f"{name} was written {_num_writes(tensor) - num_writes} times between the two halves; it belongs to the "
-                        "call until its _end has returned: write to another tensor, or call the whole operation"
-                    )
+            for name, tensor, before in held:
+                changed = (_bytes(tensor) != _bytes(before)).any()
+                if changed.is_cuda:
+                    self._found[CHANGED].copy_(torch.maximum(self._found[CHANGED], changed * (INPUTS.index(name) + 1)))
+                elif changed:
+                    transport.launched = True
+                    raise _changed(name)
             return call(transport, *args)
 
         return end
@@ -183,8 +206,7 @@ class Watch:
     def _combines(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def combine(transport: Any, partial: torch.Tensor) -> Any:
             gathered: Gathered = transport._views.gathered
-            rows = gathered.hidden_RH
-            if rows.data_ptr() <= partial.data_ptr() < rows.data_ptr() + rows.nbytes:
+            if _lies_in(partial, gathered.hidden_RH):
                 partial = partial.clone()
             _poison(gathered)
             self._look()
@@ -223,12 +245,12 @@ class Watch:
         Raises:
             UsageError: an expert number that there is not.
             StateError: a step's tensors were written, or memory where no region of the symmetric buffer lies; or a step's counts
-                cannot be.
+                cannot be; or the inputs of a sending half were changed before the receiving half.
         """
         if wait:
             self._look()
-        low, high, written, overrun, counts = (self._found if wait else self._mirror).tolist()
-        if not (low or high or written or overrun or counts):
+        low, high, written, overrun, counts, changed = (self._found if wait else self._mirror).tolist()
+        if not (low or high or written or overrun or counts or changed):
             return
         if self._found.is_cuda and not torch.cuda.is_current_stream_capturing():
             # Copies to the mirror that are on their way would report the same once more.
@@ -249,4 +271,6 @@ class Watch:
                 f"a step published counts that do not fit one another, or exceed {self._max_tokens_per_rank} rows a rank: "
                 "memory of the workspace was overwritten"
             )
+        if changed:
+            raise _changed(INPUTS[changed - 1])
         raise StateError(f"{said}, was written: a kernel stored outside of its tensor")

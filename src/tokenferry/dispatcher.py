@@ -110,7 +110,8 @@ class Dispatcher:
         """The sending half of `dispatch`: returns at once, so that other work can overlap.
 
         The three tensors belong to the call until `dispatch_end` has returned, on every transport: leave them as they are. They
-        are kept alive, and may be dropped. With TOKENFERRY_DEBUG=1 a change by PyTorch's operators is a StateError there.
+        are kept alive, and may be dropped. With TOKENFERRY_DEBUG=1 a change is a StateError there, on CUDA in the next
+        `begin_step` or `check`.
         """
         self._begin_dispatch("dispatch_begin", hidden, topk_idx, topk_weights)
 
@@ -195,7 +196,7 @@ class Dispatcher:
         """The sending half of `combine`: returns at once.
 
         `partial` belongs to the call until `combine_end` has returned, on every transport: leave it as it is. It is kept alive,
-        and may be dropped. With TOKENFERRY_DEBUG=1 a change by PyTorch's operators is a StateError there.
+        and may be dropped. With TOKENFERRY_DEBUG=1 a change is a StateError there, on CUDA in the next `begin_step` or `check`.
         """
         self._begin_combine("combine_begin", partial, dispatched)
 

@@ -71,7 +71,7 @@ def refuse_pickling(instance: object, instead: str) -> NoReturn:
     Raises:
         UsageError: always.
     """
-    raise UsageError(f"a {type(instance).__name__} can be neither pickled nor copied; {instead}")
+    raise UsageError(f"{type(instance).__name__} objects can be neither pickled nor copied; {instead}")
 
 
 class StateError(TokenferryError, RuntimeError):

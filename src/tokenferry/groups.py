@@ -198,7 +198,7 @@ class EPGroup:
         if not isinstance(store, dist.Store):
             raise ConfigError(f"store must be a torch.distributed store, got {type(store).__name__}")
         if not _are_ints(rank, size) or not 0 <= rank < size:
-            raise ConfigError(f"rank must lie in [0, {size}), got {rank}")
+            raise ConfigError(f"rank must lie in [0, {size!r}), got {rank!r}")
         group = cls.__new__(cls)
         group._setup(store, rank, size, _device(device, prefer_cuda=False), None, threads)
         return group

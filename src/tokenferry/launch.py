@@ -90,7 +90,7 @@ def run_processes(
             import: one typed at a prompt, read from standard input, or that would start them again as it is imported.
     """
     if world_size < 1:
-        raise ConfigError(f"world_size must be at least 1, got {world_size}")
+        raise ConfigError(f"world_size must be at least 1, got {world_size!r}")
     try:
         call = pickle.dumps((target, tuple(args)))
     except (pickle.PicklingError, AttributeError, TypeError) as error:

@@ -262,11 +262,11 @@ class Lifecycle:
 
     # --- order ------------------------------------------------------------------------------------------------------
 
-    def begin_step(self) -> None:
-        """Whether a step may begin; changes nothing."""
-        self.require_usable("begin_step")
+    def begin_step(self, called: str) -> None:
+        """Whether a step may begin; changes nothing. `called`: what the caller called, for messages."""
+        self.require_usable(called)
         if self.stage not in (Stage.NO_STEP, Stage.READY):
-            raise StateError(f"begin_step: the workspace is {self.stage.value} in layer {self.layer}; {_REMEDY[self.stage]}")
+            raise StateError(f"{called}: the workspace is {self.stage.value} in layer {self.layer}; {_REMEDY[self.stage]}")
 
     def enter_ready(self) -> None:
         """A step's counts are known."""

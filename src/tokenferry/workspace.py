@@ -252,7 +252,7 @@ class Workspace:
     def _begin_step(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None, done: bool) -> Step:
         transport = self.active_transport
         transport.launched = False
-        self.lifecycle.begin_step()
+        self.lifecycle.begin_step("begin_step")
         self._check_step_unwritten()
         if self._watch is not None:
             self._watch.report()
@@ -325,7 +325,7 @@ class Workspace:
         try:
             transport = self.active_transport
             transport.launched = False
-            lifecycle.begin_step()
+            lifecycle.begin_step("announce")
             self._check_counts(num_tokens, None)
             if not isinstance(transport, CollectiveTransport):
                 return None
@@ -380,7 +380,7 @@ class Workspace:
         try:
             transport = self._transport
             transport.launched = False
-            lifecycle.begin_step()
+            lifecycle.begin_step("replaying")
             if self._stand_in is not None:
                 raise StateError("replaying: inside solo(), but a graph runs with the peers; leave it first")
             with transport.watching_replay() if isinstance(transport, CollectiveTransport) else contextlib.nullcontext():
@@ -538,7 +538,7 @@ class Workspace:
             self._leave_other()
 
     def _enter_other(self, what: str) -> tuple[Step | None, int]:
-        self.lifecycle.begin_step()
+        self.lifecycle.begin_step(what)
         if self._stand_in is not None:
             raise StateError(f"{what}: already inside solo()")
         return self._step, self._step_index

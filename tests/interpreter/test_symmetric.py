@@ -418,13 +418,3 @@ def one_is_slow_to_load(group: tf.EPGroup) -> list[int]:
 
 def test_a_rank_that_loads_for_longer_than_timeout_s_is_waited_for_while_opening() -> None:
     assert run_ranks(one_is_slow_to_load, 2, env=INTERPRETER) == [[1, 2]] * 2
-
-
-def too_patient(group: tf.EPGroup) -> str:
-    with pytest.raises(tf.TransportUnavailableError) as caught:
-        tf.Workspace(Case().config, group, max_tokens_per_rank=8, transport="p2p", timeout_s=1e5)
-    return str(caught.value)
-
-
-def test_a_time_out_that_polls_cannot_count_is_refused() -> None:
-    assert "100000.0, but 1800.0 at most" in run_ranks(too_patient, 1, env=INTERPRETER)[0]

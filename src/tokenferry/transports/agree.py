@@ -14,6 +14,7 @@ from tokenferry.step import StepTensors
 from tokenferry.transports import select
 from tokenferry.transports.base import PROTOCOL_VERSION, Transport, TransportSettings
 from tokenferry.transports.open import open_transport
+from tokenferry.transports.symmetric_layout import MAX_TIMEOUT_S
 
 
 @contextmanager
@@ -70,7 +71,7 @@ def agree_to_open(settings: TransportSettings, requested: str, phase: Phase) -> 
     decisions = [[isinstance(d, select.Accepted), d.name, d.reason] for d in own]
     answers = settings.group.channel.exchange(
         f"{settings.name}/open",
-        {"offer": offer, "decisions": decisions, "machine": topology.machine_id()},
+        {"offer": offer, "decisions": decisions, "machine": topology.machine_id(), "timeout_s": settings.timeout_s},
         settings.open_timeout_s,
         phase=phase,
     )
@@ -86,4 +87,16 @@ def agree_to_open(settings: TransportSettings, requested: str, phase: Phase) -> 
         for answer in answers
     ]
     agreed = select.agree(per_rank, [answer["machine"] for answer in answers])
-    return agreed, select.choose(requested, agreed)
+    chosen = select.choose(requested, agreed)
+    if chosen in select.SYMMETRIC:
+        _check_timeouts([answer["timeout_s"] for answer in answers])
+    return agreed, chosen
+
+
+def _check_timeouts(timeouts_s: list[float]) -> None:
+    """Every rank looks at all of them: one that raised alone would leave the others waiting."""
+    for rank, timeout_s in enumerate(timeouts_s):
+        if timeout_s > MAX_TIMEOUT_S:
+            raise ConfigError(
+                f"timeout_s is {timeout_s} on rank {rank}, but {MAX_TIMEOUT_S} at most on symmetric transports; lower it"
+            )

@@ -58,6 +58,10 @@ class Pending(Protocol):
 
 HEADER_WORDS = 6
 
+_NO_TAG = 999_999
+"""Of messages that nobody sends."""
+_WAKE = datetime.timedelta(milliseconds=1)
+
 
 def leave_to_parent(backend: object, pid: int) -> None:
     """Called as the communicator goes that process `pid` made. A forked child keeps the backend for good: the threads that its
@@ -117,13 +121,17 @@ class GlooCommunicator:
         """gloo's calls raise by themselves."""
 
     def abort(self) -> None:
-        """Drops this side's hold on the connections; does not wait.
+        """Drops all connections at once, from any thread; one that waits for a message leaves with an error. Waits for no peer.
 
-        A thread that is inside a call on them is not woken: gloo has no way to (its own `abort` and `shutdown` leave it where it
-        is, torch 2.13). It leaves when the peer it waits for sends, closes or ends, and after `timeout_s` at the latest.
+        To let go of the backend is not enough: the call of a thread that is blocked keeps it, and with it the connections, so
+        that the thread stayed until the peer acted. gloo's own `abort` and `shutdown` leave it there too (torch 2.13), but gloo
+        closes all connections of a backend when any receive on it times out: so one is posted here that can only time out.
         """
         backend, self._backend = self._backend, _Closed()
-        del backend  # closes the sockets
+        if isinstance(backend, _Closed) or self.size == 1 or os.getpid() != self._pid:
+            return
+        with contextlib.suppress(RuntimeError):  # a connection that is gone already says so at once
+            backend.recv([torch.zeros(1, device="cpu")], self.peers[0], _NO_TAG).wait(_WAKE)
 
     def __del__(self) -> None:
         leave_to_parent(getattr(self, "_backend", None), self._pid)

@@ -11,7 +11,7 @@ from itertools import product
 
 import torch
 
-from tokenferry.errors import ConfigError, TransportUnavailableError
+from tokenferry.errors import TransportUnavailableError
 from tokenferry.kernels import wire
 from tokenferry.kernels.abort import SIGNATURE as ABORT_SIGNATURE
 from tokenferry.kernels.abort import abort_kernel
@@ -36,9 +36,6 @@ from tokenferry.transports.symmetric_launch import (
 from tokenferry.transports.symmetric_layout import MAX_PROGRAMS, Layout, Region, plan
 from tokenferry.transports.symmetric_rounds import Kernels, Place, Rounds, Solo, Views
 
-MAX_TIMEOUT_S = 1800.0
-"""A wait counts its polls in 32 bits and begins its clock anew when they wrap, after about an hour."""
-
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -56,8 +53,6 @@ class SymmetricTransport(Rounds):
         tuning: Tuning | None = None,
     ) -> None:
         group, config = settings.group, settings.config
-        if settings.timeout_s > MAX_TIMEOUT_S:
-            raise ConfigError(f"timeout_s is {settings.timeout_s}, but {MAX_TIMEOUT_S} at most on symmetric transports; lower it")
         layout = plan(
             config,
             group.size,

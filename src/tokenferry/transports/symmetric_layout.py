@@ -31,6 +31,9 @@ MAX_PROGRAMS = 512
 
 FLAG_BYTES = 8
 
+MAX_TIMEOUT_S = 1800.0
+"""A wait counts its polls in 32 bits and begins its clock anew when they wrap, after about an hour."""
+
 MAX_RANKS = 256
 """One program waits for all peers at once, a thread for each."""
 

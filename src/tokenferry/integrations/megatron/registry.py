@@ -155,7 +155,7 @@ class Registry:
             ConfigError: not a floating combine dtype that the wire has.
         """
         if settings.combine_dtype not in (torch.float32, torch.bfloat16):
-            raise ConfigError(f"combine_dtype must be torch.float32 or torch.bfloat16, got {settings.combine_dtype}")
+            raise ConfigError(f"combine_dtype must be torch.float32 or torch.bfloat16, got {settings.combine_dtype!r}")
         self.settings = settings
 
 

@@ -77,7 +77,7 @@ def from_pretrained(
     if not isinstance(group, EPGroup):
         raise ConfigError(f"group must be an EPGroup, got {type(group).__name__}; make one with EPGroup(process_group)")
     if max_tokens_per_rank < 1:
-        raise ConfigError(f"max_tokens_per_rank must be at least 1, got {max_tokens_per_rank}")
+        raise ConfigError(f"max_tokens_per_rank must be at least 1, got {max_tokens_per_rank!r}")
     options = Options(
         max_tokens_per_rank=max_tokens_per_rank,
         transport=transport,
