@@ -146,7 +146,7 @@ def add(name: str, stage: str, error: type[Exception], said: str, call: Callable
 
 NOT_AN_INT = {"None": None, "a-string": "3", "a-float": 2.0, "a-bool": True, "a-list": [3], "a-tensor": torch.tensor(3)}
 for label, value in NOT_AN_INT.items():
-    add(f"num_tokens-is-{label}", "stepped", ShapeError, "num_tokens must be an int >= 0", lambda s, v=value: s.ws.begin_step(v))
+    add(f"num_tokens-is-{label}", "stepped", UsageError, "num_tokens must be an int, got", lambda s, v=value: s.ws.begin_step(v))
 add("num_tokens-below-zero", "stepped", ShapeError, "got -1", lambda s: s.ws.begin_step(-1))
 add(
     "num_tokens-over-capacity",
@@ -330,10 +330,10 @@ add("more-rows-than-capacity", "stepped", CapacityError, "hidden has 9 rows", la
 # --- order of calls -------------------------------------------------------------------------------------------------
 
 CALLS: dict[str, tuple[Callable[[Scene], Any], str, str]] = {
-    "dispatch": (lambda s: s.dispatcher.dispatch(*s.rows), "dispatch_begin", "stepped"),
+    "dispatch": (lambda s: s.dispatcher.dispatch(*s.rows), "dispatch", "stepped"),
     "dispatch_begin": (lambda s: s.dispatcher.dispatch_begin(*s.rows), "dispatch_begin", "stepped"),
     "dispatch_end": (lambda s: s.dispatcher.dispatch_end(), "dispatch_end", "dispatching"),
-    "combine": (lambda s: s.dispatcher.combine(s.inputs.partial), "combine_begin", "dispatched"),
+    "combine": (lambda s: s.dispatcher.combine(s.inputs.partial), "combine", "dispatched"),
     "combine_begin": (lambda s: s.dispatcher.combine_begin(s.inputs.partial), "combine_begin", "dispatched"),
     "combine_input": (lambda s: s.dispatcher.combine_input(), "combine_input", "dispatched"),
     "combine_end": (lambda s: s.dispatcher.combine_end(), "combine_end", "combining"),
@@ -361,7 +361,7 @@ add(
     "two-layers-in-flight",
     "dispatched",
     StateError,
-    "dispatch_begin in layer 1: .*between a dispatch and its combine",
+    "dispatch in layer 1: .*between a dispatch and its combine",
     lambda s: s.other.dispatch(*s.rows),
 )
 
