@@ -54,6 +54,11 @@ def test_a_virtual_rank_that_does_not_come_is_named() -> None:
     assert caught.value.rank == 1
 
 
+def test_ranks_that_are_processes_share_no_objects() -> None:
+    with pytest.raises(tf.StateError, match="the ranks of this group are processes"):
+        tf.EPGroup.alone("cpu").share("one", None, 1.0)
+
+
 def test_groups_of_processes_are_not_virtual() -> None:
     assert tf.EPGroup.from_store(dist.HashStore(), 0, 2, "cpu").threads is None
     assert virtual_ranks(2)[0].threads is not None

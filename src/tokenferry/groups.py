@@ -238,8 +238,14 @@ class EPGroup:
         return group
 
     def share(self, name: str, value: Any, timeout_s: float) -> list[Any]:
-        """Every virtual rank's own `value`, in rank order; for groups with `threads` alone. A name is used once."""
-        assert self.threads is not None, "only threads of one process share objects"
+        """Every virtual rank's own `value`, in rank order; a name is used once.
+
+        Raises:
+            StateError: the ranks are no threads of one process.
+            PeerTimeoutError: a rank did not come.
+        """
+        if self.threads is None:
+            raise StateError("share: the ranks of this group are processes; only those of testing.virtual_ranks() share objects")
         key = f"{self._path}/{name}"
         values = self.threads.share(key, self.rank, self.size, value, timeout_s)
         self.channel.barrier(f"{name}/shared", timeout_s)
