@@ -197,6 +197,24 @@ def test_a_guard_within_another_statement_is_one(tmp_path: Path) -> None:
     assert done.stdout.strip() == "[0, 1]", done.stderr
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("name", "start", "how"),
+    [
+        ("program.py", '__name__ == "__main__" and print(run_ranks(worker, 2))', ["program.py"]),
+        ("pkg/__main__.py", "print(run_ranks(work.worker, 2))", ["-m", "pkg"]),
+    ],
+    ids=["a-condition", "a-package"],
+)
+def test_other_programs_that_rank_processes_can_import_run(name: str, start: str, how: list[str], tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(("from pkg import work\n" if "pkg" in name else "") + PROGRAM.format(result="group.rank", start=start))
+    (path.parent / "work.py").write_text("def worker(group):\n    return group.rank\n")
+    done = subprocess.run([sys.executable, *how], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert done.stdout.strip() == "[0, 1]", done.stderr
+
+
 def test_run_ranks_is_refused_under_torchrun_s_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, text)

@@ -74,10 +74,13 @@ def test_what_is_loaded_is_float32(dtype: torch.dtype, assign: bool) -> None:
     assert torch.equal(target.score_correction_bias, CORRECTION.to(dtype).float())
 
 
-def test_weights_of_another_dtype_cannot_be_assigned_to_float8_experts() -> None:
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+def test_weights_of_another_dtype_cannot_be_loaded_into_float8_experts(assign: bool) -> None:
     experts = float8_experts()
+    before = experts.up_proj.detach().clone()
     with pytest.raises(DtypeError, match=r"load before quantize\(\)"):
-        experts.load_state_dict({**experts.state_dict(), "up_proj": torch.zeros_like(experts.up_proj.float())}, assign=True)
+        experts.load_state_dict({**experts.state_dict(), "up_proj": torch.zeros(before.shape)}, assign=assign, strict=False)
+    assert torch.equal(experts.up_proj.view(torch.uint8), before.view(torch.uint8)), "nothing was loaded"
 
 
 @pytest.mark.parametrize("make", [router, float8_experts], ids=["router", "experts"])
@@ -114,6 +117,17 @@ def test_a_layer_on_an_open_workspace_is_not_cast(layer: MoELayer, cast: str) ->
 def test_nor_moved_away(layer: MoELayer) -> None:
     with pytest.raises(DeviceError, match="a MoELayer cannot move to meta: its workspace was opened on cpu"):
         layer.to("meta")
+
+
+@pytest.mark.parametrize("cast", ["to", "half", "double"])
+def test_nor_are_its_experts_alone(layer: MoELayer, cast: str) -> None:
+    with pytest.raises(DtypeError, match="the experts of a layer cannot become"):
+        CASTS[cast](layer.experts)
+
+
+def test_once_the_workspace_is_closed_it_may_be_cast(layer: MoELayer) -> None:
+    layer.workspace.close()
+    assert layer.bfloat16().experts.up_proj.dtype == torch.bfloat16
 
 
 def test_a_conversion_to_what_it_is_already_changes_nothing(layer: MoELayer) -> None:

@@ -63,6 +63,11 @@ class TorchrunSettings:
     local_world_size: int | None = _variable("LOCAL_WORLD_SIZE", "torchrun: number of processes on this machine", int)
     master_addr: str | None = _variable("MASTER_ADDR", "torchrun: host of the rendezvous store", str)
     master_port: int | None = _variable("MASTER_PORT", "torchrun: port of the rendezvous store", int)
+    meet_timeout_s: float | None = _variable(
+        "TOKENFERRY_MEET_TIMEOUT_S",
+        "seconds that the command line waits for other processes; 600 under torchrun, else 45",
+        float,
+    )
     run_id: str | None = _variable("TORCHELASTIC_RUN_ID", "torchrun: its run; the other variables alone may be left over", str)
 
     @property

@@ -219,7 +219,7 @@ class EPGroup:
         self.store = dist.PrefixStore(f"group.{number}", store)
         self._path = f"{path}/group.{number}"
         self.channel = StoreChannel(self.store, rank, size)
-        self.waiting = WaitBoard(dist.PrefixStore("waiting", self.store), rank)
+        self.waiting = WaitBoard(dist.PrefixStore("waiting", self.store), rank, size)
         self._names_given: dict[str, int] = {}
 
     def subset(self, ranks: Sequence[int]) -> EPGroup:
@@ -247,10 +247,12 @@ class EPGroup:
         if self.threads is None:
             raise StateError("share: the ranks of this group are processes; only those of testing.virtual_ranks() share objects")
         key = f"{self._path}/{name}"
-        values = self.threads.share(key, self.rank, self.size, value, timeout_s)
-        self.channel.barrier(f"{name}/shared", timeout_s)
-        self.threads.forget(key, self.rank)
-        return values
+        try:
+            values = self.threads.share(key, self.rank, self.size, value, timeout_s)
+            self.channel.barrier(f"{name}/shared", timeout_s)
+            return values
+        finally:
+            self.threads.forget(key, self.rank)
 
     def unique_name(self, kind: str) -> str:
         """`kind` and a running number, equal on all ranks if they ask in the same order."""

@@ -135,7 +135,10 @@ def _check_main_can_be_imported(call: bytes) -> None:
 def _check_main_is_guarded() -> None:
     """Rank processes import the program that starts them. One that starts them at its top level, unguarded, would do so again in
     each; Python's own report of that is a page for every rank, and does not name the line."""
-    file = getattr(sys.modules["__main__"], "__file__", None)
+    main = sys.modules["__main__"]
+    file = getattr(main, "__file__", None)
+    if getattr(getattr(main, "__spec__", None), "name", "").endswith("__main__"):
+        return  # a package run with -m: rank processes do not import that
     frame = inspect.currentframe()
     while frame is not None and not (frame.f_code.co_name == "<module>" and frame.f_code.co_filename == file):
         frame = frame.f_back
@@ -146,7 +149,8 @@ def _check_main_is_guarded() -> None:
     except (OSError, ValueError, SyntaxError):  # a program that Python runs from elsewhere, such as an archive
         return
     line = frame.f_lineno
-    guards = [node for node in ast.walk(program) if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)]
+    conditions = [node for node in ast.walk(program) if isinstance(node, ast.If | ast.IfExp | ast.BoolOp)]
+    guards = [node for node in conditions if "__name__" in ast.unparse(getattr(node, "test", node))]
     if not any(guard.lineno <= line <= (guard.end_lineno or guard.lineno) for guard in guards):
         raise ConfigError(
             f"line {line} of {file} starts rank processes, which import that file and would start them again: put it under "

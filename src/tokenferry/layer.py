@@ -75,6 +75,7 @@ class MoELayer(nn.Module):
         self._check_parts()
         router.prepare(workspace.config.dtype)  # here, since loading a kernel waits for the device
         experts.prepare(workspace)
+        experts.bind(workspace)
 
     def _check_parts(self) -> None:
         config, routing, experts = self.workspace.config, self.router.config, self.experts.config
@@ -111,8 +112,11 @@ class MoELayer(nn.Module):
         refuse_pickling(self, "it stands on an open workspace: save its parts' state_dict(), and make a layer on each rank")
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Casts and moves, by a module around this one too. Raises where the workspace could not follow; nothing has changed."""
+        """Casts and moves, by a module around this one too. Raises where the open workspace could not follow, before this layer
+        changes; what stands before it in a module around it is converted by then."""
         workspace = self.workspace
+        if workspace.lifecycle.closed:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         refuse_conversion(fn, workspace.config.dtype, workspace.device, "a MoELayer")
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 

@@ -158,11 +158,6 @@ class Lifecycle:
         """`enter` without an error: False where it would raise."""
         return self._home[0] != 0 and self._inside.acquire(False)
 
-    @property
-    def is_entered(self) -> bool:
-        """Whether a thread is inside a call."""
-        return self._inside.locked()
-
     def leave(self) -> None:
         """The call that `enter` began is over."""
         self._inside.release()

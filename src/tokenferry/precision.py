@@ -41,13 +41,15 @@ class KeepsPrecision(nn.Module):
                 self._put(name, before[name].to(now.device))
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         kept = self.kept_dtypes()
+        for name, dtype in kept.items():
+            given = state_dict.get(prefix + name)
+            if dtype.itemsize == 1 and given is not None and given.dtype != dtype:
+                raise DtypeError(f"{name} is {dtype} here but {given.dtype} in the state; load before quantize()")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name, now in self._kept().items():
             if now.dtype != kept[name]:
-                if not kept[name].is_floating_point or kept[name].itemsize == 1:
-                    raise DtypeError(f"{name} is {kept[name]} here but {now.dtype} in the state; load before quantize()")
                 self._put(name, now.to(kept[name]))
 
 

@@ -42,8 +42,8 @@ class Place:
 class WaitBoard:
     """The places of this rank's workspaces, and on the failing path those of the other ranks. One for each group."""
 
-    def __init__(self, store: dist.Store, rank: int) -> None:
-        self._store, self._rank = store, rank
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        self._store, self._rank, self._size = store, rank, size
         self._lock = threading.Lock()
         self._looks: dict[str, Callable[[], Place | None]] = {}
         self._given_up: dict[str, dict[str, Place]] = {}
@@ -63,9 +63,8 @@ class WaitBoard:
                 self._thread.start()
 
     def leave(self, name: str) -> None:
-        """The workspace is closed."""
-        with self._lock:
-            self._looks.pop(name, None)
+        """The workspace is closed. Takes no lock: a signal handler may close one while its own thread is in here."""
+        self._looks.pop(name, None)
 
     def who_waits_elsewhere(self, late: int, name: str, *, grace: bool = True) -> str | None:
         """This rank has waited in vain in `name` for rank `late`: whether that one waits in another workspace, in words.
@@ -88,7 +87,7 @@ class WaitBoard:
             own = places[name]
             # A call that is over, as this one soon is, changes the place: what counts is whether another one begins.
             self._given_up[name] = {each: replace(place, is_inside=False) for each, place in places.items()}
-            self._post(name, own.step, gave_up=True)
+            self._post(name, own, gave_up=True)
             give_up_s = time.monotonic() + (_TICKS_OF_GRACE * self._tick_s if grace else 0.0)
         first = self._read(late)
         while True:
@@ -101,6 +100,8 @@ class WaitBoard:
         there = places.get(word["workspace"])
         if there is None or there.step > word["step"]:
             return None
+        if there.step == word["step"] and word["layer"] >= 0 and self._size > 2:
+            return None  # it waits amid a step that this rank may be through with: then for a third one
         return (
             f"rank {late} is alive, but it waits in {word['workspace']} after step {word['step']}, while rank {self._rank} waits "
             f"in {name} after step {own.step} (numbered as they were opened); use the workspaces of a group, and the models on "
@@ -134,16 +135,16 @@ class WaitBoard:
         if not self._given_up:
             for name, place in places.items():
                 if place.is_inside and before.get(name) == place:
-                    self._post(name, place.step)
+                    self._post(name, place)
 
     def _places(self) -> dict[str, Place]:
-        places = {name: place for name, look in self._looks.items() if (place := look()) is not None}
+        places = {name: place for name, look in list(self._looks.items()) if (place := look()) is not None}
         self._looks = {name: self._looks[name] for name in places}  # without those that are gone
         return places
 
-    def _post(self, name: str, step: int, *, gave_up: bool = False) -> None:
+    def _post(self, name: str, place: Place, *, gave_up: bool = False) -> None:
         self._num_posted += 1
-        word = {"workspace": name, "step": step, "gave up": gave_up, "number": self._num_posted}
+        word = {"workspace": name, "step": place.step, "layer": place.layer, "gave up": gave_up, "number": self._num_posted}
         self._store.set(str(self._rank), json.dumps(word))
 
     def _withdraw(self) -> None:

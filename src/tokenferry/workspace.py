@@ -517,6 +517,9 @@ class Workspace:
             settings.group.channel.barrier(f"{settings.name}/reset", settings.open_timeout_s, phase="reset")
             self._open("reset")
         except BaseException as error:  # whatever it is: the old transport is closed, and there is no new one
+            if not isinstance(error, PeerError):
+                with logged("the other ranks could not be told that reset failed"):
+                    settings.group.channel.give_up(f"{settings.name}/reset", f"{type(error).__name__}: {error}")
             self.lifecycle.error = None
             self.lifecycle.break_off("reset", error)
             raise
@@ -538,10 +541,14 @@ class Workspace:
             self._leave_other()
 
     def _enter_other(self, what: str) -> tuple[Step | None, int]:
-        self.lifecycle.begin_step(what)
-        if self._stand_in is not None:
-            raise StateError(f"{what}: already inside solo()")
-        return self._step, self._step_index
+        self.lifecycle.enter(what)  # another thread's call would find another step under it
+        try:
+            self.lifecycle.begin_step(what)
+            if self._stand_in is not None:
+                raise StateError(f"{what}: already inside solo()")
+            return self._step, self._step_index
+        finally:
+            self.lifecycle.leave()
 
     def _leave_other(self) -> None:
         self.lifecycle.leave_step()

@@ -33,7 +33,10 @@ def _ropes(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _stretched(rope: Mapping[str, Any], length: int) -> int:
+    """The context that a factor makes of the original one; 0 where `length` is stretched already, as Llama 3's is."""
     factor, original = rope.get("factor", 1), rope.get("original_max_position_embeddings", length)
+    if isinstance(original, int | float) and original < length:
+        return 0
     return int(factor * original) if all(isinstance(each, (int, float)) for each in (factor, original)) else 0
 
 

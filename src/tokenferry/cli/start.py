@@ -77,7 +77,7 @@ def _meet(place: env.TorchrunSettings) -> tuple[dist.Store, int, int]:
     Raises:
         ConfigError: they do not. Variables left over from another run made a single process wait for ten minutes, in silence.
     """
-    timeout_s = STORE_TIMEOUT_S if place.run_id is not None else LEFTOVER_TIMEOUT_S
+    timeout_s = place.meet_timeout_s or (STORE_TIMEOUT_S if place.run_id is not None else LEFTOVER_TIMEOUT_S)
     among = f"RANK={place.rank} and WORLD_SIZE={place.world_size} say that torchrun started {place.world_size} processes"
     where = f"{place.master_addr}:{place.master_port}"
     notice = threading.Timer(NOTICE_S, typer.echo, [f"tokenferry: waiting for the others at {where}; {among}"], {"err": True})
@@ -89,7 +89,7 @@ def _meet(place: env.TorchrunSettings) -> tuple[dist.Store, int, int]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"{among}, but they did not meet at {where} within {timeout_s:.0f} s ({reason}); unset RANK and WORLD_SIZE to have "
-            "the ranks started here, or start all of them with torchrun"
+            "the ranks started here, or start all of them with torchrun (TOKENFERRY_MEET_TIMEOUT_S gives them longer)"
         ) from error
     finally:
         notice.cancel()

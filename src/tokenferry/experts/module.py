@@ -6,7 +6,9 @@ Legend of shape suffixes: R gathered rows, K slots of a row, H hidden size, I in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ from tokenferry.experts import torch_path
 from tokenferry.experts.float8 import FLOAT8, quantize_weights
 from tokenferry.experts.scratch import ExpertScratch
 from tokenferry.experts.weights import ExpertsConfig, ExpertWeights, check_operands, check_out
-from tokenferry.precision import KeepsPrecision
+from tokenferry.precision import KeepsPrecision, refuse_conversion
 from tokenferry.workspace import Workspace
 
 SCRATCH_NAME = "expert_scratch"
@@ -127,6 +129,7 @@ class Experts(KeepsPrecision):
         self.scratch: ExpertScratch | None = None
         """Memory and kernels on CUDA: the workspace's after `prepare`, else this module's own from its first call."""
         self._max_rows: int | None = None
+        self._bound: weakref.ref[Workspace] | None = None
         L, H, I = len(expert_range), config.hidden_size, config.intermediate_size
         N = config.activation.num_columns(I)
         shapes = {"up_proj": (L, N, H), "down_proj": (L, H, I), "up_bias": (L, N), "down_bias": (L, H)}
@@ -161,6 +164,16 @@ class Experts(KeepsPrecision):
             up_scale=self.up_scale,
             down_scale=self.down_scale,
         )
+
+    def bind(self, workspace: Workspace) -> None:
+        """From here on, and while `workspace` is open, casts and moves that it could not follow are refused; a layer does it."""
+        self._bound = weakref.ref(workspace)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        workspace = None if self._bound is None else self._bound()
+        if workspace is not None and not workspace.lifecycle.closed:
+            refuse_conversion(fn, self.dtype, workspace.device, "the experts of a layer")
+        return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def quantize(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from tokenferry import topology
 from tokenferry.errors import ConfigError, Phase, TransportUnavailableError
 from tokenferry.groups import EPGroup
+from tokenferry.lifecycle import logged
 from tokenferry.step import StepTensors
 from tokenferry.transports import select
 from tokenferry.transports.base import PROTOCOL_VERSION, Transport, TransportSettings
@@ -27,7 +28,8 @@ def telling_the_others(group: EPGroup) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        group.channel.give_up(f"{group.unique_name('workspace')}/open", f"{type(error).__name__}: {error}")
+        with logged("the other ranks could not be told of it"):
+            group.channel.give_up(f"{group.unique_name('workspace')}/open", f"{type(error).__name__}: {error}")
         raise
 
 
