@@ -4,6 +4,7 @@ import gc
 import os
 import platform
 import socket
+import tempfile
 import weakref
 from unittest import mock
 
@@ -114,7 +115,7 @@ def test_ranks_of_two_machines_have_no_symmetric_memory() -> None:
 
 
 def open_elsewhere(group: tf.EPGroup) -> str:
-    topology.machine_id = lambda: f"boot-{group.rank}"
+    topology.machine_id = lambda device_type: f"boot-{group.rank}"
     config = tf.MoEConfig(hidden_size=8, num_experts=4, topk=1)
     with pytest.raises(tf.TransportUnavailableError) as caught:
         tf.Workspace(config, group, max_tokens_per_rank=4, transport="p2p")
@@ -124,7 +125,26 @@ def open_elsewhere(group: tf.EPGroup) -> str:
 def test_a_machine_without_a_boot_number_goes_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(topology, "BOOT_ID", tmp_path / "absent")
     monkeypatch.setattr(platform, "node", lambda: "a-name")
-    assert topology.machine_id() == "a-name"
+    assert topology.machine_id("cpu") == "a-name"
+
+
+def test_containers_that_do_not_share_a_temporary_folder_are_apart_on_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    """PyTorch passes memory between GPUs' processes through a socket there."""
+    cpu, cuda = topology.machine_id("cpu"), topology.machine_id("cuda")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert topology.machine_id("cpu") == cpu
+    assert topology.machine_id("cuda") != cuda
+
+
+@pytest.mark.ranks
+def test_rank_processes_inherit_no_place_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_ranks(size_of_a_group_of_one, 2) == [1, 1]
+
+
+def size_of_a_group_of_one(group: tf.EPGroup) -> int:
+    del group
+    return tf.EPGroup(device="cpu").size
 
 
 # --- a group of one ------------------------------------------------------------------------------------------------------------

@@ -135,10 +135,13 @@ def cache_folder() -> Path:
 
 
 def for_rank_process(overrides: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The whole environment for a rank process on this machine: this process's, one thread, loopback only, then `overrides`."""
+    """The whole environment for a rank process on this machine: this process's, without a place under torchrun (left over, if it
+    has one), one thread, loopback only, then `overrides`."""
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     interfaces = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": f"={loopback}"}
-    return {**os.environ, "OMP_NUM_THREADS": "1", **interfaces, **(overrides or {})}
+    places = {entry.metadata["name"] for entry in fields(TorchrunSettings)}
+    inherited = {name: text for name, text in os.environ.items() if name not in places}
+    return {**inherited, "OMP_NUM_THREADS": "1", **interfaces, **(overrides or {})}
 
 
 @contextlib.contextmanager

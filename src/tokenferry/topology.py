@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,12 +56,22 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """Linux's number of this boot of this machine: the same in all of its containers, whatever host names they have."""
 
 
-def machine_id() -> str:
-    """Equal on processes of one machine alone, as far as can be known: the boot's number, else the host's name."""
+def machine_id(device_type: str) -> str:
+    """Equal on processes alone that can map one another's memory, as far as can be known.
+
+    These are of one boot (without Linux: of one host name), see the same processes, and on CUDA the same temporary folder, through
+    which PyTorch passes descriptors of memory. Ranks that differ in these would wait for one another there without a time-out
+    (read in PyTorch's source, not tried).
+    """
     try:
-        return BOOT_ID.read_text().strip()
+        parts = [BOOT_ID.read_text().strip(), os.readlink("/proc/self/ns/pid")]
     except OSError:  # not Linux, or /proc is not there
-        return platform.node()
+        parts = [platform.node()]
+    if device_type == "cuda":
+        with contextlib.suppress(OSError):
+            folder = os.stat(tempfile.gettempdir())
+            parts.append(f"{folder.st_dev}:{folder.st_ino}")
+    return " ".join(parts)
 
 
 def num_cpus() -> int:

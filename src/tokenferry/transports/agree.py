@@ -71,9 +71,15 @@ def agree_to_open(settings: TransportSettings, requested: str, phase: Phase) -> 
         "device type": settings.group.device.type,
     }
     decisions = [[isinstance(d, select.Accepted), d.name, d.reason] for d in own]
+    machine = topology.machine_id(settings.group.device.type)
     answers = settings.group.channel.exchange(
         f"{settings.name}/open",
-        {"offer": offer, "decisions": decisions, "machine": topology.machine_id(), "timeout_s": settings.timeout_s},
+        {
+            "offer": offer,
+            "decisions": decisions,
+            "machine": topology.machine_id(settings.group.device.type),
+            "timeout_s": settings.timeout_s,
+        },
         settings.open_timeout_s,
         phase=phase,
     )

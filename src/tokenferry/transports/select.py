@@ -133,7 +133,10 @@ def agree(per_rank: Sequence[Sequence[Decision]], machines: Sequence[str] = ()) 
     ones also if the ranks live on several of the `machines`."""
     agreed: list[Decision] = []
     if len(set(machines)) > 1:
-        apart = f"the ranks live on {len(set(machines))} machines; symmetric memory reaches one"
+        apart = (
+            f"the ranks live on {len(set(machines))} machines, or in containers that do not see one another's processes and "
+            "temporary files; symmetric memory reaches one"
+        )
         per_rank = [[Rejected(d.name, apart) if d.name in SYMMETRIC else d for d in decisions] for decisions in per_rank]
     for decisions in zip(*per_rank, strict=True):
         refusals = [(rank, d) for rank, d in enumerate(decisions) if isinstance(d, Rejected)]
