@@ -41,8 +41,8 @@ def _lies_in(tensor: torch.Tensor, rows: torch.Tensor) -> bool:
 
 def _changed(name: str) -> StateError:
     return StateError(
-        f"{name} was changed between the two halves; it belongs to the call until its _end has returned: write to another tensor, "
-        "or call the whole operation"
+        f"{name} was changed between the two halves; it belongs to the call until its _end has returned: write to another "
+        "tensor, or call the whole operation"
     )
 
 
