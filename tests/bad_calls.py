@@ -654,7 +654,7 @@ GROUPS: dict[str, tuple[Callable[[Scene], Any], str]] = {
     "store-is-a-path": (lambda s: tf.EPGroup.from_store("/tmp/store", 0, 1), "store must be a torch.distributed store, got str"),
     "rank-over-size": (lambda s: tf.EPGroup.from_store(store, 2, 2), r"rank must lie in \[0, 2\), got 2"),
     "rank-below-zero": (lambda s: tf.EPGroup.from_store(store, -1, 2), r"rank must lie in \[0, 2\), got -1"),
-    "rank-is-a-string": (lambda s: tf.EPGroup.from_store(store, "0", 2), r"rank must lie in \[0, 2\), got 0"),
+    "rank-is-a-string": (lambda s: tf.EPGroup.from_store(store, "0", 2), r"rank must lie in \[0, 2\), got '0'"),
     "size-is-a-float": (lambda s: tf.EPGroup.from_store(store, 0, 2.0), "rank must lie in"),
     "subset-empty": (lambda s: s.ws.group.subset([]), "holds this rank, 0; got"),
     "subset-without-this-rank": (lambda s: s.ws.group.subset([1]), "holds this rank, 0; got"),
