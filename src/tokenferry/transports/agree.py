@@ -77,7 +77,7 @@ def agree_to_open(settings: TransportSettings, requested: str, phase: Phase) -> 
         {
             "offer": offer,
             "decisions": decisions,
-            "machine": topology.machine_id(settings.group.device.type),
+            "machine": machine,
             "timeout_s": settings.timeout_s,
         },
         settings.open_timeout_s,
