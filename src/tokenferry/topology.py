@@ -60,8 +60,8 @@ def machine_id(device_type: str) -> str:
     """Equal on processes alone that can map one another's memory, as far as can be known.
 
     These are of one boot (without Linux: of one host name), see the same processes, and on CUDA the same temporary folder,
-    through which PyTorch passes descriptors of memory. Ranks that differ in these would wait for one another there without a time-out
-    (read in PyTorch's source, not tried).
+    through which PyTorch passes descriptors of memory. Ranks that differ in these would wait for one another there without a
+    time-out (read in PyTorch's source, not tried).
     """
     try:
         parts = [BOOT_ID.read_text().strip(), os.readlink("/proc/self/ns/pid")]
