@@ -109,7 +109,7 @@ def test_rows_that_are_not_supplied_are_never_read() -> None:
         assert weights == [[0.5, 0.5], [0.0, 0.0]] * 2
 
 
-def abort_example(group: tf.EPGroup) -> int:
+def abort_example(group: tf.EPGroup, by_kernel: bool) -> int:
     config = tf.MoEConfig(hidden_size=4, num_experts=6, topk=2)
     with tf.Workspace(config, group, max_tokens_per_rank=2, transport="p2p") as ws:
         word = ws.active_transport._buffer.tensor[:8].view(torch.int64)
@@ -117,13 +117,19 @@ def abort_example(group: tf.EPGroup) -> int:
             word[0] = wire.Record(0, 1, "data-missing", 7, 2).pack()
         group.channel.barrier("filled", 30.0)
         if group.rank == 0:
-            ws.active_transport._abort(wire.Record(0, 0, "failed", 9, 3))
+            transport, record = ws.active_transport, wire.Record(0, 0, "failed", 9, 3)
+            if by_kernel:
+                transport._kernels.abort(1, transport._buffer.table_address, group.size, record.pack())
+            else:
+                transport._abort(record)
         group.channel.barrier("written", 30.0)
         return wire.Record.unpack(int(word[0])).step
 
 
-def test_abort_kernel_leaves_an_earlier_record() -> None:
-    assert run_ranks(abort_example, 2, env=INTERPRETER) == [9, 7]
+@pytest.mark.parametrize("by_kernel", [True, False], ids=["by-the-kernel", "by-the-host"])
+def test_abort_kernel_leaves_an_earlier_record(by_kernel: bool) -> None:
+    """Ranks on CPUs write it by the host, since another thread may be inside a kernel."""
+    assert run_ranks(abort_example, 2, by_kernel, env=INTERPRETER) == [9, 7]
 
 
 @triton.jit
