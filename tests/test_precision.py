@@ -1,6 +1,7 @@
 """What promises a precision keeps it, bit for bit, through casts, moves and loading."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -123,6 +124,12 @@ def test_nor_moved_away(layer: MoELayer) -> None:
 def test_nor_are_its_experts_alone(layer: MoELayer, cast: str) -> None:
     with pytest.raises(DtypeError, match="the experts of a layer cannot become"):
         CASTS[cast](layer.experts)
+
+
+@pytest.mark.parametrize("leave", [copy.deepcopy, lambda experts: pickle.loads(pickle.dumps(experts))], ids=["copy", "pickle"])
+def test_a_copy_of_its_experts_belongs_to_no_workspace(layer: MoELayer, leave) -> None:
+    assert leave(layer.experts).half().up_proj.dtype == torch.float16
+    assert layer.experts.up_proj.dtype == torch.float32
 
 
 def test_once_the_workspace_is_closed_it_may_be_cast(layer: MoELayer) -> None:

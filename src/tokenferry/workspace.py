@@ -464,8 +464,8 @@ class Workspace:
         self.lifecycle.fail(error)
 
     def settle_failure(self, operation: str, error: BaseException) -> None:
-        """Called as `error` leaves `operation`. Where nothing was launched, the workspace stands where it stood. Else it is
-        broken, and the peers, who wait for what will not come, are told."""
+        """Called as `error` leaves `operation`. Where nothing was launched, the workspace stands where it stood (after
+        `begin_step` without a step). Else it is broken, and the peers, who wait for what will not come, are told."""
         self.lifecycle.settle(
             operation, error, self._lease, lambda: self.active_transport.launched and not _is_capturing(self.device)
         )

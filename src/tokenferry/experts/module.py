@@ -169,6 +169,10 @@ class Experts(KeepsPrecision):
         """From here on, and while `workspace` is open, casts and moves that it could not follow are refused; a layer does it."""
         self._bound = weakref.ref(workspace)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or what is pickled, belongs to no workspace."""
+        return {**self.__dict__, "_bound": None}
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         workspace = None if self._bound is None else self._bound()
         if workspace is not None and not workspace.lifecycle.closed:
