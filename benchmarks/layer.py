@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from tokenferry.cli import bench_layer
+from tokenferry.benchmarking import layer as bench_layer
 
 STACKED = ("router", "dispatch", "experts", "combine", "shared")
 LINES = {"total": "k_", "floor": "g_", "collective": "r_", "grouped_mm": "b_"}

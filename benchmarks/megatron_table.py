@@ -23,7 +23,7 @@ import torch.distributed as dist
 import triton
 
 import tokenferry as tf
-from tokenferry.cli.bench import Bench
+from tokenferry.benchmarking.roundtrip import Bench
 from tokenferry.integrations import megatron
 from tokenferry.testing import run_ranks
 

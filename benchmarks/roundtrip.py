@@ -6,7 +6,7 @@ python benchmarks/roundtrip.py OUTPUT.jsonl [--ranks 2] [--commit HASH] [--trans
 import argparse
 from pathlib import Path
 
-from tokenferry.cli import bench
+from tokenferry.benchmarking import roundtrip as bench
 
 
 def main() -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 import tokenferry as tf
-from tokenferry.cli.bench import Bench, Point
+from tokenferry.benchmarking.roundtrip import Bench, Point
+from tokenferry.kernels.launch import Tuning
 from tokenferry.step import StepRequest, StepTensors
 from tokenferry.testing import run_ranks
-from tokenferry.transports import symmetric
 from tokenferry.transports.base import TransportSettings
-from tokenferry.transports.symmetric import SymmetricTransport
-from tokenferry.transports.symmetric_launch import Tuning
+from tokenferry.transports.symmetric import transport as symmetric
+from tokenferry.transports.symmetric.transport import SymmetricTransport
 
 
 def open_bare(group, hidden_size, capacity, tuning, slot_rows):

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from tokenferry.errors import RankFailedError
 from tokenferry.groups import EPGroup
-from tokenferry.launch import run_processes
+from tokenferry.supervisor import run_processes
 from tokenferry.testing.ranks import Backend
 
 START_S = 150.0

@@ -1,7 +1,7 @@
 """A stand-in for the NVLink switch, for interpreted ranks."""
 
-from tokenferry.memory import SymmetricBuffer
-from tokenferry.transports import symmetric
+from tokenferry.transports.symmetric import transport as symmetric
+from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 
 
 class WithSwitch(SymmetricBuffer):

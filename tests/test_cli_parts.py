@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from tokenferry.benchmarking.presets import PRESETS, REHEARSAL
 from tokenferry.cli import output
-from tokenferry.cli.bench_presets import PRESETS, REHEARSAL
 from tokenferry.cli.context import check_prompts, context_length
 from tokenferry.cli.display import printable
 from tokenferry.cli.failure import one_line, summary
@@ -386,7 +386,7 @@ def test_unwritable_cache_is_a_line_and_exit_code_2(monkeypatch, tmp_path):
     pytest.importorskip("gguf", reason="the demo's packages are not installed")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TOKENFERRY_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr("tokenferry.cli.demo_model.source_file", lambda: tmp_path / "weights.gguf")
+    monkeypatch.setattr("tokenferry.demo.model.source_file", lambda: tmp_path / "weights.gguf")
     outcome = CliRunner().invoke(app, ["generate"])
     assert outcome.exit_code == 2
     assert "cannot be written to the cache folder" in outcome.stderr

@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 
 from tokenferry import lifecycle
 from tokenferry.kernels import abort, combine, counts, dispatch, route, wire
-from tokenferry.transports.symmetric_launch import options, source
-from tokenferry.transports.symmetric_layout import MAX_RANKS
+from tokenferry.kernels.launch import options, source
+from tokenferry.transports.symmetric.layout import MAX_RANKS
 
 pytestmark = pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
@@ -164,7 +164,7 @@ COLD = """
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from tokenferry.kernels import counts
-from tokenferry.transports.symmetric_launch import options, source
+from tokenferry.kernels.launch import options, source
 triton.compile(source(counts.counts_kernel, counts.SIGNATURE, {"LANES": 128, "PDL": 1}),
                target=GPUTarget("cuda", 90, 32), options=options(1, True))
 """

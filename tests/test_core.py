@@ -7,7 +7,7 @@ import torch
 
 import tokenferry as tf
 from tokenferry.lifecycle import MAX_LAYERS
-from tokenferry.transports.select import TRANSPORTS, Accepted, Rejected, agree, choose
+from tokenferry.transports.selection import TRANSPORTS, Accepted, Rejected, agree, choose
 
 CONFIG = tf.MoEConfig(hidden_size=8, num_experts=6, topk=2, dtype=torch.float32)
 

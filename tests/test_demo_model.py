@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tokenferry import env
-from tokenferry.cli import demo_model, manifest, upcycle
+from tokenferry.demo import manifest, upcycle
+from tokenferry.demo import model as demo_model
 from tokenferry.errors import ConfigError
-from tokenferry.launch import run_processes
+from tokenferry.supervisor import run_processes
 from tokenferry.testing import tiny_models
 
 # The manifest

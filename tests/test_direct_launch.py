@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tokenferry.transports import direct_launch
-from tokenferry.transports.direct_launch import Attribute, Config, LaunchShape
+from tokenferry.kernels import direct_launch
+from tokenferry.kernels.direct_launch import Attribute, Config, LaunchShape
 
 TYPES = {"own": "i64", "rank": "i32", "size": "i32", "hidden": "i64", "rows": "i32", "layer": "i32"}
 FIXED = {"own": 1 << 40, "rank": 3, "size": 4}
@@ -135,7 +135,7 @@ def test_our_own_kernels_are_known() -> None:
     from triton.backends.compiler import GPUTarget
 
     from tokenferry.kernels import counts, wire
-    from tokenferry.transports.symmetric_launch import options, source
+    from tokenferry.kernels.launch import options, source
 
     if wire.INTERPRETED:
         pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile")

@@ -15,9 +15,9 @@ import torch.distributed as dist
 import tokenferry as tf
 from tokenferry import topology
 from tokenferry.groups import ThreadRanks
-from tokenferry.memory import SymmetricBuffer
 from tokenferry.testing import run_ranks
 from tokenferry.testing.ranks import run_virtual, virtual_ranks
+from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 
 INTERPRETER = {"TRITON_INTERPRET": "1"}
 

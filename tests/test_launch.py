@@ -23,7 +23,7 @@ from launch_workers import (
     report,
 )
 from tokenferry.errors import ConfigError, RankFailedError, UsageError
-from tokenferry.launch import run_processes
+from tokenferry.supervisor import run_processes
 from tokenferry.testing import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -99,7 +99,7 @@ SUPERVISOR = """
 import sys
 sys.path.insert(0, {tests!r})
 from launch_workers import hold
-from tokenferry.launch import run_processes
+from tokenferry.supervisor import run_processes
 if __name__ == "__main__":
     run_processes(hold, 2, ({folder!r},), timeout_s=60, store_dir={folder!r})
 """
@@ -135,7 +135,7 @@ def test_no_orphan_when_the_supervisor_dies(tmp_path, signum):
 
 
 TYPED = """
-from tokenferry.launch import run_processes
+from tokenferry.supervisor import run_processes
 def worker(rank, world_size, store): return rank
 if __name__ == "__main__": run_processes(worker, 1, timeout_s=20)
 """

@@ -12,8 +12,8 @@ import tokenferry
 ROOT = Path(tokenferry.__file__).parent
 ORDER = (
     "errors", "env", "config", "waiting", "groups", "topology", "dispatched", "precision", "reference", "kernels", "step",
-    "lifecycle", "memory", "transports", "debug", "operators", "dispatcher", "workspace", "activations", "experts", "router",
-    "shared_experts", "layer", "graphs", "launch", "integrations", "testing", "cli",
+    "lifecycle", "transports", "operators", "dispatcher", "workspace", "activations", "experts", "router",
+    "shared_experts", "layer", "graphs", "supervisor", "integrations", "testing", "benchmarking", "demo", "cli",
 )  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
@@ -49,7 +49,7 @@ def test_kernels_import_only_wire_from_one_another(path: Path) -> None:
     froms = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
     siblings = {node.module.split(".")[2] for node in froms if node.module.startswith("tokenferry.kernels.")}
     siblings |= {alias.name for node in froms if node.module == "tokenferry.kernels" for alias in node.names}
-    assert siblings <= {"wire"}
+    assert siblings <= {"wire", "launch", "direct_launch"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -21,12 +21,13 @@ import tokenferry
 import tokenferry as tf
 from faults import CAPACITY, CONFIG, one_step
 from sockets import Socket, of_own_process
-from tokenferry import memory
-from tokenferry.cli import manifest, start
+from tokenferry.cli import start
 from tokenferry.cli.job import Answer, RankResult
+from tokenferry.demo import manifest
 from tokenferry.groups import EPGroup
-from tokenferry.launch import run_processes
+from tokenferry.supervisor import run_processes
 from tokenferry.testing import run_ranks
+from tokenferry.transports.symmetric import buffer as memory
 
 ROOT = Path(tokenferry.__file__).parent
 OBJECTS = {
@@ -262,7 +263,7 @@ def test_the_socket_file_of_a_rendezvous_is_the_users_alone_whatever_the_mask(tm
 
 @pytest.mark.parametrize(
     "path",
-    sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "launch.py"),
+    sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "supervisor.py"),
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_nothing_is_unpickled(path: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import tokenferry as tf
-from tokenferry.transports import symmetric_layout
-from tokenferry.transports.symmetric_layout import CANARY_BYTES, Region, plan
+from tokenferry.transports.symmetric import layout as symmetric_layout
+from tokenferry.transports.symmetric.layout import CANARY_BYTES, Region, plan
 
 CONFIG = tf.MoEConfig(hidden_size=7168, num_experts=288, topk=8)
 

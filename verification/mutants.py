@@ -256,7 +256,7 @@ OF_KERNELS = (
     ),
     Mutant(
         "solo-multicasts",
-        f"{_TRANSPORTS}/symmetric_rounds.py",
+        f"{_TRANSPORTS}/symmetric/rank_kernels.py",
         "kernels.dispatch if place.size > 1 else kernels.dispatch_alone",
         "kernels.dispatch",
         ("tests/interpreter/test_solo.py::test_solo_gives_its_own_rows_and_writes_to_no_peer[nvls-rank0of2-T3]",),
@@ -274,14 +274,14 @@ OF_HOST_LOGIC = (
     ),
     Mutant(
         "collective-sums-in-another-order",
-        f"{_TRANSPORTS}/collective.py",
+        f"{_TRANSPORTS}/collective/transport.py",
         "terms = [term[: self._num_supplied] for term in combine.terms]",
         "terms = [term[: self._num_supplied] for term in combine.terms[::-1]]",
         (f"{SUMS}[collective-order-T2]",),
     ),
     Mutant(
         "collective-drops-the-rounding-of-the-owners-term",
-        f"{_TRANSPORTS}/collective.py",
+        f"{_TRANSPORTS}/collective/transport.py",
         "outgoing[rank] if peer == rank else",
         "partial.split(self._counts)[rank] if peer == rank else",
         (f"{GLOO}[EP2-fp32-partials-bf16-wire]",),
@@ -295,7 +295,7 @@ OF_HOST_LOGIC = (
     ),
     Mutant(
         "collective-takes-equal-counts-for-granted",
-        f"{_TRANSPORTS}/collective.py",
+        f"{_TRANSPORTS}/collective/transport.py",
         "own_rows = self._counts[rank]",
         "own_rows = self._counts[0]",
         (f"{GLOO}[EP4-K1-E5-uneven-experts]",),
@@ -386,7 +386,7 @@ OF_HOST_LOGIC = (
     ),
     Mutant(
         "ranks-stop-when-one-is-done",
-        f"{_TRANSPORTS}/collective.py",
+        f"{_TRANSPORTS}/collective/transport.py",
         "all(header.flags & FLAG_DONE for header in headers)",
         "any(header.flags & FLAG_DONE for header in headers)",
         ("tests/ranks/test_graphs.py::test_an_idle_rank_that_is_not_done_keeps_the_others",),

@@ -34,10 +34,10 @@ from tokenferry.groups import EPGroup
 from tokenferry.lifecycle import MAX_LAYERS, Lease, Lifecycle, Stage, WrongCallerError, logged
 from tokenferry.operators import Operators, Shapes
 from tokenferry.step import Announced, Step, StepRequest, StepTensors
-from tokenferry.transports import select
+from tokenferry.transports import selection
 from tokenferry.transports.agree import agree_to_open, open_together
 from tokenferry.transports.base import CombineOrder, Counts, Transport, TransportSettings
-from tokenferry.transports.collective import CollectiveTransport
+from tokenferry.transports.collective.transport import CollectiveTransport
 from tokenferry.transports.open import required_bytes
 from tokenferry.transports.validation import check_dtypes, check_kinds, check_positive_ints, check_reset, check_settings
 from tokenferry.waiting import Place
@@ -52,7 +52,7 @@ class Workspace:
         config: shape of the layer.
         group: the expert-parallel group.
         max_tokens_per_rank: C, the most rows a rank may bring to a step, padding included.
-        transport: "auto", or one of `transports.select.TRANSPORTS`.
+        transport: "auto", or one of `transports.selection.TRANSPORTS`.
         combine_dtype: of the partial rows on the wire. Default: `config.dtype`.
         index_dtype: of `Dispatched.topk_idx`: int32, or int64 for expert kernels that want it; written so, without a pass.
         combine_order: "rank": terms are summed in rank order, the same bits on every transport. "any": the library's or the
@@ -127,7 +127,7 @@ class Workspace:
         self._watch = None
         try:
             if settings.debug:
-                from tokenferry.debug import Watch  # here, since it imports Triton
+                from tokenferry.transports.debug import Watch  # here, since it imports Triton
 
                 self._watch = Watch(self._transport, settings, self._step_tensors)
             self.operators = _register(self)
@@ -203,8 +203,8 @@ class Workspace:
         index_dtype: torch.dtype = torch.int32,
     ) -> int:
         """What `nbytes` would be, without opening anything. `transport` is a name, not "auto"."""
-        if not isinstance(transport, str) or transport not in select.TRANSPORTS:
-            raise ConfigError(f"transport must be one of {', '.join(select.TRANSPORTS)}, got {transport!r}")
+        if not isinstance(transport, str) or transport not in selection.TRANSPORTS:
+            raise ConfigError(f"transport must be one of {', '.join(selection.TRANSPORTS)}, got {transport!r}")
         if not isinstance(config, MoEConfig):
             raise ConfigError(f"config must be a MoEConfig, got {type(config).__name__}")
         check_positive_ints(ep_size=ep_size, max_tokens_per_rank=max_tokens_per_rank)

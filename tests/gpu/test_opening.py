@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import tokenferry as tf
-from tokenferry.memory import SymmetricBuffer
 from tokenferry.testing import run_ranks
+from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 
 COLD_S, WARM_S = 60.0, 2.0
 CONFIG = tf.MoEConfig(hidden_size=7168, num_experts=64, topk=8)

@@ -77,7 +77,7 @@ def add(control, out, BLOCK: tl.constexpr):
 
 
 def summed(group: tf.EPGroup) -> list[float]:
-    from tokenferry.memory import SymmetricBuffer
+    from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 
     buffer = SymmetricBuffer(group, 4096, "sum", 30.0)
     words = buffer.tensor.view(torch.int64)

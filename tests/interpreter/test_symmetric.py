@@ -378,7 +378,7 @@ def test_a_failing_rank_is_heard_at_once_with_its_reason() -> None:
 
 
 def one_cannot_load(group: tf.EPGroup) -> str:
-    from tokenferry.transports import symmetric
+    from tokenferry.transports.symmetric import transport as symmetric
 
     def broken(*arguments: object) -> None:
         raise OSError("no compiler here")
@@ -398,7 +398,7 @@ def test_a_rank_that_cannot_load_its_kernels_is_named_on_all_ranks_at_once() -> 
 
 
 def one_is_slow_to_load(group: tf.EPGroup) -> list[int]:
-    from tokenferry.transports import symmetric
+    from tokenferry.transports.symmetric import transport as symmetric
 
     load = symmetric.load_kernels
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tokenferry.cli.bench_layer import layer_command, show
-from tokenferry.cli.bench_presets import PRESETS
+from tokenferry.benchmarking.layer import layer_command, show
+from tokenferry.benchmarking.presets import PRESETS
 from tokenferry.errors import ConfigError, DeviceError
 
 pytestmark = pytest.mark.ranks

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenferry.cli import demo_model
+from tokenferry.demo import model as demo_model
 from tokenferry.errors import ConfigError
 
 pytest.importorskip("transformers", reason="the command line generates with transformers")

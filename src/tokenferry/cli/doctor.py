@@ -16,7 +16,7 @@ from tokenferry import env
 from tokenferry.cli.terminal import print_json
 from tokenferry.groups import EPGroup
 from tokenferry.topology import Topology, topology
-from tokenferry.transports.select import Accepted, Decision, decide
+from tokenferry.transports.selection import Accepted, Decision, decide
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Final
 
 import typer
 
+from tokenferry.benchmarking.presets import PRESETS, REHEARSAL
 from tokenferry.cli import options
-from tokenferry.cli.bench_presets import PRESETS, REHEARSAL
 from tokenferry.cli.failure import EXIT_CODE, one_line_errors
 from tokenferry.cli.terminal import accept_any_text
 
@@ -89,7 +89,7 @@ def bench_roundtrip(
 ) -> None:
     """Time dispatch + combine of every transport, beside a plain copy."""
     with one_line_errors():
-        from tokenferry.cli import bench as measure
+        from tokenferry.benchmarking import roundtrip as measure
 
         raise typer.Exit(measure.roundtrip_command(ranks, output))
 
@@ -105,7 +105,7 @@ def bench_layer(
 ) -> None:
     """Time whole MoE layers beside their floor, the collective transport, and transformers' experts."""
     with one_line_errors():
-        from tokenferry.cli import bench_layer as measure
+        from tokenferry.benchmarking import layer as measure
 
         raise typer.Exit(measure.layer_command(ranks, presets, tokens, budget_s, output, rehearse=rehearse))
 

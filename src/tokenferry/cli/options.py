@@ -14,15 +14,15 @@ import typer
 
 from tokenferry import env
 from tokenferry.cli.context import check_new_tokens
-from tokenferry.cli.demo_model import demo_checkpoint
 from tokenferry.cli.job import Job
 from tokenferry.cli.prompts import DEFAULT_PROMPTS, read_prompts
 from tokenferry.cli.run import Request
 from tokenferry.cli.start import torchrun_place
 from tokenferry.cli.work import TINY
+from tokenferry.demo.model import demo_checkpoint
 from tokenferry.errors import ConfigError
 from tokenferry.testing.tiny_models import COMMON, FAMILIES
-from tokenferry.transports.select import TRANSPORTS
+from tokenferry.transports.selection import TRANSPORTS
 
 DEFAULT_RANKS: Final = 2
 EXPERT_COUNTS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

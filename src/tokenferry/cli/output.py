@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 from tokenferry.cli.job import Job, RankResult
 from tokenferry.cli.reference import Comparison
-from tokenferry.errors import ConfigError
 
 SCHEMA: Final = 1
 """Raised when a key changes its meaning or goes."""
@@ -72,18 +70,3 @@ def _answers(job: Job, result: RankResult) -> list[dict[str, Any]]:
         }
         for answer in result.answers
     ]
-
-
-def check_output(path: Path | None) -> None:
-    """Makes the folder of the file for the records.
-
-    Raises:
-        ConfigError: it cannot be written, which is better known before the measurements than after them.
-    """
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise ConfigError(f"--output {path} cannot be written: {error.strerror}; name a file in a folder of yours") from error

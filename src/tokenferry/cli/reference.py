@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenferry.cli.job import Answer, Job, RankResult
-from tokenferry.cli.quiet import quiet_transformers
 from tokenferry.cli.spread import batches, spread
 from tokenferry.cli.start import PRELOAD, OnMessage, rank_environment
 from tokenferry.cli.work import Send, answer_batch, load_tokenizer, model_folder, tokenize, torch_dtype
-from tokenferry.launch import run_processes
+from tokenferry.demo.quiet import quiet_transformers
+from tokenferry.supervisor import run_processes
 
 
 @dataclass(frozen=True, kw_only=True)

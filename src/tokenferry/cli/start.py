@@ -20,7 +20,7 @@ from tokenferry.cli.job import Answer, Job, RankResult
 from tokenferry.cli.work import Send, answer_as_rank
 from tokenferry.errors import ConfigError
 from tokenferry.groups import EPGroup
-from tokenferry.launch import run_processes
+from tokenferry.supervisor import run_processes
 from tokenferry.topology import num_cpus
 
 OnMessage = Callable[[int, dict[str, Any]], None]

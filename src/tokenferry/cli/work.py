@@ -15,8 +15,8 @@ import torch
 
 from tokenferry.cli.context import check_prompts
 from tokenferry.cli.job import Answer, Job, RankResult
-from tokenferry.cli.quiet import quiet_transformers
 from tokenferry.cli.spread import batches, capacity, spread
+from tokenferry.demo.quiet import quiet_transformers
 from tokenferry.errors import ConfigError
 from tokenferry.groups import EPGroup
 from tokenferry.transports.agree import telling_the_others

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tokenferry import env as env_table
 from tokenferry.errors import UsageError, check_kind
 from tokenferry.groups import EPGroup, ThreadRanks
-from tokenferry.launch import run_processes
+from tokenferry.supervisor import run_processes
 
 Backend = Literal["gloo", "nccl"]
 

@@ -1,1 +1,1 @@
-"""How rows travel: one file a transport, and `select`, which picks."""
+"""How rows travel: one file a transport, and `selection`, which picks."""

@@ -12,10 +12,10 @@ from tokenferry.errors import ConfigError, Phase, TransportUnavailableError
 from tokenferry.groups import EPGroup
 from tokenferry.lifecycle import logged
 from tokenferry.step import StepTensors
-from tokenferry.transports import select
+from tokenferry.transports import selection
 from tokenferry.transports.base import PROTOCOL_VERSION, Transport, TransportSettings
 from tokenferry.transports.open import open_transport
-from tokenferry.transports.symmetric_layout import MAX_TIMEOUT_S
+from tokenferry.transports.symmetric.layout import MAX_TIMEOUT_S
 
 
 @contextmanager
@@ -51,10 +51,10 @@ def open_together(name: str, settings: TransportSettings, step_tensors: StepTens
     raise TransportUnavailableError(f"transport {name!r} could not be opened on rank {rank}: {text}") from failure
 
 
-def agree_to_open(settings: TransportSettings, requested: str, phase: Phase) -> tuple[tuple[select.Decision, ...], str]:
+def agree_to_open(settings: TransportSettings, requested: str, phase: Phase) -> tuple[tuple[selection.Decision, ...], str]:
     """Compares what the ranks bring, so that a difference is an error here and not a hang later."""
     config = settings.config
-    own = select.decide(settings.group, requested, config, settings.max_tokens_per_rank, settings.combine_dtype)
+    own = selection.decide(settings.group, requested, config, settings.max_tokens_per_rank, settings.combine_dtype)
     offer: dict[str, Any] = {
         "protocol version": PROTOCOL_VERSION,
         "group size": settings.group.size,
@@ -70,7 +70,7 @@ def agree_to_open(settings: TransportSettings, requested: str, phase: Phase) -> 
         "transport": requested,
         "device type": settings.group.device.type,
     }
-    decisions = [[isinstance(d, select.Accepted), d.name, d.reason] for d in own]
+    decisions = [[isinstance(d, selection.Accepted), d.name, d.reason] for d in own]
     machine = topology.machine_id(settings.group.device.type)
     answers = settings.group.channel.exchange(
         f"{settings.name}/open",
@@ -91,12 +91,12 @@ def agree_to_open(settings: TransportSettings, requested: str, phase: Phase) -> 
                     f"rank {rank} has {answer['offer'].get(key)!r}; open the workspace with equal settings"
                 )
     per_rank = [
-        [select.Accepted(name, reason) if ok else select.Rejected(name, reason) for ok, name, reason in answer["decisions"]]
+        [selection.Accepted(name, reason) if ok else selection.Rejected(name, reason) for ok, name, reason in answer["decisions"]]
         for answer in answers
     ]
-    agreed = select.agree(per_rank, [answer["machine"] for answer in answers])
-    chosen = select.choose(requested, agreed)
-    if chosen in select.SYMMETRIC:
+    agreed = selection.agree(per_rank, [answer["machine"] for answer in answers])
+    chosen = selection.choose(requested, agreed)
+    if chosen in selection.SYMMETRIC:
         _check_timeouts([answer["timeout_s"] for answer in answers])
     return agreed, chosen
 

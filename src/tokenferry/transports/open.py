@@ -6,11 +6,11 @@ import torch
 
 from tokenferry.config import MoEConfig
 from tokenferry.step import StepTensors
-from tokenferry.transports import symmetric_layout
 from tokenferry.transports.base import Transport, TransportSettings
-from tokenferry.transports.collective import CollectiveTransport
+from tokenferry.transports.collective.transport import CollectiveTransport
 from tokenferry.transports.local import LocalTransport
-from tokenferry.transports.select import SYMMETRIC
+from tokenferry.transports.selection import SYMMETRIC
+from tokenferry.transports.symmetric import layout as symmetric_layout
 
 
 def open_transport(name: str, settings: TransportSettings, step_tensors: StepTensors) -> Transport:
@@ -18,10 +18,10 @@ def open_transport(name: str, settings: TransportSettings, step_tensors: StepTen
     if name == "local":
         return LocalTransport(settings, step_tensors)
     if name in SYMMETRIC:
-        from tokenferry.transports.symmetric import SymmetricTransport  # imports Triton, which a CPU may do without
+        from tokenferry.transports.symmetric.transport import SymmetricTransport  # imports Triton, which a CPU may do without
 
         return SymmetricTransport(settings, step_tensors, multicast=name == "nvls")
-    assert name == "collective", "select.choose returns known names only"
+    assert name == "collective", "selection.choose returns known names only"
     return CollectiveTransport(settings, step_tensors)
 
 

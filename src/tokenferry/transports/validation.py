@@ -7,7 +7,7 @@ import torch
 from tokenferry.config import HIDDEN_DTYPES, MoEConfig
 from tokenferry.errors import ConfigError, DeviceError
 from tokenferry.groups import EPGroup
-from tokenferry.transports import select
+from tokenferry.transports import selection
 from tokenferry.transports.base import TransportSettings
 
 MAX_TIMEOUT_S = 1e9
@@ -25,7 +25,7 @@ def check_kinds(config: object, group: object) -> None:
 def check_settings(settings: TransportSettings, transport: object) -> None:
     """Raises ConfigError for a setting that no workspace can be opened with."""
     if not isinstance(transport, str):
-        raise ConfigError(f"transport must be 'auto' or one of {', '.join(select.TRANSPORTS)}, got {transport!r}")
+        raise ConfigError(f"transport must be 'auto' or one of {', '.join(selection.TRANSPORTS)}, got {transport!r}")
     check_positive_ints(max_tokens_per_rank=settings.max_tokens_per_rank)
     check_dtypes(settings.combine_dtype, settings.index_dtype)
     if settings.combine_order not in ("rank", "any"):

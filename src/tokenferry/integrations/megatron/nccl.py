@@ -17,7 +17,7 @@ from tokenferry.integrations.megatron.process_groups import size_of
 from tokenferry.integrations.megatron.registry import Lane
 from tokenferry.integrations.megatron.validation import Fields
 from tokenferry.transports.base import Counts
-from tokenferry.transports.collective import CollectiveTransport
+from tokenferry.transports.collective.transport import CollectiveTransport
 from tokenferry.workspace import Workspace
 
 

@@ -15,7 +15,7 @@ from tokenferry.groups import EPGroup
 from tokenferry.integrations.megatron.buffers import ANY_EXPERT, GroupBuffers, RealTokens, Settings, is_capturing, open_workspace
 from tokenferry.integrations.megatron.process_groups import ranks_of, size_of
 from tokenferry.transports.base import Counts
-from tokenferry.transports.select import default_device
+from tokenferry.transports.selection import default_device
 from tokenferry.workspace import Workspace
 
 UNBOUNDED_ROWS: Final = 2**31 - 1

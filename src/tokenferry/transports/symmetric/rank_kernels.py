@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from tokenferry.kernels import wire
-from tokenferry.memory import SymmetricBuffer
+from tokenferry.kernels.launch import Bound, Launch
 from tokenferry.step import StepRequest, StepTensors
 from tokenferry.transports.base import Gathered, TransportSettings
-from tokenferry.transports.symmetric_launch import Bound, Launch
-from tokenferry.transports.symmetric_layout import Layout
+from tokenferry.transports.symmetric.buffer import SymmetricBuffer
+from tokenferry.transports.symmetric.layout import Layout
 
 
 @dataclass(frozen=True)

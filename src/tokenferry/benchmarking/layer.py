@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenferry.cli.bench import Bench, environment
-from tokenferry.cli.bench_presets import PRESETS, REHEARSAL, Preset
-from tokenferry.cli.output import check_output
+from tokenferry.benchmarking.presets import PRESETS, REHEARSAL, Preset
+from tokenferry.benchmarking.records import check_output
+from tokenferry.benchmarking.roundtrip import Bench, environment
 from tokenferry.config import MoEConfig
 from tokenferry.dispatched import Dispatched
 from tokenferry.errors import ConfigError, DeviceError, TokenferryError

@@ -1,6 +1,6 @@
 """Symmetric memory as transport: kernels of our own store rows into the peers' buffers. No host synchronisation.
 
-The protocol is in docs/symmetric.md; what crosses is in `kernels.wire`, where it lies in `symmetric_layout`.
+The protocol is in docs/symmetric.md; what crosses is in `kernels.wire`, where it lies in `layout`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ from tokenferry.kernels.counts import SIGNATURE as COUNTS_SIGNATURE
 from tokenferry.kernels.counts import counts_kernel
 from tokenferry.kernels.dispatch import SIGNATURE as DISPATCH_SIGNATURE
 from tokenferry.kernels.dispatch import dispatch_kernel
-from tokenferry.memory import SymmetricBuffer
-from tokenferry.step import StepRequest, StepTensors
-from tokenferry.transports.base import AbortRecord, Gathered, TransportSettings, closed_meanwhile
-from tokenferry.transports.symmetric_launch import (
+from tokenferry.kernels.launch import (
     DTYPES,
     PROGRAMS_PER_SM,
     Launch,
@@ -33,8 +30,11 @@ from tokenferry.transports.symmetric_launch import (
     prepare,
     tuning_for,
 )
-from tokenferry.transports.symmetric_layout import MAX_PROGRAMS, Layout, Region, plan
-from tokenferry.transports.symmetric_rounds import Kernels, Place, Rounds, Solo, Views
+from tokenferry.step import StepRequest, StepTensors
+from tokenferry.transports.base import AbortRecord, Gathered, TransportSettings, closed_meanwhile
+from tokenferry.transports.symmetric.buffer import SymmetricBuffer
+from tokenferry.transports.symmetric.layout import MAX_PROGRAMS, Layout, Region, plan
+from tokenferry.transports.symmetric.rank_kernels import Kernels, Place, Rounds, Solo, Views
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
-from tokenferry.kernels import wire
-from tokenferry.transports import direct_launch
+from tokenferry.kernels import direct_launch, wire
 
 DTYPES: Mapping[torch.dtype, Any] = {
     torch.bfloat16: tl.bfloat16,

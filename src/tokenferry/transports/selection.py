@@ -13,7 +13,7 @@ from tokenferry import env, topology
 from tokenferry.config import MoEConfig
 from tokenferry.errors import ConfigError, TransportUnavailableError
 from tokenferry.groups import EPGroup
-from tokenferry.transports import symmetric_layout
+from tokenferry.transports.symmetric import layout as symmetric_layout
 
 TRANSPORTS = ("local", "p2p", "nvls", "collective")
 """All transports, in the order in which `auto` prefers them. `nvls` stands behind `p2p` for as long as no GPU with multicast has

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from tokenferry.cli.output import check_output
+from tokenferry.benchmarking.records import check_output
 from tokenferry.config import MoEConfig
 from tokenferry.errors import DeviceError, TokenferryError
 from tokenferry.groups import EPGroup
-from tokenferry.memory import SymmetricBuffer
 from tokenferry.reference import sum_in_rank_order
 from tokenferry.testing import run_ranks
+from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 from tokenferry.workspace import Workspace
 
 COPY_BYTES = 256 << 20

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from tokenferry import env
 from tokenferry.groups import EPGroup
-from tokenferry.transports.communicator import HEADER_WORDS, CommunicationError, Header, Rows, leave_to_parent
+from tokenferry.transports.collective.gloo import HEADER_WORDS, CommunicationError, Header, Rows, leave_to_parent
 
 _NO_TORCH_TIMEOUT = datetime.timedelta(days=30)
 _POLL_S = 0.00002

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 
-from tokenferry.cli.quiet import quiet_transformers
+from tokenferry.demo.quiet import quiet_transformers
 from tokenferry.errors import ConfigError
 
 NUM_EXPERTS: Final = 4

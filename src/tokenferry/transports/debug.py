@@ -15,9 +15,9 @@ import torch
 from tokenferry.errors import StateError, UsageError
 from tokenferry.step import StepTensors
 from tokenferry.transports.base import Gathered, Transport, TransportSettings
-from tokenferry.transports.symmetric import SymmetricTransport
-from tokenferry.transports.symmetric_layout import Layout
-from tokenferry.transports.symmetric_rounds import Rounds
+from tokenferry.transports.symmetric.layout import Layout
+from tokenferry.transports.symmetric.rank_kernels import Rounds
+from tokenferry.transports.symmetric.transport import SymmetricTransport
 
 CANARY: Final = 0xA5
 LOW, HIGH, WRITTEN, OVERRUN, COUNTS, CHANGED = range(6)

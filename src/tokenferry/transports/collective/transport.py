@@ -17,9 +17,9 @@ from tokenferry.errors import PeerError, StateError
 from tokenferry.reference import pad_rows, sum_in_rank_order
 from tokenferry.step import FLAG_DONE, Announced, StepRequest, StepTensors
 from tokenferry.transports.base import AbortRecord, Gathered, InHalves, TransportSettings, closed_meanwhile, mask_padding
-from tokenferry.transports.communicator import CommunicationError, GlooCommunicator, Header, Pending
+from tokenferry.transports.collective.gloo import CommunicationError, GlooCommunicator, Header, Pending
+from tokenferry.transports.collective.nccl import NcclCommunicator
 from tokenferry.transports.local import LocalTransport
-from tokenferry.transports.nccl import NcclCommunicator
 
 STEP, DISPATCH, COMBINE, ANNOUNCE = 0, 1, 2, 3
 """Operations, in the order in which a rank goes through them within a layer. Announcing stands apart, so that a rank which

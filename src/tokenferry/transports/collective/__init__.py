@@ -1,0 +1,1 @@
+"""`torch.distributed` as transport: gloo on CPUs, NCCL on GPUs."""
