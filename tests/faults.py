@@ -187,9 +187,9 @@ def stop_for(seconds: float) -> None:
 
 def stop_at_a_send(ws: tf.Workspace, seconds: float) -> None:
     """The next packet but a few that this rank's kernels send waits until the process has been stopped and woken."""
-    from tokenferry.kernels import wire
+    from tokenferry.kernels.wire_interpreter import Observer
 
-    class StopsOnce(wire.Observer):
+    class StopsOnce(Observer):
         sends = 0
 
         def event(self, kind: str, addresses: object) -> None:

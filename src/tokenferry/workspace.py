@@ -31,7 +31,8 @@ from tokenferry.errors import (
     refuse_pickling,
 )
 from tokenferry.groups import EPGroup
-from tokenferry.lifecycle import MAX_LAYERS, Lease, Lifecycle, Stage, WrongCallerError, logged
+from tokenferry.kernels.control_block import MAX_LAYERS
+from tokenferry.lifecycle import Lease, Lifecycle, Stage, WrongCallerError, logged
 from tokenferry.operators import Operators, Shapes
 from tokenferry.step import Announced, Step, StepRequest, StepTensors
 from tokenferry.transports import selection

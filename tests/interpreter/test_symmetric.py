@@ -138,9 +138,9 @@ def test_thousands_of_random_steps(world_size: int) -> None:
 
 def delayed(group: tf.EPGroup, steps: list[StepCase]) -> list[str]:
     """All ranks send each block's packets in random pieces, in random order, with pauses; returns the kinds of event seen."""
-    from tokenferry.kernels import wire
+    from tokenferry.kernels.wire_interpreter import Observer
 
-    class Slow(wire.Observer):
+    class Slow(Observer):
         def __init__(self) -> None:
             self.random, self.kinds = random.Random(group.rank), set()
 
@@ -171,7 +171,7 @@ def delayed(group: tf.EPGroup, steps: list[StepCase]) -> list[str]:
 def test_packets_in_any_order_with_pauses_between_them() -> None:
     steps = [*random_steps(5, 25, 3, 4), StepCase((SLOT_ROWS + 1, 0, 3)), StepCase((2, 2, 2))]
     kinds = run_ranks(delayed, 3, steps, env=INTERPRETER, timeout_s=120)
-    assert kinds == [["count", "restore", "send", "signal", "take"]] * 3
+    assert kinds == [["count", "poll", "restore", "send", "signal"]] * 3
 
 
 # --- halves ---------------------------------------------------------------------------------------------------------

@@ -233,13 +233,13 @@ class Bench:
     def dispatch_alone(self, ws: Workspace, own: Rows, count: int) -> float:
         """Microseconds of a dispatch without its combine. Only a combine moves on to the other parity's slots, so every second
         dispatch reads its round from a copy of the counters that is one ahead. Safe where every rank brings rows."""
-        from tokenferry.kernels import wire  # needs Triton
+        from tokenferry.kernels.control_block import COUNTERS_OFFSET, ROUND_OFFSET
 
         ws.begin_step(count)
         transport: Any = ws.active_transport
         place = transport._place
-        counters = transport._buffer.tensor[wire.STATE : wire.STATE + 64].clone().view(torch.int64)
-        counters[wire.STATE_ROUND.value // 8] += 1 << 32
+        counters = transport._buffer.tensor[COUNTERS_OFFSET : COUNTERS_OFFSET + 64].clone().view(torch.int64)
+        counters[ROUND_OFFSET // 8] += 1 << 32
         second = transport.at(dataclasses.replace(place, state=counters.data_ptr()))
         second._num_real = transport._num_real
 

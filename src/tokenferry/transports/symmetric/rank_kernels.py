@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenferry.kernels import wire
+from tokenferry.kernels.control_block import MODE_BOTH, MODE_RECEIVE, MODE_SEND, NUM_REAL_OFFSET
 from tokenferry.kernels.launch import Bound, Launch
 from tokenferry.step import StepRequest, StepTensors
 from tokenferry.transports.base import Gathered, TransportSettings
@@ -82,7 +82,7 @@ class Rounds:
         self._sending: tuple[torch.Tensor, ...] = ()
         config = settings.config
         self._dispatch_alignment = 16 if config.hidden_size * config.dtype.itemsize % 16 == 0 else 8
-        self._num_real = place.state + wire.STATE_NUM_REAL.value
+        self._num_real = place.state + NUM_REAL_OFFSET
         self._terms_address = views.terms_RH.data_ptr()
         self._counts, self._dispatches, self._combines = self._bind()
 
@@ -91,39 +91,39 @@ class Rounds:
         place, layout, buffer, kernels = self._place, self._layout, self._buffer, self._kernels
         group = self._settings.group
         common = {
-            "own": buffer.address,
-            "peers": place.peers,
+            "buffer_ptr": buffer.address,
+            "peer_table_ptr": place.peers,
             "rank": place.rank,
             "size": place.size,
-            "state": place.state,
-            "block": place.block,
+            "counters_ptr": place.state,
+            "step_counts_ptr": place.block,
         }
         counts = kernels.counts.bind(
             1,
             **common,
-            public=self._step_tensors.packed.data_ptr(),
+            step_tensors_ptr=self._step_tensors.packed.data_ptr(),
             public_rank=group.rank,
             public_size=group.size,
             generation=self._settings.generation,
         )
-        rows = {**common, "counts": layout.counts.offset, "slot_rows": layout.slot_rows}
+        rows = {**common, "counts_offset": layout.counts.offset, "slot_rows": layout.slot_rows}
         dispatch = {
             **rows,
-            "cast": place.cast,
-            "arrived": layout.arrived.offset,
-            "slots": layout.dispatch_slots.offset,
+            "multicast_ptr": place.cast,
+            "arrived_offset": layout.arrived.offset,
+            "slots_offset": layout.dispatch_slots.offset,
             "slot_bytes": layout.dispatch_slot_bytes,
-            "out_hidden": layout.hidden.offset,
-            "out_idx": layout.topk_idx.offset,
-            "out_weights": layout.topk_weights.offset,
+            "out_hidden_offset": layout.hidden.offset,
+            "out_idx_offset": layout.topk_idx.offset,
+            "out_weights_offset": layout.topk_weights.offset,
         }
         combine = {
             **rows,
-            "cast": place.cast,
-            "ready": layout.ready.offset,
-            "slots": layout.combine_slots.offset,
+            "multicast_ptr": place.cast,
+            "ready_offset": layout.ready.offset,
+            "slots_offset": layout.combine_slots.offset,
             "slot_bytes": layout.combine_slot_bytes,
-            "terms": layout.terms.offset,
+            "terms_offset": layout.terms.offset,
         }
         dispatches = kernels.dispatch if place.size > 1 else kernels.dispatch_alone
         return (
@@ -151,31 +151,31 @@ class Rounds:
         self._request = request
         place = self._place
         if isinstance(request.num_real_tokens, int):
-            known_real, self._num_real = request.num_real_tokens, place.state + wire.STATE_NUM_REAL.value
+            known_real, self._num_real = request.num_real_tokens, place.state + NUM_REAL_OFFSET
         else:  # read when the kernels run
             known_real, self._num_real = 0, request.num_real_tokens.data_ptr()
         self.launched = True
         self._counts(request.num_tokens, request.flags, known_real)
 
     def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
-        self._send_rows(layer, hidden, topk_idx, topk_weights, wire.WHOLE)
+        self._send_rows(layer, hidden, topk_idx, topk_weights, MODE_BOTH)
         return self._views.gathered
 
     def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         self._sending = (hidden, topk_idx, topk_weights)  # kept: another stream may get the memory of what the caller drops
-        self._send_rows(layer, hidden, topk_idx, topk_weights, wire.SEND.value)
+        self._send_rows(layer, hidden, topk_idx, topk_weights, MODE_SEND)
         self._sent_dtypes = topk_idx.dtype, topk_weights.dtype
 
     def dispatch_end(self) -> Gathered:
         self.launched = True
-        self._dispatches[self._sent_dtypes](0, 0, 0, 0, self._num_real, self._layer, wire.RECEIVE.value)
+        self._dispatches[self._sent_dtypes](0, 0, 0, 0, self._num_real, self._layer, MODE_RECEIVE)
         for tensor in self._sending:
             if tensor.is_cuda:  # it may have been made on another stream, which would hand its memory on at once
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
         self._sending = ()
         return self._views.gathered
 
-    def _send_rows(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, part: int) -> None:
+    def _send_rows(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, mode: int) -> None:
         self._layer, self._num_supplied = layer, hidden.shape[0]
         address = hidden.data_ptr()
         if address % self._dispatch_alignment:
@@ -183,36 +183,36 @@ class Rounds:
             address = hidden.data_ptr()
         self.launched = True
         self._dispatches[topk_idx.dtype, topk_weights.dtype](
-            address, topk_idx.data_ptr(), topk_weights.data_ptr(), self._num_supplied, self._num_real, layer, part
+            address, topk_idx.data_ptr(), topk_weights.data_ptr(), self._num_supplied, self._num_real, layer, mode
         )
 
     def combine_input(self) -> torch.Tensor:
         return self._views.terms_RH
 
     def combine(self, partial: torch.Tensor) -> torch.Tensor:
-        return self._combine(_aligned(partial), wire.WHOLE)
+        return self._combine(_aligned(partial), MODE_BOTH)
 
     def combine_begin(self, partial: torch.Tensor) -> None:
         self._partial = partial = _aligned(partial)
         self.launched = True
-        self._combines[partial.dtype](partial.data_ptr(), self._is_in_place(partial), 0, 0, self._layer, wire.SEND.value)
+        self._combines[partial.dtype](partial.data_ptr(), self._is_in_place(partial), 0, 0, self._layer, MODE_SEND)
 
     def combine_end(self) -> torch.Tensor:
         partial = self._partial
         assert partial is not None, "the workspace orders the halves"
-        combined = self._combine(partial, wire.RECEIVE.value)
+        combined = self._combine(partial, MODE_RECEIVE)
         self._partial = None
         if partial.is_cuda:  # it may be a copy of our own, made on the stream of `combine_begin`
             partial.record_stream(torch.cuda.current_stream(partial.device))
         return combined
 
-    def _combine(self, partial: torch.Tensor, part: int) -> torch.Tensor:
+    def _combine(self, partial: torch.Tensor, mode: int) -> torch.Tensor:
         settings, num_rows = self._settings, self._num_supplied
         config = settings.config
         out = torch.empty((num_rows, config.hidden_size), dtype=config.dtype, device=settings.group.device)
         in_place = self._is_in_place(partial)
         self.launched = True
-        self._combines[partial.dtype](partial.data_ptr(), in_place, out.data_ptr(), num_rows, self._layer, part)
+        self._combines[partial.dtype](partial.data_ptr(), in_place, out.data_ptr(), num_rows, self._layer, mode)
         return out
 
     def _is_in_place(self, partial: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ from itertools import product
 import torch
 
 from tokenferry.errors import TransportUnavailableError
-from tokenferry.kernels import wire
+from tokenferry.kernels import control_block, wire, wire_interpreter
 from tokenferry.kernels.abort import SIGNATURE as ABORT_SIGNATURE
 from tokenferry.kernels.abort import abort_kernel
 from tokenferry.kernels.combine import SIGNATURE as COMBINE_SIGNATURE
@@ -68,15 +68,15 @@ class SymmetricTransport(Rounds):
         if multicast and group.size > 1 and not buffer.multicast_address:
             buffer.close()
             raise TransportUnavailableError("nvls: the symmetric memory has no multicast address here; use transport='p2p'")
-        self._observer: wire.Observer | None = None
+        self._observer: wire_interpreter.Observer | None = None
         self._mirror, kernels, grid = _prepare_together(settings, layout, tuning, buffer, multicast and group.size > 1)
         views = _views(settings, buffer, layout)
         address = buffer.address
-        state, block = address + wire.STATE, address + layout.block.offset
+        state, block = address + control_block.COUNTERS_OFFSET, address + layout.step_counts.offset
         place = Place(group.rank, group.size, state, block, buffer.table_address, buffer.multicast_address)
         super().__init__(settings, step_tensors, buffer, layout, kernels, views, place, grid)
         self.name = "nvls" if multicast else "p2p"
-        state, block = address + wire.SOLO_STATE, address + layout.solo_block.offset
+        state, block = address + control_block.SOLO_COUNTERS_OFFSET, address + layout.solo_step_counts.offset
         self._alone = Place(0, 1, state, block, buffer.own_table_address, 0)
         is_cpu = group.device.type == "cpu"
         self._is_cpu = is_cpu
@@ -140,7 +140,7 @@ class SymmetricTransport(Rounds):
         """The error that the whole group agrees on: two ranks may have given up at the same moment."""
         if self._aborted:  # the record is this rank's own, and no peer is to blame
             return closed_meanwhile()
-        record = wire.Record.unpack(word)
+        record = control_block.Record.unpack(word)
         settings, step = self._settings, record.step_near(self._request.index)
         reason = f"rank {record.rank} gave up" if record.phase == "failed" else ""
         phase = "data-missing" if record.phase == "failed" else record.phase
@@ -165,30 +165,30 @@ class SymmetricTransport(Rounds):
         try:
             settings.group.channel.claim(f"{settings.name}/abort", asdict(mine))
         finally:
-            self._abort(wire.Record(rank, rank, "failed", self._request.index, self._layer))
+            self._abort(control_block.Record(rank, rank, "failed", self._request.index, self._layer))
 
     def abort(self) -> None:
         rank = self._settings.group.rank
         self._aborted = True
-        self._abort(wire.Record(rank, rank, "failed", self._request.index, self._layer))
+        self._abort(control_block.Record(rank, rank, "failed", self._request.index, self._layer))
 
-    def _abort(self, record: wire.Record) -> None:
+    def _abort(self, record: control_block.Record) -> None:
         """Writes the record to every rank, from a stream of its own: this rank's may be waiting for a peer."""
         args = (1, self._buffer.table_address, self._settings.group.size, record.pack())
         if self._is_cpu:
             # Not by the kernel: another thread may be inside one, and the interpreter runs one at a time in a process.
-            wire.claim_records(self._buffer.peers, record.pack())
+            wire_interpreter.claim_records(self._buffer.peers, record.pack())
             return
         stream = torch.cuda.Stream(self._settings.group.device)
         with torch.cuda.stream(stream):
             self._kernels.abort(*args)
         stream.synchronize()
 
-    def observe(self, observer: wire.Observer) -> None:
+    def observe(self, observer: wire_interpreter.Observer) -> None:
         """Shows every packet to `observer`. In the interpreter alone."""
         assert wire.INTERPRETED, "a GPU cannot call Python"
         self._observer = observer
-        ctypes.c_int64.from_address(self._buffer.address + wire.OBSERVER.value).value = id(observer)
+        ctypes.c_int64.from_address(self._buffer.address + control_block.OBSERVER_OFFSET).value = id(observer)
 
     def close(self) -> None:
         super().close()
@@ -283,12 +283,14 @@ def _prepare_together(
 
 def _initialise(settings: TransportSettings, buffer: SymmetricBuffer, layout: Layout, mirror: int) -> None:
     """Fills the control block and empties the slots. The buffer is zero elsewhere."""
-    control = torch.zeros(wire.CONTROL_BYTES // 8, dtype=torch.int64)
-    control[wire.TIMEOUT_NS.value // 8] = int(settings.timeout_s * 1e9)
-    control[wire.MIRROR.value // 8] = mirror
-    control[wire.PEER_TABLE.value // 8] = buffer.table_address
-    control[wire.GROUP_SIZE.value // 8] = settings.group.size  # little-endian; the upper half is DIRTY_ROWS
-    buffer.tensor[: wire.CONTROL_BYTES].copy_(control.view(torch.uint8))
+    control = torch.zeros(control_block.CONTROL_BYTES // 8, dtype=torch.int64)
+    control[control_block.TIMEOUT_OFFSET // 8] = int(settings.timeout_s * 1e9)
+    control[control_block.MIRROR_OFFSET // 8] = mirror
+    control[control_block.PEER_TABLE_OFFSET // 8] = buffer.table_address
+    control[control_block.GROUP_SIZE_OFFSET // 8] = (
+        settings.group.size
+    )  # little-endian; the upper half is the int32 at DIRTY_ROWS_OFFSET
+    buffer.tensor[: control_block.CONTROL_BYTES].copy_(control.view(torch.uint8))
     for region in (layout.dispatch_slots, layout.combine_slots, layout.topk_idx):
         buffer.tensor[region.offset : region.end].fill_(0xFF)
     if settings.group.device.type == "cuda":
