@@ -14,12 +14,12 @@ import torch
 
 import tokenferry as tf
 from tokenferry.benchmarking.roundtrip import Bench, Point
-from tokenferry.kernels.launch import Tuning
 from tokenferry.step import StepRequest, StepTensors
 from tokenferry.testing import run_ranks
 from tokenferry.transports.base import TransportSettings
-from tokenferry.transports.symmetric import transport as symmetric
+from tokenferry.transports.symmetric import loading
 from tokenferry.transports.symmetric.transport import SymmetricTransport
+from tokenferry.transports.symmetric.tuning import Tuning
 
 
 def open_bare(group, hidden_size, capacity, tuning, slot_rows):
@@ -38,7 +38,7 @@ def open_bare(group, hidden_size, capacity, tuning, slot_rows):
         generation=0,
     )
     step_tensors = StepTensors(group.rank, group.size, group.device)
-    symmetric.INDEX_DTYPES, symmetric.FLOAT_DTYPES = (torch.int32,), (torch.float32, torch.bfloat16)  # compile what is used here
+    loading.INDEX_DTYPES, loading.FLOAT_DTYPES = (torch.int32,), (torch.float32, torch.bfloat16)  # compile what is used here
     return SymmetricTransport(settings, step_tensors, slot_rows=slot_rows, tuning=tuning)
 
 
@@ -71,7 +71,7 @@ def measure(group, bench, hidden_size, count, tuning, slot_rows):
             step()
 
     median, spread = bench.time_graph(chain, 20)
-    record = {"H": hidden_size, "T": count, "warps": tuning.num_warps, "programs": transport._grid, "limit": tuning.max_programs,
+    record = {"H": hidden_size, "T": count, "warps": tuning.num_warps, "programs": transport.grid, "limit": tuning.max_programs,
               "slots": slot_rows, "us": round(median, 2), "spread": round(spread, 2)}  # fmt: skip
     differences = [
         name
@@ -127,13 +127,14 @@ def host_time(group, bench):
         ws.check()
         transport = ws.active_transport
         alone = transport.solo()
-        counts = alone._kernels.counts
+        counts = alone._resources.kernels.counts
         tensor = torch.zeros(64, device=ws.device)
         plain = copy.copy(counts)
         plain._run = copy.copy(counts._run)
         plain._run.launch_pdl = False
-        solo_args = (1, alone._buffer.address, alone._buffer.own_table_address, 0, 1, alone._place.state, alone._place.block,
-                     alone._step_tensors.packed.data_ptr(), group.rank, group.size, 1, 0, 1, 0)  # fmt: skip
+        published = alone._resources.step_tensors.packed.data_ptr()
+        solo_args = (1, alone._buffer.address, alone._buffer.own_table_address, 0, 1, alone.view.counters_ptr,
+                     alone.view.step_counts_ptr, published, group.rank, group.size, 1, 0, 1, 0)  # fmt: skip
         for name, call in (
             ("torch_add", lambda: tensor.add_(1)),
             ("launch_pdl", lambda: counts(*solo_args)),

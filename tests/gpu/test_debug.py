@@ -134,7 +134,7 @@ def test_counts_that_cannot_be_are_found_in_eager_steps_and_in_replays(on_ranks:
 def poisoned(group: tf.EPGroup) -> dict[str, bool]:
     """Whether NaN stands where nothing valid does: before the first step, then in an eager step, then in a replay."""
     with tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport="p2p") as ws:
-        steps, gathered = Steps(ws), ws._transport._views.gathered
+        steps, gathered = Steps(ws), ws._transport.fixed_rows
         rows, weights = gathered.hidden_RH, gathered.topk_weights_RK
         seen = {"rows before the first step": bool(rows.isnan().all()), "weights too": bool(weights.isnan().all())}
 

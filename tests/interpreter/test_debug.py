@@ -38,7 +38,7 @@ def found(group: tf.EPGroup) -> dict[str, str]:
     with tf.Workspace(config, group, max_tokens_per_rank=4, transport="p2p") as ws:
         layer, transport = ws.dispatcher(), ws._transport
 
-        rows_before = transport._views.gathered.hidden_RH
+        rows_before = transport.fixed_rows.hidden_RH
         said["unread"] = "NaN" if bool(rows_before.isnan().all()) else "not poisoned before the first step"
 
         def round_trip(ids: torch.Tensor = rows[1]) -> torch.Tensor:

@@ -237,11 +237,9 @@ class Bench:
 
         ws.begin_step(count)
         transport: Any = ws.active_transport
-        place = transport._place
-        counters = transport._buffer.tensor[COUNTERS_OFFSET : COUNTERS_OFFSET + 64].clone().view(torch.int64)
+        counters = transport.memory.buffer[COUNTERS_OFFSET : COUNTERS_OFFSET + 64].clone().view(torch.int64)
         counters[ROUND_OFFSET // 8] += 1 << 32
-        second = transport.at(dataclasses.replace(place, state=counters.data_ptr()))
-        second._num_real = transport._num_real
+        second = transport.viewed_as(dataclasses.replace(transport.view, counters_ptr=counters.data_ptr()))
 
         def chain() -> None:
             for number in range(self.chain):

@@ -16,7 +16,7 @@ from tokenferry.errors import StateError, UsageError
 from tokenferry.step import StepTensors
 from tokenferry.transports.base import Gathered, Transport, TransportSettings
 from tokenferry.transports.symmetric.layout import Layout
-from tokenferry.transports.symmetric.rank_kernels import Rounds
+from tokenferry.transports.symmetric.rank_kernels import RankKernels
 from tokenferry.transports.symmetric.transport import SymmetricTransport
 
 CANARY: Final = 0xA5
@@ -98,8 +98,8 @@ class Watch:
         self._held: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         if isinstance(transport, SymmetricTransport):
             self._canaries = _Canaries(transport._buffer.tensor, transport._layout)
-        if isinstance(transport, Rounds):
-            _poison(transport._views.gathered)  # peers store here only after they have this rank's count
+        if isinstance(transport, RankKernels):
+            _poison(transport.fixed_rows)  # peers store here only after they have this rank's count
         self._watch(transport)
         if device.type == "cuda":  # steps may begin on another stream
             torch.cuda.current_stream(device).synchronize()
@@ -124,7 +124,7 @@ class Watch:
         replace("combine_end", self._returns_held)
         replace("solo", self._solo)
         replace("close", self._close)
-        if isinstance(transport, Rounds):
+        if isinstance(transport, RankKernels):
             replace("dispatch", lambda call: self._receives(self._sends(call)))
             replace("dispatch_end", lambda call: self._receives(self._returns_held(call)))
             replace("combine", self._combines)
@@ -135,7 +135,7 @@ class Watch:
         own again from `combine_begin` on, and are poisoned there."""
 
         def begin(transport: Any, *args: Any) -> Any:
-            own = transport._views.gathered.hidden_RH if isinstance(transport, Rounds) else None
+            own = transport.fixed_rows.hidden_RH if isinstance(transport, RankKernels) else None
             given = zip(names, args[-len(names) :], strict=True)
             held = [(name, tensor, tensor.clone()) for name, tensor in given if own is None or not _lies_in(tensor, own)]
             result = call(transport, *args)
@@ -205,7 +205,7 @@ class Watch:
 
     def _combines(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def combine(transport: Any, partial: torch.Tensor) -> Any:
-            gathered: Gathered = transport._views.gathered
+            gathered: Gathered = transport.fixed_rows
             if _lies_in(partial, gathered.hidden_RH):
                 partial = partial.clone()
             _poison(gathered)
