@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import torch
+from tokenferry.benchmarking.roundtrip import Bench, Point
 
 import tokenferry as tf
-from tokenferry.benchmarking.roundtrip import Bench, Point
 from tokenferry.kernels.launch import Tuning
 from tokenferry.step import StepRequest, StepTensors
 from tokenferry.testing import run_ranks

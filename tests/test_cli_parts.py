@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tokenferry.benchmarking.presets import PRESETS, REHEARSAL
+from tokenferry.benchmarking import PRESETS, REHEARSAL
 from tokenferry.cli import output
 from tokenferry.cli.context import check_prompts, context_length
 from tokenferry.cli.display import printable
