@@ -7,7 +7,7 @@ from typing import Final
 
 import typer
 
-from tokenferry.benchmarking.presets import PRESETS, REHEARSAL
+from tokenferry.benchmarking import PRESETS, REHEARSAL
 from tokenferry.cli import options
 from tokenferry.cli.failure import EXIT_CODE, one_line_errors
 from tokenferry.cli.terminal import accept_any_text
@@ -89,9 +89,9 @@ def bench_roundtrip(
 ) -> None:
     """Time dispatch + combine of every transport, beside a plain copy."""
     with one_line_errors():
-        from tokenferry.benchmarking import roundtrip as measure
+        from tokenferry.cli.bench import round_trip_command
 
-        raise typer.Exit(measure.roundtrip_command(ranks, output))
+        raise typer.Exit(round_trip_command(ranks, output))
 
 
 @bench.command("layer")
@@ -105,9 +105,9 @@ def bench_layer(
 ) -> None:
     """Time whole MoE layers beside their floor, the collective transport, and transformers' experts."""
     with one_line_errors():
-        from tokenferry.benchmarking import layer as measure
+        from tokenferry.cli.bench import layer_command
 
-        raise typer.Exit(measure.layer_command(ranks, presets, tokens, budget_s, output, rehearse=rehearse))
+        raise typer.Exit(layer_command(ranks, presets, tokens, budget_s, output, rehearse=rehearse))
 
 
 def run() -> None:

@@ -115,7 +115,7 @@ def _received(store: dist.Store, rank: int) -> RankResult:
     for number, answer in enumerate(told.pop("answers")):
         shape, logits = answer.pop("logits_shape"), None
         if shape is not None:
-            logits = torch.empty(shape, dtype=torch.float32)
+            logits = torch.empty(shape, dtype=torch.float32, device="cpu")
             for token, row in enumerate(logits):
                 row.copy_(torch.frombuffer(bytearray(store.get(f"{rank}/logits/{number}/{token}")), dtype=torch.float32))
         answers.append(Answer(**{**answer, "token_ids": tuple(answer["token_ids"])}, logits=logits))

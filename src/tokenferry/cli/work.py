@@ -187,7 +187,7 @@ def cut_after_stop(ids: list[int], stop_ids: frozenset[int]) -> list[int]:
 
 def progress(send: Send, stop_ids: frozenset[int]) -> Callable[..., torch.Tensor]:
     """A stopping criterion that stops nothing and reports the tokens of rows that have not ended yet."""
-    stop = torch.tensor(sorted(stop_ids), dtype=torch.long)
+    stop = torch.tensor(sorted(stop_ids), dtype=torch.int64, device="cpu")
     running: list[torch.Tensor] = []
 
     def report(input_ids: torch.Tensor, scores: Any, **_kwargs: Any) -> torch.Tensor:
