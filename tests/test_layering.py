@@ -69,7 +69,7 @@ def test_imports_point_up(modules: list[Module]) -> None:
     check(offences())
 
 
-def test_kernels_import_only_wire_and_launch_from_one_another(modules: list[Module]) -> None:
+def test_kernels_import_only_wire_from_one_another(modules: list[Module]) -> None:
     def offences() -> Offences:
         for module in modules:
             if module.part == "kernels":
