@@ -353,8 +353,8 @@ OF_HOST_LOGIC = (
     ),
     Mutant(
         "last-word-wins-in-the-store",
-        "src/tokenferry/groups.py",
-        'return json.loads(self._store.compare_set(name, "", json.dumps(value)))',
+        "src/tokenferry/channel.py",
+        "return json.loads(self._store.set_if_absent(name, json.dumps(value)))",
         "self._store.set(name, json.dumps(value)); return value",
         ("tests/test_core.py::test_the_first_to_claim_a_name_keeps_it",),
     ),

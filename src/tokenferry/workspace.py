@@ -41,7 +41,7 @@ from tokenferry.transports.base import CombineOrder, Counts, Transport, Transpor
 from tokenferry.transports.collective.transport import CollectiveTransport
 from tokenferry.transports.open import required_bytes
 from tokenferry.transports.validation import check_dtypes, check_kinds, check_positive_ints, check_reset, check_settings
-from tokenferry.waiting import Place
+from tokenferry.waiting import Position
 
 _log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class Workspace:
 
                 self._watch = Watch(self._transport, settings, self._step_tensors)
             self.operators = _register(self)
-            settings.group.waiting.join(settings.name, _place_of(self), settings.timeout_s)
+            settings.group.waiting.join(settings.name, _position_of(self), settings.timeout_s)
         except BaseException:
             self._lease.end()
             raise
@@ -625,16 +625,16 @@ def _is_capturing(device: torch.device) -> bool:
     return False
 
 
-def _place_of(workspace: Workspace) -> Callable[[], Place | None]:
+def _position_of(workspace: Workspace) -> Callable[[], Position | None]:
     """Tells where the workspace stands, without keeping it alive."""
     reference = weakref.ref(workspace)
 
-    def look() -> Place | None:
+    def look() -> Position | None:
         workspace = reference()
         if workspace is None or workspace.lifecycle.closed:
             return None
         lifecycle = workspace.lifecycle
-        return Place(workspace._step_index, lifecycle.layer, lifecycle.stage.value, lifecycle.is_occupied)
+        return Position(workspace._step_index, lifecycle.layer, lifecycle.stage.value, lifecycle.is_occupied)
 
     return look
 
