@@ -340,7 +340,7 @@ OF_HOST_LOGIC = (
     Mutant(
         "combine-twice-is-allowed",
         "src/tokenferry/lifecycle.py",
-        '        elif operation == "combine_begin":\n            self.ticket = None\n',
+        '        elif operation == "combine_begin":\n            self.handle = None\n',
         "",
         ("tests/test_core.py::test_misuse_names_the_argument_and_the_remedy[collective-combined-twice]",),
     ),
