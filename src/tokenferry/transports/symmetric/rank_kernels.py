@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tokenferry.kernels.control_block import MODE_BOTH, MODE_RECEIVE, MODE_SEND, NUM_REAL_OFFSET
-from tokenferry.kernels.launch import Bound, Launch
+from tokenferry.kernels.launch import BoundLaunch, Launch
 from tokenferry.step import StepRequest, StepTensors
 from tokenferry.transports.base import Gathered, SymmetricMemory, Transport, TransportSettings
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
@@ -26,6 +26,20 @@ class Kernels:
     """The same without multicast, for `solo`: a multicast store reaches every rank, whoever the kernel takes its peers for."""
     combine: dict[torch.dtype, Launch]
     """By dtype of the partial rows."""
+
+
+@dataclass(frozen=True)
+class BoundLaunches:
+    """The launches of one rank, all arguments in place that never change. Of dispatch and combine each mode has its own, since
+    a launch that only sends, or only receives, is given less."""
+
+    counts: BoundLaunch
+    dispatch: dict[tuple[torch.dtype, torch.dtype], BoundLaunch]
+    dispatch_send: dict[tuple[torch.dtype, torch.dtype], BoundLaunch]
+    dispatch_receive: dict[tuple[torch.dtype, torch.dtype], BoundLaunch]
+    combine: dict[torch.dtype, BoundLaunch]
+    combine_send: dict[torch.dtype, BoundLaunch]
+    combine_receive: dict[torch.dtype, BoundLaunch]
 
 
 @dataclass(frozen=True)
@@ -83,10 +97,9 @@ class Rounds(Transport):
         self._dispatch_alignment = 16 if config.hidden_size * config.dtype.itemsize % 16 == 0 else 8
         self._num_real = place.state + NUM_REAL_OFFSET
         self._terms_address = views.terms_RH.data_ptr()
-        self._counts, self._dispatches, self._combines = self._bind()
+        self._launches = self._bind()
 
-    def _bind(self) -> tuple[Bound, dict[tuple[torch.dtype, torch.dtype], Bound], dict[torch.dtype, Bound]]:
-        """The launches, with all arguments in place that never change."""
+    def _bind(self) -> BoundLaunches:
         place, layout, buffer, kernels = self._place, self._layout, self._buffer, self._kernels
         group = self._settings.group
         common = {
@@ -97,14 +110,12 @@ class Rounds(Transport):
             "counters_ptr": place.state,
             "step_counts_ptr": place.block,
         }
-        counts = kernels.counts.bind(
-            1,
-            **common,
-            step_tensors_ptr=self._step_tensors.packed.data_ptr(),
-            public_rank=group.rank,
-            public_size=group.size,
-            generation=self._settings.generation,
-        )
+        public = {
+            "step_tensors_ptr": self._step_tensors.packed.data_ptr(),
+            "public_rank": group.rank,
+            "public_size": group.size,
+            "generation": self._settings.generation,
+        }
         rows = {**common, "counts_offset": layout.counts.offset, "slot_rows": layout.slot_rows}
         dispatch = {
             **rows,
@@ -125,10 +136,25 @@ class Rounds(Transport):
             "terms_offset": layout.terms.offset,
         }
         dispatches = kernels.dispatch if place.size > 1 else kernels.dispatch_alone
-        return (
-            counts,
-            {dtypes: launch.bind(self._grid, **dispatch) for dtypes, launch in dispatches.items()},
-            {dtype: launch.bind(self._grid, **combine) for dtype, launch in kernels.combine.items()},
+        combines, grid = kernels.combine, self._grid
+
+        def bind_dispatch(varying: tuple[str, ...], **fixed: int) -> dict[tuple[torch.dtype, torch.dtype], BoundLaunch]:
+            return {key: launch.bind({**dispatch, **fixed}, varying, grid=grid) for key, launch in dispatches.items()}
+
+        def bind_combine(varying: tuple[str, ...], **fixed: int) -> dict[torch.dtype, BoundLaunch]:
+            return {key: launch.bind({**combine, **fixed}, varying, grid=grid) for key, launch in combines.items()}
+
+        supplied = ("hidden_ptr", "topk_idx_ptr", "topk_weights_ptr", "num_supplied", "num_real_ptr", "layer")
+        nothing = {"hidden_ptr": 0, "topk_idx_ptr": 0, "topk_weights_ptr": 0, "num_supplied": 0}
+        summed = ("partial_ptr", "is_in_place", "out_ptr", "num_out", "layer")
+        return BoundLaunches(
+            counts=kernels.counts.bind({**common, **public}, ("num_tokens", "flags", "num_real"), grid=1),
+            dispatch=bind_dispatch(supplied, mode=MODE_BOTH),
+            dispatch_send=bind_dispatch(supplied, mode=MODE_SEND),
+            dispatch_receive=bind_dispatch(("num_real_ptr", "layer"), **nothing, mode=MODE_RECEIVE),
+            combine=bind_combine(summed, mode=MODE_BOTH),
+            combine_send=bind_combine(("partial_ptr", "is_in_place", "layer"), out_ptr=0, num_out=0, mode=MODE_SEND),
+            combine_receive=bind_combine(summed, mode=MODE_RECEIVE),
         )
 
     def at(self, place: Place, kind: type[Rounds] | None = None) -> Rounds:
@@ -158,64 +184,71 @@ class Rounds(Transport):
         else:  # read when the kernels run
             known_real, self._num_real = 0, request.num_real_tokens.data_ptr()
         self.launched = True
-        self._counts(request.num_tokens, request.flags, known_real)
+        self._launches.counts(request.num_tokens, request.flags, known_real)
 
     def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
-        self._send_rows(layer, hidden, topk_idx, topk_weights, MODE_BOTH)
+        self._send_rows(self._launches.dispatch, layer, hidden, topk_idx, topk_weights)
         return self._views.gathered
 
     def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         self._sending = (hidden, topk_idx, topk_weights)  # kept: another stream may get the memory of what the caller drops
-        self._send_rows(layer, hidden, topk_idx, topk_weights, MODE_SEND)
+        self._send_rows(self._launches.dispatch_send, layer, hidden, topk_idx, topk_weights)
         self._sent_dtypes = topk_idx.dtype, topk_weights.dtype
 
     def dispatch_end(self) -> Gathered:
         self.launched = True
-        self._dispatches[self._sent_dtypes](0, 0, 0, 0, self._num_real, self._layer, MODE_RECEIVE)
+        self._launches.dispatch_receive[self._sent_dtypes](self._num_real, self._layer)
         for tensor in self._sending:
             if tensor.is_cuda:  # it may have been made on another stream, which would hand its memory on at once
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
         self._sending = ()
         return self._views.gathered
 
-    def _send_rows(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, mode: int) -> None:
+    def _send_rows(
+        self,
+        launches: dict[tuple[torch.dtype, torch.dtype], BoundLaunch],
+        layer: int,
+        hidden: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> None:
         self._layer, self._num_supplied = layer, hidden.shape[0]
         address = hidden.data_ptr()
         if address % self._dispatch_alignment:
             hidden = hidden.clone()
             address = hidden.data_ptr()
         self.launched = True
-        self._dispatches[topk_idx.dtype, topk_weights.dtype](
-            address, topk_idx.data_ptr(), topk_weights.data_ptr(), self._num_supplied, self._num_real, layer, mode
+        launches[topk_idx.dtype, topk_weights.dtype](
+            address, topk_idx.data_ptr(), topk_weights.data_ptr(), self._num_supplied, self._num_real, layer
         )
 
     def combine_input(self) -> torch.Tensor:
         return self._views.terms_RH
 
     def combine(self, partial: torch.Tensor) -> torch.Tensor:
-        return self._combine(_aligned(partial), MODE_BOTH)
+        return self._combine(self._launches.combine, _aligned(partial))
 
     def combine_begin(self, partial: torch.Tensor) -> None:
         self._partial = partial = _aligned(partial)
         self.launched = True
-        self._combines[partial.dtype](partial.data_ptr(), self._is_in_place(partial), 0, 0, self._layer, MODE_SEND)
+        self._launches.combine_send[partial.dtype](partial.data_ptr(), self._is_in_place(partial), self._layer)
 
     def combine_end(self) -> torch.Tensor:
         partial = self._partial
         assert partial is not None, "the workspace orders the halves"
-        combined = self._combine(partial, MODE_RECEIVE)
+        combined = self._combine(self._launches.combine_receive, partial)
         self._partial = None
         if partial.is_cuda:  # it may be a copy of our own, made on the stream of `combine_begin`
             partial.record_stream(torch.cuda.current_stream(partial.device))
         return combined
 
-    def _combine(self, partial: torch.Tensor, mode: int) -> torch.Tensor:
+    def _combine(self, launches: dict[torch.dtype, BoundLaunch], partial: torch.Tensor) -> torch.Tensor:
         settings, num_rows = self._settings, self._num_supplied
         config = settings.config
         out = torch.empty((num_rows, config.hidden_size), dtype=config.dtype, device=settings.group.device)
         in_place = self._is_in_place(partial)
         self.launched = True
-        self._combines[partial.dtype](partial.data_ptr(), in_place, out.data_ptr(), num_rows, self._layer, mode)
+        launches[partial.dtype](partial.data_ptr(), in_place, out.data_ptr(), num_rows, self._layer)
         return out
 
     def _is_in_place(self, partial: torch.Tensor) -> bool:
