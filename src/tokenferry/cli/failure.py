@@ -60,7 +60,7 @@ def _wants_traceback() -> bool:
 
 
 def summary(traceback: str) -> str:
-    """A traceback in one line: the message of an error of ours, the type and message of another, or the text itself if it is none.
+    """A traceback in one line: the message of an error of ours, the type and message of another, or the text if it is none.
 
     Example:
         "Traceback ...\\n  File ...\\ntokenferry.errors.ConfigError: 4 experts are too few\\n" gives "4 experts are too few", and
