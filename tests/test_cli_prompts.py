@@ -7,7 +7,7 @@ import pytest
 from tokenferry.cli.context import check_prompts, context_length
 from tokenferry.cli.prompts import DEFAULT_PROMPTS, read_prompts
 from tokenferry.cli.spread import TOKENS_PER_BATCH, batches, capacity, spread
-from tokenferry.cli.work import load_tokenizer
+from tokenferry.cli.tokens import load_tokenizer
 from tokenferry.errors import ConfigError
 
 

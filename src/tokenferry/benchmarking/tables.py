@@ -9,7 +9,7 @@ LAYER_COLUMNS: Final = ("router", "dispatch", "experts", "combine", "total", "fl
 
 
 def round_trip_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """The records of `run_round_trips`, a line a point: microseconds, their spread, GB/s and their share of a plain copy's."""
+    """The records of `run_round_trips`, one line for each point: microseconds, spread, GB/s and their share of a copy's."""
     heading = f"{'transport':<12}{'order':<6}{'H':>6} {'T per rank':<14}{'us':>9}{'±':>7}{'GB/s':>8}{'of copy':>9}  correct"
     return "\n".join([heading, *(_round_trip_line(record) for record in records)])
 
@@ -27,7 +27,7 @@ def _round_trip_line(record: Mapping[str, Any]) -> str:
 
 
 def layer_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """The records of `run_layer` in microseconds, a line a point; the last column names what gave wrong results."""
+    """The records of `run_layer` in microseconds, one line for each point; the last column names what gave wrong results."""
     heading = f"{'preset':<15}{'T':>5}" + "".join(f"{name:>11}" for name in LAYER_COLUMNS) + "  right"
     return "\n".join([heading, *(_layer_line(record) for record in records)])
 

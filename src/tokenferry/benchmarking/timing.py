@@ -12,7 +12,7 @@ import torch
 from tokenferry.groups import EPGroup
 
 Progress = Callable[[str], None]
-"""Gets a line of text as a run goes on. Rank 0 calls it in its own process, so that it must be a plain function of a module."""
+"""Gets a line of text as a run goes on. Rank 0 calls it in its own process, so that it must be picklable: no lambda."""
 
 MEETING_TIMEOUT_S: Final = 120.0
 

@@ -1,4 +1,4 @@
-"""`tokenferry`: the commands and their options. A new command is a function here and a module beside it."""
+"""`tokenferry`: the commands and their options. A new command is a function here that calls a module beside this one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenferry.cli.failure import EXIT_CODE, one_line_errors
 from tokenferry.cli.terminal import accept_any_text
 
 TYPER_INTERRUPTED: Final = 130
-"""With this typer leaves, without a word, on a Ctrl-C that comes before or after a command's own work."""
+"""The exit code with which typer leaves, without a word, on a Ctrl-C that comes before or after a command's own work."""
 
 PRESETS_HELP: Final = (
     f"Names with commas between them, or all: {', '.join(preset.name for preset in PRESETS)}. "
@@ -87,7 +87,7 @@ def bench_roundtrip(
     ranks: int = typer.Option(2, min=1, help="GPUs to use."),
     output: Path = typer.Option(None, help="Write the records there, one JSON object a line."),
 ) -> None:
-    """Time dispatch + combine of every transport, beside a plain copy."""
+    """Time dispatch + combine on p2p and collective, beside a plain copy."""
     with one_line_errors():
         from tokenferry.cli.bench import round_trip_command
 
