@@ -340,7 +340,7 @@ OF_HOST_LOGIC = (
     Mutant(
         "combine-twice-is-allowed",
         "src/tokenferry/lifecycle.py",
-        '        elif operation == "combine_begin":\n            self.ticket = None\n',
+        '        elif operation == "combine_begin":\n            self.handle = None\n',
         "",
         ("tests/test_core.py::test_misuse_names_the_argument_and_the_remedy[collective-combined-twice]",),
     ),
@@ -353,8 +353,8 @@ OF_HOST_LOGIC = (
     ),
     Mutant(
         "last-word-wins-in-the-store",
-        "src/tokenferry/groups.py",
-        'return json.loads(self._store.compare_set(name, "", json.dumps(value)))',
+        "src/tokenferry/channel.py",
+        "return json.loads(self._store.set_if_absent(name, json.dumps(value)))",
         "self._store.set(name, json.dumps(value)); return value",
         ("tests/test_core.py::test_the_first_to_claim_a_name_keeps_it",),
     ),

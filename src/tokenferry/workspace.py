@@ -15,7 +15,6 @@ import torch
 
 from tokenferry import env
 from tokenferry.config import MoEConfig
-from tokenferry.dispatched import Dispatched
 from tokenferry.dispatcher import Dispatcher
 from tokenferry.errors import (
     CapacityError,
@@ -33,7 +32,7 @@ from tokenferry.errors import (
 from tokenferry.groups import EPGroup
 from tokenferry.kernels.control_block import MAX_LAYERS
 from tokenferry.lifecycle import Lease, Lifecycle, Stage, WrongCallerError, logged
-from tokenferry.operators import Operators, Shapes
+from tokenferry.operators import Operators, take_number
 from tokenferry.step import Announced, Step, StepRequest, StepTensors
 from tokenferry.transports import selection
 from tokenferry.transports.agree import agree_to_open, open_together
@@ -41,7 +40,7 @@ from tokenferry.transports.base import CombineOrder, Counts, Transport, Transpor
 from tokenferry.transports.collective.transport import CollectiveTransport
 from tokenferry.transports.open import required_bytes
 from tokenferry.transports.validation import check_dtypes, check_kinds, check_positive_ints, check_reset, check_settings
-from tokenferry.waiting import Place
+from tokenferry.waiting import Position
 
 _log = logging.getLogger(__name__)
 
@@ -105,6 +104,8 @@ class Workspace:
         # After the checks: a call that is refused on one rank must not shift that rank's names against its peers'.
         self._base_name = group.unique_name("workspace")
         self._settings = dataclasses.replace(self._settings, name=self._base_name)
+        self.number = take_number(group)
+        """Its place in the order of opening, by which compiled code finds it; it stays through `reset()`."""
         self._requested = transport
         self.lifecycle = Lifecycle()
         self.attached: dict[str, Any] = {}
@@ -132,7 +133,7 @@ class Workspace:
 
                 self._watch = Watch(self._transport, settings, self._step_tensors)
             self.operators = _register(self)
-            settings.group.waiting.join(settings.name, _place_of(self), settings.timeout_s)
+            settings.group.waiting.join(settings.name, _position_of(self), settings.timeout_s)
         except BaseException:
             self._lease.end()
             raise
@@ -408,6 +409,10 @@ class Workspace:
                 "for each layer of the model, once, and keep it"
             )
         layer, self._num_layers = self._num_layers, self._num_layers + 1
+        return self.dispatcher_at(layer)
+
+    def dispatcher_at(self, layer: int) -> Dispatcher:
+        """The same as the dispatcher numbered `layer`: compiled code knows a layer by its number."""
         return Dispatcher(self, layer)
 
     # --- peers ------------------------------------------------------------------------------------------------------
@@ -591,50 +596,22 @@ class Workspace:
         return f"Workspace(transport={self.transport!r}, {self.group!r}, max_tokens_per_rank={self.max_tokens_per_rank})"
 
 
-class _Calls:
-    """What a workspace's operators do: its eager calls. Holds it weakly: it holds the operators."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = weakref.ref(workspace)
-
-    def _live(self) -> Workspace:
-        workspace = self._workspace()
-        if workspace is None:
-            raise StateError("compiled code outlived its workspace; compile it again for an open one")
-        return workspace
-
-    def require_usable(self) -> None:
-        self._live().lifecycle.require_usable("compiled code")
-
-    def begin_step(self, num_tokens: int, num_real_tokens: int | torch.Tensor, done: bool) -> None:
-        workspace = self._live()
-        workspace.forget_step_writes()  # the operator itself counts as one
-        workspace.begin_step(num_tokens, num_real_tokens, done=done)
-        workspace.forget_step_writes()
-
-    def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Dispatched:
-        return Dispatcher(self._live(), layer).dispatch(hidden, topk_idx, topk_weights)
-
-    def combine(self, layer: int, partial: torch.Tensor) -> torch.Tensor:
-        return Dispatcher(self._live(), layer).combine(partial)
-
-
 def _is_capturing(device: torch.device) -> bool:
     with contextlib.suppress(RuntimeError):  # of a device whose last kernel failed: that one was no captured one
         return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     return False
 
 
-def _place_of(workspace: Workspace) -> Callable[[], Place | None]:
+def _position_of(workspace: Workspace) -> Callable[[], Position | None]:
     """Tells where the workspace stands, without keeping it alive."""
     reference = weakref.ref(workspace)
 
-    def look() -> Place | None:
+    def look() -> Position | None:
         workspace = reference()
         if workspace is None or workspace.lifecycle.closed:
             return None
         lifecycle = workspace.lifecycle
-        return Place(workspace._step_index, lifecycle.layer, lifecycle.stage.value, lifecycle.is_occupied)
+        return Position(workspace._step_index, lifecycle.layer, lifecycle.stage.value, lifecycle.is_occupied)
 
     return look
 
@@ -643,9 +620,13 @@ def _register(workspace: Workspace) -> Operators:
     """The operators of what is open now. Symmetric transports have their rows at fixed addresses."""
     settings, transport = workspace._settings, workspace._transport
     per_token = {"local": 1, "collective": settings.group.size if settings.counts == "equal" else None}
-    shapes = Shapes(
+    operators = Operators(
+        workspace.number,
         dtype=settings.config.dtype,
         index_dtype=settings.index_dtype,
         rows_per_token=per_token.get(workspace.transport),
+        counts=workspace._step_tensors.packed,
+        fixed=transport.fixed_rows,
     )
-    return Operators(_Calls(workspace), shapes, workspace._step_tensors.packed, transport.fixed_rows)
+    operators.serve(workspace)
+    return operators

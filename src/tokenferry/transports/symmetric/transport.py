@@ -6,7 +6,6 @@ The protocol is in docs/symmetric.md; what crosses is in `kernels.wire`, and whe
 from __future__ import annotations
 
 import ctypes
-from dataclasses import asdict
 
 import torch
 
@@ -17,6 +16,7 @@ from tokenferry.kernels.launch import check_addresses
 from tokenferry.kernels.wire_interpreter import Observer, claim_records
 from tokenferry.step import StepRequest, StepTensors
 from tokenferry.transports.base import AbortRecord, Gathered, TransportSettings, closed_meanwhile
+from tokenferry.transports.settling import agree_on_record
 from tokenferry.transports.symmetric.bound_launches import RankView, Resources
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 from tokenferry.transports.symmetric.layout import Layout, plan
@@ -144,8 +144,7 @@ class SymmetricTransport(RankKernels):
             elsewhere = settings.group.waiting.who_waits_elsewhere(record.rank, settings.name)
             phase, reason = (phase, reason) if elsewhere is None else ("counts-disagree", elsewhere)
         mine = AbortRecord(record.rank, record.reporter, phase, step, record.layer, settings.timeout_s, reason)
-        agreed = AbortRecord(**settings.group.channel.claim(f"{settings.name}/abort", asdict(mine)))
-        return agreed.error_for(settings.group.rank)
+        return agree_on_record(settings, mine).error_for(settings.group.rank)
 
     def check(self) -> None:
         self._raise_known()
@@ -159,7 +158,7 @@ class SymmetricTransport(RankKernels):
         rank = settings.group.rank
         mine = AbortRecord(rank, rank, "data-missing", self._request.index, self._layer, 0.0, reason)
         try:
-            settings.group.channel.claim(f"{settings.name}/abort", asdict(mine))
+            agree_on_record(settings, mine)
         finally:
             self._abort(Record(rank, rank, "failed", self._request.index, self._layer))
 
