@@ -6,10 +6,10 @@ import torch
 
 from tokenferry.reference import pad_rows, sum_in_rank_order
 from tokenferry.step import StepRequest, StepTensors
-from tokenferry.transports.base import Gathered, InHalves, TransportSettings, mask_padding
+from tokenferry.transports.base import Gathered, Transport, TransportSettings, mask_padding
 
 
-class LocalTransport(InHalves):
+class LocalTransport(Transport):
     """See `Transport`. R = T. `Dispatched.hidden` may be the caller's own tensor; a combined result never is."""
 
     name = "local"
@@ -25,6 +25,10 @@ class LocalTransport(InHalves):
     @property
     def nbytes(self) -> int:
         return self._step_tensors.nbytes
+
+    @property
+    def rows_per_token(self) -> int:
+        return 1
 
     @staticmethod
     def required_bytes(ep_size: int) -> int:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tokenferry.errors import PeerError, StateError
 from tokenferry.reference import pad_rows, sum_in_rank_order
 from tokenferry.step import FLAG_DONE, Announced, StepRequest, StepTensors
-from tokenferry.transports.base import AbortRecord, Gathered, InHalves, TransportSettings, closed_meanwhile, mask_padding
+from tokenferry.transports.base import AbortRecord, Gathered, Transport, TransportSettings, closed_meanwhile, mask_padding
 from tokenferry.transports.collective.gloo import CommunicationError, GlooCommunicator, Header, Pending
 from tokenferry.transports.collective.nccl import NcclCommunicator
 from tokenferry.transports.local import LocalTransport
@@ -49,7 +49,7 @@ class _Combine:
     sent: torch.Tensor
 
 
-class CollectiveTransport(InHalves):
+class CollectiveTransport(Transport):
     """See `Transport`. R = V with uneven counts (known to the host, once a step), EP·T with equal counts."""
 
     name = "collective"
@@ -69,6 +69,10 @@ class CollectiveTransport(InHalves):
     @property
     def nbytes(self) -> int:
         return self._step_tensors.nbytes
+
+    @property
+    def rows_per_token(self) -> int | None:
+        return self._settings.group.size if self._settings.counts == "equal" else None
 
     @property
     def tokens_per_rank(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import torch
 from tokenferry.kernels import wire
 from tokenferry.kernels.launch import Bound, Launch
 from tokenferry.step import StepRequest, StepTensors
-from tokenferry.transports.base import Gathered, TransportSettings
+from tokenferry.transports.base import Gathered, SymmetricMemory, Transport, TransportSettings
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 from tokenferry.transports.symmetric.layout import Layout
 
@@ -56,11 +56,10 @@ class Place:
     cast: int
 
 
-class Rounds:
+class Rounds(Transport):
     """Issues the kernels of one rank. What `Solo` and `SymmetricTransport` share: nothing here looks at a peer's state."""
 
     name = "solo"
-    launched = False
 
     def __init__(
         self,
@@ -146,6 +145,10 @@ class Rounds:
     def fixed_rows(self) -> Gathered:
         """See `Transport`."""
         return self._views.gathered
+
+    @property
+    def memory(self) -> SymmetricMemory:
+        return SymmetricMemory(self._buffer.tensor, self._layout, self._buffer.is_virtual)
 
     def begin_step(self, request: StepRequest, layer: int) -> None:
         self._request = request
