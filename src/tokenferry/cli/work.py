@@ -19,7 +19,7 @@ from tokenferry.cli.spread import batches, capacity, spread
 from tokenferry.demo.quiet import quiet_transformers
 from tokenferry.errors import ConfigError
 from tokenferry.groups import EPGroup
-from tokenferry.transports.agree import telling_the_others
+from tokenferry.transports.opening import telling_the_others
 
 Send = Callable[[dict[str, Any]], None]
 TINY: Final = "tiny:"
