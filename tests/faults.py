@@ -137,7 +137,7 @@ def finish(ws: tf.Workspace) -> None:
 
 def go_on(ws: tf.Workspace, dispatchers: Sequence[tf.Dispatcher], group: tf.EPGroup, count: int, late_stores: bool) -> int:
     """Resets and counts right steps. With `late_stores` this rank meanwhile stores into what it has mapped of old buffers."""
-    buffer = getattr(ws._transport, "_buffer", None)
+    buffer = getattr(ws._transport.innermost, "_buffer", None)
     old = [buffer.of_peer(rank) for rank in range(ws.group.size) if rank != ws.group.rank] if buffer and late_stores else []
     kept = (buffer._handle, list(buffer._tensors)) if old else None  # the mapping, as in a process that knows of no reset
     ws.reset(group=group, timeout_s=30)
@@ -198,8 +198,7 @@ def stop_at_a_send(ws: tf.Workspace, seconds: float) -> None:
                 if self.sends == 2:
                     stop_for(seconds)
 
-    ws._transport.kept_by_test = observer = StopsOnce()
-    ws._transport.observe(observer)
+    ws._transport.innermost.observe(StopsOnce())
 
 
 def culprit_acts(fault: str, ws: tf.Workspace, dispatchers: Sequence[tf.Dispatcher]) -> None:

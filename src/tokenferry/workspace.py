@@ -14,6 +14,7 @@ from typing import Any, NoReturn, SupportsIndex
 import torch
 
 from tokenferry import env
+from tokenferry.ambient import plain_torch
 from tokenferry.config import MoEConfig
 from tokenferry.dispatcher import Dispatcher
 from tokenferry.errors import (
@@ -35,11 +36,10 @@ from tokenferry.lifecycle import Lease, Lifecycle, Stage, WrongCallerError, logg
 from tokenferry.operators import Operators, take_number
 from tokenferry.step import Announced, Step, StepRequest, StepTensors
 from tokenferry.transports import selection
-from tokenferry.transports.agree import agree_to_open, open_together
-from tokenferry.transports.base import CombineOrder, Counts, Transport, TransportSettings
+from tokenferry.transports.base import CombineOrder, Counts, Transport, TransportFactory, TransportSettings
 from tokenferry.transports.collective.transport import CollectiveTransport
-from tokenferry.transports.open import required_bytes
-from tokenferry.transports.validation import check_dtypes, check_kinds, check_positive_ints, check_reset, check_settings
+from tokenferry.transports.opening import open_together, required_bytes
+from tokenferry.transports.settings import check_dtypes, check_kinds, check_positive_ints, check_reset, check_settings
 from tokenferry.waiting import Position
 
 _log = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ class Workspace:
         config: shape of the layer.
         group: the expert-parallel group.
         max_tokens_per_rank: C, the most rows a rank may bring to a step, padding included.
-        transport: "auto", or one of `transports.selection.TRANSPORTS`.
+        transport: "auto", one of `transports.selection.TRANSPORTS`, or an object that opens a transport of your own, of the same
+            name on every rank: see `transports.base.TransportFactory`.
         combine_dtype: of the partial rows on the wire. Default: `config.dtype`.
         index_dtype: of `Dispatched.topk_idx`: int32, or int64 for expert kernels that want it; written so, without a pass.
         combine_order: "rank": terms are summed in rank order, the same bits on every transport. "any": the library's or the
@@ -65,8 +66,9 @@ class Workspace:
 
     Raises:
         ConfigError: a setting is wrong, differs between ranks, or there are fewer experts than ranks.
-        TransportUnavailableError: no transport fits; `.decisions` has the reason for each.
+        TransportUnavailableError: no transport fits, or none could be opened; `.decisions` has the reason for each.
         PeerTimeoutError: a rank did not come to open within `open_timeout_s`.
+        PeerFailedError: a rank failed before its workspace was open.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class Workspace:
         group: EPGroup,
         *,
         max_tokens_per_rank: int,
-        transport: str = "auto",
+        transport: str | TransportFactory = "auto",
         combine_dtype: torch.dtype | None = None,
         index_dtype: torch.dtype = torch.int32,
         combine_order: CombineOrder = "rank",
@@ -123,15 +125,13 @@ class Workspace:
     def _open(self, phase: Phase) -> None:
         settings = self._settings
         start = time.monotonic()
-        self.decisions, self.transport = agree_to_open(settings, self._requested, phase)
-        self._step_tensors = StepTensors(settings.group.rank, settings.group.size, settings.group.device)
-        self._lease = Lease(open_together(self.transport, settings, self._step_tensors, phase))
-        self._watch = None
+        group = settings.group
+        with plain_torch(group.device):
+            self._step_tensors = StepTensors(group.rank, group.size, group.device)
+            opened = open_together(self._requested, settings, self._step_tensors, phase)
+        self._settings = settings = opened.settings
+        self._lease, self.transport, self.decisions = Lease(opened.transport), opened.name, opened.decisions
         try:
-            if settings.debug:
-                from tokenferry.transports.debug import Watch  # here, since it imports Triton
-
-                self._watch = Watch(self._transport, settings, self._step_tensors)
             self.operators = _register(self)
             settings.group.waiting.join(settings.name, _position_of(self), settings.timeout_s)
         except BaseException:
@@ -256,8 +256,6 @@ class Workspace:
         transport.launched = False
         self.lifecycle.begin_step("begin_step")
         self._check_step_unwritten()
-        if self._watch is not None:
-            self._watch.report()
         real = self._check_counts(num_tokens, num_real_tokens)
         if not isinstance(done, bool):
             raise UsageError(f"done must be a bool, got {done!r}")
@@ -442,8 +440,6 @@ class Workspace:
                 if transport is self._transport:  # another thread may have reset the workspace meanwhile
                     self.record_failure(error)
                 raise
-            if self._watch is not None:
-                self._watch.report(wait=True)
 
     def fail(self, reason: str) -> None:
         """Tells the peers that this rank gives up: they, and from now on this rank, raise `PeerFailedError(rank, reason)`.

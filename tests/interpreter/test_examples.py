@@ -19,9 +19,9 @@ def counts_example(group: tf.EPGroup) -> tuple[list[int], list[int]]:
     config = tf.MoEConfig(hidden_size=4, num_experts=6, topk=2)
     with tf.Workspace(config, group, max_tokens_per_rank=3, transport="p2p") as ws:
         step = ws.begin_step((2, 0, 3)[group.rank])
-        transport = ws.active_transport
-        region = transport._layout.step_counts
-        step_counts = transport._buffer.tensor[region.offset : region.end].view(torch.int32).tolist()
+        memory = ws.active_transport.memory
+        region = memory.layout.step_counts
+        step_counts = memory.buffer[region.offset : region.end].view(torch.int32).tolist()
         return step_counts, [*step.summary.tolist(), *step.tokens_per_rank.tolist()]
 
 
@@ -113,12 +113,12 @@ def test_rows_that_are_not_supplied_are_never_read() -> None:
 def abort_example(group: tf.EPGroup, by_kernel: bool) -> int:
     config = tf.MoEConfig(hidden_size=4, num_experts=6, topk=2)
     with tf.Workspace(config, group, max_tokens_per_rank=2, transport="p2p") as ws:
-        word = ws.active_transport._buffer.tensor[:8].view(torch.int64)
+        word = ws.active_transport.memory.buffer[:8].view(torch.int64)
         if group.rank == 1:
             word[0] = Record(0, 1, "data-missing", 7, 2).pack()
         group.channel.barrier("filled", 30.0)
         if group.rank == 0:
-            transport, record = ws.active_transport, Record(0, 0, "failed", 9, 3)
+            transport, record = ws.active_transport.innermost, Record(0, 0, "failed", 9, 3)
             if by_kernel:
                 transport._kernels.abort(1, transport._buffer.table_address, group.size, record.pack())
             else:

@@ -108,7 +108,7 @@ def test_a_rank_that_loads_for_longer_than_timeout_s_is_waited_for_while_opening
 
 
 def one_cannot_open(group: tf.EPGroup) -> str:
-    from tokenferry.transports import open as opening
+    from tokenferry.transports import opening
 
     if group.rank == CULPRIT:
 
