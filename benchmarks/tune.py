@@ -15,12 +15,12 @@ import tokenferry as tf
 from tokenferry.benchmarking import GroupTimer, RoundTripPoint, copy_rate
 from tokenferry.benchmarking.host_times import begin_step_and_host_times
 from tokenferry.benchmarking.round_trip_data import differences, inputs_of, partial_of
-from tokenferry.kernels.launch import Tuning
 from tokenferry.step import StepRequest, StepTensors
 from tokenferry.testing import run_ranks
 from tokenferry.transports.base import TransportSettings
-from tokenferry.transports.symmetric import transport as symmetric
+from tokenferry.transports.symmetric import loading
 from tokenferry.transports.symmetric.transport import SymmetricTransport
+from tokenferry.transports.symmetric.tuning import Tuning
 
 
 def open_bare(group, hidden_size, capacity, tuning, slot_rows):
@@ -39,7 +39,7 @@ def open_bare(group, hidden_size, capacity, tuning, slot_rows):
         generation=0,
     )
     step_tensors = StepTensors(group.rank, group.size, group.device)
-    symmetric.INDEX_DTYPES, symmetric.FLOAT_DTYPES = (torch.int32,), (torch.float32, torch.bfloat16)  # compile what is used here
+    loading.INDEX_DTYPES, loading.FLOAT_DTYPES = (torch.int32,), (torch.float32, torch.bfloat16)  # compile what is used here
     return SymmetricTransport(settings, step_tensors, slot_rows=slot_rows, tuning=tuning)
 
 
@@ -72,7 +72,7 @@ def measure(group, timer, hidden_size, count, tuning, slot_rows):
             step()
 
     median, spread = timer.time_graph(chain, 20)
-    record = {"H": hidden_size, "T": count, "warps": tuning.num_warps, "programs": transport._grid, "limit": tuning.max_programs,
+    record = {"H": hidden_size, "T": count, "warps": tuning.num_warps, "programs": transport.grid, "limit": tuning.max_programs,
               "slots": slot_rows, "us": round(median, 2), "spread": round(spread, 2)}  # fmt: skip
     got = SimpleNamespace(hidden=result[0].hidden_RH, topk_idx=result[0].topk_idx_RK, topk_weights=result[0].topk_weights_RK)
     record["wrong"] = differences(point, group.rank, 1, got, result[1])

@@ -36,13 +36,13 @@ def alone(group: tf.EPGroup, case: Solo, transport: str | TransportFactory | Non
         combine_order="any" if case.switch_sum else "rank",
         timeout_s=10,
     ) as ws:
-        before = ws._transport.memory.buffer.clone()
+        before = ws.active_transport.memory.buffer.clone()
         settle(ws)
         group.channel.barrier("copied", 30)
         if group.rank == case.who:
             step_alone(ws, case.tokens)
         group.channel.barrier("ran alone", 30)
-        return group.rank == case.who or torch.equal(before, ws._transport.memory.buffer)
+        return group.rank == case.who or torch.equal(before, ws.active_transport.memory.buffer)
 
 
 def step_alone(ws: tf.Workspace, num_tokens: int) -> None:

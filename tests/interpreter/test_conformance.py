@@ -28,7 +28,7 @@ def record(group: tf.EPGroup, steps: list[StepCase]) -> tuple[int, list[Event]]:
     config = tf.MoEConfig(hidden_size=16, num_experts=8, topk=2)
     with tf.Workspace(config, group, max_tokens_per_rank=CAPACITY, transport="p2p", timeout_s=20) as ws:
         transport = ws._transport
-        layout, bases = transport.memory.layout, transport.innermost._buffer.peers
+        layout, bases = transport.memory.layout, transport.innermost._buffer.addresses
         slots = {"dispatch_slots": layout.dispatch_slot_bytes, "combine_slots": layout.combine_slot_bytes}
 
         def place(address: int) -> tuple:

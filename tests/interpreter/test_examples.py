@@ -120,7 +120,7 @@ def abort_example(group: tf.EPGroup, by_kernel: bool) -> int:
         if group.rank == 0:
             transport, record = ws.active_transport.innermost, Record(0, 0, "failed", 9, 3)
             if by_kernel:
-                transport._kernels.abort(1, transport._buffer.table_address, group.size, record.pack())
+                transport._resources.kernels.abort(1, transport._buffer.table_address, group.size, record.pack())
             else:
                 transport._abort(record)
         group.channel.barrier("written", 30.0)

@@ -80,11 +80,9 @@ def _dispatch_alone(timer: GroupTimer, ws: Workspace, inputs: RankInputs, count:
 
     ws.begin_step(count)
     transport: Any = ws.active_transport
-    place = transport._place
-    counters = transport._buffer.tensor[COUNTERS_OFFSET : COUNTERS_OFFSET + 64].clone().view(torch.int64)
+    counters = transport.memory.buffer[COUNTERS_OFFSET : COUNTERS_OFFSET + 64].clone().view(torch.int64)
     counters[ROUND_OFFSET // 8] += 1 << 32
-    second = transport.at(dataclasses.replace(place, state=counters.data_ptr()))
-    second._num_real = transport._num_real
+    second = transport.viewed_as(dataclasses.replace(transport.view, counters_ptr=counters.data_ptr()))
 
     def dispatches() -> None:
         for number in range(chain):
