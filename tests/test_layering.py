@@ -17,7 +17,7 @@ ORDER = (
 )  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
-SEED_API = ROOT / "integrations" / "megatron"  # the seed's API has class attributes
+MEGATRON_API = ROOT / "integrations" / "megatron"  # Megatron-Core's API has class attributes
 
 
 def part(path: Path) -> str:
@@ -60,8 +60,8 @@ def test_the_environment_is_read_in_env_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_mutable_state_on_modules_and_classes(path: Path) -> None:
-    if path.is_relative_to(SEED_API) or path == SEED_API.with_suffix(".py"):
-        pytest.skip("the seed's API has class attributes; only this integration may")
+    if path.is_relative_to(MEGATRON_API) or path == MEGATRON_API.with_suffix(".py"):
+        pytest.skip("Megatron-Core's API has class attributes; only this integration may")
     tree = ast.parse(path.read_text())
     bodies = [tree.body, *(node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]
     for body in bodies:
