@@ -136,7 +136,7 @@ def test_a_late_rank_is_named_and_after_a_reset_all_is_right(on_ranks: RankPools
 
 
 def capture_beside_a_watched_call(group: tf.EPGroup) -> int:
-    """Rank 1 comes to the dispatch late, so that rank 0's call is under way and its watchdog asks for it every 0.2 s, while rank 0
+    """Rank 1 comes late to the dispatch: rank 0's call is under way, and its watchdog asks for it every 0.2 s, while rank 0
     captures a graph of its own in the mode "global". In that mode no other thread may ask unless it has said so before."""
     with tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport="collective", timeout_s=4) as ws:
         dispatcher = ws.dispatcher()
