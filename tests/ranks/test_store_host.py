@@ -157,6 +157,7 @@ Told = dict[int, dict[str, Seen]]
 
 def run(transport: str, situation: str, folder: Path) -> Told:
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "tokenferry"])  # imported once, and not by each process
     ranks = [context.Process(target=process_of_a_rank, args=(r, str(folder), transport, situation)) for r in range(SIZE)]
     for process in ranks:
         process.start()
@@ -189,8 +190,12 @@ PHASES = {
     "reset": "reset",
 }  # fmt: skip
 CASES = [
-    *((("collective", situation)) for situation in PHASES),
-    *((("p2p", situation)) for situation in PHASES if situation not in ("combine", "check")),
+    *(("collective", situation) for situation in PHASES if situation != "combine"),
+    *(("p2p", situation) for situation in ("open", "begin_step", "reset")),
+    *(
+        pytest.param(transport, situation, marks=pytest.mark.long)
+        for transport, situation in (("collective", "combine"), ("p2p", "dispatch"))
+    ),
 ]
 """A check on p2p looks into this rank's own memory, where nothing stands before a rank has waited in vain."""
 
