@@ -12,8 +12,8 @@ import tokenferry
 ROOT = Path(tokenferry.__file__).parent
 ORDER = (
     "errors", "env", "config", "waiting", "groups", "topology", "dispatched", "precision", "reference", "kernels", "step",
-    "lifecycle", "transports", "operators", "dispatcher", "workspace", "activations", "experts", "router",
-    "shared_experts", "layer", "graphs", "supervisor", "integrations", "testing", "benchmarking", "demo", "cli",
+    "lifecycle", "transports", "operators", "dispatcher", "peers", "capture", "workspace", "activations", "experts",
+    "router", "shared_experts", "layer", "graphs", "supervisor", "integrations", "testing", "benchmarking", "demo", "cli",
 )  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
