@@ -210,8 +210,8 @@ class SymmetricBuffer:
         self._handle = None
         self._tensors = []
         self.peers = []
-        self.tensor = torch.empty(0, dtype=torch.uint8)
-        self.table = torch.empty(0, dtype=torch.int64)
+        self.tensor = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.table = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def _identity(status: os.stat_result) -> list[int]:

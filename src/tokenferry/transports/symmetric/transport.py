@@ -263,7 +263,7 @@ def _prepare_together(
     mirror, kernels, wanted, failure = None, None, 0, None
     is_cuda = settings.group.device.type == "cuda"
     try:
-        mirror = torch.zeros(1, dtype=torch.int64, pin_memory=is_cuda)
+        mirror = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=is_cuda)
         _initialise(settings, buffer, layout, mirror.data_ptr() if is_cuda else 0)
         kernels = load_kernels(settings, tuning, multicast)
         launches = (*kernels.dispatch.values(), *kernels.dispatch_alone.values(), *kernels.combine.values())
@@ -283,7 +283,7 @@ def _prepare_together(
 
 def _initialise(settings: TransportSettings, buffer: SymmetricBuffer, layout: Layout, mirror: int) -> None:
     """Fills the control block and empties the slots. The buffer is zero elsewhere."""
-    control = torch.zeros(wire.CONTROL_BYTES // 8, dtype=torch.int64)
+    control = torch.zeros(wire.CONTROL_BYTES // 8, dtype=torch.int64, device="cpu")
     control[wire.TIMEOUT_NS.value // 8] = int(settings.timeout_s * 1e9)
     control[wire.MIRROR.value // 8] = mirror
     control[wire.PEER_TABLE.value // 8] = buffer.table_address
@@ -311,7 +311,7 @@ def _views(settings: TransportSettings, buffer: SymmetricBuffer, layout: Layout)
 
 
 def _no_views() -> Views:
-    empty = torch.empty(0)
+    empty = torch.empty(0, dtype=torch.uint8, device="cpu")
     return Views(Gathered(empty, empty, empty), empty)
 
 
