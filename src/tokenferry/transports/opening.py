@@ -134,7 +134,8 @@ def open_together(
         rejected = Rejected(name, reason or "")
         decisions = tuple(rejected if decision.name == name else decision for decision in decisions)
         if wanted == "auto":
-            _log.warning("workspace %s: %s", settings.name, rejected, exc_info=failure)
+            _log.warning("workspace %s: %s; trying the next transport", settings.name, rejected)
+            _log.debug("workspace %s: why %s could not be opened here", settings.name, name, exc_info=failure)
             failure = None  # its frames hold what the attempt had allocated
         attempt += 1
 
