@@ -30,8 +30,8 @@ class RendezvousStore:
 
     Attributes:
         store: what `torch.distributed` takes, for communicators that meet in it by themselves.
-        host: the rank of the group whose process hosts the store. None where no rank does (a file; torchrun's agent; a rank
-            that is not in the group).
+        host: the peer whose process hosts the store, by its rank in the group. None where none does: it is a file, torchrun's
+            agent hosts it, or a process that is not in the group.
     """
 
     def __init__(self, store: dist.Store, host: int | None) -> None:

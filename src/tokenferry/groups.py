@@ -89,7 +89,7 @@ class EPGroup:
         prefer_cuda = "nccl" in str(dist.get_backend(process_group))
         store = dist.distributed_c10d._get_process_group_store(process_group)
         self._setup(
-            RendezvousStore(store, _host_within(process_group, host_of(store))).under("tokenferry"),
+            RendezvousStore(store, _host_within(process_group, host_of(store), rank)).under("tokenferry"),
             rank,
             dist.get_world_size(process_group),
             _device(device, prefer_cuda=prefer_cuda),
@@ -123,7 +123,14 @@ class EPGroup:
         if not _are_ints(rank, size) or not 0 <= rank < size:
             raise ConfigError(f"rank must lie in [0, {size!r}), got {rank!r}")
         group = cls.__new__(cls)
-        group._setup(RendezvousStore(store, host_of(store)), rank, size, _device(device, prefer_cuda=False), None, threads)
+        group._setup(
+            RendezvousStore(store, host_of(store) if rank > 0 else None),
+            rank,
+            size,
+            _device(device, prefer_cuda=False),
+            None,
+            threads,
+        )
         return group
 
     def _setup(
@@ -135,11 +142,16 @@ class EPGroup:
         process_group: dist.ProcessGroup | None,
         threads: ThreadRanks | None = None,
         path: str = "",
+        members: Sequence[int] | None = None,
     ) -> None:
+        """`members`: this group's ranks, as the larger group numbers them whose rank `store.host` is."""
         self.rank, self.size, self.device, self.process_group, self.threads = rank, size, device, process_group, threads
         # A second group on the same store must not find the first one's words: each rank counts the groups that it has made.
         number = store.add(f"groups made by rank {rank}", 1)
         self.rendezvous = store.under(f"group.{number}")
+        if members is not None:
+            host = self.rendezvous.host
+            self.rendezvous.host = members.index(host) if host in members else None
         self._path = f"{path}/group.{number}"
         self.channel = StoreChannel(self.rendezvous, rank, size)
         self.waiting = WaitBoard(self.rendezvous.under("waiting"), rank, size)
@@ -156,9 +168,8 @@ class EPGroup:
         self.channel.require_at_home()
         name = self.unique_name("subset/" + "-".join(map(str, chosen)))
         group = EPGroup.__new__(EPGroup)
-        host = self.rendezvous.host
-        store = RendezvousStore(dist.PrefixStore(name, self.store), chosen.index(host) if host in chosen else None)
-        group._setup(store, chosen.index(self.rank), len(chosen), self.device, None, self.threads, f"{self._path}/{name}")
+        store, path = self.rendezvous.under(name), f"{self._path}/{name}"
+        group._setup(store, chosen.index(self.rank), len(chosen), self.device, None, self.threads, path, chosen)
         return group
 
     @property
@@ -231,11 +242,13 @@ def _own_store() -> RendezvousStore:
     return RendezvousStore(dist.HashStore(), None)
 
 
-def _host_within(process_group: dist.ProcessGroup, host: int | None) -> int | None:
-    """The number in `process_group` of the global rank `host`, or None if it is not in it."""
+def _host_within(process_group: dist.ProcessGroup, host: int | None, rank: int) -> int | None:
+    """The number in `process_group` of the global rank `host`. None if it is not in it, or is this `rank` itself: a process that
+    hosts a store does not lose it, so if this one does, another process hosts it."""
     if host is None or host not in dist.get_process_group_ranks(process_group):
         return None
-    return dist.get_group_rank(process_group, host)
+    number = dist.get_group_rank(process_group, host)
+    return None if number == rank else number
 
 
 def _are_ints(*values: object) -> bool:

@@ -28,7 +28,7 @@ from tokenferry.dispatched import Dispatched
 from tokenferry.errors import ShapeError, StateError, UsageError
 from tokenferry.groups import EPGroup
 from tokenferry.lifecycle import Lifecycle
-from tokenferry.transports.base import Gathered
+from tokenferry.transports.base import Gathered, Transport, TransportSettings
 
 NAMESPACE: Final = "tokenferry"
 _ROWS: Final = "Tensor(b!) out_hidden, Tensor(c!) out_idx, Tensor(d!) out_weights"
@@ -107,27 +107,19 @@ class Operators:
     tensors here for inputs of the compiled code: other tensors, as after `reset()`, are passed to the same code.
 
     Args:
-        rows_per_token: R is this times T; None: R is known to the host only when the rows are.
+        number: the workspace's, from `take_number`.
         counts: the step's counts.
-        fixed: the gathered rows, if the transport has them at fixed addresses.
     """
 
-    def __init__(
-        self,
-        number: int,
-        *,
-        dtype: torch.dtype,
-        index_dtype: torch.dtype,
-        rows_per_token: int | None,
-        counts: torch.Tensor,
-        fixed: Gathered | None,
-    ) -> None:
-        self._number, self._dtype, self._index_dtype, self._rows_per_token = number, dtype, index_dtype, rows_per_token
+    def __init__(self, number: int, settings: TransportSettings, transport: Transport, counts: torch.Tensor) -> None:
+        self._number, self._rows_per_token = number, transport.rows_per_token
+        self._dtype, self._index_dtype = settings.config.dtype, settings.index_dtype
         # All operators of a workspace change it, so that none overtakes another.
         self.order = torch.zeros(1, dtype=torch.int32, device="cpu")
         self.counts, self.counts_address = counts, counts.data_ptr()
         self.handle = object()
         """Stands for the handle of a dispatch that is made in compiled code."""
+        fixed = transport.fixed_rows
         self.fixed = None if fixed is None else Gathered(*(_alone(tensor) for tensor in _tensors(fixed)))
         self.fixed_addresses = [tensor.data_ptr() for tensor in _tensors(self.fixed)] if self.fixed is not None else None
 

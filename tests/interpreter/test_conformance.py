@@ -28,7 +28,7 @@ def record(group: tf.EPGroup, steps: list[StepCase]) -> tuple[int, list[Event]]:
     config = tf.MoEConfig(hidden_size=16, num_experts=8, topk=2)
     with tf.Workspace(config, group, max_tokens_per_rank=CAPACITY, transport="p2p", timeout_s=20) as ws:
         transport = ws._transport
-        layout, bases = transport.memory.layout, transport._buffer.addresses
+        layout, bases = transport.memory.layout, transport.innermost._buffer.addresses
         slots = {"dispatch_slots": layout.dispatch_slot_bytes, "combine_slots": layout.combine_slot_bytes}
 
         def place(address: int) -> tuple:
@@ -68,7 +68,7 @@ def record(group: tf.EPGroup, steps: list[StepCase]) -> tuple[int, list[Event]]:
                 return getattr(transport, name)
 
         recorder = Recorder()
-        transport.observe(recorder)
+        transport.innermost.observe(recorder)
         ws._transport = Announced()
         dispatchers = [ws.dispatcher(), ws.dispatcher()]
         for step in steps:

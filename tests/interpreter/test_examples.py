@@ -19,9 +19,9 @@ def counts_example(group: tf.EPGroup) -> tuple[list[int], list[int]]:
     config = tf.MoEConfig(hidden_size=4, num_experts=6, topk=2)
     with tf.Workspace(config, group, max_tokens_per_rank=3, transport="p2p") as ws:
         step = ws.begin_step((2, 0, 3)[group.rank])
-        transport = ws.active_transport
-        region = transport.memory.layout.step_counts
-        step_counts = transport.memory.buffer[region.offset : region.end].view(torch.int32).tolist()
+        memory = ws.active_transport.memory
+        region = memory.layout.step_counts
+        step_counts = memory.buffer[region.offset : region.end].view(torch.int32).tolist()
         return step_counts, [*step.summary.tolist(), *step.tokens_per_rank.tolist()]
 
 
@@ -118,7 +118,7 @@ def abort_example(group: tf.EPGroup, by_kernel: bool) -> int:
             word[0] = Record(0, 1, "data-missing", 7, 2).pack()
         group.channel.barrier("filled", 30.0)
         if group.rank == 0:
-            transport, record = ws.active_transport, Record(0, 0, "failed", 9, 3)
+            transport, record = ws.active_transport.innermost, Record(0, 0, "failed", 9, 3)
             if by_kernel:
                 transport._resources.kernels.abort(1, transport._buffer.table_address, group.size, record.pack())
             else:

@@ -20,9 +20,8 @@ INTERPRETER = {"TRITON_INTERPRET": "1"}
 
 def over_multicast(group: tf.EPGroup, steps: list[StepCase], **settings: object) -> int:
     """`nvls` on a buffer whose own address stands for the multicast mapping: the interpreter stores to each rank in turn."""
-    switch.install()
     compared = 0
-    with tf.Workspace(Case().config, group, max_tokens_per_rank=1025, transport="nvls", timeout_s=20, **settings) as ws:
+    with tf.Workspace(Case().config, group, max_tokens_per_rank=1025, transport=switch.Nvls(), timeout_s=20, **settings) as ws:
         assert ws.transport == "nvls"
         layers = [ws.dispatcher(), ws.dispatcher()]
         for step in steps:
@@ -67,6 +66,7 @@ def without_switch(group: tf.EPGroup) -> str:
 
 def test_without_a_multicast_address_nvls_does_not_open() -> None:
     for said in run_ranks(without_switch, 2, env=INTERPRETER):
+        assert "nvls: rejected, could not be opened on rank" in said
         assert "no multicast address" in said
 
 

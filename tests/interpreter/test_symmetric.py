@@ -158,7 +158,7 @@ def delayed(group: tf.EPGroup, steps: list[StepCase]) -> list[str]:
     observer = Slow()
     config = tf.MoEConfig(hidden_size=16, num_experts=8, topk=2)
     with tf.Workspace(config, group, max_tokens_per_rank=CAPACITY, transport="p2p", timeout_s=20) as ws:
-        ws.active_transport.observe(observer)
+        ws.active_transport.innermost.observe(observer)
         layers = [ws.dispatcher(), ws.dispatcher()]
         for step in steps:
             begin(ws, step)

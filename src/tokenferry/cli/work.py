@@ -19,7 +19,7 @@ from tokenferry.cli.spread import batches, capacity, spread
 from tokenferry.cli.tokens import cut_after_stop, load_tokenizer, stop_token_ids, tokenize
 from tokenferry.demo.quiet import quiet_transformers
 from tokenferry.groups import EPGroup
-from tokenferry.transports.agree import telling_the_others
+from tokenferry.transports.opening import telling_the_others
 
 Send = Callable[[dict[str, Any]], None]
 TINY: Final = "tiny:"

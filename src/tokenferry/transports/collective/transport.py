@@ -218,11 +218,14 @@ class CollectiveTransport(Transport):
 
     def _reduce_scatter(self, out: torch.Tensor, rows: torch.Tensor) -> Pending | None:
         """The library's own, where it has one that is faster than the ordered exchange."""
-        self.launched = True
+        had_launched, self.launched = self.launched, True
         try:
-            return self._communicator.reduce_scatter(out, rows)
+            pending = self._communicator.reduce_scatter(out, rows)
         except CommunicationError as error:
             raise self._peer_error(error) from error
+        if pending is None:
+            self.launched = had_launched
+        return pending
 
     def _finish(self, pending: Pending) -> None:
         try:
