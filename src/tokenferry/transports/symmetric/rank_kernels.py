@@ -156,7 +156,8 @@ class SoloKernels(RankKernels):
     def combine_input(self) -> torch.Tensor:
         terms_RH = self._regions.terms_RH
         if terms_RH.data_ptr() == self._layout.terms.offset + self._buffer.address:
-            terms_RH = torch.empty_like(terms_RH)
+            with torch.inference_mode(False):  # a later layer may fill it outside of the mode
+                terms_RH = torch.empty_like(terms_RH)
             self._regions = RegionTensors(self._regions.gathered, terms_RH)
         return terms_RH
 
