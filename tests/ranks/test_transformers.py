@@ -101,7 +101,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(models: Path, request: pytest.FixtureRequest) -> Callable[[Run], list[Outcome]]:
-    """The outcomes of a run by rank. All runs that the selected tests ask for, with as many ranks, are made at the first question."""
+    """The outcomes of a run by rank. All that the selected tests ask for, with as many ranks, are made at the first question."""
     done: dict[Run, list[Outcome]] = {}
     selected = {item.callspec.params["run"] for item in request.session.items if item.path == request.path}
 
