@@ -26,9 +26,9 @@ test-long: $(INSTALLED) ## thousands of steps, full crosses, and the demo model;
 test-debug: $(INSTALLED) ## the tests of the interpreted kernels once more, with poison and checks in memory; SAMPLE=seed too
 	TOKENFERRY_DEBUG=1 $(PYTEST) $(BESIDE) -m "interpreter and not long"
 
-coverage: $(INSTALLED) ## which lines `make test` runs, in rank processes, interpreted kernels and commands too: coverage-html/
+coverage: $(INSTALLED) ## which lines `make test` runs, in rank processes, interpreted kernels and commands too: a table, and coverage-html/
 	rm -rf .coverage .coverage.* coverage-html
-	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml $(PYTEST) $(BESIDE) -m "not long" -p coverage_of_processes
+	$(BIN)/python -m coverage run -m pytest $(BESIDE) -m "not long"
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage html --quiet
 	$(BIN)/python -m coverage report --skip-covered --skip-empty

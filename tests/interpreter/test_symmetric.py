@@ -119,7 +119,7 @@ def random_steps(seed: int, count: int, world_size: int, most: int) -> list[Step
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_random_steps_across_the_threshold(world_size: int) -> None:
-    steps = tuple(random_steps(world_size, 60, world_size, SLOT_ROWS + 8))
+    steps = tuple(random_steps(world_size, 30, world_size, SLOT_ROWS + 8))
     case = Case(hidden_size=8, topk=3, capacity=CAPACITY, transport="p2p", steps=steps)
     assert run_ranks(run_case, world_size, case, env=INTERPRETER, timeout_s=150) == [sum(s.layers for s in steps)] * world_size
 
