@@ -359,6 +359,27 @@ OF_HOST_LOGIC = (
         ("tests/test_core.py::test_the_first_to_claim_a_name_keeps_it",),
     ),
     Mutant(
+        "a-lost-store-raises-torchs-error",
+        "src/tokenferry/channel.py",
+        "        except RuntimeError as error:  # torch's store errors",
+        "        except KeyError as error:  # torch's store errors",
+        ("tests/test_channel.py::test_a_lost_store_is_its_hosts_failure[peek]",),
+    ),
+    Mutant(
+        "a-peer-that-left-with-the-stores-host-is-blamed",
+        f"{_TRANSPORTS}/settling.py",
+        "        blamed = lost.rank\n",
+        "        blamed = record.rank\n",
+        ("tests/test_channel.py::test_what_a_rank_settles_on_without_the_store[peer-gone]",),
+    ),
+    Mutant(
+        "the-watchdog-ends-without-a-word",
+        f"{_TRANSPORTS}/collective/watchdog.py",
+        "            self._give_up(CommunicationError(self._communicator.rank, 0.0, told))\n",
+        "",
+        ("tests/test_watchdog.py::test_an_exception_of_its_own_aborts_and_is_told[the-event-raises]",),
+    ),
+    Mutant(
         "a-bucket-must-be-larger-than-the-step",
         "src/tokenferry/graphs.py",
         "if bucket >= num_tokens), None)",
