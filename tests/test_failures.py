@@ -127,7 +127,7 @@ def test_a_broken_workspace_does_not_keep_the_tensors_of_the_call_that_broke_it(
 
 
 @pytest.mark.parametrize("raises", [out_of_memory, surprise])
-@pytest.mark.parametrize("where", ["agree_to_open", "StepTensors", "open_together", "Operators"])
+@pytest.mark.parametrize("where", ["StepTensors", "open_together", "Operators"])
 def test_a_reset_that_fails_leaves_a_broken_workspace_which_another_reset_mends(
     raises: Callable[[], None], where: str, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

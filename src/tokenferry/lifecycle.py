@@ -20,9 +20,6 @@ _log = logging.getLogger(__name__)
 _MADV_WIPEONFORK = 18
 """Linux's number; Python's mmap module has no name for it before 3.13."""
 
-MAX_LAYERS = (1 << 16) - 1
-"""Dispatchers of a workspace: an abort record names the layer in 16 bits (`kernels.wire.Record`)."""
-
 
 class Stage(enum.Enum):
     """Where an open workspace stands."""

@@ -15,7 +15,7 @@ from tokenferry.lifecycle import Lease, Lifecycle, Stage, WrongCallerError, logg
 from tokenferry.operators import Operators
 from tokenferry.step import Step, StepTensors
 from tokenferry.transports.base import Transport, TransportSettings
-from tokenferry.waiting import Place
+from tokenferry.waiting import Position
 
 
 class PeerCalls:
@@ -38,7 +38,6 @@ class PeerCalls:
     _step: Step | None
     _step_index: int
     _num_step_writes: int | None
-    _watch: Any = None  # debug mode's
 
     # --- what moves the rows ----------------------------------------------------------------------------------------
 
@@ -70,8 +69,6 @@ class PeerCalls:
                 if transport is self._transport:  # another thread may have reset the workspace meanwhile
                     self.record_failure(error)
                 raise
-            if self._watch is not None:
-                self._watch.report(wait=True)
 
     def forget_step_writes(self) -> None:
         """Compiled code counts as a write to the counts where it begins a step; debug mode does not look at such a step."""
@@ -145,16 +142,16 @@ class PeerCalls:
                 self.close()
 
 
-def place_of(workspace: PeerCalls) -> Callable[[], Place | None]:
+def position_of(workspace: PeerCalls) -> Callable[[], Position | None]:
     """Tells where the workspace stands, without keeping it alive."""
     reference = weakref.ref(workspace)
 
-    def look() -> Place | None:
+    def look() -> Position | None:
         workspace = reference()
         if workspace is None or workspace.lifecycle.closed:
             return None
         lifecycle = workspace.lifecycle
-        return Place(workspace._step_index, lifecycle.layer, lifecycle.stage.value, lifecycle.is_occupied)
+        return Position(workspace._step_index, lifecycle.layer, lifecycle.stage.value, lifecycle.is_occupied)
 
     return look
 

@@ -10,20 +10,21 @@ from typing import NoReturn, SupportsIndex
 import torch
 
 from tokenferry import env
+from tokenferry.ambient import plain_torch
 from tokenferry.capture import GraphCalls
 from tokenferry.config import MoEConfig
 from tokenferry.dispatcher import Dispatcher
 from tokenferry.errors import ConfigError, PeerError, Phase, StateError, UsageError, refuse_pickling
 from tokenferry.groups import EPGroup
-from tokenferry.lifecycle import MAX_LAYERS, Lease, Lifecycle, Stage, logged
+from tokenferry.kernels.control_block import MAX_LAYERS
+from tokenferry.lifecycle import Lease, Lifecycle, Stage, logged
 from tokenferry.operators import Operators, take_number
-from tokenferry.peers import place_of
+from tokenferry.peers import position_of
 from tokenferry.step import Step, StepRequest, StepTensors, checked_counts
 from tokenferry.transports import selection
-from tokenferry.transports.agree import agree_to_open, open_together
-from tokenferry.transports.base import CombineOrder, Counts, TransportSettings
-from tokenferry.transports.open import required_bytes
-from tokenferry.transports.validation import check_dtypes, check_kinds, check_positive_ints, check_reset, check_settings
+from tokenferry.transports.base import CombineOrder, Counts, TransportFactory, TransportSettings
+from tokenferry.transports.opening import open_together, required_bytes
+from tokenferry.transports.settings import check_dtypes, check_kinds, check_positive_ints, check_reset, check_settings
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ class Workspace(GraphCalls):
         config: shape of the layer.
         group: the expert-parallel group.
         max_tokens_per_rank: C, the most rows a rank may bring to a step, padding included.
-        transport: "auto", or one of `transports.selection.TRANSPORTS`.
+        transport: "auto", one of `transports.selection.TRANSPORTS`, or an object that opens a transport of your own, of the same
+            name on every rank: see `transports.base.TransportFactory`.
         combine_dtype: of the partial rows on the wire. Default: `config.dtype`.
         index_dtype: of `Dispatched.topk_idx`: int32, or int64 for expert kernels that want it; written so, without a pass.
         combine_order: "rank": terms are summed in rank order, the same bits on every transport. "any": the library's or the
@@ -51,8 +53,9 @@ class Workspace(GraphCalls):
 
     Raises:
         ConfigError: a setting is wrong, differs between ranks, or there are fewer experts than ranks.
-        TransportUnavailableError: no transport fits; `.decisions` has the reason for each.
+        TransportUnavailableError: no transport fits, or none could be opened; `.decisions` has the reason for each.
         PeerTimeoutError: a rank did not come to open within `open_timeout_s`.
+        PeerFailedError: a rank failed before its workspace was open.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Workspace(GraphCalls):
         group: EPGroup,
         *,
         max_tokens_per_rank: int,
-        transport: str = "auto",
+        transport: str | TransportFactory = "auto",
         combine_dtype: torch.dtype | None = None,
         index_dtype: torch.dtype = torch.int32,
         combine_order: CombineOrder = "rank",
@@ -104,18 +107,16 @@ class Workspace(GraphCalls):
     def _open(self, phase: Phase) -> None:
         settings = self._settings
         start = time.monotonic()
-        self.decisions, self.transport = agree_to_open(settings, self._requested, phase)
-        self._step_tensors = StepTensors(settings.group.rank, settings.group.size, settings.group.device)
-        self._lease = Lease(open_together(self.transport, settings, self._step_tensors, phase))
-        self._watch = None
+        group = settings.group
+        with plain_torch(group.device):
+            self._step_tensors = StepTensors(group.rank, group.size, group.device)
+            opened = open_together(self._requested, settings, self._step_tensors, phase)
+        self._settings = settings = opened.settings
+        self._lease, self.transport, self.decisions = Lease(opened.transport), opened.name, opened.decisions
         try:
-            if settings.debug:
-                from tokenferry.transports.debug import Watch  # here, since it imports Triton
-
-                self._watch = Watch(self._transport, settings, self._step_tensors)
             self.operators = Operators(self.number, settings, self._transport, self._step_tensors.packed)
             self.operators.serve(self)
-            settings.group.waiting.join(settings.name, place_of(self), settings.timeout_s)
+            settings.group.waiting.join(settings.name, position_of(self), settings.timeout_s)
         except BaseException:
             self._lease.end()
             raise
@@ -239,8 +240,6 @@ class Workspace(GraphCalls):
         lifecycle.begin_step("begin_step")
         if settings.debug:
             self._check_step_unwritten()
-        if self._watch is not None:
-            self._watch.report()
         real = checked_counts(num_tokens, num_real_tokens, settings.max_tokens_per_rank, settings.group.device)
         if not isinstance(done, bool):
             raise UsageError(f"done must be a bool, got {done!r}")

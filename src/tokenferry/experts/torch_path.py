@@ -62,7 +62,8 @@ def _experts_on_sorted_pairs(
     sorted_P, order_P = torch.sort(local_RK.flatten(), stable=True)
     experts_L = torch.arange(num_local_experts, dtype=sorted_P.dtype, device=sorted_P.device)
     ends_L = torch.searchsorted(sorted_P, experts_L, right=True, out_int32=True)
-    position_RK = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(order_P.numel(), device=order_P.device))
+    places_P = torch.arange(order_P.numel(), dtype=order_P.dtype, device=order_P.device)
+    position_RK = torch.empty_like(order_P).scatter_(0, order_P, places_P)
     position_RK = position_RK.view(local_RK.shape)
     if trim:
         num_pairs = int(ends_L[-1])
@@ -96,7 +97,7 @@ def _every_expert_on_every_row(
         up_RN = F.linear(hidden_RH, up_proj, up_biases[expert])
         expert_output_RH = F.linear(activation(up_RN), down_proj, down_biases[expert])
         output_RKH = torch.where((local_RK == expert).unsqueeze(-1), expert_output_RH.unsqueeze(1), output_RKH)
-    position_RK = torch.arange(num_rows * topk, device=local_RK.device).view(num_rows, topk)
+    position_RK = torch.arange(num_rows * topk, dtype=torch.int64, device=local_RK.device).view(num_rows, topk)
     return output_RKH.flatten(0, 1), position_RK
 
 

@@ -1,11 +1,21 @@
-"""Compiled kernels, launched without Triton's analysis of arguments: all are compiled and loaded when a workspace opens."""
+"""The one launcher: a kernel is compiled and loaded once, and its launches are bound to the arguments that never change.
+
+Names of arguments stand once, in the `SIGNATURE` beside each kernel. They are resolved when a launch is bound; what `bind`
+returns is called with the other arguments by position, so that a step spends no host time on names, or on Triton's analysis of
+arguments.
+
+Example:
+    launch = load(specify(counts_kernel, SIGNATURE, {"LANES": 32, "PDL": 1}, num_warps=1), device)
+    count = launch.bind({"rank": 0, "size": 2, ...}, varying=("num_tokens", "flags"), grid=1)
+    count(17, 0)
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +23,8 @@ import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
-from tokenferry.kernels import direct_launch, wire
+from tokenferry.errors import UsageError
+from tokenferry.kernels import driver_launch, wire
 
 DTYPES: Mapping[torch.dtype, Any] = {
     torch.bfloat16: tl.bfloat16,
@@ -23,155 +34,263 @@ DTYPES: Mapping[torch.dtype, Any] = {
     torch.int64: tl.int64,
 }
 
+TYPE_NAMES: Mapping[torch.dtype, str] = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+"""As signatures have them."""
+
 REGISTERS_PER_SM = 65536
 """On every NVIDIA GPU since 2014."""
+POINTER_ALIGNMENT = 16
+"""Bytes. Where every pointer is a multiple of it, packets and rows are loaded and stored in the widest accesses."""
 
-
-PROGRAMS_PER_SM = 2
-"""More do not help: round trips of 2 x H100 at T = 128 to 4096, 2026-11-22."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """How kernels are cut into programs.
-
-    Attributes:
-        num_warps: of a dispatch or combine program; each thread handles one packet at a time.
-        max_programs: most programs of a launch.
-    """
-
-    num_warps: int
-    max_programs: int
-
-    @property
-    def block(self) -> int:
-        """Packets of a program at a time."""
-        return self.num_warps * 32
-
-
-def tuning_for(num_packets: int, num_sms: int) -> Tuning:
-    """The fewest warps with which one wave of programs has a thread for each packet of the largest step in slots.
-
-    Small programs begin sooner, large ones keep more packets under way: on 2 x H100 (2026-11-22) 4 warps were best up to 132
-    programs, 8 up to 264, and 16 from there on.
-    """
-    for num_warps, programs in ((4, num_sms), (8, PROGRAMS_PER_SM * num_sms)):
-        if num_packets <= num_warps * 32 * programs:
-            return Tuning(num_warps=num_warps, max_programs=PROGRAMS_PER_SM * num_sms)
-    return Tuning(num_warps=16, max_programs=PROGRAMS_PER_SM * num_sms)
-
-
-Bound = Callable[..., None]
-"""A launch whose constant arguments are in place: called with the others, in the order of the signature."""
-
-
-class Launch(Protocol):
-    """A kernel ready to run. `resident`: the most programs of it that the device holds at once."""
-
-    @property
-    def resident(self) -> int: ...
-
-    def __call__(self, grid: int, *args: int) -> None:
-        """Runs `grid` programs on the current stream."""
-
-    def bind(self, grid: int, **fixed: int) -> Bound:
-        """The same, again and again, with `fixed` arguments by name. One thread at a time may call what this returns."""
+BoundLaunch = Callable[..., None]
+"""A launch whose fixed arguments are in place: called with the others by position, in the order that `bind` was given. One thread
+at a time may call it."""
 
 
 @dataclass(frozen=True)
-class InterpretedLaunch:
-    """One program, in this thread: the interpreter would run several one after another, and the first would wait for ever."""
+class KernelSpec:
+    """One compiled variant of a kernel. Equal specs are one kernel: see `KernelStore`.
+
+    Attributes:
+        kernel: the function that `triton.jit` made.
+        signature: type of every argument by name, in order; "constexpr" for constants.
+        constants: value of each constexpr argument.
+        num_warps, num_stages: of the compiler.
+        aligned: every pointer argument is a multiple of 16 bytes.
+    """
 
     kernel: Any
-    constants: Mapping[str, Any]
-    resident: int = 1
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    num_warps: int
+    num_stages: int
+    aligned: bool
 
-    def __call__(self, grid: int, *args: int) -> None:
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return str(self.kernel.fn.__name__)
+
+    @property
+    def argument_types(self) -> dict[str, str]:
+        """Of the arguments that a launch is given, by name, in order."""
+        return {name: kind for name, kind in self.signature if kind != "constexpr"}
+
+    def source(self) -> ASTSource:
+        """What Triton compiles."""
+        return source(self.kernel, dict(self.signature), dict(self.constants), aligned=self.aligned)
+
+    def options(self) -> dict[str, Any]:
+        """Compiler options."""
+        return options(self.num_warps, bool(dict(self.constants)["PDL"]), self.num_stages)
+
+
+def specify(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    *,
+    num_warps: int,
+    num_stages: int = 3,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    descriptors: Mapping[str, Sequence[int]] | None = None,
+    aligned: bool = False,
+) -> KernelSpec:
+    """A variant of a kernel.
+
+    Args:
+        signature: the kernel's own, with placeholders such as "*DTYPE" where a pointer's type varies.
+        dtypes: what the placeholders stand for, e.g. {"DTYPE": torch.bfloat16}.
+        descriptors: arguments that are tensor descriptors in place of pointers, with the block that each loads.
+        constants, num_warps, num_stages, aligned: see `KernelSpec`. 3 stages are Triton's default.
+    """
+    pointers = {f"*{placeholder}": f"*{TYPE_NAMES[dtype]}" for placeholder, dtype in (dtypes or {}).items()}
+    resolved = {name: pointers.get(kind, kind) for name, kind in signature.items()}
+    for name, block in (descriptors or {}).items():
+        resolved[name] = f"tensordesc<{resolved[name].removeprefix('*')}{list(block)}>"
+    return KernelSpec(kernel, tuple(resolved.items()), tuple(constants.items()), num_warps, num_stages, aligned)
+
+
+def source(kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], *, aligned: bool = False) -> ASTSource:
+    """What Triton compiles: argument types are fixed, so no value of an argument ever needs another variant."""
+    pointers = [position for position, kind in enumerate(signature.values()) if kind.startswith("*")]
+    attributes = {(position,): [["tt.divisibility", POINTER_ALIGNMENT]] for position in pointers} if aligned else None
+    return ASTSource(kernel, signature=dict(signature), constexprs=dict(constants), attrs=attributes)
+
+
+def options(num_warps: int, pdl: bool, num_stages: int = 3) -> dict[str, Any]:
+    """Compiler options. Fusion is off: a sum's bits are promised, and Triton's default changes."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False, "launch_pdl": pdl}
+
+
+class Launch:
+    """A kernel ready to run."""
+
+    def __init__(self, spec: KernelSpec) -> None:
+        self.spec = spec
+
+    @property
+    def resident(self) -> int:
+        """The most programs of it that the device holds at once."""
+        raise NotImplementedError
+
+    def __call__(self, grid: int, *args: Any) -> None:
+        """Runs `grid` programs on the current stream. All arguments by position, as in the signature."""
+        raise NotImplementedError
+
+    def bind(self, fixed: Mapping[str, Any], varying: Sequence[str] = (), *, grid: int | None = None) -> BoundLaunch:
+        """This launch with `fixed` arguments by name, again and again.
+
+        Args:
+            fixed: values of arguments that stay. Tensors among them must live as long as what is returned.
+            varying: names of all others, in the order in which they will be given.
+            grid: number of programs; None: it is given at every call, before the others.
+
+        Raises:
+            UsageError: an argument of the kernel is missing, named twice, or not one of its own. Nothing has been launched.
+        """
+        self._check_names(fixed, varying)
+        return self._bind(fixed, tuple(varying), grid)
+
+    def _check_names(self, fixed: Mapping[str, Any], varying: Sequence[str]) -> None:
+        wanted, given = list(self.spec.argument_types), [*fixed, *varying]
+        faults = {
+            "unknown": [name for name in dict.fromkeys(given) if name not in wanted],
+            "missing": [name for name in wanted if name not in given],
+            "named twice": [name for name in dict.fromkeys(given) if given.count(name) > 1],
+        }
+        said = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
+        if said:
+            raise UsageError(
+                f"{self.spec.name} has {len(wanted)} arguments and bind was given {len(given)} names; {said}. "
+                f"Give each of {', '.join(wanted)} once, as fixed or as varying"
+            )
+
+    def _bind(self, fixed: Mapping[str, Any], varying: tuple[str, ...], grid: int | None) -> BoundLaunch:
+        """Puts the fixed arguments in their places at every call."""
+        names = list(self.spec.argument_types)
+        positions = [names.index(name) for name in varying]
+        template = [fixed.get(name) for name in names]
+
+        def launch_grid(num_programs: int, *args: Any) -> None:
+            full = list(template)
+            for position, value in zip(positions, args, strict=True):
+                full[position] = value
+            self(num_programs, *full)
+
+        return launch_grid if grid is None else functools.partial(launch_grid, grid)
+
+
+class InterpretedLaunch(Launch):
+    """Programs one after another, in this thread. Of kernels that wait for peers there may be one only: a second would never
+    begin while the first waits."""
+
+    @property
+    def resident(self) -> int:
+        """See `Launch`."""
+        return 1
+
+    def __call__(self, grid: int, *args: Any) -> None:
         """See `Launch`."""
         with np.errstate(all="ignore"):  # infinities and NaNs are payload
-            self.kernel[(1,)](*args, **self.constants)
-
-    def bind(self, grid: int, **fixed: int) -> Bound:
-        """See `Launch`."""
-        names = [name for name in self.kernel.arg_names if name not in self.constants]
-        return _in_order(names, fixed, lambda *args: self(grid, *args))
+            self.spec.kernel[(grid,)](*args, **dict(self.spec.constants))
 
 
-class CompiledLaunch:
+class CompiledLaunch(Launch):
     """A kernel in the memory of one GPU."""
 
-    def __init__(self, compiled: Any, signature: Mapping[str, str], constants: Mapping[str, Any], device_index: int) -> None:
-        compiled._init_handles()  # loads the module: that waits for the device, so never later, while a peer spins
+    def __init__(self, spec: KernelSpec, device: torch.device) -> None:
+        super().__init__(spec)
+        self._device_index = torch.cuda.current_device() if device.index is None else device.index
+        with torch.cuda.device(self._device_index):
+            compiled = triton.compile(spec.source(), options=spec.options())
+            compiled._init_handles()  # loads the module: that waits for the device, so never later, while a peer spins
         self._compiled, self._run, self._function = compiled, compiled.run, compiled.function
-        self._metadata, self._constants = compiled.packed_metadata, tuple(constants.values())
-        self._types = {name: kind for name, kind in signature.items() if kind != "constexpr"}
-        self._device_index = device_index
-        self.resident = _resident(compiled, device_index)
+        self._metadata, self._constants = compiled.packed_metadata, tuple(value for _, value in spec.constants)
 
-    def __call__(self, grid: int, *args: int) -> None:
+    @property
+    def resident(self) -> int:
+        """See `Launch`. A launch that waits for peers must not have more: a program that waits for room cannot send what the
+        peers' waiting programs, and through them its own, wait for."""
+        properties = torch.cuda.get_device_properties(self._device_index)
+        threads = self._compiled.metadata.num_warps * properties.warp_size
+        registers = -(-self._compiled.n_regs // 8) * 8 * threads
+        by_threads = properties.max_threads_per_multi_processor // threads
+        return int(properties.multi_processor_count * min(by_threads, REGISTERS_PER_SM // registers))
+
+    def __call__(self, grid: int, *args: Any) -> None:
         """See `Launch`."""
+        words = [_word(arg) for arg in args]
         with torch.cuda.device(self._device_index):  # another one may be current, and have a default stream with the same handle
             stream = torch._C._cuda_getCurrentRawStream(self._device_index)
-            self._run(grid, 1, 1, stream, self._function, self._metadata, None, None, None, *args, *self._constants)
+            self._run(grid, 1, 1, stream, self._function, self._metadata, None, None, None, *words, *self._constants)
 
-    def bind(self, grid: int, **fixed: int) -> Bound:
-        """See `Launch`. By the driver itself where the kernel takes its arguments as expected, else by Triton's launcher."""
-        fallback = _in_order(list(self._types), fixed, lambda *args: self(grid, *args))
-        driver = direct_launch.find_driver()
-        shape = direct_launch.launch_shape(self._compiled, self._types)
+    @functools.cached_property
+    def _driver_kernel(self) -> driver_launch.DriverKernel | None:
+        """None where the kernel wants anything that only Triton's launcher knows."""
+        types = self.spec.argument_types
+        driver, shape = driver_launch.find_driver(), driver_launch.launch_shape(self._compiled, types)
         if driver is None or shape is None:
-            return fallback
-        index, current = self._device_index, torch._C._cuda_getCurrentRawStream
-        return direct_launch.bind(
-            driver, self._function, shape, grid, self._types, fixed, functools.partial(current, index), fallback
+            return None
+        return driver_launch.DriverKernel(
+            driver=driver,
+            function=self._function,
+            shape=shape,
+            types=types,
+            current_stream=functools.partial(torch._C._cuda_getCurrentRawStream, self._device_index),
         )
 
-
-def _in_order(names: Sequence[str], fixed: Mapping[str, int], run: Callable[..., None]) -> Bound:
-    """Calls `run` with all arguments, the fixed ones in their places."""
-    varying = [names.index(name) for name in names if name not in fixed]
-    template = [fixed.get(name, 0) for name in names]
-
-    def bound(*args: int) -> None:
-        full = list(template)
-        for place, value in zip(varying, args, strict=True):
-            full[place] = value
-        run(*full)
-
-    return bound
+    def _bind(self, fixed: Mapping[str, Any], varying: tuple[str, ...], grid: int | None) -> BoundLaunch:
+        """By the driver itself where the kernel takes its arguments as expected, else by Triton's launcher."""
+        fallback, kernel = super()._bind(fixed, varying, grid), self._driver_kernel
+        if kernel is None:
+            return fallback
+        words = {name: _word(value) for name, value in fixed.items()}
+        bound = driver_launch.bind(kernel, grid, words, varying, fallback)
+        if not any(kernel.types[name].startswith("*") for name in varying):
+            return bound
+        return lambda *args: bound(*map(_word, args))
 
 
-def _resident(compiled: Any, device_index: int) -> int:
-    """Programs that the whole GPU holds at once, which a launch must not exceed: one that waits for room cannot send what the
-    peers' waiting programs, and through them its own, wait for."""
-    properties = torch.cuda.get_device_properties(device_index)
-    threads = compiled.metadata.num_warps * properties.warp_size
-    registers = -(-compiled.n_regs // 8) * 8 * threads
-    by_threads = properties.max_threads_per_multi_processor // threads
-    return int(properties.multi_processor_count * min(by_threads, REGISTERS_PER_SM // registers))
+def _word(argument: Any) -> Any:
+    """A tensor's address in its place."""
+    return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
 
 
-def source(kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any]) -> ASTSource:
-    """What Triton compiles: argument types are fixed, so no value of an argument ever needs another variant."""
-    return ASTSource(kernel, signature=dict(signature), constexprs=dict(constants))
-
-
-def options(num_warps: int, pdl: bool) -> dict[str, Any]:
-    """Compiler options. Fusion is off: a sum's bits are promised, and Triton's default changes."""
-    return {"num_warps": num_warps, "enable_fp_fusion": False, "launch_pdl": pdl}
+def load(spec: KernelSpec, device: torch.device) -> Launch:
+    """Compiles (or finds in Triton's cache) and loads a kernel."""
+    return InterpretedLaunch(spec) if wire.INTERPRETED else CompiledLaunch(spec, device)
 
 
 def prepare(
     kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], num_warps: int, device: torch.device
 ) -> Launch:
-    """Compiles (or finds in Triton's cache) and loads a kernel."""
-    if wire.INTERPRETED:
-        return InterpretedLaunch(kernel, constants)
-    with torch.cuda.device(device):
-        compiled = triton.compile(source(kernel, signature, constants), options=options(num_warps, bool(constants["PDL"])))
-        return CompiledLaunch(compiled, signature, constants, device.index)
+    """`load` of a variant whose signature has no placeholders."""
+    return load(specify(kernel, signature, constants, num_warps=num_warps), device)
+
+
+class KernelStore:
+    """Kernels by what they are compiled for, each loaded once on this device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._loaded: dict[KernelSpec, Launch] = {}
+
+    def load(self, spec: KernelSpec) -> Launch:
+        """The kernel, compiled (or found in Triton's cache) and loaded at its first mention."""
+        launch = self._loaded.get(spec)
+        if launch is None:
+            launch = self._loaded[spec] = load(spec, self._device)
+        return launch
 
 
 def check_addresses(addresses: Sequence[int]) -> None:
     """Peers' buffers must be 16-byte aligned: packets are stored whole."""
-    assert all(address % 16 == 0 for address in addresses), "allocators align to far more"
+    assert all(address % POINTER_ALIGNMENT == 0 for address in addresses), "allocators align to far more"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -74,7 +74,8 @@ class Transport(ABC):
     """Moves rows. One step at a time; within it, dispatch and combine alternate strictly.
 
     The dispatcher has checked the arguments, and the workspace the order of calls. Whoever writes a transport of their own
-    implements the abstract members; the others have defaults that are right for one that gains nothing from doing better.
+    implements the abstract members; the others have defaults, which are right for one that gains nothing from doing better. To
+    change what another transport does, derive from `wrapper.TransportWrapper`: docs/transports.md has an example.
     """
 
     name: str
@@ -111,6 +112,11 @@ class Transport(ABC):
     def memory(self) -> SymmetricMemory | None:
         """The memory that its peers write to. None where they write to none."""
         return None
+
+    @property
+    def innermost(self) -> Transport:
+        """The transport inside all wrappers, for tests and measurements of one kind of transport."""
+        return self
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
@@ -168,14 +174,6 @@ class Transport(ABC):
     def check(self) -> None:
         """Raises the `PeerError` that has occurred, if any."""
 
-    def report(self, *, wait: bool = False) -> None:
-        """Raises what a transport that checks its users has found so far; with `wait`, what the device has found by now.
-
-        Raises:
-            UsageError, StateError: see `transports.debug`.
-        """
-        return
-
     @abstractmethod
     def fail(self, reason: str) -> None:
         """Tells the peers that this rank gives up."""
@@ -188,6 +186,28 @@ class Transport(ABC):
     @abstractmethod
     def close(self) -> None:
         """Releases everything; never waits for a peer. No thread is inside, unless within this very call."""
+
+
+class TransportFactory(Protocol):
+    """What `Workspace(transport=...)` takes beside a name. Every rank gives one of the same `name`.
+
+    It opens a transport anew at each opening and each reset, so that it must not keep one. It may serve several workspaces.
+    """
+
+    @property
+    def name(self) -> str:
+        """Becomes `Workspace.transport`, and is compared between the ranks."""
+
+    def open(self, settings: TransportSettings, step_tensors: StepTensors) -> Transport:
+        """Opens a transport, on all ranks of `settings.group` together. What is named in the group's store or channel begins
+        with `settings.name`, which no other workspace and no earlier attempt has. To open one of tokenferry's own within it, call
+        `opening.open_transport`.
+
+        Raises:
+            ConfigError: no transport of this kind can serve these settings; raised by `Workspace(...)` on every rank.
+            PeerError: another rank is the cause; raised as it is.
+            Exception: it cannot be opened here; `Workspace(...)` raises TransportUnavailableError on every rank.
+        """
 
 
 def closed_meanwhile() -> StateError:
@@ -255,6 +275,7 @@ __all__ = [
     "StepTensors",
     "SymmetricMemory",
     "Transport",
+    "TransportFactory",
     "TransportSettings",
     "closed_meanwhile",
     "empty_like_routing",

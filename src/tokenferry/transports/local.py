@@ -64,7 +64,8 @@ class LocalTransport(Transport):
     def combine_input(self) -> torch.Tensor:
         if self._combine_input is None:
             shape = (self._request.num_tokens, self._settings.config.hidden_size)
-            self._combine_input = torch.empty(shape, dtype=self._settings.combine_dtype, device=self._settings.group.device)
+            with torch.inference_mode(False):  # a later layer of the step may fill it outside of the mode
+                self._combine_input = torch.empty(shape, dtype=self._settings.combine_dtype, device=self._settings.group.device)
         return self._combine_input
 
     def combine_begin(self, partial: torch.Tensor) -> None:

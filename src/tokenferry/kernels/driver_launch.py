@@ -2,6 +2,7 @@
 
 Triton's launcher parses every argument at every call, constants included. Here they lie in memory of our own, and a call writes
 the few that change. Whether a kernel takes its arguments as expected is read from its PTX; if not, Triton's launcher stays.
+This file needs `ctypes` alone: `launch` decides which kernels come here.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import ctypes
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
 """`CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION` of cuda.h: the kernel may begin before the one before it ends."""
 
-FORMATS = {"i32": "i", "i64": "q"}
-WIDTHS = {"i32": 32, "i64": 64}
+FORMATS = {"i32": "i", "i64": "q", "fp32": "f"}
+"""By type of argument, as `struct` names them."""
+POINTER_FORMAT = "Q"
+MAX_HIDDEN = 2
 
 
 class Config(ctypes.Structure):
@@ -53,6 +56,24 @@ class LaunchShape:
     num_hidden: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class DriverKernel:
+    """A loaded kernel as the driver sees it.
+
+    Attributes:
+        driver: what `find_driver` gave.
+        function: handle of the kernel.
+        types: of its arguments, by name, in the order of its signature.
+        current_stream: of the device that the kernel is loaded on.
+    """
+
+    driver: Callable[..., int]
+    function: int
+    shape: LaunchShape
+    types: Mapping[str, str]
+    current_stream: Callable[[], int]
+
+
 def find_driver() -> Any | None:
     """`cuLaunchKernelEx`, or None where the driver has none. The interpreter lock is let go meanwhile: a full queue blocks."""
     try:
@@ -64,6 +85,16 @@ def find_driver() -> Any | None:
     return launch
 
 
+def argument_format(kind: str) -> str:
+    """How `struct` packs an argument of this type; "" if it is not known here (a tensor descriptor, for one)."""
+    return POINTER_FORMAT if kind.startswith("*") else FORMATS.get(kind, "")
+
+
+def argument_size(kind: str) -> int:
+    """Bytes of an argument of this type; 0 if it is not known here."""
+    return struct.calcsize(argument_format(kind))
+
+
 def launch_shape(compiled: Any, types: Mapping[str, str]) -> LaunchShape | None:
     """How `compiled` is launched, or None if it wants anything that is not known here."""
     metadata = compiled.metadata
@@ -71,10 +102,10 @@ def launch_shape(compiled: Any, types: Mapping[str, str]) -> LaunchShape | None:
         return None
     if any(getattr(metadata, name, 0) for name in ("global_scratch_size", "profile_scratch_size")):
         return None
+    sizes = [argument_size(kind) for kind in types.values()]
     widths = parameter_widths(compiled.asm.get("ptx", ""))
-    wanted = [WIDTHS.get(kind, 0) for kind in types.values()]
-    hidden = widths[len(wanted) :]
-    if widths[: len(wanted)] != wanted or any(width != 64 for width in hidden) or len(hidden) > 2:
+    known, hidden = widths[: len(sizes)], widths[len(sizes) :]
+    if known != [8 * size for size in sizes] or any(width != 64 for width in hidden) or len(hidden) > MAX_HIDDEN:
         return None
     threads = metadata.num_warps * getattr(metadata, "warp_size", 32)
     return LaunchShape(num_threads=threads, shared_bytes=metadata.shared, pdl=bool(metadata.launch_pdl), num_hidden=len(hidden))
@@ -93,47 +124,66 @@ def parameter_widths(ptx: str) -> list[int]:
 
 
 def bind(
-    driver: Any,
-    function: int,
-    shape: LaunchShape,
-    grid: int,
-    types: Mapping[str, str],
-    fixed: Mapping[str, int],
-    current_stream: Callable[[], int],
+    kernel: DriverKernel,
+    grid: int | None,
+    fixed: Mapping[str, float],
+    varying: Sequence[str],
     fallback: Callable[..., None],
 ) -> Callable[..., None]:
-    """A function of the arguments that are not `fixed`, in the order of `types`, that launches on the current stream.
+    """A function of the `varying` arguments, in that order, that launches on the current stream. `fixed` and `varying` together
+    are all arguments of the kernel. With `grid` None the function takes the number of programs before them.
 
     `fallback` takes the same arguments; it launches again where the driver refuses, e.g. in a thread that has no context yet, and
     raises what there is to raise.
     """
-    varying = [name for name in types if name not in fixed]
-    ordered = [*varying, *(name for name in types if name in fixed)]
-    places: dict[str, int] = {}
-    offset = 0
-    for name in ordered:  # as struct lays them out: the varying ones first, in one piece
-        size = WIDTHS[types[name]] // 8
-        offset = -(-offset // size) * size
-        places[name], offset = offset, offset + size
-    null = -(-offset // 8) * 8
+    driver, types, current_stream = kernel.driver, kernel.types, kernel.current_stream
+    offsets, size = _offsets([(name, types[name]) for name in (*varying, *fixed)])
+    null = -(-size // 8) * 8
     values = ctypes.create_string_buffer(null + 8)
     for name, value in fixed.items():
-        struct.pack_into(FORMATS[types[name]], values, places[name], value)
+        struct.pack_into(argument_format(types[name]), values, offsets[name], value)
     base = ctypes.addressof(values)
-    addresses = [base + places[name] for name in types] + [base + null] * shape.num_hidden
+    addresses = [base + offsets[name] for name in types] + [base + null] * kernel.shape.num_hidden
     parameters = (ctypes.c_void_p * len(addresses))(*addresses)
     attribute = Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
-    config = Config(grid, 1, 1, shape.num_threads, 1, 1, shape.shared_bytes, 0, ctypes.addressof(attribute), int(shape.pdl))
-    pack = struct.Struct("".join(FORMATS[types[name]] for name in varying)).pack_into
+    config = _config(kernel.shape, grid or 0, attribute)
+    pack = struct.Struct("".join(argument_format(types[name]) for name in varying)).pack_into
     config_at, parameters_at = ctypes.c_void_p(ctypes.addressof(config)), ctypes.c_void_p(ctypes.addressof(parameters))
-    handle = ctypes.c_void_p(function)
-    kept = (attribute, parameters)
+    handle = ctypes.c_void_p(kernel.function)
 
-    def launch(*args: int) -> None:
+    def launch(*args: float) -> None:
         pack(values, 0, *args)
         config.stream = current_stream()
         if driver(config_at, handle, parameters_at, None):
             fallback(*args)
 
-    launch.__dict__["kept"] = kept  # the driver reads them by address
-    return launch
+    def launch_grid(num_programs: int, *args: float) -> None:
+        config.grid_x = num_programs
+        pack(values, 0, *args)
+        config.stream = current_stream()
+        if driver(config_at, handle, parameters_at, None):
+            fallback(num_programs, *args)
+
+    bound = launch if grid is not None else launch_grid
+    bound.__dict__["kept"] = (attribute, parameters)  # the driver reads them by address
+    return bound
+
+
+def _offsets(arguments: Sequence[tuple[str, str]]) -> tuple[dict[str, int], int]:
+    """Where each argument lies, one after another as `struct` lays them out, and the end of the last.
+
+    Example:
+        (("a", "i32"), ("b", "i64")): a at 0, b at 8, 16 bytes.
+    """
+    offsets: dict[str, int] = {}
+    end = 0
+    for name, kind in arguments:
+        size = argument_size(kind)
+        begin = -(-end // size) * size
+        offsets[name], end = begin, begin + size
+    return offsets, end
+
+
+def _config(shape: LaunchShape, grid: int, attribute: Attribute) -> Config:
+    """`attribute` must outlive what is returned."""
+    return Config(grid, 1, 1, shape.num_threads, 1, 1, shape.shared_bytes, 0, ctypes.addressof(attribute), int(shape.pdl))
