@@ -15,7 +15,8 @@ import torch
 from torch._library.simple_registry import singleton
 
 import tokenferry as tf
-from tokenferry.testing import run_ranks, run_virtual
+from tokenferry.testing import run_ranks
+from tokenferry.testing.ranks import run_virtual
 
 CONFIG = tf.MoEConfig(hidden_size=8, num_experts=4, topk=1, dtype=torch.float32)
 ROWS = 4
@@ -122,6 +123,25 @@ def test_a_second_workspace_does_not_hear_the_first_ones_calls() -> None:
         with pytest.raises(tf.StateError, match="no step has begun"):
             _ = first.step
         assert second.step.index == 1
+
+
+def test_one_function_for_many_workspaces_is_compiled_twice_at_most() -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    def forward(ws: tf.Workspace, layer: tf.Dispatcher) -> torch.Tensor:
+        ws.begin_step(ROWS)
+        got = layer.dispatch(*GIVEN)
+        return layer.combine(got.hidden * 2, got)
+
+    compiled = torch.compile(forward, fullgraph=True, backend=backend)
+    for _ in range(4):
+        with opened() as ws, torch.no_grad():
+            assert torch.equal(compiled(ws, ws.dispatcher()), 2 * GIVEN[0])
+    assert len(graphs) <= 2
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------------
