@@ -149,6 +149,7 @@ def test_one_warp_routes_a_row_without_shared_memory(name: str, capability: int,
     assert not re.search(r"\b(LDL|STL)\b", sass(kernel.asm["cubin"], tmp_path)), "nothing may spill"
 
 
+@pytest.mark.alone
 def test_a_cold_compilation_takes_seconds(tmp_path: Path) -> None:
     start = time.monotonic()
     subprocess.run([sys.executable, "-c", COLD], check=True, env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)})

@@ -54,6 +54,7 @@ def test_killed_rank_is_blamed_by_its_signal(signum):
     assert failed.value.rank == 1
 
 
+@pytest.mark.alone
 def test_deadline_names_the_stuck_ranks_and_shows_where_they_stand():
     start = time.monotonic()
     with pytest.raises(RankFailedError, match=r"not finished within 3.0 s: ranks \[0, 2\] of 3") as failed:
