@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched
-from tokenferry.experts import ExpertScratch, ExpertWeights, quantize_weights, torch_path, triton_path
+from tokenferry.experts import ExpertScratch, ExpertWeights, quantize_weights, torch_path, triton_path, variants
 from tokenferry.experts.plan import Plan, Tiles, plan
 
 EP = 2
@@ -114,7 +114,7 @@ def tiles_of(candidate, gated):
 def variant_of(preset, **changes):
     """Without tensors, so that processes without a GPU can compile it."""
     L, H, I = preset.num_local, preset.hidden_size, preset.intermediate_size
-    known = triton_path.Variant(
+    known = variants.Variant(
         num_local_experts=L, hidden_size=H, intermediate_size=I, topk=preset.topk, dtype=torch.bfloat16,
         weight_dtype=torch.bfloat16, index_dtype=torch.int32, out_dtype=torch.bfloat16, activation=preset.activation.name,
         gated=preset.activation.gated, interleaved=preset.activation.interleaved, up_bias=preset.bias, down_bias=preset.bias,
@@ -133,7 +133,7 @@ def compile_spec(spec):
 
 
 def specs_of(variant):
-    return triton_path.specs(variant, torch.device("cpu")).all
+    return variants.specs(variant, torch.device("cpu")).all
 
 
 def precompile(variants):
@@ -259,7 +259,7 @@ class Bench:
         out = torch.empty_like(rows.hidden)
         self.run(rows, out, self.layers[0], plan=trial)  # fills table and scratch
         num, L = rows.topk_idx.shape[0], self.preset.num_local
-        buffers = self.scratch.reserve(triton_path.row_shape(variant), num, L, torch.bfloat16)
+        buffers = self.scratch.reserve(variants.row_shape(variant), num, L, torch.bfloat16)
         table = (buffers.counts_L, buffers.offsets_L, buffers.pairs_P)
         settings = (*table, 0, self.preset.activation.alpha, self.preset.activation.limit)
         count = rows.valid_tokens
@@ -272,15 +272,15 @@ class Bench:
                     source, target = buffers.activated_PI, buffers.outputs_PH
                 for product in getattr(loaded, which):
                     activation = self.preset.activation if which == "up" else None
-                    given = triton_path._described(matrix, activation, product.block) if product.block else matrix
+                    given = triton_path.weights_argument(matrix, activation, product)
                     own_bias = count if bias is None else bias
-                    product.kernel(product.programs, source, count, given, count, own_bias, target, *settings)
+                    product.launch(source, count, given, count, own_bias, target, *settings)
 
         def make_table():
-            loaded.table(L, rows.topk_idx, count, *table, 0, num, 0)
+            loaded.table(rows.topk_idx, count, *table, 0, num, 0)
 
         def make_sum():
-            loaded.sum(loaded.programs, buffers.outputs_PH, rows.topk_idx, rows.topk_weights, count, out, 0, buffers.num_rows, 0)
+            loaded.sum(buffers.outputs_PH, rows.topk_idx, rows.topk_weights, count, out, 0, buffers.num_rows, 0)
 
         done = {which: time_us(lambda which=which: products(which), 2) / len(self.layers) for which in ("up", "down")}
         return done if products_only else done | {"table": time_us(make_table, 10), "sum": time_us(make_sum, 10)}
@@ -412,13 +412,13 @@ def named_plans(preset):
     return {
         "default": default,
         "few first": Plan(up=(few_up, many_up), down=(few_down, many_down)),
-        "few alone": Plan(up=changed([few_up], high=0), down=changed([few_down], high=0)),
+        "few alone": Plan(up=changed([few_up], max_rows=0), down=changed([few_down], max_rows=0)),
         "long tails": many(rows_few=many_up.rows),
         "pointers": many(tensor_map=False),
         "four stages": many(num_stages=4),
         "many from 33": Plan(
-            up=(*changed([many_up], low=32), *changed([few_up], high=32)),
-            down=(*changed([few_down], high=32), *changed([many_down], low=32)),
+            up=(*changed([many_up], min_rows=33), *changed([few_up], max_rows=32)),
+            down=(*changed([few_down], max_rows=32), *changed([many_down], min_rows=33)),
         ),
         "default again": default,
     }
