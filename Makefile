@@ -7,19 +7,31 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-long test-debug test-gpu mutants lint clean
+# Two workers, one for each core. Items that share a fixture stay together; those marked `alone` come after the others, one by one.
+PYTEST := $(BIN)/python -m pytest $(if $(SAMPLE),--sample=$(SAMPLE))
+BESIDE := -n 2 --dist loadgroup
+
+.PHONY: demo test test-long test-debug test-gpu coverage mutants lint clean
 
 demo: $(INSTALLED) ## a real MoE model generates text on 2 ranks that hold different work
 	$(BIN)/tokenferry generate --model demo --ranks 2
 
-test: $(INSTALLED) ## the tests, in less than 10 minutes on 2 cores
-	$(BIN)/python -m pytest -m "not long"
+test: $(INSTALLED) ## the tests, in 6 minutes on 2 cores
+	$(PYTEST) $(BESIDE) -m "not long and not alone"
+	$(PYTEST) -m "alone and not long"
 
-test-long: $(INSTALLED) ## thousands of steps, and the demo model
-	$(BIN)/python -m pytest -m long
+test-long: $(INSTALLED) ## thousands of steps, full crosses, and the demo model; SAMPLE=seed takes a third of each test's items
+	$(PYTEST) $(BESIDE) -m "long"
 
-test-debug: $(INSTALLED) ## the tests of the interpreted kernels once more, with poison and checks in memory
-	TOKENFERRY_DEBUG=1 $(BIN)/python -m pytest -m "interpreter and not long"
+test-debug: $(INSTALLED) ## the tests of the interpreted kernels once more, with poison and checks in memory; SAMPLE=seed too
+	TOKENFERRY_DEBUG=1 $(PYTEST) $(BESIDE) -m "interpreter and not long"
+
+coverage: $(INSTALLED) ## which lines `make test` runs, in rank processes, interpreted kernels and commands too: a table, and coverage-html/
+	rm -rf .coverage .coverage.* coverage-html
+	$(BIN)/python -m coverage run -m pytest $(BESIDE) -m "not long"
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage html --quiet
+	$(BIN)/python -m coverage report --skip-covered --skip-empty
 
 LOGS ?= gpu-logs
 test-gpu: $(INSTALLED) ## the tests that need GPUs, a file at a time, logs and a table in the folder LOGS

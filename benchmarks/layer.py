@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from tokenferry.benchmarking import layer as bench_layer
+from tokenferry.cli.bench import layer_command
 
 STACKED = ("router", "dispatch", "experts", "combine", "shared")
 LINES = {"total": "k_", "floor": "g_", "collective": "r_", "grouped_mm": "b_"}
@@ -63,7 +63,7 @@ def main() -> int:
     given = parser.parse_args()
     code = 0
     if given.plot is None or given.rehearse:
-        code = bench_layer.layer_command(
+        code = layer_command(
             given.ranks,
             given.presets,
             given.tokens,

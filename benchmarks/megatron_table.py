@@ -23,7 +23,7 @@ import torch.distributed as dist
 import triton
 
 import tokenferry as tf
-from tokenferry.benchmarking.roundtrip import Bench
+from tokenferry.benchmarking import GroupTimer
 from tokenferry.integrations import megatron
 from tokenferry.testing import run_ranks
 
@@ -149,7 +149,7 @@ def run(group: tf.EPGroup, rehearse: bool, budget_s: float, out: Path | None) ->
     dist.init_process_group(backend, store=dist.PrefixStore("torch", group.store), rank=group.rank, world_size=group.size)
     from megatron.core.transformer.moe.token_dispatcher_inference import NCCLAllGatherDispatcher as Theirs
 
-    groups, bench = groups_of(group.size, group.rank), Bench(group, chain=LAYERS, repeats=REPEATS)
+    groups, timer = groups_of(group.size, group.rank), GroupTimer(group, repeats=REPEATS)
     Theirs.allocate_buffers()
     ours, rows = megatron.NVLSAllGatherVDispatcher, []
     for hidden_size, dtype in REHEARSAL if rehearse else SHAPES:
@@ -159,7 +159,7 @@ def run(group: tf.EPGroup, rehearse: bool, budget_s: float, out: Path | None) ->
         ours.allocate_buffers(max(counts), TOPK, hidden_size, groups.ep)
         rsv = ours._get_rsv_tensor()
         for tokens in counts:
-            if bench.slowest(time.monotonic() - began) > budget_s:
+            if timer.slowest(time.monotonic() - began) > budget_s:
                 break
             inputs = inputs_of(group.rank, tokens, hidden_size, group.device)
             partial = partial_of(group.rank, group.size * tokens, hidden_size, dtype, group.device)
@@ -167,13 +167,13 @@ def run(group: tf.EPGroup, rehearse: bool, budget_s: float, out: Path | None) ->
             their_layers, our_layers = (make_layers(cls, config, groups, group) for cls in (Theirs, ours))
             wanted = gathered_rows(their_layers[0], inputs, partial, partial.shape[0])
             got = gathered_rows(our_layers[0], inputs, rsv, partial.shape[0])
-            same_bits = bench.slowest(not compare(wanted, got, f"H {hidden_size}, T {tokens}, {dtype}")) == 0
+            same_bits = timer.slowest(not compare(wanted, got, f"H {hidden_size}, T {tokens}, {dtype}")) == 0
             their_step, our_step = Step(their_layers, inputs, partial), Step(our_layers, inputs, rsv)
             if rehearse:
                 their_step(), our_step()
                 continue
-            their_us, their_spread = bench.time_graph(their_step, LAYERS)
-            our_us, our_spread = bench.time_graph(our_step, LAYERS)
+            their_us, their_spread = timer.time_graph(their_step, LAYERS)
+            our_us, our_spread = timer.time_graph(our_step, LAYERS)
             megatron.check()
             row = Row(
                 hidden_size=hidden_size,

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from tokenferry.kernels import combine, counts, dispatch
 from tokenferry.kernels.launch import DTYPES, options, source
 from tokenferry.transports.symmetric.layout import MAX_PROGRAMS
-from tokenferry.transports.symmetric.transport import FLOAT_DTYPES, INDEX_DTYPES
+from tokenferry.transports.symmetric.loading import FLOAT_DTYPES, INDEX_DTYPES
 
 
 def compile_one(task):

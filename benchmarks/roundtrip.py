@@ -4,12 +4,13 @@ python benchmarks/roundtrip.py OUTPUT.jsonl [--ranks 2] [--commit HASH] [--trans
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from tokenferry.benchmarking import roundtrip as bench
+from tokenferry.cli.bench import round_trip_command
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("--ranks", type=int, default=2)
@@ -20,10 +21,11 @@ def main() -> None:
     given = parser.parse_args()
     hidden_sizes = [int(size) for size in given.hidden.split(",")]
     tokens = [int(count) for count in given.tokens.split(",")]
-    records = bench.run(given.ranks, hidden_sizes, tokens, given.transports.split(","))
-    bench.write(records, given.output, given.commit)
-    print(bench.show(records))
+    transports = given.transports.split(",")
+    return round_trip_command(
+        given.ranks, given.output, hidden_sizes=hidden_sizes, tokens=tokens, transports=transports, commit=given.commit
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

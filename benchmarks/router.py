@@ -28,7 +28,7 @@ import torch
 import triton
 
 from tokenferry import router as library
-from tokenferry.benchmarking.presets import PRESETS, Preset
+from tokenferry.benchmarking import PRESETS, Preset
 from tokenferry.router import Router, RouterConfig
 
 TOKENS = (1, 8, 32, 512, 4096)

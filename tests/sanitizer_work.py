@@ -111,10 +111,10 @@ def alone(shape: Shape) -> int:
 
 def foretell(ws: tf.Workspace, source: int, num_tokens: int) -> None:
     """Lays the count packet of rank `source` for the next step where `ws` waits for it."""
-    transport, step = ws._transport, ws._step_index + 1
-    at = transport._layout.counts.offset + ((step & 1) * ws.group.size + source) * 16
+    memory, step = ws._transport.memory, ws._step_index + 1
+    at = memory.layout.counts.offset + ((step & 1) * ws.group.size + source) * 16
     packet = torch.tensor([num_tokens, 0, step, ws.generation], dtype=torch.int32)
-    transport._buffer.tensor[at : at + 16].view(torch.int32).copy_(packet)
+    memory.buffer[at : at + 16].view(torch.int32).copy_(packet)
 
 
 def by_turns(shape: Shape) -> int:

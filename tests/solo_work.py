@@ -7,6 +7,7 @@ import torch
 import tokenferry as tf
 from cases import Case, same, settle
 from tokenferry.testing.data import make_inputs
+from tokenferry.transports.base import TransportFactory
 
 
 @dataclass(frozen=True)
@@ -24,24 +25,24 @@ class Solo:
         return f"{self.transport}-rank{self.who}of{self.ranks}-T{self.tokens}{'-switch-sum' * self.switch_sum}"
 
 
-def alone(group: tf.EPGroup, case: Solo) -> bool:
+def alone(group: tf.EPGroup, case: Solo, transport: str | TransportFactory | None = None) -> bool:
     """On the other ranks: whether every byte of the buffer is as it was."""
     config = Case(dtype=torch.float32 if case.switch_sum else torch.bfloat16).config
     with tf.Workspace(
         config,
         group,
         max_tokens_per_rank=1025 if case.tokens > 192 else 8,
-        transport=case.transport,
+        transport=transport or case.transport,
         combine_order="any" if case.switch_sum else "rank",
         timeout_s=10,
     ) as ws:
-        before = ws._transport._buffer.tensor.clone()
+        before = ws.active_transport.memory.buffer.clone()
         settle(ws)
         group.channel.barrier("copied", 30)
         if group.rank == case.who:
             step_alone(ws, case.tokens)
         group.channel.barrier("ran alone", 30)
-        return group.rank == case.who or torch.equal(before, ws._transport._buffer.tensor)
+        return group.rank == case.who or torch.equal(before, ws.active_transport.memory.buffer)
 
 
 def step_alone(ws: tf.Workspace, num_tokens: int) -> None:

@@ -1,5 +1,6 @@
 """A stand-in for the NVLink switch, for interpreted ranks."""
 
+from tokenferry.transports.base import StepTensors, Transport, TransportSettings
 from tokenferry.transports.symmetric import transport as symmetric
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 
@@ -12,6 +13,19 @@ class WithSwitch(SymmetricBuffer):
         self.multicast_address = self.address
 
 
-def install() -> None:
-    """Symmetric transports that this process opens from now on have multicast."""
-    symmetric.SymmetricBuffer = WithSwitch
+def transport(name: str) -> "str | Nvls":
+    """What `Workspace(transport=...)` takes for a case that names a transport."""
+    return Nvls() if name == "nvls" else name
+
+
+class Nvls:
+    """For `Workspace(transport=...)`: `nvls` over such a switch."""
+
+    name = "nvls"
+
+    def open(self, settings: TransportSettings, step_tensors: StepTensors) -> Transport:
+        before, symmetric.SymmetricBuffer = symmetric.SymmetricBuffer, WithSwitch
+        try:
+            return symmetric.SymmetricTransport(settings, step_tensors, multicast=True)
+        finally:
+            symmetric.SymmetricBuffer = before

@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from tokenferry import lifecycle
 from tokenferry.kernels import abort, combine, counts, dispatch, route, wire
+from tokenferry.kernels.control_block import MAX_LAYERS, MAX_RANKS, PHASES, Record
 from tokenferry.kernels.launch import options, source
-from tokenferry.transports.symmetric.layout import MAX_RANKS
 
 pytestmark = pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
@@ -109,15 +108,15 @@ def test_multicast_stores_are_there_and_only_there(capability: int, tmp_path: Pa
 
 
 @triton.jit
-def switch_sum(cast, out, BLOCK: tl.constexpr):
+def switch_sum(multicast_ptr, out_ptr, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
-    a, b, c, d = wire.multicast_sum(cast + lanes * 16, lanes < BLOCK, cast)
-    wire.store(out + lanes * 16, a, b, c, d, lanes < BLOCK, 4)
+    a, b, c, d = wire.multicast_sum(multicast_ptr + lanes * 16, lanes < BLOCK, multicast_ptr)
+    wire.store(out_ptr + lanes * 16, a, b, c, d, lanes < BLOCK, 4)
 
 
 @pytest.mark.parametrize("capability", [90, 100])
 def test_the_sum_in_the_switch_compiles(capability: int, tmp_path: Path) -> None:
-    signature = {"cast": "i64", "out": "i64", "BLOCK": "constexpr"}
+    signature = {"multicast_ptr": "i64", "out_ptr": "i64", "BLOCK": "constexpr"}
     kernel = triton.compile(
         source(switch_sum, signature, {"BLOCK": 128}), target=GPUTarget("cuda", capability, 32), options=options(4, False)
     )
@@ -151,10 +150,6 @@ def test_one_warp_routes_a_row_without_shared_memory(name: str, capability: int,
     assert not re.search(r"\b(LDL|STL)\b", sass(kernel.asm["cubin"], tmp_path)), "nothing may spill"
 
 
-def test_a_workspace_gives_out_as_many_dispatchers_as_a_record_can_name() -> None:
-    assert lifecycle.MAX_LAYERS == wire.MAX_LAYERS
-
-
 def test_a_cold_compilation_takes_seconds(tmp_path: Path) -> None:
     start = time.monotonic()
     subprocess.run([sys.executable, "-c", COLD], check=True, env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)})
@@ -172,7 +167,7 @@ triton.compile(source(counts.counts_kernel, counts.SIGNATURE, {"LANES": 128, "PD
 
 
 def test_a_poll_refuses_blocks_that_are_not_whole_threads() -> None:
-    """A packet that two threads wait for is taken by one, and the other waits for ever; seen on a GPU."""
+    """A packet that two threads wait for is cleared by one, and the other waits for ever; seen on a GPU."""
     constants = {**DISPATCH, "BLOCK": 128}
     with pytest.raises(triton.compiler.CompilationError) as caught:
         triton.compile(
@@ -187,23 +182,23 @@ def test_a_poll_refuses_blocks_that_are_not_whole_threads() -> None:
 
 
 def test_records_fit_one_word() -> None:
-    record = wire.Record(rank=1, reporter=0, phase="data-missing", step=7, layer=-1)
+    record = Record(rank=1, reporter=0, phase="data-missing", step=7, layer=-1)
     assert record.pack() == 0x4200010000000007
 
 
-@pytest.mark.parametrize("phase", wire.PHASES)
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("rank", [0, MAX_RANKS - 1])
-@pytest.mark.parametrize("layer", [-1, 0, 4095, 4096, wire.MAX_LAYERS - 1])
+@pytest.mark.parametrize("layer", [-1, 0, 4095, 4096, MAX_LAYERS - 1])
 def test_every_field_of_a_record_goes_to_its_limit_and_leaves_the_others_alone(phase: str, rank: int, layer: int) -> None:
-    record = wire.Record(rank=rank, reporter=MAX_RANKS - 1 - rank, phase=phase, step=2**24 - 1, layer=layer)
+    record = Record(rank=rank, reporter=MAX_RANKS - 1 - rank, phase=phase, step=2**24 - 1, layer=layer)
     word = record.pack()
     assert 0 < word < 2**63
-    assert wire.Record.unpack(word) == record
+    assert Record.unpack(word) == record
 
 
 @pytest.mark.parametrize("reader", [0, 1, 2**23, 2**24 - 1, 2**24, 2**31 + 5], ids="reader-in-{}".format)
 @pytest.mark.parametrize("ahead", [-1, 0, 1, 60])
 def test_the_step_of_a_record_is_whole_again_beyond_its_24_bits(reader: int, ahead: int) -> None:
     late = max(0, reader + ahead)
-    record = wire.Record(rank=1, reporter=0, phase="not-entered", step=late, layer=-1)
-    assert wire.Record.unpack(record.pack()).step_near(reader) == late
+    record = Record(rank=1, reporter=0, phase="not-entered", step=late, layer=-1)
+    assert Record.unpack(record.pack()).step_near(reader) == late

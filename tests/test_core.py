@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokenferry as tf
-from tokenferry.lifecycle import MAX_LAYERS
+from tokenferry.kernels.control_block import MAX_LAYERS
 from tokenferry.transports.selection import TRANSPORTS, Accepted, Rejected, agree, choose
 
 CONFIG = tf.MoEConfig(hidden_size=8, num_experts=6, topk=2, dtype=torch.float32)

@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 import triton
 from triton.backends.compiler import GPUTarget
 
+from thinned import crossed
 from tokenferry.experts import ExpertScratch, variants
 from tokenferry.experts.plan import FEW_ROWS, plan
 from tokenferry.experts.scratch import RowShape
@@ -44,8 +45,7 @@ VARIANTS = {
 
 
 @pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
-@pytest.mark.parametrize("capability", [90, 100])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("name", "capability"), crossed(VARIANTS, (90, 100)))
 def test_compiles_to_a_cubin(name, capability) -> None:
     for spec in variants.specs(VARIANTS[name], torch.device("cpu")).all:
         kernel = triton.compile(spec.source(), target=GPUTarget("cuda", capability, 32), options=spec.options())

@@ -10,6 +10,7 @@ import pytest
 
 from test_compile_kernels import VARIANTS, compiled
 from tokenferry.kernels import wire
+from tokenferry.kernels.control_block import ROUND_OFFSET, SENTINEL
 
 pytestmark = pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
@@ -64,7 +65,7 @@ def test_the_counter_and_the_step_are_read_after_the_previous_kernel_has_ended(n
     lines = instructions(name, capability)
     before = lines[: next(places(lines, r"griddepcontrol\.wait"))]
     loads = [line for line in before if re.search(r"\bld\.(global|relaxed|acquire|volatile)", line)]
-    of_table = registers_derived_from(VARIANTS[name][1], "peers", before)
+    of_table = registers_derived_from(VARIANTS[name][1], "peer_table_ptr", before)
     others = [line for line in loads if re.search(r"\[\s*(%\w+)", line)[1] not in of_table]
     assert others == [], "before the wait nothing but the table of addresses is read"
 
@@ -102,7 +103,7 @@ def test_one_thread_takes_the_ticket_and_all_have_loaded_the_round_by_then(name:
     compared = re.match(r"setp\.eq\.u32 %\w+, (%\w+), 0$", setting)
     assert compared is not None and f"mov.u32 {compared[1]}, %tid.x" in lines[: tickets[0]], "the first thread alone"
     base, offset = re.search(r"\[(%\w+) \+ (\d+)\]", ticket).groups()
-    assert int(offset) == wire.STATE_ROUND.value
+    assert int(offset) == ROUND_OFFSET
     sums = {int(offset): [base], 0: defined_as_sum(lines, base, offset)}
     counter = [
         place
@@ -134,7 +135,7 @@ def test_no_other_kernel_takes_a_ticket(name: str, capability: int) -> None:
 @pytest.mark.parametrize("name", COMBINES)
 def test_the_holder_of_the_last_ticket_ends_the_round_and_nobody_else(name: str, capability: int) -> None:
     lines = instructions(name, capability)
-    [end] = places(lines, rf"\bst\.global\.u64 \[%\w+ ?\+ ?{wire.STATE_ROUND.value}\]")
+    [end] = places(lines, rf"\bst\.global\.u64 \[%\w+ ?\+ ?{ROUND_OFFSET}\]")
     predicate = re.match(r"@(%\w+)", lines[end])
     assert predicate is not None, f"every thread would end it: {lines[end]}"
     last, first = [line for line in lines[:end] if line.startswith("setp") and f" {predicate[1]}," in line][:-3:-1]
@@ -161,18 +162,18 @@ def test_packets_are_sent_past_the_caches(name: str, capability: int) -> None:
 
 @CAPABILITIES
 @pytest.mark.parametrize("name", BULK)
-def test_a_packet_that_was_taken_leaves_the_sentinel_in_its_place(name: str, capability: int) -> None:
-    """Else the next round but one would take it once more."""
+def test_a_packet_that_was_polled_leaves_the_sentinel_in_its_place(name: str, capability: int) -> None:
+    """Otherwise the next round but one would receive it once more."""
     lines = instructions(name, capability)
     polls = [
         (place, re.match(r"W: ld\.relaxed\.sys\.global\.v[24]\.b32 .*, (\[%\w+\])", line)) for place, line in enumerate(lines)
     ]
-    taken = [(place, match[1]) for place, match in polls if match]
-    assert taken, "the kernel takes packets"
-    for place, address in taken:
+    polled = [(place, match[1]) for place, match in polls if match]
+    assert polled, "the kernel polls packets"
+    for place, address in polled:
         until_end = lines[place : place + next(places(lines[place:], r"^END:"))]
         got = until_end[next(places(until_end, r"^GOT:")) :]
-        assert got[0] == f"GOT: mov.u32 %i, {wire.SENTINEL:#x}"
+        assert got[0] == f"GOT: mov.u32 %i, {SENTINEL:#x}"
         assert re.match(rf"st\.relaxed\.sys\.global\.v[24]\.b32 {re.escape(address)}, \{{%i, %i", got[1])
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tokenferry as tf
+from tokenferry.kernels.control_block import CONTROL_BYTES, SPARE_BYTES
 from tokenferry.transports.symmetric import layout as symmetric_layout
 from tokenferry.transports.symmetric.layout import CANARY_BYTES, Region, plan
 
@@ -21,7 +22,7 @@ def regions(layout: symmetric_layout.Layout) -> list[Region]:
 @pytest.mark.parametrize("capacity", [1, 7, 128, 4096])
 def test_regions_are_apart_aligned_and_behind_the_control_block(ep_size: int, capacity: int, multicast: bool) -> None:
     layout = plan(CONFIG, ep_size, capacity, torch.bfloat16, multicast=multicast)
-    ends = [symmetric_layout.CONTROL_BYTES]
+    ends = [CONTROL_BYTES]
     for region in regions(layout):
         assert region.offset >= ends[-1]
         assert region.offset % 16 == 0
@@ -34,7 +35,7 @@ def test_regions_are_apart_aligned_and_behind_the_control_block(ep_size: int, ca
 @pytest.mark.parametrize("capacity", [1, 7, 4096])
 def test_every_byte_is_the_control_blocks_a_regions_or_watched(ep_size: int, capacity: int, multicast: bool) -> None:
     layout = plan(CONFIG, ep_size, capacity, torch.bfloat16, multicast=multicast)
-    used = [range(symmetric_layout.CONTROL_BYTES - symmetric_layout.CONTROL_SPARE_BYTES)]
+    used = [range(CONTROL_BYTES - SPARE_BYTES)]
     used += [range(region.offset, region.end) for region in regions(layout)]
     pieces = sorted((piece for piece in (*used, *layout.gaps) if piece), key=lambda piece: piece.start)
     assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]

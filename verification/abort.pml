@@ -9,7 +9,7 @@
  * Whoever leaves because of a record settles with the others on one record through the host's store (`claim`, first writer
  * wins). Then all ranks but 0 reset: they are numbered anew from 0, allocate new buffers and do one more operation.
  *
- * Rules (the same names in rules.py): send, take, give_up.
+ * Rules (the same names in rules.py): send, poll, give_up.
  *
  * Checked: whoever is awake ends, with a result or an error (nobody_waits_for_ever); all that leave name the same
  * rank (named_different_ranks); nothing stored by a rank that wakes up

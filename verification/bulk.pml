@@ -12,8 +12,8 @@
  *
  * Checked: overwrote_unread_row, read_stale_row (rows and terms), and no deadlock.
  *
- * A counter stands for the flags of all programs: a program waits for its like at every peer alone, and reads only what that one
- * has sent or copied; a launch is over when all its programs are. Both halves of an operation are one here.
+ * A counter stands for the flags of all CTAs: a CTA waits for the CTA with the same index at every peer alone, and reads only what
+ * that one has sent or copied; a launch is over when all its CTAs are. Both halves of an operation are one here.
  *
  * Variants:
  *   ALWAYS, NEVER      sets of ranks that always bring rows, or never: fewer states

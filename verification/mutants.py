@@ -48,14 +48,14 @@ _TRANSPORTS = "src/tokenferry/transports"
 OF_PTX = (
     Mutant(
         "flag-is-not-released",
-        f"{_KERNELS}/wire.py",
+        f"{_KERNELS}/wire_ptx.py",
         "@%p0 st.release.sys.global.b64 [$1], %v; }",
         "@%p0 st.relaxed.sys.global.b64 [$1], %v; }",
         (f"{ORDER}test_flags_are_released_and_acquired[dispatch-90]",),
     ),
     Mutant(
         "flag-is-not-acquired",
-        f"{_KERNELS}/wire.py",
+        f"{_KERNELS}/wire_ptx.py",
         "W: ld.acquire.sys.global.b64 %v, [$1];",
         "W: ld.relaxed.sys.global.b64 %v, [$1];",
         (f"{ORDER}test_flags_are_released_and_acquired[combine-90]",),
@@ -63,8 +63,8 @@ OF_PTX = (
     Mutant(
         "no-barrier-before-the-flag",
         f"{_KERNELS}/wire.py",
-        "        tl.debug_barrier()\n        tl.inline_asm_elementwise(\n            _SIGNAL_TEXT",
-        "        tl.inline_asm_elementwise(\n            _SIGNAL_TEXT",
+        "        tl.debug_barrier()\n        tl.inline_asm_elementwise(\n            _SIGNAL",
+        "        tl.inline_asm_elementwise(\n            _SIGNAL",
         (f"{ORDER}test_all_threads_have_stored_before_one_of_them_sets_the_flag[combine-90]",),
     ),
     Mutant(
@@ -84,44 +84,46 @@ OF_PTX = (
     Mutant(
         "combine-sends-before-the-previous-kernel-has-ended",
         f"{_KERNELS}/combine.py",
-        "    wire.wait_for_previous_kernel(PDL)\n    wire.let_next_kernel_start(PDL)\n    record = wire.read_record(own)\n",
-        "    wire.send(nearest, valid, mine, first, current, lanes < 1, own, WORDS)\n"
-        "    wire.wait_for_previous_kernel(PDL)\n    wire.let_next_kernel_start(PDL)\n    record = wire.read_record(own)\n",
+        "    wire.wait_for_previous_kernel(PDL)\n",
+        "    wire.send(nearest_ptr, num_valid, num_tokens, first_row, round_number, lanes < 1, buffer_ptr, WORDS)\n"
+        "    wire.wait_for_previous_kernel(PDL)\n",
         (f"{ORDER}test_nothing_goes_to_a_peer_before_the_previous_kernel_has_ended[combine-90]",),
     ),
     Mutant(
         "counts-reads-the-step-before-the-previous-kernel-has-ended",
         f"{_KERNELS}/counts.py",
-        "    wire.wait_for_previous_kernel(PDL)\n    wire.let_next_kernel_start(PDL)\n    record = wire.read_record(own)\n"
-        "    step_pointer = wire.field(state, wire.STATE_STEP, tl.int32)\n    step = tl.load(step_pointer) + 1\n",
-        "    step_pointer = wire.field(state, wire.STATE_STEP, tl.int32)\n    step = tl.load(step_pointer) + 1\n"
-        "    wire.wait_for_previous_kernel(PDL)\n    wire.let_next_kernel_start(PDL)\n    record = wire.read_record(own)\n",
+        "    wire.wait_for_previous_kernel(PDL)\n    wire.let_next_kernel_start(PDL)\n"
+        "    record = wire.read_record(buffer_ptr)\n"
+        "    step_pointer = wire.field(counters_ptr, wire.STEP_OFFSET, tl.int32)\n    step = tl.load(step_pointer) + 1\n",
+        "    step_pointer = wire.field(counters_ptr, wire.STEP_OFFSET, tl.int32)\n    step = tl.load(step_pointer) + 1\n"
+        "    wire.wait_for_previous_kernel(PDL)\n    wire.let_next_kernel_start(PDL)\n"
+        "    record = wire.read_record(buffer_ptr)\n",
         (f"{ORDER}test_the_counter_and_the_step_are_read_after_the_previous_kernel_has_ended[counts-EP72-90]",),
     ),
     Mutant(
         "dispatch-reads-the-round-before-the-previous-kernel-has-ended",
         f"{_KERNELS}/dispatch.py",
         "    wire.wait_for_previous_kernel(PDL)\n",
-        "    programs += wire.read_round(state)\n    wire.wait_for_previous_kernel(PDL)\n",
+        "    programs += wire.read_round(counters_ptr)\n    wire.wait_for_previous_kernel(PDL)\n",
         (f"{ORDER}test_the_counter_and_the_step_are_read_after_the_previous_kernel_has_ended[dispatch-90]",),
     ),
     Mutant(
         "every-thread-takes-a-ticket",
-        f"{_KERNELS}/wire.py",
+        f"{_KERNELS}/wire_ptx.py",
         "setp.eq.u32 %p0, %t, 0; mov.u64 $0, 0;",
         "setp.ge.u32 %p0, %t, 0; mov.u64 $0, 0;",
         (f"{ORDER}test_one_thread_takes_the_ticket_and_all_have_loaded_the_round_by_then[combine-90]",),
     ),
     Mutant(
         "every-warp-takes-a-ticket",
-        f"{_KERNELS}/wire.py",
-        '_TICKET = f"""{{ .reg .pred %p0; .reg .u32 %t; mov.u32 %t, %tid.x;',
-        '_TICKET = f"""{{ .reg .pred %p0; .reg .u32 %t; mov.u32 %t, %laneid;',
+        f"{_KERNELS}/wire_ptx.py",
+        'TAKE_TICKET = f"""{{ .reg .pred %p0; .reg .u32 %t; mov.u32 %t, %tid.x;',
+        'TAKE_TICKET = f"""{{ .reg .pred %p0; .reg .u32 %t; mov.u32 %t, %laneid;',
         (f"{ORDER}test_one_thread_takes_the_ticket_and_all_have_loaded_the_round_by_then[combine-90]",),
     ),
     Mutant(
         "every-program-ends-the-round",
-        f"{_KERNELS}/wire.py",
+        f"{_KERNELS}/wire_ptx.py",
         " setp.eq.and.u32 %p0, %t, $3, %p0;",
         "",
         (f"{ORDER}test_the_holder_of_the_last_ticket_ends_the_round_and_nobody_else[combine-90]",),
@@ -129,30 +131,30 @@ OF_PTX = (
     Mutant(
         "no-barrier-before-the-ticket",
         f"{_KERNELS}/wire.py",
-        "        tl.debug_barrier()\n        return tl.inline_asm_elementwise(_TICKET_TEXT",
-        "        return tl.inline_asm_elementwise(_TICKET_TEXT",
+        "        tl.debug_barrier()\n        return tl.inline_asm_elementwise(_TAKE_TICKET",
+        "        return tl.inline_asm_elementwise(_TAKE_TICKET",
         (f"{ORDER}test_one_thread_takes_the_ticket_and_all_have_loaded_the_round_by_then[combine-16-warps-90]",),
     ),
     Mutant(
         "packets-are-polled-in-the-cache",
-        f"{_KERNELS}/wire.py",
+        f"{_KERNELS}/wire_ptx.py",
         "W: ld.relaxed.sys.global{_vector(words)}, [$4];",
         "W: ld.global{_vector(words)}, [$4];",
         (f"{ORDER}test_whatever_waits_for_a_peer_polls_past_the_caches[combine-90]",),
     ),
     Mutant(
         "packets-are-sent-by-plain-stores",
-        f"{_KERNELS}/wire.py",
-        '_SEND1, _SEND2, _SEND4 = (tl.constexpr(_store_text(words, "st.relaxed.sys.global"))',
-        '_SEND1, _SEND2, _SEND4 = (tl.constexpr(_store_text(words, "st.global"))',
+        f"{_KERNELS}/wire_ptx.py",
+        'return _store(words, "st.relaxed.sys.global")',
+        'return _store(words, "st.global")',
         (f"{ORDER}test_packets_are_sent_past_the_caches[dispatch-90]",),
     ),
     Mutant(
         "compiled-poll-leaves-the-packet-in-its-slot",
-        f"{_KERNELS}/wire.py",
+        f"{_KERNELS}/wire_ptx.py",
         "GOT: mov.u32 %i, {SENTINEL:#x}; st.relaxed.sys.global{restore};",
         "GOT:",
-        (f"{ORDER}test_a_packet_that_was_taken_leaves_the_sentinel_in_its_place[dispatch-90]",),
+        (f"{ORDER}test_a_packet_that_was_polled_leaves_the_sentinel_in_its_place[dispatch-90]",),
     ),
     Mutant(
         "float8-rows-are-divided-roughly",
@@ -168,21 +170,21 @@ OF_KERNELS = (
     Mutant(
         "one-parity-of-counts",
         f"{_KERNELS}/counts.py",
-        "packets = COUNTS_OFFSET + (step & 1) * size * PACKET_BYTES",
-        "packets = COUNTS_OFFSET + (step & 0) * size * PACKET_BYTES",
+        "packets = wire.COUNT_PACKETS_OFFSET + (step & 1) * size * wire.COUNT_PACKET_BYTES",
+        "packets = wire.COUNT_PACKETS_OFFSET + (step & 0) * size * wire.COUNT_PACKET_BYTES",
         ("tests/interpreter/test_conformance.py::test_recorded_events_obey_the_rules_of_the_models[2]",),
     ),
     Mutant(
         "interpreted-poll-leaves-the-packet-in-its-slot",
-        f"{_KERNELS}/wire.py",
-        "                        window[place[ready] + j] = SENTINEL\n",
+        f"{_KERNELS}/wire_interpreter.py",
+        "                window[index[ready] + j] = SENTINEL\n",
         "",
         (f"{SYMMETRIC}[2]",),
     ),
     Mutant(
         "payload-of-the-sentinels-bits-is-not-escaped",
         f"{_KERNELS}/wire.py",
-        "    return tl.minimum(word, tl.full([], ESCAPE, tl.uint32))",
+        "    return tl.minimum(word, tl.full([], _ESCAPED_SENTINEL, tl.uint32))",
         "    return word",
         (f"{EXAMPLES}test_no_payload_word_is_the_sentinel",),
     ),
@@ -200,7 +202,7 @@ OF_KERNELS = (
         "                l0, h0 = wire.unpack(w0, WIRE)\n",
         "                l0, h0 = wire.unpack(w0, WIRE)\n"
         "                if PARTIAL.primitive_bitwidth == 32 and WIRE.primitive_bitwidth == 16 and WORDS == 4:\n"
-        "                    exact = partial + (own_terms + place * PER_PACKET) * 4\n"
+        "                    exact = partial_ptr + (first_own_element + index * PER_PACKET) * 4\n"
         "                    e, f, g, h = wire.load(exact, live, 4)\n"
         "                    l0 = tl.where(source == rank, e.to(tl.float32, bitcast=True), l0)\n",
         (f"{SUMS}[p2p-rounding-T2]",),
@@ -222,8 +224,8 @@ OF_KERNELS = (
     Mutant(
         "ids-of-a-larger-step-stay-behind",
         f"{_KERNELS}/dispatch.py",
-        "left_behind = (dirty - valid) * (part & wire.SEND) * K",
-        "left_behind = (dirty - valid) * 0",
+        "left_behind = (dirty_rows - valid) * (mode & wire.MODE_SEND) * K",
+        "left_behind = (dirty_rows - valid) * 0",
         ("tests/interpreter/test_symmetric.py::test_ids_come_as_int64_if_asked_for",),
     ),
     Mutant(
@@ -256,8 +258,8 @@ OF_KERNELS = (
     ),
     Mutant(
         "solo-multicasts",
-        f"{_TRANSPORTS}/symmetric/rank_kernels.py",
-        "kernels.dispatch if place.size > 1 else kernels.dispatch_alone",
+        f"{_TRANSPORTS}/symmetric/bound_launches.py",
+        "kernels.dispatch if view.size > 1 else kernels.dispatch_alone",
         "kernels.dispatch",
         ("tests/interpreter/test_solo.py::test_solo_gives_its_own_rows_and_writes_to_no_peer[nvls-rank0of2-T3]",),
     ),
@@ -338,7 +340,7 @@ OF_HOST_LOGIC = (
     Mutant(
         "combine-twice-is-allowed",
         "src/tokenferry/lifecycle.py",
-        '        elif operation == "combine_begin":\n            self.ticket = None\n',
+        '        elif operation == "combine_begin":\n            self.handle = None\n',
         "",
         ("tests/test_core.py::test_misuse_names_the_argument_and_the_remedy[collective-combined-twice]",),
     ),
@@ -351,8 +353,8 @@ OF_HOST_LOGIC = (
     ),
     Mutant(
         "last-word-wins-in-the-store",
-        "src/tokenferry/groups.py",
-        'return json.loads(self._store.compare_set(name, "", json.dumps(value)))',
+        "src/tokenferry/channel.py",
+        "return json.loads(self._store.set_if_absent(name, json.dumps(value)))",
         "self._store.set(name, json.dumps(value)); return value",
         ("tests/test_core.py::test_the_first_to_claim_a_name_keeps_it",),
     ),

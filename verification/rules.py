@@ -1,4 +1,4 @@
-"""The models' transition rules, for events that real ranks have recorded: count, send, take, restore, signal, launch.
+"""The models' transition rules, for events that real ranks have recorded: count, send, poll, restore, signal, launch.
 
 What a recording shows is one interleaving that went well. The rules ask for more: that it could not have gone otherwise. They
 follow what each rank can KNOW (vector clocks, by launch): a rank's launch knows its own earlier launches, and whatever was
@@ -20,7 +20,7 @@ class Event:
     """Something that one rank did.
 
     Attributes:
-        kind: launch, count, send, take, restore or signal.
+        kind: launch, count, send, poll, restore or signal.
         place: where: for a launch its kind ("counts", "dispatch", "experts", "combine"), else (region, holder, source, ...).
         value: of a count (step, num_tokens), of a signal (epoch, units).
     """
@@ -90,7 +90,7 @@ class Replay:
         for rank, state in enumerate(self._ranks):
             if state.next_event < len(self._recordings[rank]):
                 event = self._recordings[rank][state.next_event]
-                raise Violation(f"took_what_nobody_sent: rank {rank} {event.kind} {event.place} {event.value}")
+                raise Violation(f"polled_what_nobody_sent: rank {rank} {event.kind} {event.place} {event.value}")
         return dict(self.replayed)
 
     def _pass_over_ranks(self) -> bool:
@@ -109,7 +109,7 @@ class Replay:
             "launch": self._launch,
             "count": self._count,
             "send": self._send,
-            "take": self._take,
+            "poll": self._poll,
             "restore": self._restore,
             "signal": self._signal,
         }[event.kind]
@@ -212,25 +212,25 @@ class Replay:
         """Whether the holder's next event cannot come before somebody else's."""
         state = self._ranks[holder]
         event = self._recordings[holder][state.next_event]
-        return event.kind == "take" and event.place not in self._words
+        return event.kind == "poll" and event.place not in self._words
 
-    def _take(self, rank: int, state: _Rank, event: Event) -> bool:
+    def _poll(self, rank: int, state: _Rank, event: Event) -> bool:
         word = self._words.get(event.place)
         if word is None or word.state != "sent":
             return False
         launch = state.launches[-1]
         if word.launch.round != launch.round or word.launch.kind != launch.kind:
             raise Violation(
-                f"read_stale_row: rank {rank} in {launch.kind} of round {launch.round} took {event.place}, "
+                f"read_stale_row: rank {rank} in {launch.kind} of round {launch.round} polled {event.place}, "
                 f"sent in {word.launch.kind} of round {word.launch.round}"
             )
-        word.state = "taken"
+        word.state = "polled"
         self._learn(state, word.sender, word.launch)
         return True
 
     def _restore(self, rank: int, state: _Rank, event: Event) -> bool:
         word = self._words.get(event.place)
-        if word is None or word.state != "taken":
+        if word is None or word.state != "polled":
             raise Violation(f"restored_unread_slot: rank {rank} at {event.place}")
         word.state, word.freed_in = "restored", state.launches[-1].number
         return True

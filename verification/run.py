@@ -59,7 +59,7 @@ VARIANTS = (
     Variant("bug-zero-rows-skipped", "slots", "N=2 ROUNDS=3 SKIP_ZERO_ROWS", finds="overwrote_unread_slot"),
     Variant("bug-per-cta-counters", "slots", "N=2 WORDS=2 PER_CTA_COUNTERS", finds=DEADLOCK),
     Variant("bug-restore-without-order", "slots", "N=2 UNORDERED_RESTORE", finds=DEADLOCK),
-    Variant("bug-torn-packet", "slots", "N=2 WORDS=2 PACKET TORN_TAKE", finds="read_stale_row"),
+    Variant("bug-torn-packet", "slots", "N=2 WORDS=2 PACKET TORN_POLL", finds="read_stale_row"),
     Variant("bulk-2-ranks", "bulk", "N=2 MAX_SLOT_ROUNDS=1"),
     Variant("bulk-2-ranks-counters-wrap-as-late-as-they-can", "bulk", "N=2 MAX_SLOT_ROUNDS=2"),
     Variant("bulk-3-ranks-one-empty", "bulk", "N=3 ROUNDS=1 MAX_SLOT_ROUNDS=0 EPOCHS=2 ALWAYS=2 NEVER=4", is_long=True),

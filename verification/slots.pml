@@ -10,7 +10,7 @@
  * way forbids all that a performed one forbids.
  * Issuing all sends of a launch at once is no restriction, since each may become visible arbitrarily late.
  *
- * Rules (the same names in rules.py): count, send, take, restore, launch.
+ * Rules (the same names in rules.py): count, send, poll, restore, launch.
  *
  * Checked: overwrote_unread_slot, overwrote_unread_count, read_stale_row, torn packets (as stale rows), and no deadlock.
  *
@@ -20,8 +20,8 @@
  *   SKIP_ZERO_ROWS     a rank without a chosen expert sends no terms, and owners do not wait for it
  *   PER_CTA_COUNTERS   every CTA counts its own rounds; grids differ from launch to launch (WORDS 2: one word a CTA)
  *   UNORDERED_RESTORE  restores may still be on their way when the next launch sends
- *   TORN_TAKE          a packet is taken when its first word has arrived (WORDS 2, PACKET)
- * Other variants: ONE_SLOT_PARITY (see docs/reliability.md), PACKET (the words of a slot are one packet, taken together).
+ *   TORN_POLL          a packet counts as arrived when its first word has arrived (WORDS 2, PACKET)
+ * Other variants: ONE_SLOT_PARITY (see docs/reliability.md), PACKET (the words of a slot are one packet, polled together).
  */
 #ifndef N
 #define N 2
@@ -153,7 +153,7 @@ inline perform_restores() {
 #endif
 
 #ifdef PACKET
-#ifdef TORN_TAKE
+#ifdef TORN_POLL
 #define HERE(i) (slot[i] != SENTINEL)
 #else
 #define HERE(i) (slot[i] != SENTINEL && slot[(i) + 1] != SENTINEL)
@@ -176,34 +176,34 @@ inline send(op, dst) {
     word = 0
 }
 
-/* take, and restore, which lands later. A rank sees its own restore at once. */
+/* poll, and restore, which becomes visible later. A rank sees its own restore at once. */
 #define WANTS(k, w) (todo & (1 << ((k) * WORDS + (w))))
-#define TAKE(op, k, w) \
+#define POLL(op, k, w) \
     :: atomic { WANTS(k, w) && HERE(SLOT(op, PARITY_OF(w), me, PEER(k), w)) && !restoring[SLOT(op, PARITY_OF(w), me, PEER(k), w)] -> \
         place = SLOT(op, PARITY_OF(w), me, PEER(k), w); \
-        take_word(); todo = todo & ~(1 << ((k) * WORDS + (w))); TAKE_REST(k); place = 0 }
+        poll_word(); todo = todo & ~(1 << ((k) * WORDS + (w))); POLL_REST(k); place = 0 }
 #ifdef PACKET
-/* Both words at once, or the packet is not taken. */
-#define TAKE_REST(k) place++; take_word(); todo = todo & ~(2 << ((k) * WORDS))
-#define TAKE_FROM(op, k) TAKE(op, k, 0)
+/* Both words are there, or the packet has not arrived. */
+#define POLL_REST(k) place++; poll_word(); todo = todo & ~(2 << ((k) * WORDS))
+#define POLL_FROM(op, k) POLL(op, k, 0)
 #elif WORDS > 1
-#define TAKE_REST(k) skip
-#define TAKE_FROM(op, k) TAKE(op, k, 0) TAKE(op, k, 1)
+#define POLL_REST(k) skip
+#define POLL_FROM(op, k) POLL(op, k, 0) POLL(op, k, 1)
 #else
-#define TAKE_REST(k) skip
-#define TAKE_FROM(op, k) TAKE(op, k, 0)
+#define POLL_REST(k) skip
+#define POLL_FROM(op, k) POLL(op, k, 0)
 #endif
 
-inline take_word() {
+inline poll_word() {
     read_stale_row = (slot[place] != TAG(round)); assert(!read_stale_row);
     restoring[place] = true; restores[me]++
 }
 
-inline take_all(op) {
+inline poll_all(op) {
     do
-    TAKE_FROM(op, 0)
+    POLL_FROM(op, 0)
 #if N > 2
-    TAKE_FROM(op, 1)
+    POLL_FROM(op, 1)
 #endif
     :: todo == 0 -> break
     od
@@ -258,7 +258,7 @@ proctype Rank(byte me) {
                 od;
                 peer = 0
             };
-            take_all(DISPATCH);
+            poll_all(DISPATCH);
 #ifndef NO_COMBINE
             /* combine: all rows of every owner, to every owner that has rows */
             atomic {
@@ -273,7 +273,7 @@ proctype Rank(byte me) {
                 od;
                 peer = 0
             };
-            take_all(COMBINE);
+            poll_all(COMBINE);
 #endif
             atomic { END_ROUND; round = (round + 1) % EPOCHS; rounds_done++ }
         :: atomic { rounds_done == ROUNDS -> rounds_done = 0; break }

@@ -27,5 +27,5 @@ class Dispatched:
     topk_idx: torch.Tensor
     topk_weights: torch.Tensor
     valid_tokens: torch.Tensor
-    ticket: object = field(default=None, repr=False)
+    handle: object = field(default=None, repr=False)
     """Which dispatch of which workspace this is; private to `Dispatcher`."""

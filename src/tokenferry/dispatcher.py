@@ -143,7 +143,7 @@ class Dispatcher:
             topk_idx=gathered.topk_idx_RK,
             topk_weights=gathered.topk_weights_RK,
             valid_tokens=workspace.step.valid_tokens,
-            ticket=workspace.lifecycle.ticket,
+            handle=workspace.lifecycle.handle,
         )
         return dispatched
 
@@ -234,7 +234,7 @@ class Dispatcher:
     def _partial_fits(self, partial: torch.Tensor, dispatched: Dispatched | None) -> bool:
         """What `_check_pairing` and `_check_partial` check, in one go and without a word."""
         workspace = self._workspace
-        if dispatched is not None and not (type(dispatched) is Dispatched and dispatched.ticket is workspace.lifecycle.ticket):
+        if dispatched is not None and not (type(dispatched) is Dispatched and dispatched.handle is workspace.lifecycle.handle):
             return False
         num_rows = _fitting_rows(partial, workspace.config.hidden_size, HIDDEN_DTYPES, workspace.device)
         return num_rows == workspace.lifecycle.gathered_rows
@@ -266,7 +266,7 @@ class Dispatcher:
         if not isinstance(dispatched, Dispatched):
             raise UsageError(f"dispatched must be what dispatch returned, or None; got {type(dispatched).__name__}")
         lifecycle = self._workspace.lifecycle
-        if dispatched.ticket is not lifecycle.ticket and dispatched.ticket is not self._workspace.operators.ticket:
+        if dispatched.handle is not lifecycle.handle and dispatched.handle is not self._workspace.operators.handle:
             lifecycle.require_usable(called)
             raise StateError(
                 f"{called}: `dispatched` was combined already, or belongs to another dispatch or workspace; "

@@ -55,7 +55,7 @@ class CacheSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TorchrunSettings:
-    """This process's place among those that torchrun started; every field is None elsewhere."""
+    """This process's place among those that torchrun started; elsewhere every number and text is None."""
 
     rank: int | None = _variable("RANK", "torchrun: number of this process among all", int)
     world_size: int | None = _variable("WORLD_SIZE", "torchrun: number of processes", int)
@@ -67,6 +67,9 @@ class TorchrunSettings:
         "TOKENFERRY_MEET_TIMEOUT_S",
         "seconds that the command line waits for other processes; 600 under torchrun, else 45",
         float,
+    )
+    agent_hosts_store: bool = _variable(
+        "TORCHELASTIC_USE_AGENT_STORE", "torchrun: whether its agent hosts the rendezvous store, and not rank 0", _flag, False
     )
     run_id: str | None = _variable("TORCHELASTIC_RUN_ID", "torchrun: its run; the other variables alone may be left over", str)
 

@@ -99,7 +99,7 @@ class PeerTimeoutError(PeerError):
     """Rank `rank` did not come within the time-out.
 
     Args:
-        rank: the late rank, numbered in the expert-parallel group.
+        rank: the late rank, numbered in the expert-parallel group; -1 where it is not known.
         phase: what was waited for.
         step: the step that was under way (0 before the first).
         layer: the dispatcher's number within the workspace, or -1 outside a layer.
@@ -110,7 +110,7 @@ class PeerTimeoutError(PeerError):
         self.rank, self.phase, self.step, self.layer, self.waited_s, self.detail = rank, phase, step, layer, waited_s, detail
         where = f"step {step}" + (f", layer {layer}" if layer >= 0 else "")
         super().__init__(
-            f"rank {rank} is late: {phase} in {where}, waited {waited_s:.1f} s"
+            f"{_named(rank)} is late: {phase} in {where}, waited {waited_s:.1f} s"
             + (f" ({detail})" if detail else "")
             + "; look at that rank's log, then call reset() on every rank that goes on"
         )
@@ -120,18 +120,23 @@ class PeerTimeoutError(PeerError):
 
 
 class PeerFailedError(PeerError):
-    """Rank `rank` failed, closed its connection, or was declared dead by its peers (then it may be this rank itself)."""
+    """Rank `rank` failed, closed its connection, or was declared dead by its peers (then it may be this rank itself). It is -1
+    where a process failed whose rank is not known, such as the host of a rendezvous store that is no rank of the group."""
 
     def __init__(self, rank: int, reason: str, step: int, phase: Phase = "data-missing") -> None:
         self.rank, self.reason, self.step, self.phase = rank, reason, step, phase
         if phase == "open":
-            super().__init__(f"rank {rank} failed before its workspace was open: {reason}")
+            super().__init__(f"{_named(rank)} failed before its workspace was open: {reason}")
             return
-        what = f"the ranks disagree in step {step}" if phase == "counts-disagree" else f"rank {rank} failed in step {step}"
+        what = f"the ranks disagree in step {step}" if phase == "counts-disagree" else f"{_named(rank)} failed in step {step}"
         super().__init__(f"{what}: {reason}; call reset() on every rank that goes on")
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), (self.rank, self.reason, self.step, self.phase)
+
+
+def _named(rank: int) -> str:
+    return f"rank {rank}" if rank >= 0 else "a process of unknown rank"
 
 
 class RankFailedError(TokenferryError, RuntimeError):

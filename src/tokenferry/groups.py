@@ -1,100 +1,19 @@
-"""The expert-parallel group: who takes part, and a small channel for the words exchanged outside the data path.
-
-The channel carries JSON over a `torch.distributed` store (never pickles: a peer's bytes are data, not code). A store names
-the rank that is missing, which a collective call does not, and it still works when a communicator is broken.
-"""
+"""The expert-parallel group: who takes part, and what the ranks meet in."""
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn, Protocol, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 import torch.distributed as dist
 
 from tokenferry import env
-from tokenferry.errors import ConfigError, PeerFailedError, PeerTimeoutError, Phase, StateError, UsageError, refuse_pickling
+from tokenferry.channel import RendezvousStore, StoreChannel, host_of
+from tokenferry.errors import ConfigError, PeerTimeoutError, StateError, UsageError, refuse_pickling
 from tokenferry.waiting import WaitBoard
-
-_POLL_FIRST_S = 0.0005
-_POLL_LAST_S = 0.02
-
-
-class Channel(Protocol):
-    """Small objects between the ranks of a group. Values are what JSON can hold."""
-
-    def exchange(self, name: str, value: Any, timeout_s: float, *, phase: Phase = "open", step: int = 0) -> list[Any]:
-        """Every rank's value under `name`, in rank order. Raises `PeerTimeoutError` naming the first rank that is missing, and
-        `PeerFailedError` if a rank has given up to come."""
-
-    def barrier(self, name: str, timeout_s: float, *, phase: Phase = "open", step: int = 0) -> None:
-        """Returns when every rank has come."""
-
-    def give_up(self, name: str, reason: str) -> None:
-        """This rank will not come to the exchange `name`: those who wait there raise `PeerFailedError` at once. Never waits."""
-
-    def claim(self, name: str, value: Any) -> Any:
-        """Writes `value` under `name` unless somebody has; returns what stands there now."""
-
-    def peek(self, name: str) -> Any | None:
-        """What stands under `name`, or None, without waiting."""
-
-
-class StoreChannel:
-    """A channel over any c10d store: TCPStore and FileStore between processes, HashStore between threads."""
-
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        self._store, self._rank, self._size = store, rank, size
-        self._pid = os.getpid()
-
-    def require_at_home(self) -> None:
-        """Raises StateError in a forked child: its words would go over its parent's connection to the store."""
-        if os.getpid() != self._pid:
-            raise StateError(
-                f"the group was made in another process (pid {self._pid}, this is {os.getpid()}); a forked child must leave its "
-                "parent's alone and make its own, on a store or process group of its own"
-            )
-
-    def exchange(self, name: str, value: Any, timeout_s: float, *, phase: Phase = "open", step: int = 0) -> list[Any]:
-        """See `Channel.exchange`. A name is used once."""
-        self.require_at_home()
-        self._store.set(f"{name}/{self._rank}", json.dumps(value))
-        start = time.monotonic()
-        poll_s = _POLL_FIRST_S
-        for rank in range(self._size):
-            while not self._store.check([f"{name}/{rank}"]):
-                given_up = self.peek(f"{name}/given up")
-                if given_up is not None:
-                    by, reason = given_up
-                    raise PeerFailedError(by, reason, step, phase)
-                waited_s = time.monotonic() - start
-                if waited_s > timeout_s:
-                    raise PeerTimeoutError(rank, phase, step, -1, waited_s, detail=f"nothing under {name!r}")
-                time.sleep(poll_s)
-                poll_s = min(poll_s * 1.5, _POLL_LAST_S)
-        return [json.loads(self._store.get(f"{name}/{rank}")) for rank in range(self._size)]
-
-    def barrier(self, name: str, timeout_s: float, *, phase: Phase = "open", step: int = 0) -> None:
-        """See `Channel.barrier`."""
-        self.exchange(name, None, timeout_s, phase=phase, step=step)
-
-    def give_up(self, name: str, reason: str) -> None:
-        """See `Channel.give_up`. Of several ranks the first is named."""
-        self.claim(f"{name}/given up", [self._rank, reason])
-
-    def claim(self, name: str, value: Any) -> Any:
-        """See `Channel.claim`."""
-        self.require_at_home()
-        return json.loads(self._store.compare_set(name, "", json.dumps(value)))
-
-    def peek(self, name: str) -> Any | None:
-        """See `Channel.peek`."""
-        self.require_at_home()
-        return json.loads(self._store.get(name)) if self._store.check([name]) else None
 
 
 class ThreadRanks:
@@ -144,6 +63,7 @@ class EPGroup:
         rank, size: this rank's number and how many there are.
         device: a `torch.device` with an index if it is CUDA.
         channel: the `Channel` between the ranks.
+        rendezvous: the `RendezvousStore` in which they meet; its keys are this group's alone.
         waiting: where its ranks wait, for the error of one that waits in vain.
         process_group: as given, or None.
         threads: what the ranks share if they are threads of one process, or None.
@@ -156,7 +76,7 @@ class EPGroup:
     def __init__(self, process_group: dist.ProcessGroup | None = None, device: torch.device | str | None = None) -> None:
         if process_group is None:
             _refuse_one_of_many()
-            self._setup(dist.HashStore(), 0, 1, _device(device, prefer_cuda=torch.cuda.is_available()), None)
+            self._setup(_own_store(), 0, 1, _device(device, prefer_cuda=torch.cuda.is_available()), None)
             return
         if not isinstance(process_group, dist.ProcessGroup) and process_group != dist.GroupMember.NON_GROUP_MEMBER:
             raise ConfigError(
@@ -169,7 +89,7 @@ class EPGroup:
         prefer_cuda = "nccl" in str(dist.get_backend(process_group))
         store = dist.distributed_c10d._get_process_group_store(process_group)
         self._setup(
-            dist.PrefixStore("tokenferry", store),
+            RendezvousStore(store, _host_within(process_group, host_of(store), rank)).under("tokenferry"),
             rank,
             dist.get_world_size(process_group),
             _device(device, prefer_cuda=prefer_cuda),
@@ -180,7 +100,7 @@ class EPGroup:
     def alone(cls, device: torch.device | str | None = None) -> EPGroup:
         """A group of one, under torchrun too. `device` defaults to the current CUDA device if there is one, else the CPU."""
         group = cls.__new__(cls)
-        group._setup(dist.HashStore(), 0, 1, _device(device, prefer_cuda=torch.cuda.is_available()), None)
+        group._setup(_own_store(), 0, 1, _device(device, prefer_cuda=torch.cuda.is_available()), None)
         return group
 
     @classmethod
@@ -193,33 +113,48 @@ class EPGroup:
         *,
         threads: ThreadRanks | None = None,
     ) -> EPGroup:
-        """A group of `size` ranks that meet in `store` (no process group needed). `device` defaults to the CPU. Ranks that are
-        threads of one process share `threads` too; `testing.virtual_ranks` makes such groups."""
+        """A group of `size` ranks that meet in `store` (no process group needed). `device` defaults to the CPU.
+
+        Rank 0 is taken for the host of a `TCPStore`, and named when the store is lost. Ranks that are threads of a process share
+        `threads` too; `testing.virtual_ranks` makes such groups.
+        """
         if not isinstance(store, dist.Store):
             raise ConfigError(f"store must be a torch.distributed store, got {type(store).__name__}")
         if not _are_ints(rank, size) or not 0 <= rank < size:
             raise ConfigError(f"rank must lie in [0, {size!r}), got {rank!r}")
         group = cls.__new__(cls)
-        group._setup(store, rank, size, _device(device, prefer_cuda=False), None, threads)
+        group._setup(
+            RendezvousStore(store, host_of(store) if rank > 0 else None),
+            rank,
+            size,
+            _device(device, prefer_cuda=False),
+            None,
+            threads,
+        )
         return group
 
     def _setup(
         self,
-        store: dist.Store,
+        store: RendezvousStore,
         rank: int,
         size: int,
         device: torch.device,
         process_group: dist.ProcessGroup | None,
         threads: ThreadRanks | None = None,
         path: str = "",
+        members: Sequence[int] | None = None,
     ) -> None:
+        """`members`: this group's ranks, as the larger group numbers them whose rank `store.host` is."""
         self.rank, self.size, self.device, self.process_group, self.threads = rank, size, device, process_group, threads
         # A second group on the same store must not find the first one's words: each rank counts the groups that it has made.
         number = store.add(f"groups made by rank {rank}", 1)
-        self.store = dist.PrefixStore(f"group.{number}", store)
+        self.rendezvous = store.under(f"group.{number}")
+        if members is not None:
+            host = self.rendezvous.host
+            self.rendezvous.host = members.index(host) if host in members else None
         self._path = f"{path}/group.{number}"
-        self.channel = StoreChannel(self.store, rank, size)
-        self.waiting = WaitBoard(dist.PrefixStore("waiting", self.store), rank, size)
+        self.channel = StoreChannel(self.rendezvous, rank, size)
+        self.waiting = WaitBoard(self.rendezvous.under("waiting"), rank, size)
         self._names_given: dict[str, int] = {}
 
     def subset(self, ranks: Sequence[int]) -> EPGroup:
@@ -233,9 +168,14 @@ class EPGroup:
         self.channel.require_at_home()
         name = self.unique_name("subset/" + "-".join(map(str, chosen)))
         group = EPGroup.__new__(EPGroup)
-        store, path = dist.PrefixStore(name, self.store), f"{self._path}/{name}"
-        group._setup(store, chosen.index(self.rank), len(chosen), self.device, None, self.threads, path)
+        store, path = self.rendezvous.under(name), f"{self._path}/{name}"
+        group._setup(store, chosen.index(self.rank), len(chosen), self.device, None, self.threads, path, chosen)
         return group
+
+    @property
+    def store(self) -> dist.Store:
+        """The bare store, for what meets in it by itself; its errors are torch's."""
+        return self.rendezvous.store
 
     def share(self, name: str, value: Any, timeout_s: float) -> list[Any]:
         """Every virtual rank's own `value`, in rank order; a name is used once.
@@ -296,6 +236,19 @@ def _refuse_one_of_many() -> None:
             f"process_group is None but WORLD_SIZE is {world_size}: call torch.distributed.init_process_group() first, then "
             "EPGroup(torch.distributed.group.WORLD); for a group of one on purpose call EPGroup.alone()"
         )
+
+
+def _own_store() -> RendezvousStore:
+    return RendezvousStore(dist.HashStore(), None)
+
+
+def _host_within(process_group: dist.ProcessGroup, host: int | None, rank: int) -> int | None:
+    """The number in `process_group` of the global rank `host`. None if it is not in it, or is this `rank` itself: a process that
+    hosts a store does not lose it, so if this one does, another process hosts it."""
+    if host is None or host not in dist.get_process_group_ranks(process_group):
+        return None
+    number = dist.get_group_rank(process_group, host)
+    return None if number == rank else number
 
 
 def _are_ints(*values: object) -> bool:

@@ -20,9 +20,6 @@ _log = logging.getLogger(__name__)
 _MADV_WIPEONFORK = 18
 """Linux's number; Python's mmap module has no name for it before 3.13."""
 
-MAX_LAYERS = (1 << 16) - 1
-"""Dispatchers of a workspace: an abort record names the layer in 16 bits (`kernels.wire.Record`)."""
-
 
 class Stage(enum.Enum):
     """Where an open workspace stands."""
@@ -54,7 +51,7 @@ class WrongCallerError(StateError):
     """The call comes from a second thread or a forked child. It is raised to that caller alone; the peers never hear of it."""
 
 
-class Ticket:
+class DispatchHandle:
     """Identifies one dispatch; compared by identity."""
 
     __slots__ = ("layer",)
@@ -134,7 +131,7 @@ class Lifecycle:
         self.stage = Stage.NO_STEP
         self.layer = -1
         self.gathered_rows = 0  # R of the dispatch under way
-        self.ticket: Ticket | None = None
+        self.handle: DispatchHandle | None = None
         self.error: TokenferryError | None = None
         self.closed = False
         self._give_back: Callable[[], None] | None = None
@@ -265,11 +262,11 @@ class Lifecycle:
 
     def enter_ready(self) -> None:
         """A step's counts are known."""
-        self.stage, self.layer, self.ticket = Stage.READY, -1, None
+        self.stage, self.layer, self.handle = Stage.READY, -1, None
 
     def leave_step(self) -> None:
         """The step's counts are gone."""
-        self.stage, self.layer, self.ticket = Stage.NO_STEP, -1, None
+        self.stage, self.layer, self.handle = Stage.NO_STEP, -1, None
 
     def require(self, operation: str, layer: int, called: str = "") -> None:
         """Whether `operation` of dispatcher `layer` may come now; changes nothing.
@@ -292,9 +289,9 @@ class Lifecycle:
         """Takes the step that `require` allowed, after the transport has done its part: until then nothing needs undoing."""
         _, self.stage = _NEXT[operation]
         if operation == "dispatch_begin":
-            self.layer, self.ticket = layer, Ticket(layer)
+            self.layer, self.handle = layer, DispatchHandle(layer)
         elif operation == "combine_begin":
-            self.ticket = None
+            self.handle = None
         elif operation == "combine_end":
             self.layer = -1
 

@@ -1,102 +1,145 @@
-"""The PyTorch operators of one workspace, with which `torch.compile(fullgraph=True)` passes through its calls.
+"""The library's PyTorch operators, with which `torch.compile(fullgraph=True)` passes through a workspace's calls.
 
-Eager calls do not use them. Each workspace registers its own, so that an operator finds its workspace without a table on a
-module; they go when the workspace does. Their implementations are the eager calls: checks, order and errors are the same.
+Eager calls do not use them. There is one set for all workspaces, defined once when this file is imported: an operator takes its
+workspace's number as an argument. So compiled code is the same text in every process that opens the same workspaces in the same
+order, and a second process finds it in the compiler's cache. Their implementations are the eager calls: checks, order and errors
+are the same.
+
+Whatever the shape or dtype of a result depends on is an argument too, and the functions that describe results to the compiler
+look at nothing else. The caches know a piece of code by its text and its inputs: were the dtype found through the number, one
+process could be given what another one had compiled for a workspace of the same number and another dtype.
 
 Where rows lie at fixed addresses, the tensors there are arguments that the operators change, and nothing returned aliases them,
-for a compiler may write over an operator's result. `combine` is said to change the gathered rows too, so that all that reads
-them comes before it. Shape suffixes: R gathered rows, H hidden, K top-k.
+for a compiler may write over an operator's result. `combine_fixed` is said to change the gathered rows too, so that all that
+reads them comes before it. Shape suffixes: R gathered rows, H hidden, K top-k.
 """
 
 from __future__ import annotations
 
-import uuid
-from dataclasses import dataclass
-from typing import Protocol
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Final, Protocol
 
 import torch
 from torch.utils.dlpack import from_dlpack
 
 from tokenferry.dispatched import Dispatched
-from tokenferry.errors import ShapeError, UsageError
-from tokenferry.transports.base import Gathered
+from tokenferry.errors import ShapeError, StateError, UsageError
+from tokenferry.groups import EPGroup
+from tokenferry.lifecycle import Lifecycle
+from tokenferry.transports.base import Gathered, Transport, TransportSettings
 
-BEGIN_STEP = "begin_step(Tensor(a!) order, Tensor(b!) counts, Tensor? real, SymInt num_tokens, SymInt num_real, bool done) -> ()"
-DISPATCH_FIXED = (
-    "dispatch(Tensor(a!) order, Tensor(b!) out_hidden, Tensor(c!) out_idx, Tensor(d!) out_weights, "
-    "Tensor hidden, Tensor topk_idx, Tensor topk_weights, SymInt layer) -> ()"
-)
-DISPATCH_FRESH = (
-    "dispatch(Tensor(a!) order, Tensor hidden, Tensor topk_idx, Tensor topk_weights, SymInt num_rows, SymInt layer) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-COMBINE_FIXED = (
-    "combine(Tensor(a!) order, Tensor(b!) out_hidden, Tensor(c!) out_idx, Tensor(d!) out_weights, "
-    "Tensor partial, SymInt num_rows, SymInt layer) -> Tensor"
-)
-COMBINE_FRESH = "combine(Tensor(a!) order, Tensor partial, SymInt num_rows, SymInt layer) -> Tensor"
+NAMESPACE: Final = "tokenferry"
+_ROWS: Final = "Tensor(b!) out_hidden, Tensor(c!) out_idx, Tensor(d!) out_weights"
+_GIVEN: Final = "Tensor hidden, Tensor topk_idx, Tensor topk_weights"
+_BITS_OF_ORDER: Final = 32
+"""Of a workspace's number, for its place in the order of opening; those above tell virtual ranks apart."""
 
 
-class Calls(Protocol):
-    """The eager calls of a workspace."""
+class Layer(Protocol):
+    """One layer's eager calls."""
 
-    def require_usable(self) -> None: ...
-    def begin_step(self, num_tokens: int, num_real_tokens: int | torch.Tensor, done: bool) -> None: ...
-    def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Dispatched: ...
-    def combine(self, layer: int, partial: torch.Tensor) -> torch.Tensor: ...
+    def dispatch(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Dispatched: ...
+    def combine(self, partial: torch.Tensor) -> torch.Tensor: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shapes:
-    """What a compiler must know of results before they are there.
+class Callee(Protocol):
+    """What the operators see of a workspace: its eager calls."""
 
-    Attributes:
-        rows_per_token: R is this times T; None: R is known to the host only when the rows are.
+    lifecycle: Lifecycle
+    operators: Operators
+
+    def begin_step(self, num_tokens: int, num_real_tokens: int | torch.Tensor, *, done: bool) -> object: ...
+    def forget_step_writes(self) -> None: ...
+    def dispatcher_at(self, layer: int) -> Layer: ...
+
+
+# --- which workspace ----------------------------------------------------------------------------------------------------
+
+
+class _Workspaces:
+    """The open workspaces of this process by their numbers, without keeping them alive."""
+
+    def __init__(self) -> None:
+        self._by_number: weakref.WeakValueDictionary[int, Callee] = weakref.WeakValueDictionary()
+        self._num_opened: dict[int, int] = {}
+        self._lock = threading.Lock()  # virtual ranks open side by side
+
+    def take_number(self, group: EPGroup) -> int:
+        lane = 0 if group.threads is None else 1 + group.rank
+        with self._lock:
+            order = self._num_opened.get(lane, 0)
+            self._num_opened[lane] = order + 1
+        return (lane << _BITS_OF_ORDER) + order
+
+    def enter(self, number: int, workspace: Callee) -> None:
+        self._by_number[number] = workspace
+
+    def find(self, number: int) -> Callee:
+        workspace = self._by_number.get(number)
+        if workspace is None:
+            raise StateError("compiled code outlived its workspace; compile it again for an open one")
+        return workspace
+
+
+_WORKSPACES: Final = _Workspaces()
+"""The one mutable object of a module in this library. An operator is a function of the process, and its arguments can only be
+tensors and numbers: somewhere a number has to lead to a workspace. The table is weak, so that nothing stays when a workspace
+goes, and numbers are not given twice."""
+
+
+def take_number(group: EPGroup) -> int:
+    """The next workspace's number: its place in the order of opening, which it keeps through `reset()`.
+
+    The same in every process that opens the same workspaces in the same order. Virtual ranks are threads that open in any
+    order, so each rank counts its own; two groups of virtual ranks at once in a process share the counts of a rank, and their
+    numbers are distinct, but no longer the same from run to run.
     """
+    return _WORKSPACES.take_number(group)
 
-    dtype: torch.dtype
-    index_dtype: torch.dtype
-    rows_per_token: int | None
+
+# --- as compiled code calls them ----------------------------------------------------------------------------------------
 
 
 class Operators:
-    """Registers the operators. `fixed`: the gathered rows at fixed addresses, if the transport has such."""
+    """The operators of one workspace while it has one transport. Its methods are traced by the compiler, which takes the
+    tensors here for inputs of the compiled code: other tensors, as after `reset()`, are passed to the same code.
 
-    def __init__(self, calls: Calls, shapes: Shapes, counts: torch.Tensor, fixed: Gathered | None) -> None:
-        self._shapes = shapes
-        self.order = torch.zeros(1, dtype=torch.int32)  # what all of them change, so that none overtakes another
-        self.counts = counts
-        self.ticket = object()
+    Args:
+        number: the workspace's, from `take_number`.
+        counts: the step's counts.
+    """
+
+    def __init__(self, number: int, settings: TransportSettings, transport: Transport, counts: torch.Tensor) -> None:
+        self._number, self._rows_per_token = number, transport.rows_per_token
+        self._dtype, self._index_dtype = settings.config.dtype, settings.index_dtype
+        # All operators of a workspace change it, so that none overtakes another.
+        self.order = torch.zeros(1, dtype=torch.int32, device="cpu")
+        self.counts, self.counts_address = counts, counts.data_ptr()
+        self.handle = object()
+        """Stands for the handle of a dispatch that is made in compiled code."""
+        fixed = transport.fixed_rows
         self.fixed = None if fixed is None else Gathered(*(_alone(tensor) for tensor in _tensors(fixed)))
-        namespace = f"tokenferry_{uuid.uuid4().hex}"
-        library = torch.library.Library(namespace, "DEF")
-        implementation = _FixedRows(calls, counts, self.fixed) if self.fixed is not None else _FreshRows(calls, counts, shapes)
-        schemas = (BEGIN_STEP, *((DISPATCH_FIXED, COMBINE_FIXED) if self.fixed is not None else (DISPATCH_FRESH, COMBINE_FRESH)))
-        for schema in schemas:
-            name = schema.partition("(")[0]
-            library.define(schema)
-            library.impl(name, getattr(implementation, name), "CompositeExplicitAutograd")
-            torch.library.register_fake(f"{namespace}::{name}", getattr(implementation, f"{name}_shapes"), lib=library)
-        self._library = library  # unregisters when it is gone
-        operators = getattr(torch.ops, namespace)
-        self._begin_step = operators.begin_step.default
-        self._dispatch, self._combine = operators.dispatch.default, operators.combine.default
+        self.fixed_addresses = [tensor.data_ptr() for tensor in _tensors(self.fixed)] if self.fixed is not None else None
+
+    def serve(self, workspace: Callee) -> None:
+        """Lets the operators find `workspace` by its number, for as long as it is alive."""
+        _WORKSPACES.enter(self._number, workspace)
 
     def release(self) -> None:
         """Lets go of the workspace's buffers. Compiled code finds other tensors then, and its operators raise."""
         if self.fixed is not None:
-            empty = torch.empty(0)
+            empty = torch.empty(0, dtype=torch.uint8, device="cpu")
             self.fixed = Gathered(empty, empty, empty)
-
-    # --- as compiled code calls them; traced ------------------------------------------------------------------------
 
     def begin_step(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None, done: bool) -> None:
         """Begins a step."""
         if isinstance(num_real_tokens, torch.Tensor):
-            self._begin_step(self.order, self.counts, num_real_tokens, num_tokens, 0, done)
+            _BEGIN_STEP(self.order, self.counts, num_real_tokens, self._number, num_tokens, 0, done)
         else:
             real = num_tokens if num_real_tokens is None else num_real_tokens
-            self._begin_step(self.order, self.counts, None, num_tokens, real, done)
+            _BEGIN_STEP(self.order, self.counts, None, self._number, num_tokens, real, done)
 
     def dispatch(
         self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, num_tokens: int
@@ -105,149 +148,165 @@ class Operators:
         given = hidden.detach(), topk_idx, topk_weights.detach()
         if self.fixed is not None:
             rows = self.fixed.hidden_RH, self.fixed.topk_idx_RK, self.fixed.topk_weights_RK
-            self._dispatch(self.order, *rows, *given, layer)
+            _DISPATCH_FIXED(self.order, *rows, *given, self._number, layer)
         else:
-            rows = self._dispatch(self.order, *given, num_tokens * (self._shapes.rows_per_token or 0), layer)
+            num_rows = None if self._rows_per_token is None else num_tokens * self._rows_per_token
+            rows = _DISPATCH_FRESH(self.order, *given, self._number, layer, num_rows, self._index_dtype)
         valid_tokens = self.counts[:1]
-        return Dispatched(hidden=rows[0], topk_idx=rows[1], topk_weights=rows[2], valid_tokens=valid_tokens, ticket=self.ticket)
+        return Dispatched(hidden=rows[0], topk_idx=rows[1], topk_weights=rows[2], valid_tokens=valid_tokens, handle=self.handle)
 
     def combine(self, layer: int, partial: torch.Tensor, num_rows: int) -> torch.Tensor:
         """Combines into `num_rows` rows."""
-        partial = partial.detach()
+        given = partial.detach(), self._number, layer, num_rows, self._dtype
         if self.fixed is not None:
             rows = self.fixed.hidden_RH, self.fixed.topk_idx_RK, self.fixed.topk_weights_RK
-            return self._combine(self.order, *rows, partial, num_rows, layer)  # type: ignore[no-any-return]
-        return self._combine(self.order, partial, num_rows, layer)  # type: ignore[no-any-return]
+            return _COMBINE_FIXED(self.order, *rows, *given)  # type: ignore[no-any-return]
+        return _COMBINE_FRESH(self.order, *given)  # type: ignore[no-any-return]
 
 
-class _Steps:
-    """What both kinds share."""
-
-    def __init__(self, calls: Calls, counts: torch.Tensor) -> None:
-        self._calls, self._counts_address = calls, counts.data_ptr()
-        self._counts = counts
-
-    def begin_step(
-        self, order: torch.Tensor, counts: torch.Tensor, real: torch.Tensor | None, num_tokens: int, num_real: int, done: bool
-    ) -> None:
-        self._calls.begin_step(num_tokens, num_real if real is None else real, done)
-        if counts.data_ptr() != self._counts_address:
-            counts.copy_(self._counts)
-
-    def begin_step_shapes(self, *given: object) -> None:
-        return
+# --- what they do -------------------------------------------------------------------------------------------------------
 
 
-class _FixedRows(_Steps):
-    def __init__(self, calls: Calls, counts: torch.Tensor, fixed: Gathered) -> None:
-        super().__init__(calls, counts)
-        self._dtype = fixed.hidden_RH.dtype
-        self._addresses = [tensor.data_ptr() for tensor in _tensors(fixed)]
-
-    def _check_in_place(self, counts: torch.Tensor | None, *rows: torch.Tensor) -> None:
-        """A compiler that works on copies would write them back at the end, over what peers have stored there by then."""
-        addresses = [tensor.data_ptr() for tensor in rows]
-        if (rows and addresses != self._addresses) or (counts is not None and counts.data_ptr() != self._counts_address):
-            self._calls.require_usable()
-            raise UsageError(
-                "the compiler's backend gave the operator a copy of the workspace's buffers; use backend='inductor' or 'eager'"
-            )
-
-    def begin_step(
-        self, order: torch.Tensor, counts: torch.Tensor, real: torch.Tensor | None, num_tokens: int, num_real: int, done: bool
-    ) -> None:
-        self._check_in_place(counts)
-        super().begin_step(order, counts, real, num_tokens, num_real, done)
-
-    def dispatch(
-        self,
-        order: torch.Tensor,
-        out_hidden: torch.Tensor,
-        out_idx: torch.Tensor,
-        out_weights: torch.Tensor,
-        hidden: torch.Tensor,
-        topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
-        layer: int,
-    ) -> None:
-        self._check_in_place(None, out_hidden, out_idx, out_weights)
-        self._calls.dispatch(layer, hidden, topk_idx, topk_weights)
-
-    def dispatch_shapes(self, *given: object) -> None:
-        return
-
-    def combine(
-        self,
-        order: torch.Tensor,
-        out_hidden: torch.Tensor,
-        out_idx: torch.Tensor,
-        out_weights: torch.Tensor,
-        partial: torch.Tensor,
-        num_rows: int,
-        layer: int,
-    ) -> torch.Tensor:
-        self._check_in_place(None, out_hidden, out_idx, out_weights)
-        return _with_rows("combine", self._calls.combine(layer, partial), num_rows)
-
-    def combine_shapes(
-        self,
-        order: torch.Tensor,
-        out_hidden: torch.Tensor,
-        out_idx: torch.Tensor,
-        out_weights: torch.Tensor,
-        partial: torch.Tensor,
-        num_rows: int,
-        layer: int,
-    ) -> torch.Tensor:
-        return partial.new_empty((num_rows, partial.shape[1]), dtype=self._dtype)
+def _begin_step(
+    order: torch.Tensor,
+    counts: torch.Tensor,
+    real: torch.Tensor | None,
+    workspace: int,
+    num_tokens: int,
+    num_real: int,
+    done: bool,
+) -> None:
+    callee = _WORKSPACES.find(workspace)
+    operators = callee.operators
+    is_copy = counts.data_ptr() != operators.counts_address
+    if is_copy and operators.fixed is not None:
+        raise _copied(callee)
+    callee.forget_step_writes()  # the operator itself counts as one
+    callee.begin_step(num_tokens, num_real if real is None else real, done=done)
+    callee.forget_step_writes()
+    if is_copy:
+        counts.copy_(operators.counts)
 
 
-class _FreshRows(_Steps):
-    def __init__(self, calls: Calls, counts: torch.Tensor, shapes: Shapes) -> None:
-        super().__init__(calls, counts)
-        self._shapes = shapes
+def _dispatch_fixed(
+    order: torch.Tensor,
+    out_hidden: torch.Tensor,
+    out_idx: torch.Tensor,
+    out_weights: torch.Tensor,
+    hidden: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    workspace: int,
+    layer: int,
+) -> None:
+    callee = _WORKSPACES.find(workspace)
+    _check_in_place(callee, out_hidden, out_idx, out_weights)
+    callee.dispatcher_at(layer).dispatch(hidden, topk_idx, topk_weights)
 
-    def dispatch(
-        self,
-        order: torch.Tensor,
-        hidden: torch.Tensor,
-        topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
-        num_rows: int,
-        layer: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        got = self._calls.dispatch(layer, hidden, topk_idx, topk_weights)
-        if self._shapes.rows_per_token is not None:
-            _with_rows("dispatch", got.hidden, num_rows)
-        given = [tensor.untyped_storage().data_ptr() for tensor in (hidden, topk_idx, topk_weights)]
-        own = [
-            tensor.clone() if tensor.untyped_storage().data_ptr() in given else tensor
-            for tensor in (got.hidden, got.topk_idx, got.topk_weights)
-        ]
-        return own[0], own[1], own[2]
 
-    def dispatch_shapes(
-        self,
-        order: torch.Tensor,
-        hidden: torch.Tensor,
-        topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
-        num_rows: int,
-        layer: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        rows = num_rows if self._shapes.rows_per_token is not None else torch.library.get_ctx().new_dynamic_size()
-        topk = topk_idx.shape[1]
-        return (
-            hidden.new_empty((rows, hidden.shape[1])),
-            topk_idx.new_empty((rows, topk), dtype=self._shapes.index_dtype),
-            topk_weights.new_empty((rows, topk), dtype=torch.float32),
-        )
+def _combine_fixed(
+    order: torch.Tensor,
+    out_hidden: torch.Tensor,
+    out_idx: torch.Tensor,
+    out_weights: torch.Tensor,
+    partial: torch.Tensor,
+    workspace: int,
+    layer: int,
+    num_rows: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    callee = _WORKSPACES.find(workspace)
+    _check_in_place(callee, out_hidden, out_idx, out_weights)
+    return _with_rows("combine", callee.dispatcher_at(layer).combine(partial), num_rows)
 
-    def combine(self, order: torch.Tensor, partial: torch.Tensor, num_rows: int, layer: int) -> torch.Tensor:
-        return _with_rows("combine", self._calls.combine(layer, partial), num_rows)
 
-    def combine_shapes(self, order: torch.Tensor, partial: torch.Tensor, num_rows: int, layer: int) -> torch.Tensor:
-        return partial.new_empty((num_rows, partial.shape[1]), dtype=self._shapes.dtype)
+def _dispatch_fresh(
+    order: torch.Tensor,
+    hidden: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    workspace: int,
+    layer: int,
+    num_rows: int | None,
+    index_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    got = _WORKSPACES.find(workspace).dispatcher_at(layer).dispatch(hidden, topk_idx, topk_weights)
+    if num_rows is not None:
+        _with_rows("dispatch", got.hidden, num_rows)
+    given = [tensor.untyped_storage().data_ptr() for tensor in (hidden, topk_idx, topk_weights)]
+    fresh = [
+        tensor.clone() if tensor.untyped_storage().data_ptr() in given else tensor
+        for tensor in (got.hidden, got.topk_idx, got.topk_weights)
+    ]
+    return fresh[0], fresh[1], fresh[2]
+
+
+def _combine_fresh(
+    order: torch.Tensor, partial: torch.Tensor, workspace: int, layer: int, num_rows: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return _with_rows("combine", _WORKSPACES.find(workspace).dispatcher_at(layer).combine(partial), num_rows)
+
+
+# --- what they return, for the compiler ---------------------------------------------------------------------------------
+
+
+def _returns_nothing(*given: object) -> None:
+    return
+
+
+def _dispatch_fresh_shapes(
+    order: torch.Tensor,
+    hidden: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    workspace: int,
+    layer: int,
+    num_rows: int | None,
+    index_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows = torch.library.get_ctx().new_dynamic_size() if num_rows is None else num_rows
+    topk = topk_idx.shape[1]
+    return (
+        hidden.new_empty((rows, hidden.shape[1])),
+        topk_idx.new_empty((rows, topk), dtype=index_dtype),
+        topk_weights.new_empty((rows, topk), dtype=torch.float32),
+    )
+
+
+def _combine_fresh_shapes(
+    order: torch.Tensor, partial: torch.Tensor, workspace: int, layer: int, num_rows: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return partial.new_empty((num_rows, partial.shape[1]), dtype=dtype)
+
+
+def _combine_fixed_shapes(
+    order: torch.Tensor,
+    out_hidden: torch.Tensor,
+    out_idx: torch.Tensor,
+    out_weights: torch.Tensor,
+    partial: torch.Tensor,
+    workspace: int,
+    layer: int,
+    num_rows: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return partial.new_empty((num_rows, partial.shape[1]), dtype=dtype)
+
+
+# --- helpers ------------------------------------------------------------------------------------------------------------
+
+
+def _check_in_place(callee: Callee, *rows: torch.Tensor) -> None:
+    if [tensor.data_ptr() for tensor in rows] != callee.operators.fixed_addresses:
+        raise _copied(callee)
+
+
+def _copied(callee: Callee) -> UsageError:
+    """A compiler that works on copies would write them back at the end, over what peers have stored there by then."""
+    callee.lifecycle.require_usable("compiled code")
+    return UsageError(
+        "the compiler's backend gave the operator a copy of the workspace's buffers; use backend='inductor' or 'eager'"
+    )
 
 
 def _tensors(gathered: Gathered) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -266,3 +325,48 @@ def _with_rows(operation: str, tensor: torch.Tensor, num_rows: int) -> torch.Ten
             "solo(), and dispatch and combine in the compiled code that began the step"
         )
     return tensor
+
+
+# --- registration -------------------------------------------------------------------------------------------------------
+
+_LIBRARY: Final = torch.library.Library(NAMESPACE, "DEF")  # its operators are there for as long as it is
+
+
+def _define(schema: str, implementation: Callable[..., object], shapes: Callable[..., object]) -> Any:
+    """Not by `torch.library.custom_op`, which takes 21 microseconds a call."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+_BEGIN_STEP: Final = _define(
+    "begin_step(Tensor(a!) order, Tensor(b!) counts, Tensor? real, SymInt workspace, SymInt num_tokens, SymInt num_real, "
+    "bool done) -> ()",
+    _begin_step,
+    _returns_nothing,
+)
+_DISPATCH_FIXED: Final = _define(
+    f"dispatch_fixed(Tensor(a!) order, {_ROWS}, {_GIVEN}, SymInt workspace, SymInt layer) -> ()",
+    _dispatch_fixed,
+    _returns_nothing,
+)
+_DISPATCH_FRESH: Final = _define(
+    f"dispatch_fresh(Tensor(a!) order, {_GIVEN}, SymInt workspace, SymInt layer, SymInt? num_rows, ScalarType index_dtype) "
+    "-> (Tensor, Tensor, Tensor)",
+    _dispatch_fresh,
+    _dispatch_fresh_shapes,
+)
+_COMBINE_FIXED: Final = _define(
+    f"combine_fixed(Tensor(a!) order, {_ROWS}, Tensor partial, SymInt workspace, SymInt layer, SymInt num_rows, "
+    "ScalarType dtype) -> Tensor",
+    _combine_fixed,
+    _combine_fixed_shapes,
+)
+_COMBINE_FRESH: Final = _define(
+    "combine_fresh(Tensor(a!) order, Tensor partial, SymInt workspace, SymInt layer, SymInt num_rows, ScalarType dtype) "
+    "-> Tensor",
+    _combine_fresh,
+    _combine_fresh_shapes,
+)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tokenferry.errors import CapacityError, DeviceError, DtypeError, ShapeError, StateError, UsageError
+
 FLAG_DONE = 1
 """This rank has no work of its own left; it takes part for the others' sake."""
 FLAG_FAILED = 2
@@ -95,6 +97,12 @@ class StepTensors:
         """Writes by PyTorch operators so far, through whatever view; kernels and replayed graphs do not count."""
         return 0 if self.packed.is_inference() else self.packed._version
 
+    def check_unwritten(self, step: Step, num_writes: int) -> None:
+        """Raises StateError if the tensors were written since `step` was published, when `num_writes` was their number."""
+        more = self.num_writes - num_writes
+        if more:
+            raise StateError(f"the tensors of step {step.index} were written {more} times; read or clone them only")
+
     def publish(self, tokens_per_rank: Sequence[int], flags_per_rank: Sequence[int]) -> None:
         """Writes host-known counts. One copy, in stream order."""
         offset = sum(tokens_per_rank[: self._rank])
@@ -140,3 +148,41 @@ class StepTensors:
             tokens_per_rank=tokens_per_rank,
             flags_per_rank=flags_per_rank,
         )
+
+
+def checked_counts(
+    num_tokens: int, num_real_tokens: int | torch.Tensor | None, max_tokens_per_rank: int, device: torch.device
+) -> int | torch.Tensor:
+    """What `begin_step` is given, checked.
+
+    Returns:
+        `num_real_tokens`; its default is `num_tokens`.
+    """
+    if not isinstance(num_tokens, int) or isinstance(num_tokens, bool):
+        raise UsageError(f"num_tokens must be an int, got {num_tokens!r}")
+    if num_tokens < 0:
+        raise ShapeError(f"num_tokens must be an int >= 0, got {num_tokens}")
+    if num_tokens > max_tokens_per_rank:
+        raise CapacityError(
+            f"num_tokens is {num_tokens} but the workspace was opened for {max_tokens_per_rank}; "
+            f"open it with max_tokens_per_rank={num_tokens} or split the step"
+        )
+    if num_real_tokens is None:
+        return num_tokens
+    if isinstance(num_real_tokens, torch.Tensor):
+        _check_scalar(num_real_tokens, device)
+        return num_real_tokens
+    if not isinstance(num_real_tokens, int) or isinstance(num_real_tokens, bool):
+        raise UsageError(f"num_real_tokens must be an int or an int32 tensor, got {num_real_tokens!r}")
+    if not 0 <= num_real_tokens <= num_tokens:
+        raise CapacityError(f"num_real_tokens must lie between 0 and num_tokens, {num_tokens}; got {num_real_tokens!r}")
+    return num_real_tokens
+
+
+def _check_scalar(num_real_tokens: torch.Tensor, device: torch.device) -> None:
+    if num_real_tokens.dtype != torch.int32:
+        raise DtypeError(f"num_real_tokens must be an int or torch.int32, got {num_real_tokens.dtype}")
+    if num_real_tokens.numel() != 1:
+        raise ShapeError(f"num_real_tokens must have one element, got {num_real_tokens.numel()}")
+    if num_real_tokens.device != device:
+        raise DeviceError(f"num_real_tokens is on {num_real_tokens.device} but the workspace is on {device}")

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-import torch.distributed as dist
+from tokenferry.channel import RendezvousStore
+from tokenferry.errors import PeerError
 
 _LONGEST_TICK_S: Final = 1.0
 _TICKS_PER_TIMEOUT: Final = 8
@@ -23,7 +24,7 @@ _POLL_S: Final = 0.02
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """Where a workspace of this rank stands.
 
     Attributes:
@@ -40,19 +41,19 @@ class Place:
 
 
 class WaitBoard:
-    """The places of this rank's workspaces, and on the failing path those of the other ranks. One for each group."""
+    """The positions of this rank's workspaces, and on the failing path those of the other ranks. One for each group."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+    def __init__(self, store: RendezvousStore, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store, rank, size
         self._lock = threading.Lock()
-        self._looks: dict[str, Callable[[], Place | None]] = {}
-        self._given_up: dict[str, dict[str, Place]] = {}
+        self._looks: dict[str, Callable[[], Position | None]] = {}
+        self._given_up: dict[str, dict[str, Position]] = {}
         """The workspaces in which this rank has given up a wait, and where all stood then."""
         self._tick_s = _LONGEST_TICK_S
         self._num_posted = 0
         self._thread: threading.Thread | None = None
 
-    def join(self, name: str, look: Callable[[], Place | None], timeout_s: float) -> None:
+    def join(self, name: str, look: Callable[[], Position | None], timeout_s: float) -> None:
         """A workspace is open. `look` tells where it stands; None once it is gone."""
         with self._lock:
             self._looks[name] = look
@@ -69,24 +70,24 @@ class WaitBoard:
     def who_waits_elsewhere(self, late: int, name: str, *, grace: bool = True) -> str | None:
         """This rank has waited in vain in `name` for rank `late`: whether that one waits in another workspace, in words.
 
-        None where it does not, or where this rank has passed the place at which the other one waits: it waits for a third then.
+        None where it does not, or where this rank has passed the point at which the other one waits: it waits for a third then.
 
         Args:
             grace: look for some time, at most 2.5 seconds, since the other one posts once in a while.
         """
         try:
             return self._who_waits_elsewhere(late, name, grace)
-        except RuntimeError:  # the store is gone too; the caller's own error says more
+        except PeerError:  # the store is gone too; the caller's own error says more
             return None
 
     def _who_waits_elsewhere(self, late: int, name: str, grace: bool) -> str | None:
         with self._lock:
-            places = self._places()
-            if len(places) < 2 or name not in places or late < 0 or late == self._rank:
+            positions = self._positions()
+            if len(positions) < 2 or name not in positions or late < 0 or late == self._rank:
                 return None
-            own = places[name]
-            # A call that is over, as this one soon is, changes the place: what counts is whether another one begins.
-            self._given_up[name] = {each: replace(place, is_inside=False) for each, place in places.items()}
+            own = positions[name]
+            # A call that is over, as this one soon is, changes the position: what counts is whether another one begins.
+            self._given_up[name] = {each: replace(position, is_inside=False) for each, position in positions.items()}
             self._post(name, own, gave_up=True)
             give_up_s = time.monotonic() + (_TICKS_OF_GRACE * self._tick_s if grace else 0.0)
         first = self._read(late)
@@ -97,7 +98,7 @@ class WaitBoard:
             if time.monotonic() > give_up_s:
                 return None
             time.sleep(_POLL_S)
-        there = places.get(word["workspace"])
+        there = positions.get(word["workspace"])
         if there is None or there.step > word["step"]:
             return None
         if there.step == word["step"] and word["layer"] >= 0 and self._size > 2:
@@ -110,41 +111,41 @@ class WaitBoard:
 
     def _watch(self) -> None:
         """Posts calls that last."""
-        places: dict[str, Place] = {}
+        positions: dict[str, Position] = {}
         while True:
             time.sleep(self._tick_s)
             with self._lock:
-                before, places = places, self._places()
-                if len(places) < 2:
+                before, positions = positions, self._positions()
+                if len(positions) < 2:
                     self._thread = None
                     return
                 try:
-                    self._post_lasting(places, before)
-                except RuntimeError:  # the store is gone
+                    self._post_lasting(positions, before)
+                except PeerError:  # the store is gone
                     self._thread = None
                     return
 
-    def _post_lasting(self, places: dict[str, Place], before: dict[str, Place]) -> None:
+    def _post_lasting(self, positions: dict[str, Position], before: dict[str, Position]) -> None:
         went_on = any(
-            name in places and replace(places[name], is_inside=False) != place
+            name in positions and replace(positions[name], is_inside=False) != position
             for given_up in self._given_up.values()
-            for name, place in given_up.items()
+            for name, position in given_up.items()
         )
         if went_on:
             self._withdraw()
         if not self._given_up:
-            for name, place in places.items():
-                if place.is_inside and before.get(name) == place:
-                    self._post(name, place)
+            for name, position in positions.items():
+                if position.is_inside and before.get(name) == position:
+                    self._post(name, position)
 
-    def _places(self) -> dict[str, Place]:
-        places = {name: place for name, look in list(self._looks.items()) if (place := look()) is not None}
-        self._looks = {name: self._looks[name] for name in places}  # without those that are gone
-        return places
+    def _positions(self) -> dict[str, Position]:
+        positions = {name: position for name, look in list(self._looks.items()) if (position := look()) is not None}
+        self._looks = {name: self._looks[name] for name in positions}  # without those that are gone
+        return positions
 
-    def _post(self, name: str, place: Place, *, gave_up: bool = False) -> None:
+    def _post(self, name: str, position: Position, *, gave_up: bool = False) -> None:
         self._num_posted += 1
-        word = {"workspace": name, "step": place.step, "layer": place.layer, "gave up": gave_up, "number": self._num_posted}
+        word = {"workspace": name, "step": position.step, "layer": position.layer, "gave up": gave_up, "number": self._num_posted}
         self._store.set(str(self._rank), json.dumps(word))
 
     def _withdraw(self) -> None:
@@ -155,5 +156,5 @@ class WaitBoard:
 
     def _read(self, rank: int) -> dict[str, Any] | None:
         key = str(rank)
-        word: dict[str, Any] | None = json.loads(self._store.get(key)) if self._store.check([key]) else None
+        word: dict[str, Any] | None = json.loads(self._store.get(key)) if self._store.has(key) else None
         return word

@@ -2,57 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import time
-import weakref
-from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Any, NoReturn, SupportsIndex
+from typing import NoReturn, SupportsIndex
 
 import torch
 
 from tokenferry import env
+from tokenferry.ambient import plain_torch
+from tokenferry.capture import GraphCalls
 from tokenferry.config import MoEConfig
-from tokenferry.dispatched import Dispatched
 from tokenferry.dispatcher import Dispatcher
-from tokenferry.errors import (
-    CapacityError,
-    ConfigError,
-    DeviceError,
-    DtypeError,
-    PeerError,
-    PeerFailedError,
-    Phase,
-    ShapeError,
-    StateError,
-    UsageError,
-    refuse_pickling,
-)
+from tokenferry.errors import ConfigError, PeerError, Phase, StateError, UsageError, refuse_pickling
 from tokenferry.groups import EPGroup
-from tokenferry.lifecycle import MAX_LAYERS, Lease, Lifecycle, Stage, WrongCallerError, logged
-from tokenferry.operators import Operators, Shapes
-from tokenferry.step import Announced, Step, StepRequest, StepTensors
+from tokenferry.kernels.control_block import MAX_LAYERS
+from tokenferry.lifecycle import Lease, Lifecycle, Stage, logged
+from tokenferry.operators import Operators, take_number
+from tokenferry.peers import position_of
+from tokenferry.step import Step, StepRequest, StepTensors, checked_counts
 from tokenferry.transports import selection
-from tokenferry.transports.agree import agree_to_open, open_together
-from tokenferry.transports.base import CombineOrder, Counts, Transport, TransportSettings
-from tokenferry.transports.collective.transport import CollectiveTransport
-from tokenferry.transports.open import required_bytes
-from tokenferry.transports.validation import check_dtypes, check_kinds, check_positive_ints, check_reset, check_settings
-from tokenferry.waiting import Place
+from tokenferry.transports.base import CombineOrder, Counts, TransportFactory, TransportSettings
+from tokenferry.transports.opening import open_together, required_bytes
+from tokenferry.transports.settings import check_dtypes, check_kinds, check_positive_ints, check_reset, check_settings
 
 _log = logging.getLogger(__name__)
 
 
-class Workspace:
+class Workspace(GraphCalls):
     """Moves rows for all MoE layers of one shape. Opened by all ranks of the group together; a context manager.
+
+    It holds a transport, the step's counts, and the order of calls (`lifecycle`). A model begins a step and calls one dispatcher
+    a layer; the calls that graphs need come from `GraphCalls`, those for checks, failures and closing from `PeerCalls`.
 
     Args:
         config: shape of the layer.
         group: the expert-parallel group.
         max_tokens_per_rank: C, the most rows a rank may bring to a step, padding included.
-        transport: "auto", or one of `transports.selection.TRANSPORTS`.
+        transport: "auto", one of `transports.selection.TRANSPORTS`, or an object that opens a transport of your own, of the same
+            name on every rank: see `transports.base.TransportFactory`.
         combine_dtype: of the partial rows on the wire. Default: `config.dtype`.
         index_dtype: of `Dispatched.topk_idx`: int32, or int64 for expert kernels that want it; written so, without a pass.
         combine_order: "rank": terms are summed in rank order, the same bits on every transport. "any": the library's or the
@@ -65,8 +53,9 @@ class Workspace:
 
     Raises:
         ConfigError: a setting is wrong, differs between ranks, or there are fewer experts than ranks.
-        TransportUnavailableError: no transport fits; `.decisions` has the reason for each.
+        TransportUnavailableError: no transport fits, or none could be opened; `.decisions` has the reason for each.
         PeerTimeoutError: a rank did not come to open within `open_timeout_s`.
+        PeerFailedError: a rank failed before its workspace was open.
     """
 
     def __init__(
@@ -75,7 +64,7 @@ class Workspace:
         group: EPGroup,
         *,
         max_tokens_per_rank: int,
-        transport: str = "auto",
+        transport: str | TransportFactory = "auto",
         combine_dtype: torch.dtype | None = None,
         index_dtype: torch.dtype = torch.int32,
         combine_order: CombineOrder = "rank",
@@ -104,34 +93,30 @@ class Workspace:
         # After the checks: a call that is refused on one rank must not shift that rank's names against its peers'.
         self._base_name = group.unique_name("workspace")
         self._settings = dataclasses.replace(self._settings, name=self._base_name)
+        self.number = take_number(group)
+        """Its place in the order of opening, by which compiled code finds it; it stays through `reset()`."""
         self._requested = transport
         self.lifecycle = Lifecycle()
-        self.attached: dict[str, Any] = {}
-        """What the layers of this workspace share beside it, by name: the experts' scratch."""
+        self.attached = {}
         self._num_layers = 0
-        self._step: Step | None = None
-        self._num_step_writes: int | None = 0
+        self._step, self._step_index, self._num_step_writes = None, 0, 0
         self.num_tokens_traced = 0
-        self._step_index = 0
-        self._promised_equal = False
-        self._says_done = False
-        self._stand_in: Transport | None = None
+        self._stand_in = None
         self._open("open")
 
     def _open(self, phase: Phase) -> None:
         settings = self._settings
         start = time.monotonic()
-        self.decisions, self.transport = agree_to_open(settings, self._requested, phase)
-        self._step_tensors = StepTensors(settings.group.rank, settings.group.size, settings.group.device)
-        self._lease = Lease(open_together(self.transport, settings, self._step_tensors, phase))
-        self._watch = None
+        group = settings.group
+        with plain_torch(group.device):
+            self._step_tensors = StepTensors(group.rank, group.size, group.device)
+            opened = open_together(self._requested, settings, self._step_tensors, phase)
+        self._settings = settings = opened.settings
+        self._lease, self.transport, self.decisions = Lease(opened.transport), opened.name, opened.decisions
         try:
-            if settings.debug:
-                from tokenferry.transports.debug import Watch  # here, since it imports Triton
-
-                self._watch = Watch(self._transport, settings, self._step_tensors)
-            self.operators = _register(self)
-            settings.group.waiting.join(settings.name, _place_of(self), settings.timeout_s)
+            self.operators = Operators(self.number, settings, self._transport, self._step_tensors.packed)
+            self.operators.serve(self)
+            settings.group.waiting.join(settings.name, position_of(self), settings.timeout_s)
         except BaseException:
             self._lease.end()
             raise
@@ -250,19 +235,18 @@ class Workspace:
             lifecycle.leave()
 
     def _begin_step(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None, done: bool) -> Step:
-        transport = self.active_transport
+        transport, settings, lifecycle = self.active_transport, self._settings, self.lifecycle
         transport.launched = False
-        self.lifecycle.begin_step("begin_step")
-        self._check_step_unwritten()
-        if self._watch is not None:
-            self._watch.report()
-        real = self._check_counts(num_tokens, num_real_tokens)
+        lifecycle.begin_step("begin_step")
+        if settings.debug:
+            self._check_step_unwritten()
+        real = checked_counts(num_tokens, num_real_tokens, settings.max_tokens_per_rank, settings.group.device)
         if not isinstance(done, bool):
             raise UsageError(f"done must be a bool, got {done!r}")
         request = StepRequest(self._step_index + 1, num_tokens, real, done or self._says_done, self._promised_equal)
         had_gradient = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # `torch.no_grad()` takes two microseconds
-        self.lifecycle.stage = Stage.NO_STEP  # if the transport raises, the last step's counts may be half overwritten
+        lifecycle.stage = Stage.NO_STEP  # if the transport raises, the last step's counts may be half overwritten
         try:
             transport.begin_step(request, -1)
         finally:
@@ -270,129 +254,8 @@ class Workspace:
         self._step_index = request.index
         self._step, self.num_tokens_traced = self._step_tensors.view(request), num_tokens
         self._num_step_writes = self._step_tensors.num_writes
-        self.lifecycle.enter_ready()
+        lifecycle.enter_ready()
         return self._step
-
-    def forget_step_writes(self) -> None:
-        """Compiled code counts as a write to the counts where it begins a step; debug mode does not look at such a step."""
-        self._num_step_writes = None
-
-    def _check_step_unwritten(self) -> None:
-        step, before = self._step, self._num_step_writes  # read once: `check` may come while another thread begins a step
-        if self._settings.debug and self.lifecycle.stage is Stage.READY and before is not None and step is not None:
-            num_writes = self._step_tensors.num_writes - before
-            if num_writes:
-                raise StateError(f"the tensors of step {step.index} were written {num_writes} times; read or clone them only")
-
-    def _check_counts(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None) -> int | torch.Tensor:
-        if not isinstance(num_tokens, int) or isinstance(num_tokens, bool):
-            raise UsageError(f"num_tokens must be an int, got {num_tokens!r}")
-        if num_tokens < 0:
-            raise ShapeError(f"num_tokens must be an int >= 0, got {num_tokens}")
-        if num_tokens > self.max_tokens_per_rank:
-            raise CapacityError(
-                f"num_tokens is {num_tokens} but the workspace was opened for {self.max_tokens_per_rank}; "
-                f"open it with max_tokens_per_rank={num_tokens} or split the step"
-            )
-        if num_real_tokens is None:
-            return num_tokens
-        if isinstance(num_real_tokens, torch.Tensor):
-            if num_real_tokens.dtype != torch.int32:
-                raise DtypeError(f"num_real_tokens must be an int or torch.int32, got {num_real_tokens.dtype}")
-            if num_real_tokens.numel() != 1:
-                raise ShapeError(f"num_real_tokens must have one element, got {num_real_tokens.numel()}")
-            if num_real_tokens.device != self.device:
-                raise DeviceError(f"num_real_tokens is on {num_real_tokens.device} but the workspace is on {self.device}")
-            return num_real_tokens
-        if not isinstance(num_real_tokens, int) or isinstance(num_real_tokens, bool):
-            raise UsageError(f"num_real_tokens must be an int or an int32 tensor, got {num_real_tokens!r}")
-        if not 0 <= num_real_tokens <= num_tokens:
-            raise CapacityError(f"num_real_tokens must lie between 0 and num_tokens, {num_tokens}; got {num_real_tokens!r}")
-        return num_real_tokens
-
-    def announce(self, num_tokens: int, *, done: bool = False) -> Announced | None:
-        """Tells the host what all ranks will bring to the next step, so that they can agree on a graph. Every rank calls it.
-
-        Returns:
-            On the collective transport the counts: one exchange, which saves `begin_step` its own. None on the others, where
-            each rank chooses alone; nothing is sent.
-
-        Raises:
-            As `begin_step`.
-        """
-        lifecycle = self.lifecycle
-        lifecycle.enter("announce")
-        try:
-            transport = self.active_transport
-            transport.launched = False
-            lifecycle.begin_step("announce")
-            self._check_counts(num_tokens, None)
-            if not isinstance(transport, CollectiveTransport):
-                return None
-            return transport.announce(StepRequest(self._step_index + 1, num_tokens, num_tokens, done))
-        except BaseException as error:
-            self.settle_failure("announce", error)
-            raise
-        finally:
-            lifecycle.leave()
-
-    @contextlib.contextmanager
-    def equal_counts(self) -> Iterator[None]:
-        """Steps begun within it have the same num_tokens on every rank, which is not checked: the collective transport then
-        exchanges no counts, so that a graph may capture the step. Other transports exchange them as ever."""
-        before, self._promised_equal = self._promised_equal, True
-        try:
-            yield
-        finally:
-            self._promised_equal = before
-
-    @contextlib.contextmanager
-    def saying_done(self, done: bool) -> Iterator[None]:
-        """Steps begun within it say `done`, if it is True: the last step of a forward carries the answer of the whole."""
-        before, self._says_done = self._says_done, done
-        try:
-            yield
-        finally:
-            self._says_done = before
-
-    @contextlib.contextmanager
-    def capturing(self) -> Iterator[Callable[[], int]]:
-        """Within it, calls are recorded in a CUDA graph and nothing runs: steps begun inside are not counted, and whatever was
-        under way when the block ends, by an exception too, is forgotten. The number of steps begun is in what it yields."""
-        before, index = self._enter_other("capturing")
-        num_steps = 0
-        try:
-            yield lambda: num_steps
-        finally:
-            num_steps = self._step_index - index
-            self._step, self._step_index = before, index
-            self._leave_other()
-
-    @contextlib.contextmanager
-    def replaying(self, num_steps: int = 1) -> Iterator[None]:
-        """Around the launch of a graph that holds `num_steps` steps. Afterwards the workspace is without a step.
-
-        Raises:
-            As `begin_step`; call `check()` after your own synchronisation.
-        """
-        lifecycle = self.lifecycle
-        lifecycle.enter("replaying")
-        try:
-            transport = self._transport
-            transport.launched = False
-            lifecycle.begin_step("replaying")
-            if self._stand_in is not None:
-                raise StateError("replaying: inside solo(), but a graph runs with the peers; leave it first")
-            with transport.watching_replay() if isinstance(transport, CollectiveTransport) else contextlib.nullcontext():
-                transport.launched = True
-                yield
-            self._step_index += num_steps
-            lifecycle.leave_step()
-        except BaseException as error:
-            self.settle_failure("replaying", error)
-            raise
-        finally:
-            lifecycle.leave()
 
     def dispatcher(self) -> Dispatcher:
         """A dispatcher for the next MoE layer. All ranks ask in the same order; the number names the layer in errors.
@@ -407,68 +270,13 @@ class Workspace:
                 "for each layer of the model, once, and keep it"
             )
         layer, self._num_layers = self._num_layers, self._num_layers + 1
+        return self.dispatcher_at(layer)
+
+    def dispatcher_at(self, layer: int) -> Dispatcher:
+        """The same as the dispatcher numbered `layer`: compiled code knows a layer by its number."""
         return Dispatcher(self, layer)
 
-    # --- peers ------------------------------------------------------------------------------------------------------
-
-    @property
-    def _transport(self) -> Transport:
-        return self._lease.held
-
-    @_transport.setter
-    def _transport(self, transport: Transport) -> None:
-        self._lease.held = transport
-
-    @property
-    def active_transport(self) -> Transport:
-        """What dispatchers use: the transport, or its stand-in under `solo()`."""
-        return self._lease.held if self._stand_in is None else self._stand_in
-
-    def check(self) -> None:
-        """Raises what a peer, or this rank, has failed with. Call it after your own synchronisation, before trusting results.
-        From any thread, also while another one is inside a call."""
-        self.lifecycle.require_usable("check")
-        with self._lease as transport:
-            self._check_step_unwritten()
-            try:
-                transport.check()
-            except PeerError as error:
-                if transport is self._transport:  # another thread may have reset the workspace meanwhile
-                    self.record_failure(error)
-                raise
-            if self._watch is not None:
-                self._watch.report(wait=True)
-
-    def fail(self, reason: str) -> None:
-        """Tells the peers that this rank gives up: they, and from now on this rank, raise `PeerFailedError(rank, reason)`.
-        From any thread, also while another one is inside a call, which then raises it too."""
-        self.lifecycle.require_at_home("fail")
-        if self.lifecycle.closed or self.lifecycle.error is not None:
-            return
-        with self._lease as transport:
-            try:
-                transport.fail(reason)
-            finally:
-                self.record_failure(PeerFailedError(self.group.rank, reason, self._step_index))
-
-    def tell_peers(self, error: BaseException) -> None:
-        """`fail` for an exception that is on its way to the caller: never raises one of its own in its place. A peer's error is
-        known to the peers, and the misuse by a second thread or a forked child is none of their business."""
-        if isinstance(error, PeerError | WrongCallerError) or not self.lifecycle.is_at_home:
-            return
-        with logged("the peers could not be told why this rank gives up"):
-            self.fail(f"{type(error).__name__}: {error}")
-
-    def record_failure(self, error: PeerError) -> None:
-        """Breaks the workspace: every later call raises `error`, until a reset."""
-        self.lifecycle.fail(error)
-
-    def settle_failure(self, operation: str, error: BaseException) -> None:
-        """Called as `error` leaves `operation`. Where nothing was launched, the workspace stands where it stood (after
-        `begin_step` without a step). Else it is broken, and the peers, who wait for what will not come, are told."""
-        self.lifecycle.settle(
-            operation, error, self._lease, lambda: self.active_transport.launched and not _is_capturing(self.device)
-        )
+    # --- starting anew ----------------------------------------------------------------------------------------------
 
     def reset(self, group: EPGroup | None = None, timeout_s: float | None = None) -> None:
         """Starts anew after a failure, collectively over the ranks that go on: new communicator, new buffers, no step.
@@ -526,125 +334,12 @@ class Workspace:
         finally:
             self._settings = dataclasses.replace(self._settings, open_timeout_s=old.open_timeout_s)
 
-    @contextlib.contextmanager
-    def solo(self) -> Iterator[None]:
-        """Within it, steps involve this rank alone: the same calls and shapes without communication, for warm-up and capture.
-
-        Counts outside are not disturbed: a step begun inside is over when the block ends.
-        """
-        before, index = self._enter_other("solo")
-        self._stand_in = self._transport.solo()
-        try:
-            yield
-        finally:
-            self._stand_in, self._step, self._step_index = None, before, index
-            self._leave_other()
-
-    def _enter_other(self, what: str) -> tuple[Step | None, int]:
-        self.lifecycle.enter(what)  # another thread's call would find another step under it
-        try:
-            self.lifecycle.begin_step(what)
-            if self._stand_in is not None:
-                raise StateError(f"{what}: already inside solo()")
-            return self._step, self._step_index
-        finally:
-            self.lifecycle.leave()
-
-    def _leave_other(self) -> None:
-        self.lifecycle.leave_step()
-
-    def close(self) -> None:
-        """Releases everything. Never waits for a peer; calling it again does nothing, nor does it in a forked child.
-
-        From any thread. A call that another thread is inside of ends, by StateError where it waited for a peer, and what it
-        uses is released as it ends; the peers get PeerFailedError then.
-        """
-        self.lifecycle.close(self._lease, self._give_back)
-
-    def _give_back(self) -> None:
-        self.group.waiting.leave(self._settings.name)
-        try:
-            self.operators.release()
-        finally:
-            self.attached.clear()
-            self._lease.end()
-
     def __enter__(self) -> Workspace:
         self.lifecycle.require_open("with")
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if error is None:
-            self.close()
-            return
-        try:
-            self.tell_peers(error)
-        finally:
-            with logged("the workspace could not be closed"):
-                self.close()
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         refuse_pickling(self, "it stands on memory and connections of this process: open one in the process of each rank")
 
     def __repr__(self) -> str:
         return f"Workspace(transport={self.transport!r}, {self.group!r}, max_tokens_per_rank={self.max_tokens_per_rank})"
-
-
-class _Calls:
-    """What a workspace's operators do: its eager calls. Holds it weakly: it holds the operators."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = weakref.ref(workspace)
-
-    def _live(self) -> Workspace:
-        workspace = self._workspace()
-        if workspace is None:
-            raise StateError("compiled code outlived its workspace; compile it again for an open one")
-        return workspace
-
-    def require_usable(self) -> None:
-        self._live().lifecycle.require_usable("compiled code")
-
-    def begin_step(self, num_tokens: int, num_real_tokens: int | torch.Tensor, done: bool) -> None:
-        workspace = self._live()
-        workspace.forget_step_writes()  # the operator itself counts as one
-        workspace.begin_step(num_tokens, num_real_tokens, done=done)
-        workspace.forget_step_writes()
-
-    def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Dispatched:
-        return Dispatcher(self._live(), layer).dispatch(hidden, topk_idx, topk_weights)
-
-    def combine(self, layer: int, partial: torch.Tensor) -> torch.Tensor:
-        return Dispatcher(self._live(), layer).combine(partial)
-
-
-def _is_capturing(device: torch.device) -> bool:
-    with contextlib.suppress(RuntimeError):  # of a device whose last kernel failed: that one was no captured one
-        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return False
-
-
-def _place_of(workspace: Workspace) -> Callable[[], Place | None]:
-    """Tells where the workspace stands, without keeping it alive."""
-    reference = weakref.ref(workspace)
-
-    def look() -> Place | None:
-        workspace = reference()
-        if workspace is None or workspace.lifecycle.closed:
-            return None
-        lifecycle = workspace.lifecycle
-        return Place(workspace._step_index, lifecycle.layer, lifecycle.stage.value, lifecycle.is_occupied)
-
-    return look
-
-
-def _register(workspace: Workspace) -> Operators:
-    """The operators of what is open now. Symmetric transports have their rows at fixed addresses."""
-    settings, transport = workspace._settings, workspace._transport
-    per_token = {"local": 1, "collective": settings.group.size if settings.counts == "equal" else None}
-    shapes = Shapes(
-        dtype=settings.config.dtype,
-        index_dtype=settings.index_dtype,
-        rows_per_token=per_token.get(workspace.transport),
-    )
-    return Operators(_Calls(workspace), shapes, workspace._step_tensors.packed, transport.fixed_rows)

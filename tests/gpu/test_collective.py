@@ -133,3 +133,74 @@ def late_in_layer(group: tf.EPGroup) -> str:
 def test_a_late_rank_is_named_and_after_a_reset_all_is_right(on_ranks: RankPools) -> None:
     said = on_ranks(late_in_layer, 2, backend="nccl", timeout_s=150)
     assert said == ["PeerTimeoutError 1 in time True", "PeerFailedError 1 in time True"]
+
+
+def capture_beside_a_watched_call(group: tf.EPGroup) -> int:
+    """Rank 1 comes late to the dispatch: rank 0's call is under way, and its watchdog asks for it every 0.2 s, while rank 0
+    captures a graph of its own in the mode "global". In that mode no other thread may ask unless it has said so before."""
+    with tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport="collective", timeout_s=4) as ws:
+        dispatcher = ws.dispatcher()
+        inputs = make_inputs(CONFIG, (2, 3), seed=3)
+        own = inputs[group.rank]
+        arguments = [rows.to(group.device) for rows in (own.hidden, own.topk_idx, own.topk_weights)]
+        values, graph, stream = torch.zeros(4, device=group.device), torch.cuda.CUDAGraph(), torch.cuda.Stream(group.device)
+        torch.cuda.synchronize()
+        ws.begin_step((2, 3)[group.rank])
+        if group.rank == 1:
+            time.sleep(1.5)
+        got = dispatcher.dispatch(*arguments)
+        if group.rank == 0:
+            with torch.cuda.stream(stream):  # not torch.cuda.graph: that synchronises first, and would wait for rank 1
+                graph.capture_begin(capture_error_mode="global")
+                for _ in range(10):
+                    values += 1
+                    time.sleep(0.1)
+                graph.capture_end()
+        out = dispatcher.combine(own.partial.to(group.device), got)
+        torch.cuda.synchronize()
+        ws.check()
+        gathered = torch.cat([each.hidden for each in inputs])
+        same("hidden", got.hidden, gathered)
+        wanted = tf.reference.combine([each.partial for each in inputs], (2, 3), CONFIG.dtype, CONFIG.dtype)
+        same("combined", out, wanted[group.rank])
+        if group.rank == 0:
+            graph.replay()
+            torch.cuda.synchronize()
+        assert ws._transport._communicator._watchdog.is_alive()
+        return int(values.sum())
+
+
+def test_the_watchdog_leaves_a_capture_of_another_thread_alone(on_ranks: RankPools) -> None:
+    """Expected: the capture ends well and replays right, the watched dispatch too, and the watchdog is still there. Asked without
+    `cuThreadExchangeStreamCaptureMode`, the event would raise in the watchdog or invalidate the capture."""
+    assert on_ranks(capture_beside_a_watched_call, 2, backend="nccl", timeout_s=120) == [40, 0]
+
+
+def watchdog_that_fails(group: tf.EPGroup) -> str:
+    with tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport="collective", timeout_s=4) as ws:
+        dispatcher = ws.dispatcher()
+        own = make_inputs(CONFIG, (1, 1), seed=1)[group.rank]
+        ws.begin_step(1)
+        if group.rank == 1:
+
+            def fail() -> None:
+                raise ValueError("out of order")
+
+            ws._transport._communicator._watchdog._look = fail
+            time.sleep(1)
+        start = time.monotonic()
+        try:
+            got = dispatcher.dispatch(*(rows.to(group.device) for rows in (own.hidden, own.topk_idx, own.topk_weights)))
+            dispatcher.combine(got.hidden)
+            torch.cuda.synchronize()
+            ws.check()
+        except tf.PeerError as error:
+            return (
+                f"{type(error).__name__} {error.rank} {'ValueError: out of order' in str(error)} {time.monotonic() - start < 8}"
+            )
+        return "nothing"
+
+
+def test_a_watchdog_that_fails_is_told_to_all_ranks(on_ranks: RankPools) -> None:
+    """Expected: rank 1 raises with the watchdog's exception at its next call, and rank 0, from rank 1's record, in time."""
+    assert on_ranks(watchdog_that_fails, 2, backend="nccl", timeout_s=120) == ["PeerFailedError 1 True True"] * 2

@@ -2,7 +2,6 @@
 
 import gc
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +9,8 @@ import torch
 import tokenferry as tf
 from rank_pool import RankPools
 from tokenferry.step import StepRequest
+from tokenferry.transports.debug import DebugTransport
+from tokenferry.transports.wrapper import TransportWrapper
 
 pytestmark = pytest.mark.gpu(count=1)
 
@@ -47,7 +48,7 @@ def found(group: tf.EPGroup) -> list[str]:
     with tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport="p2p") as ws:
         steps = Steps(ws)
         graph, out = steps.capture()
-        layout, buffer = ws._transport._layout, ws._transport._buffer.tensor
+        layout, buffer = ws._transport.memory.layout, ws._transport.memory.buffer
         for run in (steps, graph.replay):
             for harm, repair in (
                 (lambda: steps.ids[3, 1].fill_(8), lambda: steps.ids.zero_()),
@@ -90,21 +91,29 @@ def test_harm_is_found_in_eager_steps_and_in_replays(on_ranks: RankPools) -> Non
         assert part in text
 
 
+class PublishesWrong(TransportWrapper):
+    """Behind a step's exchange, one number of what was published becomes another."""
+
+    def __init__(self, debug: DebugTransport, ws: tf.Workspace, place: int, value: int) -> None:
+        super().__init__(debug.inner)
+        self.packed, self.place, self.value = ws._step_tensors.packed.data, place, value
+
+    def begin_step(self, request: StepRequest, layer: int) -> None:
+        super().begin_step(request, layer)
+        self.packed[self.place].fill_(self.value)
+
+
 def wrong_counts(group: tf.EPGroup) -> list[str]:
     """What is said of a step that publishes what cannot be, first eager, then in a replay; and that right steps go on."""
     said = []
     with tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport="p2p") as ws:
         steps, transport = Steps(ws), ws._transport
-        packed, begin_step = ws._step_tensors.packed.data, type(transport).begin_step
         steps()
         for place, value in ((0, ROWS - 1), (1, 1), (2, ROWS - 1), (3, 9)):  # sum, offset, largest; more rows than there may be
+            wrong = DebugTransport(PublishesWrong(transport, ws, place, value), transport._checks)
 
-            def publishes_wrong(*args: object, place: int = place, value: int = value) -> None:
-                begin_step(*args)
-                packed[place].fill_(value)
-
-            def begin(publish: Callable[..., None] = publishes_wrong) -> None:
-                ws._watch._begin_step(publish)(transport, StepRequest(9, ROWS, ROWS), -1)
+            def begin(wrong: DebugTransport = wrong) -> None:
+                wrong.begin_step(StepRequest(9, ROWS, ROWS), -1)
 
             begin()  # before the capture: what it launches has to be loaded
             said.append(told(ws))
@@ -134,7 +143,7 @@ def test_counts_that_cannot_be_are_found_in_eager_steps_and_in_replays(on_ranks:
 def poisoned(group: tf.EPGroup) -> dict[str, bool]:
     """Whether NaN stands where nothing valid does: before the first step, then in an eager step, then in a replay."""
     with tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport="p2p") as ws:
-        steps, gathered = Steps(ws), ws._transport._views.gathered
+        steps, gathered = Steps(ws), ws._transport.fixed_rows
         rows, weights = gathered.hidden_RH, gathered.topk_weights_RK
         seen = {"rows before the first step": bool(rows.isnan().all()), "weights too": bool(weights.isnan().all())}
 

@@ -6,20 +6,8 @@ import pytest
 import torch
 
 import tokenferry as tf
-from faults import (
-    CAPACITY,
-    CONFIG,
-    CULPRIT,
-    DEADLY,
-    FAULTS,
-    Fault,
-    Run,
-    Setting,
-    assert_named_in_time,
-    assert_nothing_left,
-    one_step,
-    run_faults,
-)
+from fault_runs import Run, assert_named_in_time, assert_nothing_left, run_faults
+from faults import CAPACITY, CONFIG, CULPRIT, DEADLY, FAULTS, Fault, Setting, one_step
 from sockets import Socket, of_own_process
 from supervisors import ENDS, assert_ended, end_while_ranks_work
 from tokenferry.testing import run_ranks

@@ -13,30 +13,18 @@ import pytest
 import torch
 
 import tokenferry as tf
-from rank_pool import RankPools
-from ranks.test_megatron import (
-    BASE,
-    NCCL,
-    NVLS,
+from megatron_scenarios import (
     PADDING,
-    Case,
-    Shape,
-    device_of,
-    expected,
-    megatron_setup,
-    on,
-    run_against_megatron,
-    run_alone,
     run_bfloat16_wire,
     run_experts_through_class_methods,
     run_layer_alone_and_in_a_crowd,
-    run_nccl,
-    run_nvls,
     run_padding,
     run_shared,
     run_two_groups,
-    same,
 )
+from megatron_work import BASE, NCCL, NVLS, Case, Shape, device_of, expected, on, run_alone, run_nccl, run_nvls, same
+from rank_pool import RankPools
+from ranks.test_megatron_core import megatron_setup, run_against_megatron
 from tokenferry.experts import ExpertScratch
 from tokenferry.integrations import megatron
 from tokenferry.testing import run_ranks

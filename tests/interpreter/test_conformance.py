@@ -23,12 +23,12 @@ BULK_ROWS = 600
 
 def record(group: tf.EPGroup, steps: list[StepCase]) -> tuple[int, list[Event]]:
     """Runs the steps with random delays; returns the slots' rows, and what this rank did, with places for addresses."""
-    from tokenferry.kernels import wire
+    from tokenferry.kernels.wire_interpreter import Observer
 
     config = tf.MoEConfig(hidden_size=16, num_experts=8, topk=2)
     with tf.Workspace(config, group, max_tokens_per_rank=CAPACITY, transport="p2p", timeout_s=20) as ws:
         transport = ws._transport
-        layout, bases = transport._layout, transport._buffer.peers
+        layout, bases = transport.memory.layout, transport.innermost._buffer.addresses
         slots = {"dispatch_slots": layout.dispatch_slot_bytes, "combine_slots": layout.combine_slot_bytes}
 
         def place(address: int) -> tuple:
@@ -51,7 +51,7 @@ def record(group: tf.EPGroup, steps: list[StepCase]) -> tuple[int, list[Event]]:
         events: list[Event] = []
         delays = random.Random(group.rank)
 
-        class Recorder(wire.Observer):
+        class Recorder(Observer):
             def event(self, kind: str, addresses) -> None:
                 events.extend(Event(kind, place(int(a)), value(kind, int(a))) for a in addresses)
                 time.sleep(delays.choice((0, 0, 0, 0.001)))
@@ -68,7 +68,7 @@ def record(group: tf.EPGroup, steps: list[StepCase]) -> tuple[int, list[Event]]:
                 return getattr(transport, name)
 
         recorder = Recorder()
-        transport.observe(recorder)
+        transport.innermost.observe(recorder)
         ws._transport = Announced()
         dispatchers = [ws.dispatcher(), ws.dispatcher()]
         for step in steps:
@@ -93,8 +93,8 @@ def test_recorded_events_obey_the_rules_of_the_models(on_ranks: RankPools, world
     ]
     recordings = on_ranks(record, world_size, steps, env=INTERPRETER, timeout_s=120)
     replayed = Replay([events for _, events in recordings], recordings[0][0]).run()
-    assert all(replayed[kind] > 0 for kind in ("count", "send", "take", "restore", "signal", "launch"))
-    assert replayed["take"] == replayed["restore"]
+    assert all(replayed[kind] > 0 for kind in ("count", "send", "poll", "restore", "signal", "launch"))
+    assert replayed["poll"] == replayed["restore"]
 
 
 # --- the rules find what they are for ---------------------------------------------------------------------------------
@@ -112,8 +112,8 @@ def slot(kind: str, holder: int, parity: int) -> tuple:
     return (f"{kind}_slots", holder, parity, 0)
 
 
-def taken(kind: str, holder: int, parity: int) -> list[Event]:
-    return [Event("take", slot(kind, holder, parity)), Event("restore", slot(kind, holder, parity))]
+def polled(kind: str, holder: int, parity: int) -> list[Event]:
+    return [Event("poll", slot(kind, holder, parity)), Event("restore", slot(kind, holder, parity))]
 
 
 def sender(rounds: int, *, combines: bool = True) -> list[Event]:
@@ -122,7 +122,7 @@ def sender(rounds: int, *, combines: bool = True) -> list[Event]:
     for number in range(rounds):
         events += [launch("dispatch"), Event("send", slot("dispatch", 1, number & 1))]
         if combines:
-            events += [launch("experts"), launch("combine"), *taken("combine", 0, number & 1)]
+            events += [launch("experts"), launch("combine"), *polled("combine", 0, number & 1)]
         else:
             events += [launch("experts"), launch("combine")]
     return events
@@ -132,14 +132,14 @@ def receiver(rounds: int, *, combines: bool = True) -> list[Event]:
     """Rank 1 without rows."""
     events = count(1, 0, 0, 1)
     for number in range(rounds):
-        events += [launch("dispatch"), *taken("dispatch", 1, number & 1), launch("experts"), launch("combine")]
+        events += [launch("dispatch"), *polled("dispatch", 1, number & 1), launch("experts"), launch("combine")]
         if combines:
             events += [Event("send", slot("combine", 0, number & 1))]
     return events
 
 
 def test_rounds_as_they_should_be() -> None:
-    assert Replay([sender(5), receiver(5)], 192).run()["take"] == 10
+    assert Replay([sender(5), receiver(5)], 192).run()["poll"] == 10
 
 
 def test_combines_that_skip_rows_let_a_sender_overwrite() -> None:
@@ -166,7 +166,7 @@ def test_one_parity_of_counts_overwrites() -> None:
 
 
 def test_a_packet_that_nobody_sent_cannot_be_taken() -> None:
-    with pytest.raises(Violation, match="took_what_nobody_sent"):
+    with pytest.raises(Violation, match="polled_what_nobody_sent"):
         Replay([sender(1), receiver(2)], 192).run()
 
 

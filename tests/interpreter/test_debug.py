@@ -10,6 +10,8 @@ import tokenferry as tf
 from cases import CASES, Case, StepCase, run_case
 from tokenferry.step import StepRequest
 from tokenferry.testing import run_ranks
+from tokenferry.transports.debug import DebugTransport
+from tokenferry.transports.wrapper import TransportWrapper
 
 pytestmark = pytest.mark.interpreter
 
@@ -28,6 +30,18 @@ def test_right_steps_pass_in_slots_and_in_bulk() -> None:
     assert len(set(run_ranks(cases, 2, env=DEBUG))) == 1
 
 
+class PublishesWrong(TransportWrapper):
+    """Behind a step's exchange, one number of what was published becomes another."""
+
+    def __init__(self, debug: DebugTransport, ws: tf.Workspace, place: int, value: int) -> None:
+        super().__init__(debug.inner)
+        self.packed, self.place, self.value = ws._step_tensors.packed.data, place, value
+
+    def begin_step(self, request: StepRequest, layer: int) -> None:
+        super().begin_step(request, layer)
+        self.packed[self.place].fill_(self.value)
+
+
 def found(group: tf.EPGroup) -> dict[str, str]:
     """What the report says of each kind of harm, and whether the workspace goes on after it."""
     from tokenferry import dispatcher
@@ -38,7 +52,7 @@ def found(group: tf.EPGroup) -> dict[str, str]:
     with tf.Workspace(config, group, max_tokens_per_rank=4, transport="p2p") as ws:
         layer, transport = ws.dispatcher(), ws._transport
 
-        rows_before = transport._views.gathered.hidden_RH
+        rows_before = transport.fixed_rows.hidden_RH
         said["unread"] = "NaN" if bool(rows_before.isnan().all()) else "not poisoned before the first step"
 
         def round_trip(ids: torch.Tensor = rows[1]) -> torch.Tensor:
@@ -68,25 +82,19 @@ def found(group: tf.EPGroup) -> dict[str, str]:
         view = step.tokens_per_rank.numpy()  # PyTorch does not count this write
         view += 1
         harmed("counts", tf.StateError, ws.check)
-        step = ws.begin_step(3)
-        begin_step = type(transport).begin_step
+        ws.begin_step(3)
         for name, place, value in (("sum", 0, 2), ("offset", 1, 1), ("most", 2, 4), ("range", 3, 5)):
-
-            def publishes_wrong(*args: object, place: int = place, value: int = value) -> None:
-                begin_step(*args)
-                ws._step_tensors.packed.numpy()[place] = value
-
-            ws._watch._begin_step(publishes_wrong)(transport, StepRequest(9, 3, 3), -1)
+            DebugTransport(PublishesWrong(transport, ws, place, value), transport._checks).begin_step(StepRequest(9, 3, 3), -1)
             harmed(f"counts {name}", tf.StateError, ws.check)
         ws.begin_step(3)
-        layout = transport._layout
+        layout = transport.memory.layout
         for name, place in (
             ("overrun", layout.hidden.end + 3),
             ("underrun", layout.topk_weights.offset - 1),
             ("first", layout.counts.offset - 1),
             ("last", layout.terms.end),
         ):
-            transport._buffer.tensor[place] = 0
+            transport.memory.buffer[place] = 0
             harmed(name, tf.StateError, ws.check)
         with ws.solo():
             alone = weakref.ref(ws.active_transport)
@@ -135,7 +143,7 @@ def found_by_each(group: tf.EPGroup) -> list[str]:
                 view = step.tokens_per_rank.numpy()  # PyTorch does not count this write
                 view += 1
             if harm == "overrun" and group.rank == 1:
-                ws._transport._buffer.tensor[ws._transport._layout.hidden.end] = 0
+                ws._transport.memory.buffer[ws._transport.memory.layout.hidden.end] = 0
             try:
                 ws.check()
                 said.append("nothing")

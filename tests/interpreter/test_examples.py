@@ -7,6 +7,7 @@ import triton.language as tl
 
 import tokenferry as tf
 from tokenferry.kernels import combine, dispatch, wire
+from tokenferry.kernels.control_block import Record
 from tokenferry.testing import run_ranks
 
 pytestmark = pytest.mark.interpreter
@@ -18,16 +19,16 @@ def counts_example(group: tf.EPGroup) -> tuple[list[int], list[int]]:
     config = tf.MoEConfig(hidden_size=4, num_experts=6, topk=2)
     with tf.Workspace(config, group, max_tokens_per_rank=3, transport="p2p") as ws:
         step = ws.begin_step((2, 0, 3)[group.rank])
-        transport = ws.active_transport
-        region = transport._layout.block
-        block = transport._buffer.tensor[region.offset : region.end].view(torch.int32).tolist()
-        return block, [*step.summary.tolist(), *step.tokens_per_rank.tolist()]
+        memory = ws.active_transport.memory
+        region = memory.layout.step_counts
+        step_counts = memory.buffer[region.offset : region.end].view(torch.int32).tolist()
+        return step_counts, [*step.summary.tolist(), *step.tokens_per_rank.tolist()]
 
 
 def test_counts_kernel() -> None:
-    block, public = run_ranks(counts_example, 3, env=INTERPRETER)[2]
-    assert block == [5, 3, 2, 0, 3, 0, 2, 2]
-    assert public == [5, 2, 3, 2, 0, 3]
+    step_counts, step_tensors = run_ranks(counts_example, 3, env=INTERPRETER)[2]
+    assert step_counts == [5, 3, 2, 0, 3, 0, 2, 2]
+    assert step_tensors == [5, 2, 3, 2, 0, 3]
 
 
 def round_trip_example(group: tf.EPGroup) -> tuple[list[float], list[list[int]], list[float]]:
@@ -112,18 +113,18 @@ def test_rows_that_are_not_supplied_are_never_read() -> None:
 def abort_example(group: tf.EPGroup, by_kernel: bool) -> int:
     config = tf.MoEConfig(hidden_size=4, num_experts=6, topk=2)
     with tf.Workspace(config, group, max_tokens_per_rank=2, transport="p2p") as ws:
-        word = ws.active_transport._buffer.tensor[:8].view(torch.int64)
+        word = ws.active_transport.memory.buffer[:8].view(torch.int64)
         if group.rank == 1:
-            word[0] = wire.Record(0, 1, "data-missing", 7, 2).pack()
+            word[0] = Record(0, 1, "data-missing", 7, 2).pack()
         group.channel.barrier("filled", 30.0)
         if group.rank == 0:
-            transport, record = ws.active_transport, wire.Record(0, 0, "failed", 9, 3)
+            transport, record = ws.active_transport.innermost, Record(0, 0, "failed", 9, 3)
             if by_kernel:
-                transport._kernels.abort(1, transport._buffer.table_address, group.size, record.pack())
+                transport._resources.kernels.abort(1, transport._buffer.table_address, group.size, record.pack())
             else:
                 transport._abort(record)
         group.channel.barrier("written", 30.0)
-        return wire.Record.unpack(int(word[0])).step
+        return Record.unpack(int(word[0])).step
 
 
 @pytest.mark.parametrize("by_kernel", [True, False], ids=["by-the-kernel", "by-the-host"])

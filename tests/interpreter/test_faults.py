@@ -4,17 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from faults import (
-    DEADLY,
-    FAULTS,
-    STOPPED_WHILE_SENDING,
-    Fault,
-    Run,
-    Setting,
-    assert_named_in_time,
-    assert_nothing_left,
-    run_faults,
-)
+from fault_runs import Run, assert_named_in_time, assert_nothing_left, run_faults
+from faults import DEADLY, FAULTS, STOPPED_WHILE_SENDING, Fault, Setting
 from supervisors import ENDS, assert_ended, end_while_ranks_work
 
 pytestmark = pytest.mark.interpreter

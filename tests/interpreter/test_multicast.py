@@ -10,6 +10,7 @@ import switch
 import tokenferry as tf
 from cases import Case, StepCase, begin, run_layer
 from tokenferry.kernels import wire
+from tokenferry.kernels.control_block import GROUP_SIZE_OFFSET, PEER_TABLE_OFFSET
 from tokenferry.testing import run_ranks
 
 pytestmark = pytest.mark.interpreter
@@ -19,9 +20,8 @@ INTERPRETER = {"TRITON_INTERPRET": "1"}
 
 def over_multicast(group: tf.EPGroup, steps: list[StepCase], **settings: object) -> int:
     """`nvls` on a buffer whose own address stands for the multicast mapping: the interpreter stores to each rank in turn."""
-    switch.install()
     compared = 0
-    with tf.Workspace(Case().config, group, max_tokens_per_rank=1025, transport="nvls", timeout_s=20, **settings) as ws:
+    with tf.Workspace(Case().config, group, max_tokens_per_rank=1025, transport=switch.Nvls(), timeout_s=20, **settings) as ws:
         assert ws.transport == "nvls"
         layers = [ws.dispatcher(), ws.dispatcher()]
         for step in steps:
@@ -66,14 +66,15 @@ def without_switch(group: tf.EPGroup) -> str:
 
 def test_without_a_multicast_address_nvls_does_not_open() -> None:
     for said in run_ranks(without_switch, 2, env=INTERPRETER):
+        assert "nvls: rejected, could not be opened on rank" in said
         assert "no multicast address" in said
 
 
 @triton.jit
-def add(control, out, BLOCK: tl.constexpr):
+def add(control_ptr, out_ptr, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
-    a, b, c, d = wire.multicast_sum(control.to(tl.int64) + 1024 + lanes * 16, lanes < BLOCK, control)
-    wire.store(out.to(tl.int64) + lanes * 16, a, b, c, d, lanes < BLOCK, 4)
+    a, b, c, d = wire.multicast_sum(control_ptr.to(tl.int64) + 1024 + lanes * 16, lanes < BLOCK, control_ptr)
+    wire.store(out_ptr.to(tl.int64) + lanes * 16, a, b, c, d, lanes < BLOCK, 4)
 
 
 def summed(group: tf.EPGroup) -> list[float]:
@@ -81,8 +82,8 @@ def summed(group: tf.EPGroup) -> list[float]:
 
     buffer = SymmetricBuffer(group, 4096, "sum", 30.0)
     words = buffer.tensor.view(torch.int64)
-    words[wire.PEER_TABLE.value // 8] = buffer.table_address
-    words[wire.GROUP_SIZE.value // 8] = group.size
+    words[PEER_TABLE_OFFSET // 8] = buffer.table_address
+    words[GROUP_SIZE_OFFSET // 8] = group.size
     values = buffer.tensor[1024 : 1024 + 128].view(torch.float32)
     values[:] = torch.arange(32) + 100 * group.rank
     group.channel.barrier("filled", 30.0)

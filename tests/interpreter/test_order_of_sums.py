@@ -44,10 +44,8 @@ CASES = (
 
 def combined(group: tf.EPGroup, case: Sum) -> list[list[float]]:
     """The different rows of a rank's result: one."""
-    if case.transport == "nvls":
-        switch.install()
     config = tf.MoEConfig(hidden_size=COLUMNS, num_experts=RANKS, topk=1, dtype=torch.float32)
-    settings = {"transport": case.transport, "combine_dtype": case.combine_dtype, "timeout_s": 20}
+    settings = {"transport": switch.transport(case.transport), "combine_dtype": case.combine_dtype, "timeout_s": 20}
     capacity = 1025 if case.rows > 192 else 8
     with tf.Workspace(config, group, max_tokens_per_rank=capacity, **settings) as ws:
         layer, rows = ws.dispatcher(), case.rows

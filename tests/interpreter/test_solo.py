@@ -1,5 +1,7 @@
 """`solo()` reaches nobody: neither the next rank's memory, nor over multicast everybody's, on whichever rank it runs."""
 
+import dataclasses
+
 import pytest
 
 import switch
@@ -25,8 +27,7 @@ CASES = (
 
 
 def alone_with_switch(group: tf.EPGroup, case: Solo) -> bool:
-    switch.install()
-    return alone(group, case)
+    return alone(group, case, switch.transport(case.transport))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -35,8 +36,7 @@ def test_solo_gives_its_own_rows_and_writes_to_no_peer(case: Solo) -> None:
 
 
 def runner_with_switch(group: tf.EPGroup, setup: Setup, steps: list[tuple[int, int]]) -> None:
-    switch.install()
-    with open_workspace(group, setup) as ws:
+    with open_workspace(group, dataclasses.replace(setup, transport=switch.transport(setup.transport))) as ws:
         forward = Forward(setup, ws)
         runner = GraphRunner(ws, forward, setup.buckets, inputs=[forward.pool])
         if group.rank == 1:  # as before a capture on CUDA; on CPUs the constructor captures nothing

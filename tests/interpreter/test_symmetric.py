@@ -119,7 +119,7 @@ def random_steps(seed: int, count: int, world_size: int, most: int) -> list[Step
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_random_steps_across_the_threshold(world_size: int) -> None:
-    steps = tuple(random_steps(world_size, 60, world_size, SLOT_ROWS + 8))
+    steps = tuple(random_steps(world_size, 30, world_size, SLOT_ROWS + 8))
     case = Case(hidden_size=8, topk=3, capacity=CAPACITY, transport="p2p", steps=steps)
     assert run_ranks(run_case, world_size, case, env=INTERPRETER, timeout_s=150) == [sum(s.layers for s in steps)] * world_size
 
@@ -138,9 +138,9 @@ def test_thousands_of_random_steps(world_size: int) -> None:
 
 def delayed(group: tf.EPGroup, steps: list[StepCase]) -> list[str]:
     """All ranks send each block's packets in random pieces, in random order, with pauses; returns the kinds of event seen."""
-    from tokenferry.kernels import wire
+    from tokenferry.kernels.wire_interpreter import Observer
 
-    class Slow(wire.Observer):
+    class Slow(Observer):
         def __init__(self) -> None:
             self.random, self.kinds = random.Random(group.rank), set()
 
@@ -158,7 +158,7 @@ def delayed(group: tf.EPGroup, steps: list[StepCase]) -> list[str]:
     observer = Slow()
     config = tf.MoEConfig(hidden_size=16, num_experts=8, topk=2)
     with tf.Workspace(config, group, max_tokens_per_rank=CAPACITY, transport="p2p", timeout_s=20) as ws:
-        ws.active_transport.observe(observer)
+        ws.active_transport.innermost.observe(observer)
         layers = [ws.dispatcher(), ws.dispatcher()]
         for step in steps:
             begin(ws, step)
@@ -171,7 +171,7 @@ def delayed(group: tf.EPGroup, steps: list[StepCase]) -> list[str]:
 def test_packets_in_any_order_with_pauses_between_them() -> None:
     steps = [*random_steps(5, 25, 3, 4), StepCase((SLOT_ROWS + 1, 0, 3)), StepCase((2, 2, 2))]
     kinds = run_ranks(delayed, 3, steps, env=INTERPRETER, timeout_s=120)
-    assert kinds == [["count", "restore", "send", "signal", "take"]] * 3
+    assert kinds == [["count", "poll", "restore", "send", "signal"]] * 3
 
 
 # --- halves ---------------------------------------------------------------------------------------------------------
@@ -290,131 +290,3 @@ def test_required_bytes_is_what_is_held_and_no_shared_memory_is_kept_by_a_reset_
     for nbytes, required, num_mapped in run_ranks(held, 2, env=INTERPRETER):
         assert nbytes == required
         assert num_mapped == [2, 2, 0]
-
-
-# --- faults ---------------------------------------------------------------------------------------------------------
-
-
-def late(group: tf.EPGroup, rows: int) -> list[str]:
-    with tf.Workspace(Case().config, group, max_tokens_per_rank=CAPACITY, transport="p2p", timeout_s=1.5) as ws:
-        dispatcher = ws.dispatcher()
-        ws.begin_step(rows)
-        if group.rank == 1:
-            time.sleep(4)
-        start = time.monotonic()
-        with pytest.raises(tf.PeerError) as caught:
-            run_layer(ws, dispatcher, StepCase((rows,) * group.size), 0)
-        error, waited_s = caught.value, time.monotonic() - start
-        with pytest.raises(tf.PeerError):
-            ws.check()
-        ws.reset(timeout_s=30)
-        for seed in range(10):
-            step = StepCase(tuple((seed + rank) % 4 for rank in range(group.size)), seed=seed)
-            begin(ws, step)
-            run_layer(ws, dispatcher, step, 0)
-        return [type(error).__name__, error.rank, error.phase, waited_s < 3.5]
-
-
-@pytest.mark.parametrize("rows", [1, SLOT_ROWS + 8], ids=["slots", "bulk"])
-def test_a_late_rank_is_named_on_all_ranks_and_after_a_reset_all_is_right(rows: int) -> None:
-    said = run_ranks(late, 3, rows, env=INTERPRETER)
-    assert said[0] == said[2] == ["PeerTimeoutError", 1, "data-missing", True]
-    assert said[1] == ["PeerFailedError", 1, "data-missing", True]
-
-
-def absent(group: tf.EPGroup) -> list[str]:
-    with tf.Workspace(Case().config, group, max_tokens_per_rank=8, transport="p2p", timeout_s=1) as ws:
-        if group.rank == 1:
-            time.sleep(3)
-        with pytest.raises(tf.PeerError) as caught:
-            ws.begin_step(1)
-        return [type(caught.value).__name__, caught.value.rank, caught.value.phase]
-
-
-def test_a_rank_that_does_not_begin_the_step_is_named() -> None:
-    said = run_ranks(absent, 2, env=INTERPRETER)
-    assert said == [["PeerTimeoutError", 1, "not-entered"], ["PeerFailedError", 1, "not-entered"]]
-
-
-def one_step_off(group: tf.EPGroup) -> list[str]:
-    """Rank 1 leaves a layer out and begins the next step; rank 0's limit is the shorter one."""
-    timeout_s = 1.5 if group.rank == 0 else 30.0
-    with tf.Workspace(Case().config, group, max_tokens_per_rank=8, transport="p2p", timeout_s=timeout_s) as ws:
-        dispatcher = ws.dispatcher()
-        ws.begin_step(1)
-        with pytest.raises(tf.PeerError) as caught:
-            if group.rank == 0:
-                run_layer(ws, dispatcher, StepCase((1, 1)), 0)
-            ws.begin_step(1)
-        return [type(caught.value).__name__, caught.value.rank, caught.value.phase]
-
-
-def test_a_rank_that_is_one_step_on_disagrees_about_counts() -> None:
-    said = run_ranks(one_step_off, 2, env=INTERPRETER)
-    assert said == [["PeerTimeoutError", 1, "counts-disagree"], ["PeerFailedError", 1, "counts-disagree"]]
-
-
-def gives_up(group: tf.EPGroup) -> list[object]:
-    try:
-        with tf.Workspace(Case().config, group, max_tokens_per_rank=8, transport="p2p", timeout_s=30) as ws:
-            ws.begin_step(1)
-            if group.rank == 1:
-                raise ValueError("out of luck")
-            run_layer(ws, ws.dispatcher(), StepCase((1, 1)), 0)
-    except tf.PeerError as error:
-        return [type(error).__name__, error.rank, "out of luck" in str(error)]
-    except ValueError:
-        return ["ValueError"]
-    return []
-
-
-def test_a_failing_rank_is_heard_at_once_with_its_reason() -> None:
-    start = time.monotonic()
-    assert run_ranks(gives_up, 2, env=INTERPRETER) == [["PeerFailedError", 1, True], ["ValueError"]]
-    assert time.monotonic() - start < 15
-
-
-# --- opening --------------------------------------------------------------------------------------------------------
-
-
-def one_cannot_load(group: tf.EPGroup) -> str:
-    from tokenferry.transports.symmetric import transport as symmetric
-
-    def broken(*arguments: object) -> None:
-        raise OSError("no compiler here")
-
-    if group.rank == 1:
-        symmetric.load_kernels = broken
-    start = time.monotonic()
-    with pytest.raises(tf.TransportUnavailableError) as caught:
-        tf.Workspace(Case().config, group, max_tokens_per_rank=8, transport="p2p")
-    assert time.monotonic() - start < 20, "not the whole open_timeout_s"
-    return str(caught.value)
-
-
-def test_a_rank_that_cannot_load_its_kernels_is_named_on_all_ranks_at_once() -> None:
-    for said in run_ranks(one_cannot_load, 2, env=INTERPRETER):
-        assert "rank 1 failed to load its kernels: OSError: no compiler here" in said
-
-
-def one_is_slow_to_load(group: tf.EPGroup) -> list[int]:
-    from tokenferry.transports.symmetric import transport as symmetric
-
-    load = symmetric.load_kernels
-
-    def slowly(*arguments: object) -> object:
-        time.sleep(2.0)
-        return load(*arguments)
-
-    if group.rank == 1:
-        time.sleep(1.0)
-        symmetric.load_kernels = slowly
-    config = Case().config
-    with tf.Workspace(config, group, max_tokens_per_rank=8, transport="p2p", timeout_s=0.5, open_timeout_s=30) as ws:
-        tokens = ws.begin_step(group.rank + 1).tokens_per_rank.tolist()
-        ws.check()
-        return tokens
-
-
-def test_a_rank_that_loads_for_longer_than_timeout_s_is_waited_for_while_opening() -> None:
-    assert run_ranks(one_is_slow_to_load, 2, env=INTERPRETER) == [[1, 2]] * 2

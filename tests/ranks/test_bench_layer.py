@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tokenferry.benchmarking.layer import layer_command, show
-from tokenferry.benchmarking.presets import PRESETS
+from tokenferry.benchmarking import PRESETS, layer_table
+from tokenferry.cli.bench import layer_command, named_presets, token_counts
 from tokenferry.errors import ConfigError, DeviceError
 
 pytestmark = pytest.mark.ranks
@@ -37,14 +37,18 @@ def test_what_the_budget_leaves_out_is_said(tmp_path: Path, capsys: pytest.Captu
 
 def test_a_wrong_column_is_named() -> None:
     record = {"preset": "x", "tokens": 1, "total_us": 1.0, "correct": {"layer": True, "grouped_mm": False}}
-    assert show([record]).splitlines()[1].endswith("no: grouped_mm")
+    assert layer_table([record]).splitlines()[1].endswith("no: grouped_mm")
 
 
-def test_wrong_requests_are_refused() -> None:
+def test_an_unknown_preset_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"with --rehearse a preset must be one of tiny, .* got 'huge'"):
-        layer_command(1, "huge", "1", 1.0, None, rehearse=True)
+        named_presets("huge", rehearse=True)
+
+
+@pytest.mark.parametrize("tokens", ["1,x", "0", "", "-1"])
+def test_tokens_are_positive_numbers(tokens: str) -> None:
     with pytest.raises(ConfigError, match="tokens must be positive ints"):
-        layer_command(1, "tiny", "1,x", 1.0, None, rehearse=True)
+        token_counts(tokens)
 
 
 def test_without_gpus_it_says_so() -> None:

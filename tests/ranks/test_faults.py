@@ -8,19 +8,8 @@ import pytest
 import torch
 
 import tokenferry as tf
-from faults import (
-    CONFIG,
-    CULPRIT,
-    DEADLY,
-    FAULTS,
-    Fault,
-    Run,
-    Setting,
-    assert_named_in_time,
-    assert_nothing_left,
-    one_step,
-    run_faults,
-)
+from fault_runs import Run, assert_named_in_time, assert_nothing_left, run_faults
+from faults import CONFIG, CULPRIT, DEADLY, FAULTS, Fault, Setting, one_step
 from supervisors import ENDS, assert_ended, end_while_ranks_work
 from tokenferry.testing import run_ranks
 
@@ -108,7 +97,7 @@ def test_a_rank_that_loads_for_longer_than_timeout_s_is_waited_for_while_opening
 
 
 def one_cannot_open(group: tf.EPGroup) -> str:
-    from tokenferry.transports import open as opening
+    from tokenferry.transports import opening
 
     if group.rank == CULPRIT:
 

@@ -18,7 +18,7 @@ import torch
 import tokenferry as tf
 from tokenferry.graphs import GraphRunner
 from tokenferry.testing import run_ranks
-from tokenferry.transports import agree
+from tokenferry.transports import opening
 
 pytestmark = pytest.mark.ranks
 
@@ -111,7 +111,7 @@ def runs_out_of_memory(group: tf.EPGroup, transport: str) -> Said:
 def resets_without_memory(group: tf.EPGroup, transport: str) -> Said:
     with opened(group, transport) as ws:
         ws.begin_step(2)
-        module, name = (agree, "open_transport") if transport == "collective" else (os, "posix_fallocate")
+        module, name = (opening, "open_transport") if transport == "collective" else (os, "posix_fallocate")
         original = getattr(module, name)
         if group.rank == 1:
             setattr(module, name, no_space)

@@ -100,13 +100,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outcomes(models: Path) -> Callable[[Run], list[Outcome]]:
-    """The outcomes of a run by rank; all runs alike, with as many ranks, are made at the first question."""
+def outcomes(models: Path, request: pytest.FixtureRequest) -> Callable[[Run], list[Outcome]]:
+    """The outcomes of a run by rank. All that the selected tests ask for, with as many ranks, are made at the first question."""
     done: dict[Run, list[Outcome]] = {}
+    selected = {item.callspec.params["run"] for item in request.session.items if item.path == request.path}
 
     def of(run: Run) -> list[Outcome]:
         if run not in done:
-            alike = [other for other in RUNS if (len(other.work), other.is_long) == (len(run.work), run.is_long)]
+            alike = [other for other in RUNS if other in selected and len(other.work) == len(run.work)]
             by_rank = run_ranks(run_all, len(run.work), alike, models, timeout_s=240)
             done.update((other, list(outcomes)) for other, outcomes in zip(alike, zip(*by_rank, strict=True), strict=True))
         return done[run]

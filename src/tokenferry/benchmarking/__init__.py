@@ -1,1 +1,43 @@
-"""The methods of `tokenferry bench`: what is measured, how, and what the results are checked against."""
+"""The methods of `tokenferry bench`, for programs that measure shapes of their own: round trips, whole MoE layers, the timer.
+
+    presets                        the MoE layers of known models
+    timing                         how a call is timed: CUDA graphs, medians, the slowest rank
+    machine                        what the hardware can do at most, and what it is
+    round_trip, round_trip_data    dispatch + combine: what is measured, and what the results are compared with
+    host_times                     begin_step alone, and the host's time in each call
+    layer, layer_times             whole layers: the points of a table, and how each is timed
+    layer_model, layer_checks      the layer that is built, its floor, and what its results are compared with
+    transformers_experts           transformers' own experts functions on the same weights
+    records, tables                JSON lines, and text
+
+Nothing here prints. Progress goes to a callable, results come back as records, and a table is a string.
+"""
+
+from tokenferry.benchmarking.layer import LayerRequest, run_layer
+from tokenferry.benchmarking.machine import copy_rate, device_rates, environment
+from tokenferry.benchmarking.presets import PRESETS, REHEARSAL, Preset
+from tokenferry.benchmarking.records import check_output, write_records
+from tokenferry.benchmarking.round_trip import round_trip_points, run_round_trips
+from tokenferry.benchmarking.round_trip_data import RoundTripPoint
+from tokenferry.benchmarking.tables import layer_table, round_trip_table
+from tokenferry.benchmarking.timing import GroupTimer, Progress
+
+__all__ = [
+    "PRESETS",
+    "REHEARSAL",
+    "GroupTimer",
+    "LayerRequest",
+    "Preset",
+    "Progress",
+    "RoundTripPoint",
+    "check_output",
+    "copy_rate",
+    "device_rates",
+    "environment",
+    "layer_table",
+    "round_trip_points",
+    "round_trip_table",
+    "run_layer",
+    "run_round_trips",
+    "write_records",
+]

@@ -1,1 +1,1 @@
-"""The command line: `tokenferry generate`, `verify` and `doctor`."""
+"""The command line: `tokenferry generate`, `verify`, `doctor` and `bench`."""

@@ -1,4 +1,4 @@
-"""How many tokens a model takes at once, and whether the prompts and their answers fit. Asked before any weight is loaded."""
+"""How many tokens a model's context holds, and whether prompts and answers fit into it: checked before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final
 from tokenferry.errors import ConfigError
 
 NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len")
-"""Under which the configurations of model families hold the length of their context."""
+"""Names under which the configurations of model families hold the length of their context."""
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:

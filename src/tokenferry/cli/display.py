@@ -1,4 +1,4 @@
-"""What a person sees in the end: texts and tables."""
+"""What a person sees at the end of a run: the answers, and tables of figures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def printable(text: str) -> Text:
 
 
 def rank_table(results: Sequence[RankResult]) -> Table:
-    """What each rank did, a row a rank; "comm." is the share of its time spent in communication."""
+    """What each rank did, in a row for each. The column "comm." is the share of its time that went into communication."""
     first = results[0]
     ranks = "1 rank" if len(results) == 1 else f"{len(results)} ranks"
     title = f"{ranks}, {first.num_layers} MoE layers, {first.dtype}, transport {first.transport}"

@@ -58,7 +58,7 @@ def trial_groups() -> list[Trial]:
 
 
 def machine_table(facts: Topology) -> Table:
-    """The machine and the versions."""
+    """What the machine has, and the versions of the packages."""
     table = Table(title="Machine", show_header=False, title_justify="left")
     table.add_row("platform", facts.platform)
     table.add_row("CPUs", str(facts.num_cpus))
@@ -70,7 +70,7 @@ def machine_table(facts: Topology) -> Table:
 
 
 def gpu_table(facts: Topology) -> Table:
-    """A row a GPU."""
+    """One row for each GPU."""
     table = Table(title="GPUs", title_justify="left")
     for name in ("GPU", "name", "SM", "SMs", "memory", "maps peers", "multicast reported"):
         table.add_column(name)
@@ -98,7 +98,7 @@ def environment_table() -> Table:
 
 
 def report_json(facts: Topology, trials: list[Trial]) -> str:
-    """The same as JSON text."""
+    """All that `print_report` shows, as JSON text."""
     document = {
         "schema": 1,
         "topology": {**dataclasses.asdict(facts), "versions": dict(facts.versions)},

@@ -1,4 +1,4 @@
-"""Errors as a person wants them: one clear line on stderr and exit code 2."""
+"""Errors as a user of the command line wants them: one clear line on stderr, and exit code 2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXIT_CODE: Final = 2
 UNAVAILABLE: Final = re.compile(
     r"transport '(?P<name>\w+)' cannot serve this group:(?:\n  .*)*\n  (?P=name): rejected, (?P<why>.*)(?:\n  .*)*"
 )
-"""The message of a transport that cannot be had; below it stand the reasons for every candidate, of which one was asked for."""
+"""The message of a transport that cannot serve the group. It lists the reasons for all candidates; only one was asked for."""
 EXCEPTION: Final = re.compile(r"^(?P<type>[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt|Warning))\b:? ?", re.MULTILINE)
 
 
@@ -60,7 +60,7 @@ def _wants_traceback() -> bool:
 
 
 def summary(traceback: str) -> str:
-    """What a traceback comes to: the message of an error of ours, the type and message of another, or the text itself.
+    """A traceback in one line: the message of an error of ours, the type and message of another, or the text if it is none.
 
     Example:
         "Traceback ...\\n  File ...\\ntokenferry.errors.ConfigError: 4 experts are too few\\n" gives "4 experts are too few", and

@@ -9,15 +9,15 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """The same on every rank.
+    """What all ranks are to do. Every rank gets the same job.
 
     Attributes:
         model: a folder, or `tiny:FAMILY`.
-        prompts: of all ranks; each rank finds its own (see `spread`).
+        prompts: those of all ranks. Each rank finds its own among them (see `spread`).
         dtype: a torch dtype's name, or "auto" (see `work.torch_dtype`).
         device: "cpu" or "cuda".
-        seed: of the random weights of `tiny:FAMILY`. Decoding is greedy.
-        exact: one expert call for each rank that the rows come from; see `from_pretrained`.
+        seed: for the random weights of `tiny:FAMILY`. Decoding is greedy and needs none.
+        exact: whether experts are called once for each rank that the rows come from; see `from_pretrained`.
         keep_logits: whether answers carry the logits of every new token.
     """
 
@@ -38,7 +38,7 @@ class Answer:
     """What became of one prompt.
 
     Attributes:
-        complete: it ended by itself, or has all `max_new_tokens` tokens.
+        complete: whether it ended by itself or has all `max_new_tokens` tokens.
         logits: [new tokens, vocabulary] float32 on the CPU, if the job keeps them.
     """
 
@@ -55,13 +55,13 @@ class RankResult:
     """What a rank did.
 
     Attributes:
-        generate_s: time for this rank's own prompts.
-        total_s: the same and the time in which it only took part in the others' steps.
-        communication_s: of `total_s`, spent in exchanges, waiting for late peers included.
+        generate_s: how long this rank worked on its own prompts.
+        total_s: `generate_s`, and how long it then only took part in the others' steps.
+        communication_s: how much of `total_s` was spent in exchanges, waiting for late peers included.
         num_layers: MoE layers under expert parallelism.
-        experts: first and one past the last that this rank holds of each layer.
-        num_threads: torch's CPU threads, on which last bits can depend.
-        peak_memory_bytes: of GPU memory on CUDA, else of the whole process.
+        experts: the first expert of each layer that this rank holds, and the one after the last.
+        num_threads: torch's CPU threads. The last bits of results can depend on their number.
+        peak_memory_bytes: the most GPU memory that was held, or on CPUs the most memory of the whole process.
     """
 
     rank: int
@@ -95,5 +95,5 @@ class RankResult:
 
     @property
     def communication_share(self) -> float:
-        """Part of `total_s` spent in communication, from 0 to 1."""
+        """The share of `total_s` that was spent in communication, from 0 to 1."""
         return self.communication_s / self.total_s if self.total_s > 0 else 0.0

@@ -1,4 +1,4 @@
-"""`tokenferry`: the commands and their options. A new command is a function here and a module beside it."""
+"""`tokenferry`: the commands and their options. A new command is a function here that calls a module beside this one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Final
 
 import typer
 
-from tokenferry.benchmarking.presets import PRESETS, REHEARSAL
+from tokenferry.benchmarking import PRESETS, REHEARSAL
 from tokenferry.cli import options
 from tokenferry.cli.failure import EXIT_CODE, one_line_errors
 from tokenferry.cli.terminal import accept_any_text
 
 TYPER_INTERRUPTED: Final = 130
-"""With this typer leaves, without a word, on a Ctrl-C that comes before or after a command's own work."""
+"""The exit code with which typer leaves, without a word, on a Ctrl-C that comes before or after a command's own work."""
 
 PRESETS_HELP: Final = (
     f"Names with commas between them, or all: {', '.join(preset.name for preset in PRESETS)}. "
@@ -87,11 +87,11 @@ def bench_roundtrip(
     ranks: int = typer.Option(2, min=1, help="GPUs to use."),
     output: Path = typer.Option(None, help="Write the records there, one JSON object a line."),
 ) -> None:
-    """Time dispatch + combine of every transport, beside a plain copy."""
+    """Time dispatch + combine on p2p and collective, beside a plain copy."""
     with one_line_errors():
-        from tokenferry.benchmarking import roundtrip as measure
+        from tokenferry.cli.bench import round_trip_command
 
-        raise typer.Exit(measure.roundtrip_command(ranks, output))
+        raise typer.Exit(round_trip_command(ranks, output))
 
 
 @bench.command("layer")
@@ -105,9 +105,9 @@ def bench_layer(
 ) -> None:
     """Time whole MoE layers beside their floor, the collective transport, and transformers' experts."""
     with one_line_errors():
-        from tokenferry.benchmarking import layer as measure
+        from tokenferry.cli.bench import layer_command
 
-        raise typer.Exit(measure.layer_command(ranks, presets, tokens, budget_s, output, rehearse=rehearse))
+        raise typer.Exit(layer_command(ranks, presets, tokens, budget_s, output, rehearse=rehearse))
 
 
 def run() -> None:

@@ -52,7 +52,9 @@ Ranks = Annotated[
 Model = Annotated[str, typer.Option("--model", help="demo, tiny:FAMILY (random weights) or a checkpoint's folder.")]
 Prompts = Annotated[
     Path | None,
-    typer.Option("--prompts", help='A prompt a line; in *.jsonl files objects like {"prompt": "..."}.  [default: five of ours]'),
+    typer.Option(
+        "--prompts", help='One prompt on each line; in *.jsonl files objects like {"prompt": "..."}.  [default: five of ours]'
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the weights. auto: as stored on GPUs, float32 on CPUs.")]

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenferry.cli.start import OnMessage
 
 EVERY_S: Final = 10.0
-"""So often a line tells where all stand; what fails sooner leaves its error's line alone."""
+"""How often a line tells where all ranks stand. What fails sooner shows the line of its error alone."""
 
 
 def progress(console: Console, names: Sequence[str]) -> AbstractContextManager[OnMessage]:
@@ -25,7 +25,7 @@ def progress(console: Console, names: Sequence[str]) -> AbstractContextManager[O
 
 @contextmanager
 def progress_bars(console: Console, names: Sequence[str]) -> Iterator[OnMessage]:
-    """A bar for each name, gone after an error."""
+    """One bar for each name. After an error the bars are gone."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
     with Progress(*columns, console=console) as bars:
         tasks = [bars.add_task(f"{name}: loading", total=None) for name in names]

@@ -23,7 +23,7 @@ DEFAULT_PROMPTS: Final = (
 def read_prompts(path: Path) -> tuple[str, ...]:
     """The prompts of a UTF-8 file.
 
-    In a file named `*.jsonl` each line is an object with one key, `{"prompt": "..."}`; in any other file each line is a prompt.
+    In a file named `*.jsonl` each line is an object with one key, `{"prompt": "..."}`. In any other file each line is a prompt.
     Blank lines are skipped.
 
     Raises:
@@ -43,7 +43,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         except ValueError as error:
             raise ConfigError(f"prompts file {path}, line {number}: {_reason(error)}") from error
     if not prompts:
-        raise ConfigError(f"prompts file {path} holds no prompt; write one a line")
+        raise ConfigError(f"prompts file {path} holds no prompt; write one on each line")
     return tuple(prompts)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from tokenferry.cli.job import Answer, Job, RankResult
 from tokenferry.cli.spread import batches, spread
 from tokenferry.cli.start import PRELOAD, OnMessage, rank_environment
-from tokenferry.cli.work import Send, answer_batch, load_tokenizer, model_folder, tokenize, torch_dtype
+from tokenferry.cli.tokens import load_tokenizer, tokenize
+from tokenferry.cli.work import Send, answer_batch, model_folder, torch_dtype
 from tokenferry.demo.quiet import quiet_transformers
 from tokenferry.supervisor import run_processes
 
@@ -62,8 +63,8 @@ def _reference_process(rank: int, world_size: int, store_path: str, job: Job, nu
     send({"prompts": len(token_ids), "total": len(token_ids) * job.max_new_tokens})
     answers = [
         answer
-        for own in spread(lengths, num_ranks)
-        for batch in batches(own, lengths)
+        for prompts in spread(lengths, num_ranks)
+        for batch in batches(prompts, lengths)
         for answer in answer_batch(job, model, tokenizer, token_ids, batch, send)
     ]
     send({"done": True})
@@ -100,10 +101,10 @@ def compare(results: Sequence[RankResult], reference: Sequence[Answer]) -> Compa
 
 def first_difference(got: Sequence[int], want: Sequence[int]) -> int | None:
     """Where two sequences part, or None if they are equal. A sequence that ends early parts at its end."""
-    place = next((place for place, pair in enumerate(zip(got, want, strict=False)) if pair[0] != pair[1]), None)
-    if place is None and len(got) != len(want):
+    index = next((index for index, pair in enumerate(zip(got, want, strict=False)) if pair[0] != pair[1]), None)
+    if index is None and len(got) != len(want):
         return min(len(got), len(want))
-    return place
+    return index
 
 
 def logit_difference(got: Answer, want: Answer, first: int | None) -> float:

@@ -1,8 +1,9 @@
-"""`generate` and `verify`: what both do."""
+"""`generate` and `verify`: start or join the ranks, show what they answered and, for `verify`, compare it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Final
 
 from rich.console import Console
 
@@ -14,7 +15,7 @@ from tokenferry.cli.reference import Comparison, compare, reference_answers
 from tokenferry.cli.start import run_launched, run_under_torchrun
 from tokenferry.cli.terminal import print_json
 
-EXIT_DIFFERENT = 1
+EXIT_DIFFERENT: Final = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def verify(request: Request) -> int:
 
 
 def run_ranks(request: Request) -> list[RankResult] | None:
-    """Every rank's result, or None in a process of torchrun's that is not rank 0."""
+    """Every rank's result; None in a process that torchrun started and that is not rank 0."""
     if request.place is not None and request.place.rank != 0:
         return run_under_torchrun(request.job, request.place, lambda rank, message: None)
     names = [f"rank {rank}" for rank in range(request.num_ranks)]

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import typer
 
 from tokenferry import env
+from tokenferry.channel import RendezvousStore, host_of
 from tokenferry.cli.job import Answer, Job, RankResult
 from tokenferry.cli.work import Send, answer_as_rank
 from tokenferry.errors import ConfigError
@@ -65,7 +66,7 @@ def run_under_torchrun(job: Job, place: env.TorchrunSettings, on_message: OnMess
     group = EPGroup.from_store(dist.PrefixStore("cli/group", store), rank, world_size, device)
     with _messages_through_store(group, on_message) as send:
         result = answer_as_rank(job, group, send)
-    results = dist.PrefixStore("cli/results", store)
+    results = RendezvousStore(store, host_of(store)).under("cli/results")
     _tell(results, result)
     group.channel.barrier("cli/results", STORE_TIMEOUT_S)  # names a rank that has died
     return [_received(results, each) for each in range(world_size)] if rank == 0 else None
@@ -96,7 +97,7 @@ def _meet(place: env.TorchrunSettings) -> tuple[dist.Store, int, int]:
     return store, rank, world_size
 
 
-def _tell(store: dist.Store, result: RankResult) -> None:
+def _tell(store: RendezvousStore, result: RankResult) -> None:
     """Lays a rank's result into the store. JSON and bare float32 words: what comes over a network is never unpickled."""
     told = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "answers"}
     told["answers"] = []
@@ -109,13 +110,13 @@ def _tell(store: dist.Store, result: RankResult) -> None:
     store.set(f"{result.rank}/result", json.dumps(told))
 
 
-def _received(store: dist.Store, rank: int) -> RankResult:
+def _received(store: RendezvousStore, rank: int) -> RankResult:
     told = json.loads(store.get(f"{rank}/result"))
     answers = []
     for number, answer in enumerate(told.pop("answers")):
         shape, logits = answer.pop("logits_shape"), None
         if shape is not None:
-            logits = torch.empty(shape, dtype=torch.float32)
+            logits = torch.empty(shape, dtype=torch.float32, device="cpu")
             for token, row in enumerate(logits):
                 row.copy_(torch.frombuffer(bytearray(store.get(f"{rank}/logits/{number}/{token}")), dtype=torch.float32))
         answers.append(Answer(**{**answer, "token_ids": tuple(answer["token_ids"])}, logits=logits))
@@ -125,7 +126,7 @@ def _received(store: dist.Store, rank: int) -> RankResult:
 @contextmanager
 def _messages_through_store(group: EPGroup, on_message: OnMessage) -> Iterator[Send]:
     """Each rank numbers its messages in the store that all ranks share; a thread of rank 0 reads them."""
-    store = dist.PrefixStore("cli/messages", group.store)
+    store = group.rendezvous.under("cli/messages")
     sent = iter(range(10**9))
     ended = threading.Event()
 
@@ -134,9 +135,9 @@ def _messages_through_store(group: EPGroup, on_message: OnMessage) -> Iterator[S
 
     def read_all(next_numbers: list[int]) -> None:
         for rank in range(group.size):
-            while store.check([key := f"{rank}/{next_numbers[rank]}"]):
+            while store.has(key := f"{rank}/{next_numbers[rank]}"):
                 on_message(rank, json.loads(store.get(key)))
-                store.delete_key(key)
+                store.delete(key)
                 next_numbers[rank] += 1
 
     def read_until_ended() -> None:

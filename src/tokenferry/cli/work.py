@@ -1,4 +1,4 @@
-"""What a rank does: load its part of the model, answer its prompts, and take part in the others' steps until all are done."""
+"""What a rank does: load its share of the model, answer its prompts, and take part in the others' steps until all are done."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 from tokenferry.cli.context import check_prompts
 from tokenferry.cli.job import Answer, Job, RankResult
 from tokenferry.cli.spread import batches, capacity, spread
+from tokenferry.cli.tokens import cut_after_stop, load_tokenizer, stop_token_ids, tokenize
 from tokenferry.demo.quiet import quiet_transformers
-from tokenferry.errors import ConfigError
 from tokenferry.groups import EPGroup
-from tokenferry.transports.agree import telling_the_others
+from tokenferry.transports.opening import telling_the_others
 
 Send = Callable[[dict[str, Any]], None]
 TINY: Final = "tiny:"
@@ -51,13 +51,13 @@ def answer_as_rank(job: Job, group: EPGroup, send: Send, scratch: Path | None = 
             timeout_s=job.timeout_s,
         )
     parallel = model.expert_parallel
-    own = spread(lengths, group.size)[group.rank]
-    send({"prompts": len(own), "total": len(own) * job.max_new_tokens})
+    prompts = spread(lengths, group.size)[group.rank]
+    send({"prompts": len(prompts), "total": len(prompts) * job.max_new_tokens})
     group.channel.barrier(group.unique_name("cli/loaded"), timeout_s=LOADING_TIMEOUT_S)
 
     start_s, communication_before_s = time.perf_counter(), parallel.communication_s
     answers = [
-        answer for batch in batches(own, lengths) for answer in answer_batch(job, model, tokenizer, token_ids, batch, send)
+        answer for batch in batches(prompts, lengths) for answer in answer_batch(job, model, tokenizer, token_ids, batch, send)
     ]
     generate_s = time.perf_counter() - start_s
     send({"done": True})
@@ -84,8 +84,8 @@ def layers_held(parallel: Any, group: EPGroup) -> dict[str, Any]:
     if not parallel.layers:
         return {"num_layers": 0, "experts": (0, 0), "num_experts": 0}
     num_experts = parallel.layers[0].num_experts
-    own = group.expert_range(num_experts)
-    return {"num_layers": len(parallel.layers), "experts": (own.start, own.stop), "num_experts": num_experts}
+    held = group.expert_range(num_experts)
+    return {"num_layers": len(parallel.layers), "experts": (held.start, held.stop), "num_experts": num_experts}
 
 
 def answer_batch(
@@ -133,38 +133,6 @@ def model_folder(job: Job, scratch: Path | None) -> Iterator[Path]:
         yield make_tiny(job.model.removeprefix(TINY), folder, seed=job.seed)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer, padding on the left as generation needs it.
-
-    Raises:
-        ConfigError: there is none. transformers makes an empty one then, for which every text is nothing.
-    """
-    import transformers
-
-    remedy = "fetch its files (tokenizer.json, tokenizer_config.json and so on), or save_pretrained() the model's tokenizer there"
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
-    except Exception as error:  # tokenizers raises bare Exceptions
-        first_line = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"the tokenizer in {folder} cannot be loaded: {first_line}; {remedy}") from error
-    if not tokenizer("tokens")["input_ids"]:
-        raise ConfigError(f"{folder} holds no tokenizer; {remedy}")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def tokenize(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt, as a user's message if the model has a chat template."""
-    if not tokenizer.chat_template:
-        return [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-        for prompt in prompts
-    ]
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-
-
 def torch_dtype(job: Job) -> torch.dtype | str:
     """The dtype to load: "auto" is as stored on GPUs, and float32 on CPUs, most of which compute slowly in bfloat16."""
     if job.dtype == "auto":
@@ -173,21 +141,9 @@ def torch_dtype(job: Job) -> torch.dtype | str:
     return dtype
 
 
-def stop_token_ids(model: Any) -> frozenset[int]:
-    """Ids that end an answer."""
-    stop = model.generation_config.eos_token_id
-    return frozenset(stop if isinstance(stop, (list, tuple)) else () if stop is None else (stop,))
-
-
-def cut_after_stop(ids: list[int], stop_ids: frozenset[int]) -> list[int]:
-    """`ids` up to the first stop id, which stays; what follows in a batch is padding."""
-    end = next((place for place, token_id in enumerate(ids, start=1) if token_id in stop_ids), len(ids))
-    return ids[:end]
-
-
 def progress(send: Send, stop_ids: frozenset[int]) -> Callable[..., torch.Tensor]:
     """A stopping criterion that stops nothing and reports the tokens of rows that have not ended yet."""
-    stop = torch.tensor(sorted(stop_ids), dtype=torch.long)
+    stop = torch.tensor(sorted(stop_ids), dtype=torch.int64, device="cpu")
     running: list[torch.Tensor] = []
 
     def report(input_ids: torch.Tensor, scores: Any, **_kwargs: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A checkpoint folder's manifest: what each file must be, so that a damaged cache is noticed before it is used."""
+"""A checkpoint folder's manifest: size and hash of each file, so that a damaged cache is noticed before it is used."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def quiet_transformers() -> None:
-    """No bars and notes of transformers' in this process: ours suffice, and several ranks share a terminal."""
+    """Turns off the progress bars and notes of transformers in this process: several ranks share a terminal."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -40,11 +40,11 @@ def upcycle(source: Path, folder: Path) -> None:
         ) from error
 
     quiet_transformers()
-    place: dict[str, Any] = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
+    weights: dict[str, Any] = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**weights)
     if hasattr(transformers, "GgufConfig"):  # newer releases leave weights packed where they have kernels for it
-        place["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    dense = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(**weights, dtype=torch.float32)
     tokenizer.padding_side = "left"
     tokenizer.save_pretrained(folder)
     dense.generation_config.save_pretrained(folder)
@@ -84,7 +84,7 @@ def mixtral_config(dense: Any) -> Any:
 
 def shards(dense: Mapping[str, torch.Tensor], num_layers: int) -> Iterator[Tensors]:
     """One shard with what lies outside the layers (the output head is tied to the embedding), then one for every few layers."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator("cpu").manual_seed(SEED)
     yield {name: dense[name].bfloat16() for name in ("model.embed_tokens.weight", "model.norm.weight")}
     for first in range(0, num_layers, LAYERS_PER_SHARD):
         shard: Tensors = {}
@@ -99,11 +99,11 @@ def upcycle_layer(dense: Mapping[str, torch.Tensor], generator: torch.Generator)
     """A layer's attention and norms as they are, its MLP as noisy copies, and a random router."""
     layer = {name: tensor.bfloat16() for name, tensor in dense.items() if not name.startswith("mlp.")}
     hidden_size = dense["mlp.gate_proj.weight"].shape[1]
-    router = torch.randn(NUM_EXPERTS, hidden_size, generator=generator) * ROUTER_STD
+    router = torch.randn(NUM_EXPERTS, hidden_size, generator=generator, dtype=torch.float32, device="cpu") * ROUTER_STD
     layer["block_sparse_moe.gate.weight"] = router.bfloat16()
     for expert in range(NUM_EXPERTS):
         for dense_name, name in MIXTRAL_NAMES.items():
             weight = dense[f"mlp.{dense_name}.weight"]
-            noise = torch.randn(weight.shape, generator=generator) * (NOISE * weight.std())
+            noise = torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu") * (NOISE * weight.std())
             layer[f"block_sparse_moe.experts.{expert}.{name}.weight"] = (weight + noise).bfloat16()
     return layer

@@ -7,16 +7,16 @@ import triton.language as tl
 
 from tokenferry.kernels import wire
 
-SIGNATURE = {"peers": "i64", "size": "i32", "record": "i64", "PDL": "constexpr"}
+SIGNATURE = {"peer_table_ptr": "i64", "size": "i32", "record": "i64", "PDL": "constexpr"}
 
 
 @triton.jit
-def abort_kernel(peers, size, record, PDL: tl.constexpr):
+def abort_kernel(peer_table_ptr, size, record, PDL: tl.constexpr):
     """Writes `record` into every rank's control block that holds none: the first writer wins. One program.
 
     Example:
         Two ranks, rank 1 holding a record already: rank 0 gets `record`, rank 1 keeps its own.
     """
-    table = peers.to(tl.int64).to(tl.pointer_type(tl.int64))
+    table = peer_table_ptr.to(tl.int64).to(tl.pointer_type(tl.int64))
     for rank in range(size):
         wire.claim_record(tl.load(table + rank), record)

@@ -8,25 +8,25 @@ import triton.language as tl
 from tokenferry.kernels import wire
 
 SIGNATURE = {
-    "own": "i64",
-    "peers": "i64",
-    "cast": "i64",
+    "buffer_ptr": "i64",
+    "peer_table_ptr": "i64",
+    "multicast_ptr": "i64",
     "rank": "i32",
     "size": "i32",
-    "state": "i64",
-    "block": "i64",
-    "counts": "i64",
-    "ready": "i64",
-    "slots": "i64",
+    "counters_ptr": "i64",
+    "step_counts_ptr": "i64",
+    "counts_offset": "i64",
+    "ready_offset": "i64",
+    "slots_offset": "i64",
     "slot_bytes": "i64",
     "slot_rows": "i32",
-    "terms": "i64",
-    "partial": "i64",
+    "terms_offset": "i64",
+    "partial_ptr": "i64",
     "is_in_place": "i32",
-    "out": "i64",
+    "out_ptr": "i64",
     "num_out": "i32",
     "layer": "i32",
-    "part": "i32",
+    "mode": "i32",
     "H": "constexpr",
     "PARTIAL": "constexpr",
     "WIRE": "constexpr",
@@ -40,7 +40,7 @@ SIGNATURE = {
 
 
 @triton.jit
-def load_term(base, element, live, PARTIAL: tl.constexpr, WIRE: tl.constexpr, WORDS: tl.constexpr):
+def load_term(partial_ptr, element, live, PARTIAL: tl.constexpr, WIRE: tl.constexpr, WORDS: tl.constexpr):
     """The packet of the wire that begins at `element` of the partial rows, each value rounded once to WIRE.
 
     Example:
@@ -48,9 +48,9 @@ def load_term(base, element, live, PARTIAL: tl.constexpr, WIRE: tl.constexpr, WO
     """
     PARTIAL_BYTES: tl.constexpr = PARTIAL.primitive_bitwidth // 8
     WIRE_BYTES: tl.constexpr = WIRE.primitive_bitwidth // 8
-    address = base + element * PARTIAL_BYTES
+    packet_ptr = partial_ptr + element * PARTIAL_BYTES
     if PARTIAL_BYTES == WIRE_BYTES:
-        a, b, c, d = wire.load(address, live, WORDS)
+        a, b, c, d = wire.load(packet_ptr, live, WORDS)
         if PARTIAL != WIRE:
             l, h = wire.unpack(a, PARTIAL)
             a = wire.pack(l, h, WIRE)
@@ -61,17 +61,17 @@ def load_term(base, element, live, PARTIAL: tl.constexpr, WIRE: tl.constexpr, WO
             l, h = wire.unpack(d, PARTIAL)
             d = wire.pack(l, h, WIRE)
     elif PARTIAL_BYTES == 4:
-        e, f, g, h = wire.load(address, live, 4)
+        e, f, g, h = wire.load(packet_ptr, live, 4)
         a = wire.pack(e.to(tl.float32, bitcast=True), f.to(tl.float32, bitcast=True), WIRE)
         b = wire.pack(g.to(tl.float32, bitcast=True), h.to(tl.float32, bitcast=True), WIRE)
         c = a
         d = b
         if WORDS == 4:
-            e, f, g, h = wire.load(address + 16, live, 4)
+            e, f, g, h = wire.load(packet_ptr + 16, live, 4)
             c = wire.pack(e.to(tl.float32, bitcast=True), f.to(tl.float32, bitcast=True), WIRE)
             d = wire.pack(g.to(tl.float32, bitcast=True), h.to(tl.float32, bitcast=True), WIRE)
     else:
-        e, f, g, h = wire.load(address, live, WORDS // 2)
+        e, f, g, h = wire.load(packet_ptr, live, WORDS // 2)
         l, h = wire.unpack(e, PARTIAL)
         a = l.to(tl.uint32, bitcast=True)
         b = h.to(tl.uint32, bitcast=True)
@@ -82,13 +82,13 @@ def load_term(base, element, live, PARTIAL: tl.constexpr, WIRE: tl.constexpr, WO
 
 
 @triton.jit
-def store_sum(base, element, live, s0, s1, s2, s3, s4, s5, s6, s7, WIRE: tl.constexpr, OUT: tl.constexpr, WORDS: tl.constexpr):
+def store_sum(out_ptr, element, live, s0, s1, s2, s3, s4, s5, s6, s7, WIRE: tl.constexpr, OUT: tl.constexpr, WORDS: tl.constexpr):
     """One packet of sums, each rounded once to OUT. For a float32 wire the values are s0, s2, s4, s6."""
-    address = base + element * (OUT.primitive_bitwidth // 8)
+    packet_ptr = out_ptr + element * (OUT.primitive_bitwidth // 8)
     if tl.float32 == WIRE:
         if tl.float32 == OUT:
             wire.store(
-                address,
+                packet_ptr,
                 wire.pack(s0, s0, OUT),
                 wire.pack(s2, s2, OUT),
                 wire.pack(s4, s4, OUT),
@@ -99,14 +99,14 @@ def store_sum(base, element, live, s0, s1, s2, s3, s4, s5, s6, s7, WIRE: tl.cons
         else:
             a = wire.pack(s0, s2, OUT)
             b = wire.pack(s4, s6, OUT)
-            wire.store(address, a, b, a, b, live, WORDS // 2)
+            wire.store(packet_ptr, a, b, a, b, live, WORDS // 2)
     elif tl.float32 == OUT:
         wire.store(
-            address, wire.pack(s0, s0, OUT), wire.pack(s1, s1, OUT), wire.pack(s2, s2, OUT), wire.pack(s3, s3, OUT), live, 4
+            packet_ptr, wire.pack(s0, s0, OUT), wire.pack(s1, s1, OUT), wire.pack(s2, s2, OUT), wire.pack(s3, s3, OUT), live, 4
         )
         if WORDS == 4:
             wire.store(
-                address + 16,
+                packet_ptr + 16,
                 wire.pack(s4, s4, OUT),
                 wire.pack(s5, s5, OUT),
                 wire.pack(s6, s6, OUT),
@@ -116,52 +116,58 @@ def store_sum(base, element, live, s0, s1, s2, s3, s4, s5, s6, s7, WIRE: tl.cons
             )
     else:
         wire.store(
-            address, wire.pack(s0, s1, OUT), wire.pack(s2, s3, OUT), wire.pack(s4, s5, OUT), wire.pack(s6, s7, OUT), live, WORDS
+            packet_ptr,
+            wire.pack(s0, s1, OUT),
+            wire.pack(s2, s3, OUT),
+            wire.pack(s4, s5, OUT),
+            wire.pack(s6, s7, OUT),
+            live,
+            WORDS,
         )
 
 
 @triton.jit
-def copy_terms(terms, words, rank, size, partial, H: tl.constexpr, PARTIAL: tl.constexpr, WIRE: tl.constexpr,
+def copy_terms(terms_ptr, step_counts, rank, size, partial_ptr, H: tl.constexpr, PARTIAL: tl.constexpr, WIRE: tl.constexpr,
                WORDS: tl.constexpr, BLOCK: tl.constexpr, SWITCH_SUM: tl.constexpr):  # fmt: skip
-    """What the like programs of the peers will fetch from this one: of each owner's rows the same blocks as there. This rank's
-    own rows too if the switch sums them."""
+    """Copies to the `terms` region what the CTAs with this index at the peers will fetch: of each owner's rows the blocks that
+    the CTA sums there. If the switch sums, this rank's own rows are copied too."""
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     PER_PACKET: tl.constexpr = WORDS * 4 // (WIRE.primitive_bitwidth // 8)
     for i in range(1 - SWITCH_SUM, size):
-        owner = wire.wrap(rank + i, size)
-        num_packets = tl.load(words + 2 + owner) * (H // PER_PACKET)
-        base = tl.load(words + 2 + size + owner).to(tl.int64) * H
-        goal = terms + base * (WIRE.primitive_bitwidth // 8)
+        owner = wire.add_mod(rank + i, size)
+        num_packets = tl.load(step_counts + 2 + owner) * (H // PER_PACKET)
+        first_element = tl.load(step_counts + 2 + size + owner).to(tl.int64) * H
+        target_ptr = terms_ptr + first_element * (WIRE.primitive_bitwidth // 8)
         for b in range(pid, (num_packets + BLOCK - 1) // BLOCK, programs):
             packet = b * BLOCK + tl.arange(0, BLOCK)
             live = packet < num_packets
-            place = packet.to(tl.int64)
-            w0, w1, w2, w3 = load_term(partial, base + place * PER_PACKET, live, PARTIAL, WIRE, WORDS)
-            wire.store(goal + place * (WORDS * 4), w0, w1, w2, w3, live, WORDS)
+            index = packet.to(tl.int64)
+            w0, w1, w2, w3 = load_term(partial_ptr, first_element + index * PER_PACKET, live, PARTIAL, WIRE, WORDS)
+            wire.store(target_ptr + index * (WORDS * 4), w0, w1, w2, w3, live, WORDS)
 
 
 @triton.jit
 def combine_kernel(
-    own,
-    peers,
-    cast,
+    buffer_ptr,
+    peer_table_ptr,
+    multicast_ptr,
     rank,
     size,
-    state,
-    block,
-    counts,
-    ready,
-    slots,
+    counters_ptr,
+    step_counts_ptr,
+    counts_offset,
+    ready_offset,
+    slots_offset,
     slot_bytes,
     slot_rows,
-    terms,
-    partial,
+    terms_offset,
+    partial_ptr,
     is_in_place,
-    out,
+    out_ptr,
     num_out,
     layer,
-    part,
+    mode,
     H: tl.constexpr,
     PARTIAL: tl.constexpr,
     WIRE: tl.constexpr,
@@ -174,26 +180,28 @@ def combine_kernel(
 ):
     """Sends each owner this rank's terms for its rows, and sums the terms of this rank's own rows, from rank 0's to the last.
 
-    With slots (see `dispatch_kernel`) every rank sends all rows of every owner, rows of zeros too: a row left out would need
-    an acknowledgement of its own before its slot may be used again. Without, terms are copied to `terms` (unless the experts
-    wrote them there), a flag for each program of each peer says so, and owners fetch their rows. With SWITCH_SUM
-    (`combine_order="any"`, float32) the switch sums what lies in all ranks' `terms`, in its own order.
+    With slots (see `dispatch_kernel`) every rank sends all rows of every owner, rows of zeros too: a row left out would need an
+    acknowledgement before its slot may be used again. Without slots, terms are copied to the `terms` region (unless the experts
+    wrote them there), a flag for each CTA of each peer says so, and owners fetch their rows. With SWITCH_SUM
+    (`combine_order="any"`, float32) the switch sums what lies in all ranks' `terms` regions, in its own order.
 
     Args:
-        counts, ready, slots, terms: offsets of regions within a buffer. cast: see `dispatch_kernel`.
-        partial: address of [rows, H] PARTIAL, of which V rows are read. is_in_place: whether it is the `terms` region itself.
-        part: wire.SEND, wire.RECEIVE or both; a launch that only sends is given no `out`.
-        out: address of [num_out, H] OUT; num_out <= T: terms of rows beyond it are received and dropped.
+        buffer_ptr, peer_table_ptr, multicast_ptr, counters_ptr, step_counts_ptr: see `dispatch_kernel`.
+        counts_offset, ready_offset, slots_offset, terms_offset: of regions within a buffer.
+        partial_ptr: [rows, H] PARTIAL, of which V rows are read.
+        is_in_place: whether `partial_ptr` is the `terms` region itself.
+        out_ptr, num_out: [num_out, H] OUT with num_out <= T. Terms of rows beyond it are received and dropped.
+        mode: MODE_SEND, MODE_RECEIVE or both. A launch that only sends is given no `out_ptr`.
 
     Example:
         Two ranks with one row each, bfloat16: partials [[1], [2]] on rank 0 and [[10], [20]] on rank 1 give [[11]] and [[22]].
     """
-    own = own.to(tl.int64)
-    peer_table = peers.to(tl.int64).to(tl.pointer_type(tl.int64))
-    state = state.to(tl.int64)
-    words = block.to(tl.int64).to(tl.pointer_type(tl.int32))
-    partial = partial.to(tl.int64)
-    out = out.to(tl.int64)
+    buffer_ptr = buffer_ptr.to(tl.int64)
+    peer_table = peer_table_ptr.to(tl.int64).to(tl.pointer_type(tl.int64))
+    counters_ptr = counters_ptr.to(tl.int64)
+    step_counts = step_counts_ptr.to(tl.int64).to(tl.pointer_type(tl.int32))
+    partial_ptr = partial_ptr.to(tl.int64)
+    out_ptr = out_ptr.to(tl.int64)
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     lanes = tl.arange(0, BLOCK)
@@ -201,83 +209,88 @@ def combine_kernel(
     PER_PACKET: tl.constexpr = WORDS * 4 // WIRE_BYTES
     PER_ROW: tl.constexpr = H // PER_PACKET
     ROW_BYTES: tl.constexpr = H * WIRE_BYTES
-    # Before the previous kernel has ended: the step's counts and the round are as they were when it began, since a dispatch
-    # always lies between this kernel and whatever last wrote them.
-    nearest = tl.load(peer_table + wire.wrap(rank + 1, size))
-    valid = tl.load(words)
-    largest = tl.load(words + 1)
-    mine = tl.load(words + 2 + rank)
-    first = tl.load(words + 2 + size + rank)
-    current = wire.read_round(state)
-    step = tl.load(wire.field(state, wire.STATE_STEP, tl.int32))
+    # These are read before the previous kernel has ended. The step's counts and the round are as they were when it began, since
+    # a dispatch always lies between this kernel and whatever last wrote them.
+    nearest_ptr = tl.load(peer_table + wire.add_mod(rank + 1, size))
+    num_valid = tl.load(step_counts)
+    largest = tl.load(step_counts + 1)
+    num_tokens = tl.load(step_counts + 2 + rank)
+    first_row = tl.load(step_counts + 2 + size + rank)
+    round_number = wire.read_round(counters_ptr)
+    step = tl.load(wire.field(counters_ptr, wire.STEP_OFFSET, tl.int32))
     wire.wait_for_previous_kernel(PDL)
     wire.let_next_kernel_start(PDL)
-    record = wire.read_record(own)
+    record = wire.read_record(buffer_ptr)
     ticket = tl.zeros([], tl.int64)
-    if part >= wire.RECEIVE:
-        ticket = wire.take_ticket(state)
+    if mode >= wire.MODE_RECEIVE:
+        ticket = wire.take_ticket(counters_ptr)
     in_slots = largest <= slot_rows
-    parity_slots = slots + (current & 1) * (size - 1) * slot_bytes
+    parity_slots_offset = slots_offset + (round_number & 1) * (size - 1) * slot_bytes
     blamed = wire.blame(step, layer, rank, wire.DATA_MISSING)
-    hints = own + counts + ((step + 1) & 1) * size * 16 + 8
-    own_packets = mine * PER_ROW
-    own_terms = first.to(tl.int64) * H
+    hints_ptr = buffer_ptr + counts_offset + ((step + 1) & 1) * size * wire.COUNT_PACKET_BYTES + wire.COUNT_PACKET_STEP_OFFSET
+    num_own_packets = num_tokens * PER_ROW
+    first_own_element = first_row.to(tl.int64) * H
     packet = pid * BLOCK + lanes
-    at = own_terms + packet.to(tl.int64) * PER_PACKET
-    n0, n1, n2, n3 = load_term(partial, at, packet < own_packets, PARTIAL, WIRE, WORDS)
-    if in_slots & (part != wire.RECEIVE):
+    element = first_own_element + packet.to(tl.int64) * PER_PACKET
+    n0, n1, n2, n3 = load_term(partial_ptr, element, packet < num_own_packets, PARTIAL, WIRE, WORDS)
+    if in_slots & (mode != wire.MODE_RECEIVE):
         begin = pid
-        address = nearest
+        peer_ptr = nearest_ptr
         for i in range(1, size):
-            owner = wire.wrap(rank + i, size)
-            num_packets = tl.load(words + 2 + owner) * PER_ROW
-            base = tl.load(words + 2 + size + owner).to(tl.int64) * H
-            goal = address + parity_slots + (rank - (rank > owner).to(tl.int32)) * slot_bytes
-            address = tl.load(peer_table + wire.wrap(owner + 1, size))
+            owner = wire.add_mod(rank + i, size)
+            num_packets = tl.load(step_counts + 2 + owner) * PER_ROW
+            first_element = tl.load(step_counts + 2 + size + owner).to(tl.int64) * H
+            target_ptr = peer_ptr + parity_slots_offset + (rank - (rank > owner).to(tl.int32)) * slot_bytes
+            peer_ptr = tl.load(peer_table + wire.add_mod(owner + 1, size))
             blocks = (num_packets + BLOCK - 1) // BLOCK
             for b in range(begin, blocks, programs):
                 packet = b * BLOCK + lanes
                 live = packet < num_packets
-                place = packet.to(tl.int64)
-                w0, w1, w2, w3 = load_term(partial, base + place * PER_PACKET, live, PARTIAL, WIRE, WORDS)
-                wire.send(goal + place * (WORDS * 4), w0, w1, w2, w3, live, own, WORDS)
+                index = packet.to(tl.int64)
+                w0, w1, w2, w3 = load_term(partial_ptr, first_element + index * PER_PACKET, live, PARTIAL, WIRE, WORDS)
+                wire.send(target_ptr + index * (WORDS * 4), w0, w1, w2, w3, live, buffer_ptr, WORDS)
             begin -= tl.where(blocks < programs, blocks, blocks % programs)
             begin = tl.where(begin < 0, begin + programs, begin)
     elif (largest > slot_rows) & (size > 1):
-        epoch = current + 1
-        if part == wire.RECEIVE:
+        epoch = round_number + 1
+        if mode == wire.MODE_RECEIVE:
             pass
         elif is_in_place == 0:
-            copy_terms(own + terms, words, rank, size, partial, H, PARTIAL, WIRE, WORDS, BLOCK, SWITCH_SUM)
-            tell = (lanes < size) & (lanes != rank)
-            buffers = tl.load(peer_table + lanes, mask=tell, other=0)
-            wire.signal(buffers + ready + (rank * MAX_PROGRAMS + pid) * 8, epoch, 1, tell, own)
-        else:  # nothing to copy: one program tells all programs of a peer at once
+            copy_terms(
+                buffer_ptr + terms_offset, step_counts, rank, size, partial_ptr, H, PARTIAL, WIRE, WORDS, BLOCK, SWITCH_SUM
+            )
+            is_peer = (lanes < size) & (lanes != rank)
+            buffers = tl.load(peer_table + lanes, mask=is_peer, other=0)
+            wire.signal(buffers + ready_offset + (rank * MAX_PROGRAMS + pid) * wire.FLAG_BYTES, epoch, 1, is_peer, buffer_ptr)
+        else:  # nothing to copy: one CTA tells all CTAs of a peer at once
             for peer in range(pid, size, programs):
                 if peer != rank:
-                    flags = tl.load(peer_table + peer) + ready + (rank * MAX_PROGRAMS) * 8
+                    flags_ptr = tl.load(peer_table + peer) + ready_offset + (rank * MAX_PROGRAMS) * wire.FLAG_BYTES
                     for b in range(0, programs, BLOCK):
-                        wire.signal(flags + (b + lanes) * 8, epoch, 1, b + lanes < programs, own)
-        if part >= wire.RECEIVE:
-            flag = (own + ready) + (lanes * MAX_PROGRAMS + pid) * 8
-            wanted = (lanes < size) & (lanes != rank) & (mine > 0)
-            wire.await_signal(flag, epoch, 1, wanted, own, wire.accuse(blamed, lanes), hints + lanes * 16)
+                        wire.signal(flags_ptr + (b + lanes) * wire.FLAG_BYTES, epoch, 1, b + lanes < programs, buffer_ptr)
+        if mode >= wire.MODE_RECEIVE:
+            flag_ptr = (buffer_ptr + ready_offset) + (lanes * MAX_PROGRAMS + pid) * wire.FLAG_BYTES
+            is_awaited = (lanes < size) & (lanes != rank) & (num_tokens > 0)
+            blamed_ranks = wire.set_blamed_rank(blamed, lanes)
+            wire.await_signal(
+                flag_ptr, epoch, 1, is_awaited, buffer_ptr, blamed_ranks, hints_ptr + lanes * wire.COUNT_PACKET_BYTES
+            )
 
     # The abort record was asked for first and is looked at here: what goes to a group that has given up does no harm.
     if record != 0:
-        wire.report(own, record)
-    elif part >= wire.RECEIVE:
-        for b in range(pid, (own_packets + BLOCK - 1) // BLOCK, programs):
+        wire.report(buffer_ptr, record)
+    elif mode >= wire.MODE_RECEIVE:
+        for b in range(pid, (num_own_packets + BLOCK - 1) // BLOCK, programs):
             packet = b * BLOCK + lanes
-            live = packet < own_packets
-            place = packet.to(tl.int64)
+            live = packet < num_own_packets
+            index = packet.to(tl.int64)
             o0 = n0
             o1 = n1
             o2 = n2
             o3 = n3
             following = packet + programs * BLOCK
-            at = own_terms + following.to(tl.int64) * PER_PACKET
-            n0, n1, n2, n3 = load_term(partial, at, following < own_packets, PARTIAL, WIRE, WORDS)
+            element = first_own_element + following.to(tl.int64) * PER_PACKET
+            n0, n1, n2, n3 = load_term(partial_ptr, element, following < num_own_packets, PARTIAL, WIRE, WORDS)
             s0 = tl.zeros([BLOCK], tl.float32)
             s1 = s0
             s2 = s0
@@ -295,16 +308,18 @@ def combine_kernel(
                 w2 = o2
                 w3 = o3
                 if in_slots & (source != rank):
-                    slot = own + parity_slots + (source - (source > rank).to(tl.int32)) * slot_bytes
-                    blamed_source = wire.accuse(blamed, source)
-                    w0, w1, w2, w3 = wire.take(slot + place * (WORDS * 4), live, own, blamed_source, hints + source * 16, WORDS)
+                    slot_ptr = buffer_ptr + parity_slots_offset + (source - (source > rank).to(tl.int32)) * slot_bytes
+                    blamed_source = wire.set_blamed_rank(blamed, source)
+                    packet_ptr = slot_ptr + index * (WORDS * 4)
+                    hint_ptr = hints_ptr + source * wire.COUNT_PACKET_BYTES
+                    w0, w1, w2, w3 = wire.poll_and_clear(packet_ptr, live, buffer_ptr, blamed_source, hint_ptr, WORDS)
                 elif SWITCH_SUM:
                     if (largest > slot_rows) & (size > 1):
-                        goal = cast.to(tl.int64) + terms + first.to(tl.int64) * ROW_BYTES + place * (WORDS * 4)
-                        w0, w1, w2, w3 = wire.multicast_sum(goal, live, own)
+                        summed_ptr = multicast_ptr.to(tl.int64) + terms_offset + first_row.to(tl.int64) * ROW_BYTES
+                        w0, w1, w2, w3 = wire.multicast_sum(summed_ptr + index * (WORDS * 4), live, buffer_ptr)
                 elif source != rank:
-                    fetched = tl.load(peer_table + source) + terms + first.to(tl.int64) * ROW_BYTES
-                    w0, w1, w2, w3 = wire.load_peer(fetched + place * (WORDS * 4), live, WORDS)
+                    fetched_ptr = tl.load(peer_table + source) + terms_offset + first_row.to(tl.int64) * ROW_BYTES
+                    w0, w1, w2, w3 = wire.load_peer(fetched_ptr + index * (WORDS * 4), live, WORDS)
                 l0, h0 = wire.unpack(w0, WIRE)
                 l1, h1 = wire.unpack(w1, WIRE)
                 l2, h2 = wire.unpack(w2, WIRE)
@@ -319,5 +334,5 @@ def combine_kernel(
                 s6 = tl.where(source == 0, l3, s6 + l3)
                 s7 = tl.where(source == 0, h3, s7 + h3)
             kept = live & (packet < num_out * PER_ROW)
-            store_sum(out, place * PER_PACKET, kept, s0, s1, s2, s3, s4, s5, s6, s7, WIRE, OUT, WORDS)
-        wire.end_round(own, state, ticket, programs, current, valid)
+            store_sum(out_ptr, index * PER_PACKET, kept, s0, s1, s2, s3, s4, s5, s6, s7, WIRE, OUT, WORDS)
+        wire.end_round(buffer_ptr, counters_ptr, ticket, programs, round_number, num_valid)

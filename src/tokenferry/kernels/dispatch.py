@@ -8,28 +8,28 @@ import triton.language as tl
 from tokenferry.kernels import wire
 
 SIGNATURE = {
-    "own": "i64",
-    "peers": "i64",
-    "cast": "i64",
+    "buffer_ptr": "i64",
+    "peer_table_ptr": "i64",
+    "multicast_ptr": "i64",
     "rank": "i32",
     "size": "i32",
-    "state": "i64",
-    "block": "i64",
-    "counts": "i64",
-    "arrived": "i64",
-    "slots": "i64",
+    "counters_ptr": "i64",
+    "step_counts_ptr": "i64",
+    "counts_offset": "i64",
+    "arrived_offset": "i64",
+    "slots_offset": "i64",
     "slot_bytes": "i64",
     "slot_rows": "i32",
-    "out_hidden": "i64",
-    "out_idx": "i64",
-    "out_weights": "i64",
-    "hidden": "i64",
-    "topk_idx": "i64",
-    "topk_weights": "i64",
+    "out_hidden_offset": "i64",
+    "out_idx_offset": "i64",
+    "out_weights_offset": "i64",
+    "hidden_ptr": "i64",
+    "topk_idx_ptr": "i64",
+    "topk_weights_ptr": "i64",
     "num_supplied": "i32",
-    "num_real": "i64",
+    "num_real_ptr": "i64",
     "layer": "i32",
-    "part": "i32",
+    "mode": "i32",
     "ROW_WORDS": "constexpr",
     "K": "constexpr",
     "IDX": "constexpr",
@@ -44,7 +44,7 @@ SIGNATURE = {
 
 
 @triton.jit
-def load_routing(word, topk_idx, topk_weights, num_supplied, K: tl.constexpr, IDX: tl.constexpr, WEIGHTS: tl.constexpr):
+def load_routing(word, topk_idx_ptr, topk_weights_ptr, num_supplied, K: tl.constexpr, IDX: tl.constexpr, WEIGHTS: tl.constexpr):
     """Words of the routing message, [rows][K numbers, then K float32 weights]. A number that is negative, or needs more than 32
     bits, travels as -1: cut off, 2**32 + 3 would be expert 3.
 
@@ -55,9 +55,9 @@ def load_routing(word, topk_idx, topk_weights, num_supplied, K: tl.constexpr, ID
     column = word - row * (2 * K)
     present = row < num_supplied
     place = row.to(tl.int64) * K + column
-    idx = tl.load(topk_idx.to(tl.pointer_type(IDX)) + place, mask=present & (column < K), other=-1)
+    idx = tl.load(topk_idx_ptr.to(tl.pointer_type(IDX)) + place, mask=present & (column < K), other=-1)
     idx = tl.where(idx == idx.to(tl.int32), idx, -1).to(tl.int32)
-    weight = tl.load(topk_weights.to(tl.pointer_type(WEIGHTS)) + place - K, mask=present & (column >= K), other=0.0)
+    weight = tl.load(topk_weights_ptr.to(tl.pointer_type(WEIGHTS)) + place - K, mask=present & (column >= K), other=0.0)
     bits = weight.to(tl.float32).to(tl.uint32, bitcast=True)
     return tl.where(column < K, tl.maximum(idx, -1).to(tl.uint32, bitcast=True), bits)
 
@@ -84,41 +84,52 @@ def next_share(begin, blocks, programs):
 
 
 @triton.jit
-def store_routing(word, bits, live, idx_base, weights_base, first_row, K: tl.constexpr, OUT_IDX: tl.constexpr):
+def store_routing(word, bits, live, idx_ptr, weights_ptr, first_row, K: tl.constexpr, OUT_IDX: tl.constexpr):
     """The inverse of `load_routing`, into the gathered tensors from row `first_row` on."""
     row = word // (2 * K)
     column = word - row * (2 * K)
     place = (row + first_row).to(tl.int64) * K + column
     idx = tl.maximum(bits.to(tl.int32, bitcast=True), -1)
-    tl.store(idx_base.to(tl.pointer_type(OUT_IDX)) + place, idx.to(OUT_IDX), mask=live & (column < K))
+    tl.store(idx_ptr.to(tl.pointer_type(OUT_IDX)) + place, idx.to(OUT_IDX), mask=live & (column < K))
     weight = bits.to(tl.float32, bitcast=True)
-    tl.store(weights_base.to(tl.pointer_type(tl.float32)) + place - K, weight, mask=live & (column >= K))
+    tl.store(weights_ptr.to(tl.pointer_type(tl.float32)) + place - K, weight, mask=live & (column >= K))
+
+
+@triton.jit
+def store_routing_packet(
+    word, r0, r1, r2, r3, num_words, idx_ptr, weights_ptr, first_row, K: tl.constexpr, OUT_IDX: tl.constexpr
+):
+    """`store_routing` for the four words of a packet that begins at `word`, as far as the message goes."""
+    store_routing(word, r0, word < num_words, idx_ptr, weights_ptr, first_row, K, OUT_IDX)
+    store_routing(word + 1, r1, word + 1 < num_words, idx_ptr, weights_ptr, first_row, K, OUT_IDX)
+    store_routing(word + 2, r2, word + 2 < num_words, idx_ptr, weights_ptr, first_row, K, OUT_IDX)
+    store_routing(word + 3, r3, word + 3 < num_words, idx_ptr, weights_ptr, first_row, K, OUT_IDX)
 
 
 @triton.jit
 def dispatch_kernel(
-    own,
-    peers,
-    cast,
+    buffer_ptr,
+    peer_table_ptr,
+    multicast_ptr,
     rank,
     size,
-    state,
-    block,
-    counts,
-    arrived,
-    slots,
+    counters_ptr,
+    step_counts_ptr,
+    counts_offset,
+    arrived_offset,
+    slots_offset,
     slot_bytes,
     slot_rows,
-    out_hidden,
-    out_idx,
-    out_weights,
-    hidden,
-    topk_idx,
-    topk_weights,
+    out_hidden_offset,
+    out_idx_offset,
+    out_weights_offset,
+    hidden_ptr,
+    topk_idx_ptr,
+    topk_weights_ptr,
     num_supplied,
-    num_real,
+    num_real_ptr,
     layer,
-    part,
+    mode,
     ROW_WORDS: tl.constexpr,
     K: tl.constexpr,
     IDX: tl.constexpr,
@@ -130,36 +141,40 @@ def dispatch_kernel(
     MAX_PROGRAMS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Sends this rank's T rows to every rank and gathers everybody's, rank after rank; rows from V on get id -1.
+    """Sends this rank's T rows to every rank and gathers everybody's, rank after rank. Rows from V on get id -1.
 
-    If no rank brings more than `slot_rows` rows, packets go to the receiver's slots [parity of the round][source], where it polls
-    each, copies it to its place and puts the sentinel back. Else rows are stored straight to their place, and each
-    program tells its like at every peer. All ranks decide alike, since all know the largest count.
+    If no rank brings more than `slot_rows` rows, packets go to the receiver's slots [parity of the round][source]. The receiver
+    polls each packet, copies it to its place and puts the sentinel back. Otherwise rows are stored straight to their place, and
+    each CTA tells the CTA with the same index at every peer. All ranks decide alike, since all know the largest count.
 
     Args:
-        own, peers, cast: this rank's buffer, the table of all, and the multicast mapping of all (MULTICAST only).
-        counts, arrived, slots, out_hidden, out_idx, out_weights: offsets of regions within a buffer.
-        block: see `counts_kernel`. hidden [num_supplied, ROW_WORDS], topk_idx, topk_weights [num_supplied, K]: addresses of
-        the caller's tensors; rows from num_supplied to T travel as zeros with id -1. num_real: address of an int32.
-        part: wire.SEND, wire.RECEIVE or both. A launch that only receives is given num_supplied 0.
-        WORDS: words of a packet, 4, or 2 if rows are not a multiple of 16 bytes.
+        buffer_ptr, peer_table_ptr: this rank's buffer; the table of all ranks' buffers.
+        multicast_ptr: the multicast mapping of all buffers (MULTICAST only).
+        counters_ptr, step_counts_ptr: see `counts_kernel`.
+        counts_offset, arrived_offset, slots_offset, out_hidden_offset, out_idx_offset, out_weights_offset: of regions within a
+            buffer.
+        hidden_ptr, topk_idx_ptr, topk_weights_ptr: the caller's tensors [num_supplied, ROW_WORDS words], [num_supplied, K] twice.
+            Rows from num_supplied to T travel as zeros with id -1.
+        num_real_ptr: an int32; rows from it on are padding and travel with id -1.
+        mode: MODE_SEND, MODE_RECEIVE or both. A launch that only receives is given num_supplied 0.
+        WORDS: words of a packet: 4, or 2 if rows are not a multiple of 16 bytes.
 
     Example:
         Two ranks with rows [a, b] and [c], of which b is padding: both end with hidden [a, b, c], ids [ids(a), -1, ids(c)].
     """
-    own = own.to(tl.int64)
-    peer_table = peers.to(tl.int64).to(tl.pointer_type(tl.int64))
-    state = state.to(tl.int64)
-    words = block.to(tl.int64).to(tl.pointer_type(tl.int32))
-    hidden = hidden.to(tl.int64)
-    topk_idx = topk_idx.to(tl.int64)
-    topk_weights = topk_weights.to(tl.int64)
+    buffer_ptr = buffer_ptr.to(tl.int64)
+    peer_table = peer_table_ptr.to(tl.int64).to(tl.pointer_type(tl.int64))
+    counters_ptr = counters_ptr.to(tl.int64)
+    step_counts = step_counts_ptr.to(tl.int64).to(tl.pointer_type(tl.int32))
+    hidden_ptr = hidden_ptr.to(tl.int64)
+    topk_idx_ptr = topk_idx_ptr.to(tl.int64)
+    topk_weights_ptr = topk_weights_ptr.to(tl.int64)
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     lanes = tl.arange(0, BLOCK)
     ROW_BYTES: tl.constexpr = ROW_WORDS * 4
     PER_ROW: tl.constexpr = ROW_WORDS // WORDS
-    nearest = tl.load(peer_table + wire.wrap(rank + 1, size))
+    nearest_ptr = tl.load(peer_table + wire.add_mod(rank + 1, size))
     supplied = num_supplied * PER_ROW
     # Routing packets go to the programs after those with hidden rows.
     routing_program = pid - ((supplied + BLOCK - 1) // BLOCK) % programs
@@ -168,60 +183,61 @@ def dispatch_kernel(
     wire.wait_for_previous_kernel(PDL)
     wire.let_next_kernel_start(PDL)
 
-    # All that the first packets need is asked for at once: a trip to memory costs half a microsecond, of less than two.
-    record = wire.read_record(own)
-    valid = tl.load(words)
-    largest = tl.load(words + 1)
-    mine = tl.load(words + 2 + rank)
-    first = tl.load(words + 2 + size + rank)
-    real = tl.load(num_real.to(tl.int64).to(tl.pointer_type(tl.int32)))
-    dirty = tl.load(wire.field(own, wire.DIRTY_ROWS, tl.int32))
-    current = wire.read_round(state)
-    step = tl.load(wire.field(state, wire.STATE_STEP, tl.int32))
+    # Everything that the first packets need is asked for at once: one global-memory latency is half a microsecond, of a
+    # dispatch of less than two.
+    record = wire.read_record(buffer_ptr)
+    valid = tl.load(step_counts)
+    largest = tl.load(step_counts + 1)
+    num_tokens = tl.load(step_counts + 2 + rank)
+    first_row = tl.load(step_counts + 2 + size + rank)
+    num_real = tl.load(num_real_ptr.to(tl.int64).to(tl.pointer_type(tl.int32)))
+    dirty_rows = tl.load(wire.field(buffer_ptr, wire.DIRTY_ROWS_OFFSET, tl.int32))
+    round_number = wire.read_round(counters_ptr)
+    step = tl.load(wire.field(counters_ptr, wire.STEP_OFFSET, tl.int32))
     packet = pid * BLOCK + lanes
-    n0, n1, n2, n3 = wire.load(hidden + packet.to(tl.int64) * (WORDS * 4), packet < supplied, WORDS)
+    n0, n1, n2, n3 = wire.load(hidden_ptr + packet.to(tl.int64) * (WORDS * 4), packet < supplied, WORDS)
     m0 = tl.zeros([BLOCK], tl.uint32)
     m1 = m0
     m2 = m0
     m3 = m0
     if routing_program * (BLOCK * 4) < num_supplied * (2 * K):
-        m0 = load_routing(word, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
-        m1 = load_routing(word + 1, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
-        m2 = load_routing(word + 2, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
-        m3 = load_routing(word + 3, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
+        m0 = load_routing(word, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
+        m1 = load_routing(word + 1, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
+        m2 = load_routing(word + 2, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
+        m3 = load_routing(word + 3, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
     in_slots = largest <= slot_rows
     num_slots = size - 1
     if MULTICAST:
         num_slots = size
-    parity_slots = slots + (current & 1) * num_slots * slot_bytes
+    parity_slots_offset = slots_offset + (round_number & 1) * num_slots * slot_bytes
     routing_offset = (slot_rows.to(tl.int64) * ROW_BYTES + 15) // 16 * 16
-    hidden_place = out_hidden + first.to(tl.int64) * ROW_BYTES
+    hidden_place_offset = out_hidden_offset + first_row.to(tl.int64) * ROW_BYTES
 
-    # Hidden rows: to every peer, and to this rank's own place. The next packets are loaded while these are sent.
-    num_sent = mine * (part & wire.SEND)
+    # Hidden rows go to every peer and to their place in this rank's buffer. The next packets are loaded while these are sent.
+    num_sent = num_tokens * (mode & wire.MODE_SEND)
     num_packets = num_sent * PER_ROW
     for b in range(pid, (num_packets + BLOCK - 1) // BLOCK, programs):
         packet = b * BLOCK + lanes
         live = packet < num_packets
-        place = packet.to(tl.int64) * (WORDS * 4)
+        offset = packet.to(tl.int64) * (WORDS * 4)
         w0 = wire.escape(n0)
         w1 = wire.escape(n1)
         w2 = wire.escape(n2)
         w3 = wire.escape(n3)
         following = packet + programs * BLOCK
-        n0, n1, n2, n3 = wire.load(hidden + following.to(tl.int64) * (WORDS * 4), following < supplied, WORDS)
+        n0, n1, n2, n3 = wire.load(hidden_ptr + following.to(tl.int64) * (WORDS * 4), following < supplied, WORDS)
         if MULTICAST:
-            goal = tl.where(in_slots, parity_slots + rank * slot_bytes, hidden_place)
-            wire.multicast(cast + goal + place, w0, w1, w2, w3, live, own, WORDS)
+            target_offset = tl.where(in_slots, parity_slots_offset + rank * slot_bytes, hidden_place_offset)
+            wire.multicast(multicast_ptr + target_offset + offset, w0, w1, w2, w3, live, buffer_ptr, WORDS)
         else:
-            address = nearest
+            peer_ptr = nearest_ptr
             for i in range(1, size):
-                peer = wire.wrap(rank + i, size)
-                slot = parity_slots + (rank - (rank > peer).to(tl.int32)) * slot_bytes
-                goal = address + tl.where(in_slots, slot, hidden_place)
-                address = tl.load(peer_table + wire.wrap(peer + 1, size))
-                wire.send(goal + place, w0, w1, w2, w3, live, own, WORDS)
-            wire.store(own + hidden_place + place, w0, w1, w2, w3, live, WORDS)
+                peer = wire.add_mod(rank + i, size)
+                slot_offset = parity_slots_offset + (rank - (rank > peer).to(tl.int32)) * slot_bytes
+                target_ptr = peer_ptr + tl.where(in_slots, slot_offset, hidden_place_offset)
+                peer_ptr = tl.load(peer_table + wire.add_mod(peer + 1, size))
+                wire.send(target_ptr + offset, w0, w1, w2, w3, live, buffer_ptr, WORDS)
+            wire.store(buffer_ptr + hidden_place_offset + offset, w0, w1, w2, w3, live, WORDS)
 
     # Expert numbers and weights, four words a packet.
     num_words = num_sent * (2 * K)
@@ -229,35 +245,44 @@ def dispatch_kernel(
     for b in range(routing_program, (num_packets + BLOCK - 1) // BLOCK, programs):
         packet = b * BLOCK + lanes
         word = packet * 4
-        r0 = mask_routing(word, m0, num_words, num_supplied, real, K)
-        r1 = mask_routing(word + 1, m1, num_words, num_supplied, real, K)
-        r2 = mask_routing(word + 2, m2, num_words, num_supplied, real, K)
-        r3 = mask_routing(word + 3, m3, num_words, num_supplied, real, K)
+        r0 = mask_routing(word, m0, num_words, num_supplied, num_real, K)
+        r1 = mask_routing(word + 1, m1, num_words, num_supplied, num_real, K)
+        r2 = mask_routing(word + 2, m2, num_words, num_supplied, num_real, K)
+        r3 = mask_routing(word + 3, m3, num_words, num_supplied, num_real, K)
         following = word + programs * (BLOCK * 4)
-        m0 = load_routing(following, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
-        m1 = load_routing(following + 1, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
-        m2 = load_routing(following + 2, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
-        m3 = load_routing(following + 3, topk_idx, topk_weights, num_supplied, K, IDX, WEIGHTS)
-        address = nearest
+        m0 = load_routing(following, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
+        m1 = load_routing(following + 1, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
+        m2 = load_routing(following + 2, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
+        m3 = load_routing(following + 3, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
+        peer_ptr = nearest_ptr
         for i in range(1, size + 1):
-            peer = wire.wrap(rank + i, size)
-            goal = address
-            address = tl.load(peer_table + wire.wrap(peer + 1, size))
+            peer = wire.add_mod(rank + i, size)
+            target_ptr = peer_ptr
+            peer_ptr = tl.load(peer_table + wire.add_mod(peer + 1, size))
             if in_slots and i < size:
-                slot = parity_slots + (rank - (rank > peer).to(tl.int32)) * slot_bytes
+                slot_offset = parity_slots_offset + (rank - (rank > peer).to(tl.int32)) * slot_bytes
                 if MULTICAST:
-                    slot = parity_slots + rank * slot_bytes
-                place = slot + routing_offset + packet.to(tl.int64) * 16
-                wire.send(goal + place, r0, r1, r2, r3, packet < num_packets, own, 4)
+                    slot_offset = parity_slots_offset + rank * slot_bytes
+                offset = slot_offset + routing_offset + packet.to(tl.int64) * 16
+                wire.send(target_ptr + offset, r0, r1, r2, r3, packet < num_packets, buffer_ptr, 4)
             else:
-                store_routing(word, r0, word < num_words, goal + out_idx, goal + out_weights, first, K, OUT_IDX)
-                store_routing(word + 1, r1, word + 1 < num_words, goal + out_idx, goal + out_weights, first, K, OUT_IDX)
-                store_routing(word + 2, r2, word + 2 < num_words, goal + out_idx, goal + out_weights, first, K, OUT_IDX)
-                store_routing(word + 3, r3, word + 3 < num_words, goal + out_idx, goal + out_weights, first, K, OUT_IDX)
+                store_routing_packet(
+                    word,
+                    r0,
+                    r1,
+                    r2,
+                    r3,
+                    num_words,
+                    target_ptr + out_idx_offset,
+                    target_ptr + out_weights_offset,
+                    first_row,
+                    K,
+                    OUT_IDX,
+                )
 
-    # Rows that an earlier, larger step has left behind.
-    idx_pointer = (own + out_idx).to(tl.pointer_type(OUT_IDX))
-    left_behind = (dirty - valid) * (part & wire.SEND) * K
+    # Ids of rows that an earlier, larger step has left behind.
+    idx_pointer = (buffer_ptr + out_idx_offset).to(tl.pointer_type(OUT_IDX))
+    left_behind = (dirty_rows - valid) * (mode & wire.MODE_SEND) * K
     for b in range(pid, (left_behind + BLOCK - 1) // BLOCK, programs):
         entry = b * BLOCK + lanes
         minus_one = tl.full([BLOCK], -1, OUT_IDX)
@@ -265,32 +290,32 @@ def dispatch_kernel(
 
     # The abort record was asked for first and is looked at here: what goes to a group that has given up does no harm.
     if record != 0:
-        wire.report(own, record)
+        wire.report(buffer_ptr, record)
     else:
         blamed = wire.blame(step, layer, rank, wire.DATA_MISSING)
-        hints = own + counts + ((step + 1) & 1) * size * 16 + 8
-        if in_slots & (part >= wire.RECEIVE):
+        hints_ptr = buffer_ptr + counts_offset + ((step + 1) & 1) * size * wire.COUNT_PACKET_BYTES + wire.COUNT_PACKET_STEP_OFFSET
+        if in_slots & (mode >= wire.MODE_RECEIVE):
             begin = pid
-            for i in range(1 - MULTICAST, size):  # the multicast writes this rank's own slot too
-                source = wire.wrap(rank + i, size)
-                count = tl.load(words + 2 + source)
-                start = tl.load(words + 2 + size + source)
-                slot = own + parity_slots + (source - (source > rank).to(tl.int32)) * slot_bytes
+            for i in range(1 - MULTICAST, size):  # the multicast also writes this rank's own slot
+                source = wire.add_mod(rank + i, size)
+                source_tokens = tl.load(step_counts + 2 + source)
+                source_row = tl.load(step_counts + 2 + size + source)
+                slot_ptr = buffer_ptr + parity_slots_offset + (source - (source > rank).to(tl.int32)) * slot_bytes
                 if MULTICAST:
-                    slot = own + parity_slots + source * slot_bytes
-                blamed_source = wire.accuse(blamed, source)
-                hint = hints + source * 16
-                num_packets = count * PER_ROW
-                goal = own + out_hidden + start.to(tl.int64) * ROW_BYTES
+                    slot_ptr = buffer_ptr + parity_slots_offset + source * slot_bytes
+                blamed_source = wire.set_blamed_rank(blamed, source)
+                hint_ptr = hints_ptr + source * wire.COUNT_PACKET_BYTES
+                num_packets = source_tokens * PER_ROW
+                target_ptr = buffer_ptr + out_hidden_offset + source_row.to(tl.int64) * ROW_BYTES
                 blocks = (num_packets + BLOCK - 1) // BLOCK
                 for b in range(begin, blocks, programs):
                     packet = b * BLOCK + lanes
                     live = packet < num_packets
-                    place = packet.to(tl.int64) * (WORDS * 4)
-                    w0, w1, w2, w3 = wire.take(slot + place, live, own, blamed_source, hint, WORDS)
-                    wire.store(goal + place, w0, w1, w2, w3, live, WORDS)
+                    offset = packet.to(tl.int64) * (WORDS * 4)
+                    w0, w1, w2, w3 = wire.poll_and_clear(slot_ptr + offset, live, buffer_ptr, blamed_source, hint_ptr, WORDS)
+                    wire.store(target_ptr + offset, w0, w1, w2, w3, live, WORDS)
                 begin = next_share(begin, blocks, programs)
-                num_words = count * (2 * K)
+                num_words = source_tokens * (2 * K)
                 if MULTICAST:
                     num_words = tl.where(i == 0, 0, num_words)
                 num_packets = (num_words + 3) // 4
@@ -298,19 +323,42 @@ def dispatch_kernel(
                 for b in range(begin, blocks, programs):
                     packet = b * BLOCK + lanes
                     word = packet * 4
-                    place = slot + routing_offset + packet.to(tl.int64) * 16
-                    r0, r1, r2, r3 = wire.take(place, packet < num_packets, own, blamed_source, hint, 4)
-                    store_routing(word, r0, word < num_words, own + out_idx, own + out_weights, start, K, OUT_IDX)
-                    store_routing(word + 1, r1, word + 1 < num_words, own + out_idx, own + out_weights, start, K, OUT_IDX)
-                    store_routing(word + 2, r2, word + 2 < num_words, own + out_idx, own + out_weights, start, K, OUT_IDX)
-                    store_routing(word + 3, r3, word + 3 < num_words, own + out_idx, own + out_weights, start, K, OUT_IDX)
+                    offset = slot_ptr + routing_offset + packet.to(tl.int64) * 16
+                    r0, r1, r2, r3 = wire.poll_and_clear(offset, packet < num_packets, buffer_ptr, blamed_source, hint_ptr, 4)
+                    store_routing_packet(
+                        word,
+                        r0,
+                        r1,
+                        r2,
+                        r3,
+                        num_words,
+                        buffer_ptr + out_idx_offset,
+                        buffer_ptr + out_weights_offset,
+                        source_row,
+                        K,
+                        OUT_IDX,
+                    )
                 begin = next_share(begin, blocks, programs)
         elif largest > slot_rows:
             is_peer = (lanes < size) & (lanes != rank)
-            if (part & wire.SEND) != 0:
+            if (mode & wire.MODE_SEND) != 0:
                 buffers = tl.load(peer_table + lanes, mask=is_peer, other=0)
-                wire.signal(buffers + arrived + (rank * MAX_PROGRAMS + pid) * 8, current + 1, 1, is_peer, own)
-            if part >= wire.RECEIVE:
-                brings = is_peer & (tl.load(words + 2 + lanes, mask=is_peer, other=0) > 0)
-                flag = (own + arrived) + (lanes * MAX_PROGRAMS + pid) * 8
-                wire.await_signal(flag, current + 1, 1, brings, own, wire.accuse(blamed, lanes), hints + lanes * 16)
+                wire.signal(
+                    buffers + arrived_offset + (rank * MAX_PROGRAMS + pid) * wire.FLAG_BYTES,
+                    round_number + 1,
+                    1,
+                    is_peer,
+                    buffer_ptr,
+                )
+            if mode >= wire.MODE_RECEIVE:
+                brings = is_peer & (tl.load(step_counts + 2 + lanes, mask=is_peer, other=0) > 0)
+                flag_ptr = (buffer_ptr + arrived_offset) + (lanes * MAX_PROGRAMS + pid) * wire.FLAG_BYTES
+                wire.await_signal(
+                    flag_ptr,
+                    round_number + 1,
+                    1,
+                    brings,
+                    buffer_ptr,
+                    wire.set_blamed_rank(blamed, lanes),
+                    hints_ptr + lanes * wire.COUNT_PACKET_BYTES,
+                )

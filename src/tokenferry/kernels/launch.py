@@ -51,41 +51,6 @@ PDL_MAJOR = 9
 POINTER_ALIGNMENT = 16
 """Bytes. Where every pointer is a multiple of it, packets and rows are loaded and stored in the widest accesses."""
 
-
-PROGRAMS_PER_SM = 2
-"""More do not help: round trips of 2 x H100 at T = 128 to 4096, 2026-11-22."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """How kernels are cut into programs.
-
-    Attributes:
-        num_warps: of a dispatch or combine program; each thread handles one packet at a time.
-        max_programs: most programs of a launch.
-    """
-
-    num_warps: int
-    max_programs: int
-
-    @property
-    def block(self) -> int:
-        """Packets of a program at a time."""
-        return self.num_warps * 32
-
-
-def tuning_for(num_packets: int, num_sms: int) -> Tuning:
-    """The fewest warps with which one wave of programs has a thread for each packet of the largest step in slots.
-
-    Small programs begin sooner, large ones keep more packets under way: on 2 x H100 (2026-11-22) 4 warps were best up to 132
-    programs, 8 up to 264, and 16 from there on.
-    """
-    for num_warps, programs in ((4, num_sms), (8, PROGRAMS_PER_SM * num_sms)):
-        if num_packets <= num_warps * 32 * programs:
-            return Tuning(num_warps=num_warps, max_programs=PROGRAMS_PER_SM * num_sms)
-    return Tuning(num_warps=16, max_programs=PROGRAMS_PER_SM * num_sms)
-
-
 BoundLaunch = Callable[..., None]
 """A launch whose fixed arguments are in place: called with the others by position, in the order that `bind` was given. One thread
 at a time may call it."""

@@ -12,6 +12,7 @@ from tokenferry.config import MoEConfig
 
 Payload = Literal["normal", "hostile"]
 Routing = Literal["uniform", "skewed", "none", "repeated"]
+Shape = tuple[int, int]
 
 HOSTILE = (float("nan"), float("inf"), float("-inf"), -0.0, 0.0, 1e-40, -1e-40, 1.0)
 """Values that a careless copy or sum changes: NaNs, infinities, signed zeros, subnormals."""
@@ -43,41 +44,47 @@ def make_inputs(
 
     `supplied` gives T' for each rank (default T): hidden, ids and weights have T' rows; partials always have V rows.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     partial_dtype = config.dtype if partial_dtype is None else partial_dtype
     rows = tokens_per_rank if supplied is None else supplied
     num_valid = sum(tokens_per_rank)
-    with torch.device("cpu"):  # the caller's default device may be another
-        return [
-            RankInputs(
-                hidden=_payload((count, config.hidden_size), config.dtype, payload, generator),
-                topk_idx=_routing((count, config.topk), config.num_experts, routing, generator).to(index_dtype),
-                topk_weights=torch.rand((count, config.topk), generator=generator).to(weight_dtype),
-                partial=_payload((num_valid, config.hidden_size), partial_dtype, payload, generator),
-            )
-            for count in rows
-        ]
-
-
-def _payload(shape: tuple[int, int], dtype: torch.dtype, payload: Payload, generator: torch.Generator) -> torch.Tensor:
-    values = torch.randn(shape, generator=generator)
-    if payload == "hostile":
-        special = torch.tensor(HOSTILE)[torch.randint(len(HOSTILE), shape, generator=generator)]
-        values = torch.where(torch.rand(shape, generator=generator) < 0.5, special, values)
-        bits = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).to(torch.int32)
-        values = torch.where(torch.rand(shape, generator=generator) < 0.2, bits.view(torch.float32), values)
-        values = torch.where(
-            torch.rand(shape, generator=generator) < 0.1, torch.tensor(-1, dtype=torch.int32).view(torch.float32), values
+    return [
+        RankInputs(
+            hidden=_payload((count, config.hidden_size), config.dtype, payload, generator),
+            topk_idx=_routing((count, config.topk), config.num_experts, routing, generator).to(index_dtype),
+            topk_weights=_uniform((count, config.topk), generator).to(weight_dtype),
+            partial=_payload((num_valid, config.hidden_size), partial_dtype, payload, generator),
         )
+        for count in rows
+    ]
+
+
+def _payload(shape: Shape, dtype: torch.dtype, payload: Payload, generator: torch.Generator) -> torch.Tensor:
+    values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    if payload == "hostile":
+        special = torch.tensor(HOSTILE, dtype=torch.float32, device="cpu")[_integers(0, len(HOSTILE), shape, generator)]
+        values = torch.where(_uniform(shape, generator) < 0.5, special, values)
+        bits = _integers(-(2**31), 2**31, shape, generator).to(torch.int32)
+        values = torch.where(_uniform(shape, generator) < 0.2, bits.view(torch.float32), values)
+        empty_word = torch.tensor(-1, dtype=torch.int32, device="cpu").view(torch.float32)  # what unread slots hold
+        values = torch.where(_uniform(shape, generator) < 0.1, empty_word, values)
     return values.to(dtype)
 
 
-def _routing(shape: tuple[int, int], num_experts: int, routing: Routing, generator: torch.Generator) -> torch.Tensor:
+def _routing(shape: Shape, num_experts: int, routing: Routing, generator: torch.Generator) -> torch.Tensor:
     if routing == "none":
-        return torch.full(shape, -1)
+        return torch.full(shape, -1, dtype=torch.int64, device="cpu")
     if routing == "repeated":
-        return torch.randint(num_experts, (shape[0], 1), generator=generator).expand(shape).contiguous()
+        return _integers(0, num_experts, (shape[0], 1), generator).expand(shape).contiguous()
     if routing == "skewed":
-        return torch.zeros(shape, dtype=torch.int64)
-    ids = torch.randint(num_experts, shape, generator=generator)
-    return torch.where(torch.rand(shape, generator=generator) < 0.1, torch.tensor(-1), ids)
+        return torch.zeros(shape, dtype=torch.int64, device="cpu")
+    ids = _integers(0, num_experts, shape, generator)
+    return ids.masked_fill(_uniform(shape, generator) < 0.1, -1)
+
+
+def _uniform(shape: Shape, generator: torch.Generator) -> torch.Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def _integers(low: int, high: int, shape: Shape, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(low, high, shape, generator=generator, dtype=torch.int64, device="cpu")

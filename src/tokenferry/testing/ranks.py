@@ -36,7 +36,7 @@ def run_ranks(
     Raises:
         RankFailedError: the FIRST failure, with its rank and traceback; the other ranks are ended.
         ConfigError: `worker` is no plain module-level function, or the program cannot be imported by rank processes; see
-            `launch.run_processes`.
+            `supervisor.run_processes`.
         UsageError: torchrun started this process already.
     """
     check_kind("worker", worker, Callable)  # type: ignore[arg-type]

@@ -6,6 +6,8 @@ T rows of this rank (T' of them supplied), R gathered rows, H hidden, K top-k.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,7 +16,8 @@ import torch
 from tokenferry.config import MoEConfig
 from tokenferry.errors import PeerError, PeerFailedError, PeerTimeoutError, StateError
 from tokenferry.groups import EPGroup
-from tokenferry.step import StepRequest, StepTensors
+from tokenferry.step import Announced, StepRequest, StepTensors
+from tokenferry.transports.symmetric.layout import Layout
 
 CombineOrder = Literal["rank", "any"]
 Counts = Literal["uneven", "equal"]
@@ -52,83 +55,159 @@ class Gathered:
     topk_weights_RK: torch.Tensor
 
 
-class Transport(Protocol):
-    """Moves rows. One step at a time; within it, dispatch and combine alternate strictly."""
+@dataclass(frozen=True)
+class SymmetricMemory:
+    """The memory that the peers of a symmetric transport write to: debug mode watches it, tests and benchmarks look at it.
+
+    Attributes:
+        buffer: this rank's whole buffer, uint8.
+        layout: what lies where in it.
+        is_virtual: whether the ranks are threads that share one GPU.
+    """
+
+    buffer: torch.Tensor
+    layout: Layout
+    is_virtual: bool
+
+
+class Transport(ABC):
+    """Moves rows. One step at a time; within it, dispatch and combine alternate strictly.
+
+    The dispatcher has checked the arguments, and the workspace the order of calls. Whoever writes a transport of their own
+    implements the abstract members; the others have defaults, which are right for one that gains nothing from doing better. To
+    change what another transport does, derive from `wrapper.TransportWrapper`: docs/transports.md has an example.
+    """
 
     name: str
-    launched: bool
+    """As in `Workspace.transport` and in the decisions."""
+
+    launched: bool = False
     """Whether the operation under way has launched or sent something, or dropped what it cannot get back: if it then raises, the
     workspace is broken; if not, it stands where it stood. Set before that happens; the caller clears it before each operation."""
 
+    # --- what it is -------------------------------------------------------------------------------------------------
+
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes that it holds for as long as it is open."""
 
     @property
     def fixed_rows(self) -> Gathered | None:
         """What every dispatch returns, if that is always the same tensors."""
+        return None
 
+    @property
+    def rows_per_token(self) -> int | None:
+        """The number n for which every dispatch returns R = n * T rows. None where R depends on the other ranks' counts, or
+        `fixed_rows` says it."""
+        return None
+
+    @property
+    def tokens_per_rank(self) -> tuple[int, ...] | None:
+        """The counts of the step under way, where the host knows them. None where only the device does."""
+        return None
+
+    @property
+    def memory(self) -> SymmetricMemory | None:
+        """The memory that its peers write to. None where they write to none."""
+        return None
+
+    @property
+    def innermost(self) -> Transport:
+        """The transport inside all wrappers, for tests and measurements of one kind of transport."""
+        return self
+
+    # --- a step -----------------------------------------------------------------------------------------------------
+
+    def announce(self, request: StepRequest) -> Announced | None:
+        """Exchanges every rank's counts for the next step ahead of it, so that the hosts know them; `begin_step` of the same
+        request then need not. None, with nothing sent, where this transport's ranks choose alone."""
+        return None
+
+    @abstractmethod
     def begin_step(self, request: StepRequest, layer: int) -> None:
         """Exchanges counts and publishes them in the step tensors."""
 
+    @abstractmethod
     def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
-        """Starts to send [T', H], [T', K] int32 or int64, [T', K] float; T' <= T."""
+        """Starts to send [T', H], [T', K] int32 or int64, [T', K] float; T' <= T. Keeps the tensors until `dispatch_end`."""
 
+    @abstractmethod
     def dispatch_end(self) -> Gathered:
         """Everybody's rows."""
 
+    @abstractmethod
     def combine_input(self) -> torch.Tensor:
         """[R, H] in `combine_dtype`, to be filled by the experts; the same tensor until the next step."""
 
+    @abstractmethod
     def combine_begin(self, partial: torch.Tensor) -> None:
-        """Starts to send the partial rows [R, H] to their owners."""
+        """Starts to send the partial rows [R, H] to their owners. Keeps the tensor until `combine_end`."""
 
+    @abstractmethod
     def combine_end(self) -> torch.Tensor:
         """The combined [T', H], a new tensor."""
 
     def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
         """Both halves, with nothing between."""
+        self.dispatch_begin(layer, hidden, topk_idx, topk_weights)
+        return self.dispatch_end()
 
     def combine(self, partial: torch.Tensor) -> torch.Tensor:
         """Both halves, with nothing between."""
+        self.combine_begin(partial)
+        return self.combine_end()
 
+    def watching_replay(self) -> AbstractContextManager[None]:
+        """Around the launch of a graph that was captured with this transport: what was announced is used up by it, and a peer
+        that does not come is noticed as in an eager call."""
+        return nullcontext()
+
+    @abstractmethod
+    def solo(self) -> Transport:
+        """One of the same shapes that communicates with nobody, for warm-up and capture. It lives on what this one holds."""
+
+    # --- peers ------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
     def check(self) -> None:
         """Raises the `PeerError` that has occurred, if any."""
 
-    def solo(self) -> Transport:
-        """The same shapes, without communication."""
-
+    @abstractmethod
     def fail(self, reason: str) -> None:
         """Tells the peers that this rank gives up."""
 
+    @abstractmethod
     def abort(self) -> None:
         """Ends the waiting of the threads that are inside, which get StateError, since the workspace is being closed; tells the
         peers, who wait for what these threads did. Nothing is released. Never waits for a peer; from any thread."""
 
+    @abstractmethod
     def close(self) -> None:
         """Releases everything; never waits for a peer. No thread is inside, unless within this very call."""
 
 
-class InHalves:
-    """For transports that gain nothing from doing both halves at once, and give other tensors in each step."""
+class TransportFactory(Protocol):
+    """What `Workspace(transport=...)` takes beside a name. Every rank gives one of the same `name`.
 
-    launched = False
+    It opens a transport anew at each opening and each reset, so that it must not keep one. It may serve several workspaces.
+    """
 
     @property
-    def fixed_rows(self) -> None:
-        """See `Transport`."""
+    def name(self) -> str:
+        """Becomes `Workspace.transport`, and is compared between the ranks."""
 
-    def dispatch(
-        self: Transport, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
-    ) -> Gathered:
-        """See `Transport`."""
-        self.dispatch_begin(layer, hidden, topk_idx, topk_weights)
-        return self.dispatch_end()
+    def open(self, settings: TransportSettings, step_tensors: StepTensors) -> Transport:
+        """Opens a transport, on all ranks of `settings.group` together. What is named in the group's store or channel begins
+        with `settings.name`, which no other workspace and no earlier attempt has. To open one of tokenferry's own within it, call
+        `opening.open_transport`.
 
-    def combine(self: Transport, partial: torch.Tensor) -> torch.Tensor:
-        """See `Transport`."""
-        self.combine_begin(partial)
-        return self.combine_end()
+        Raises:
+            ConfigError: no transport of this kind can serve these settings; raised by `Workspace(...)` on every rank.
+            PeerError: another rank is the cause; raised as it is.
+            Exception: it cannot be opened here; `Workspace(...)` raises TransportUnavailableError on every rank.
+        """
 
 
 def closed_meanwhile() -> StateError:
@@ -188,12 +267,15 @@ def mask_padding(topk_idx: torch.Tensor, num_real_tokens: int | torch.Tensor) ->
 __all__ = [
     "PROTOCOL_VERSION",
     "AbortRecord",
+    "Announced",
     "CombineOrder",
     "Counts",
     "Gathered",
     "StepRequest",
     "StepTensors",
+    "SymmetricMemory",
     "Transport",
+    "TransportFactory",
     "TransportSettings",
     "closed_meanwhile",
     "empty_like_routing",

@@ -6,10 +6,10 @@ import torch
 
 from tokenferry.reference import pad_rows, sum_in_rank_order
 from tokenferry.step import StepRequest, StepTensors
-from tokenferry.transports.base import Gathered, InHalves, TransportSettings, mask_padding
+from tokenferry.transports.base import Gathered, Transport, TransportSettings, mask_padding
 
 
-class LocalTransport(InHalves):
+class LocalTransport(Transport):
     """See `Transport`. R = T. `Dispatched.hidden` may be the caller's own tensor; a combined result never is."""
 
     name = "local"
@@ -25,6 +25,10 @@ class LocalTransport(InHalves):
     @property
     def nbytes(self) -> int:
         return self._step_tensors.nbytes
+
+    @property
+    def rows_per_token(self) -> int:
+        return 1
 
     @staticmethod
     def required_bytes(ep_size: int) -> int:
@@ -60,7 +64,8 @@ class LocalTransport(InHalves):
     def combine_input(self) -> torch.Tensor:
         if self._combine_input is None:
             shape = (self._request.num_tokens, self._settings.config.hidden_size)
-            self._combine_input = torch.empty(shape, dtype=self._settings.combine_dtype, device=self._settings.group.device)
+            with torch.inference_mode(False):  # a later layer of the step may fill it outside of the mode
+                self._combine_input = torch.empty(shape, dtype=self._settings.combine_dtype, device=self._settings.group.device)
         return self._combine_input
 
     def combine_begin(self, partial: torch.Tensor) -> None:

@@ -200,7 +200,7 @@ class InferenceAllGatherDispatcherBase(StandaloneBase):
             self.update_metadata(hidden_states.shape[0])
         real = self._real_token_count_tensor
         if real is not None:
-            rows = torch.arange(routing.shape[0], device=routing.device) + self.sp_rank * routing.shape[0]
+            rows = torch.arange(routing.shape[0], dtype=torch.int64, device=routing.device) + self.sp_rank * routing.shape[0]
             self.routing_map = routing.masked_fill((rows >= real).unsqueeze(1), -1)
 
     def _publish_scalar(self, count: int, device: torch.device) -> None:

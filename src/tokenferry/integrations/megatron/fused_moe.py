@@ -91,7 +91,7 @@ def fused_moe(
 
 def _valid_only(routing_RK: torch.Tensor, valid_tokens: torch.Tensor) -> torch.Tensor:
     """-1 beyond the valid rows: another dispatcher than ours may have left stale numbers there."""
-    rows_R = torch.arange(routing_RK.shape[0], device=routing_RK.device)
+    rows_R = torch.arange(routing_RK.shape[0], dtype=torch.int64, device=routing_RK.device)
     return routing_RK.masked_fill((rows_R >= valid_tokens).unsqueeze(1), -1)
 
 

@@ -14,10 +14,9 @@ from tokenferry.dispatcher import Dispatcher
 from tokenferry.errors import StateError
 from tokenferry.integrations.megatron.base import OUTPUT_DTYPE, InferenceAllGatherDispatcherBase
 from tokenferry.integrations.megatron.process_groups import size_of
-from tokenferry.integrations.megatron.registry import Lane
+from tokenferry.integrations.megatron.registry import CollectiveWorkspace
 from tokenferry.integrations.megatron.validation import Fields
 from tokenferry.transports.base import Counts
-from tokenferry.transports.collective.transport import CollectiveTransport
 from tokenferry.workspace import Workspace
 
 
@@ -60,14 +59,14 @@ class NCCLAllGatherDispatcher(InferenceAllGatherDispatcherBase):
         if self._row_group_size == 1:
             self._publish_scalar(local_tokens, device)
             return
-        lane = self._lane()
-        workspace = lane.workspace
-        workspace.begin_step(local_tokens, lane.real_tokens.after(self.sp_rank * local_tokens, self._real_token_count_tensor))
+        opened = self._collective()
+        workspace = opened.workspace
+        workspace.begin_step(local_tokens, opened.real_tokens.after(self.sp_rank * local_tokens, self._real_token_count_tensor))
         if type(self)._use_allgather_v:
-            transport = workspace.active_transport
-            assert isinstance(transport, CollectiveTransport), "the registry opens no other for this class"
-            NCCLAllGatherDispatcher._local_tokens_per_rank = list(transport.tokens_per_rank)
-            self._publish_scalar(sum(transport.tokens_per_rank), device)
+            counts = workspace.active_transport.tokens_per_rank
+            assert counts is not None, "the registry opens the collective transport for this class, whose host knows the counts"
+            NCCLAllGatherDispatcher._local_tokens_per_rank = list(counts)
+            self._publish_scalar(sum(counts), device)
         else:
             self._publish_scalar(local_tokens * self._row_group_size, device)
 
@@ -87,12 +86,12 @@ class NCCLAllGatherDispatcher(InferenceAllGatherDispatcherBase):
         if self._row_group_size == 1:
             self._dispatch_alone(hidden_states, routing)
             return hidden_states, probs
-        lane, num_rows = self._lane(), hidden_states.shape[0]
-        if self._begins_step(lane, num_rows):
+        opened, num_rows = self._collective(), hidden_states.shape[0]
+        if self._begins_step(opened, num_rows):
             self.update_metadata(num_rows)
         else:
-            lane.real_tokens.after(self.sp_rank * num_rows, self._real_token_count_tensor)
-        workspace = lane.workspace
+            opened.real_tokens.after(self.sp_rank * num_rows, self._real_token_count_tensor)
+        workspace = opened.workspace
         if workspace not in self._layers:
             self._layers[workspace] = workspace.dispatcher()
         self._under_way = self._layers[workspace]
@@ -117,12 +116,12 @@ class NCCLAllGatherDispatcher(InferenceAllGatherDispatcherBase):
         self._under_way = None
         return combined
 
-    def _begins_step(self, lane: Lane, num_rows: int) -> bool:
+    def _begins_step(self, opened: CollectiveWorkspace, num_rows: int) -> bool:
         """Equal counts cost nothing, so a forward with fewer rows (multi-token prediction) gets a step of its own size.
         Uneven ones would have to be exchanged, and the ranks could not know that they all must."""
         if self._runs_metadata_sync:
             return True
-        return not type(self)._use_allgather_v and lane.workspace.step.num_tokens != num_rows
+        return not type(self)._use_allgather_v and opened.workspace.step.num_tokens != num_rows
 
     def _hidden_as_known(self) -> tuple[int, torch.dtype, torch.device]:
         """Of the last dispatch; before the first, what the config and the group say."""
@@ -134,7 +133,7 @@ class NCCLAllGatherDispatcher(InferenceAllGatherDispatcherBase):
             raise StateError("update_metadata comes from token_dispatch: the config has no hidden_size to open a connection with")
         return hidden_size, torch.bfloat16, self._registry.ep_group(self._row_group).device
 
-    def _lane(self) -> Lane:
+    def _collective(self) -> CollectiveWorkspace:
         hidden_size, dtype, _ = self._hidden_as_known()
         counts: Counts = "uneven" if type(self)._use_allgather_v else "equal"
-        return self._registry.lane(self._row_group, hidden_size, self.topk, dtype, counts)
+        return self._registry.collective(self._row_group, hidden_size, self.topk, dtype, counts)

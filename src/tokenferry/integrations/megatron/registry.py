@@ -23,8 +23,8 @@ UNBOUNDED_ROWS: Final = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Lane:
-    """A workspace of the NCCL class."""
+class CollectiveWorkspace:
+    """A workspace of the NCCL class, with the number of real tokens in its rows' frame."""
 
     workspace: Workspace
     real_tokens: RealTokens
@@ -48,7 +48,7 @@ class Registry:
         # A process group is a key by identity. An EPGroup is made once for each, since it numbers the names in the group's store.
         self._ep_groups: dict[Any, EPGroup] = {}
         self._buffers: dict[tuple[Any, int, int], GroupBuffers] = {}
-        self._collective: dict[tuple[Any, MoEConfig, Counts, Settings], Lane] = {}
+        self._collective: dict[tuple[Any, MoEConfig, Counts, Settings], CollectiveWorkspace] = {}
 
     def ep_group(self, group: Any) -> EPGroup:
         """The `EPGroup` on a process group."""
@@ -112,7 +112,7 @@ class Registry:
 
     # --- NCCL -------------------------------------------------------------------------------------------------------
 
-    def lane(self, group: Any, hidden_size: int, topk: int, dtype: torch.dtype, counts: Counts) -> Lane:
+    def collective(self, group: Any, hidden_size: int, topk: int, dtype: torch.dtype, counts: Counts) -> CollectiveWorkspace:
         """The NCCL class's workspace for a group, shape and kind of counts, opened when first used, by all ranks together."""
         config = MoEConfig(hidden_size=hidden_size, num_experts=ANY_EXPERT, topk=topk, dtype=dtype)
         key = (group, config, counts, self.settings)
@@ -121,7 +121,7 @@ class Registry:
             if is_capturing(ep_group.device):
                 raise StateError("the first dispatch opens a connection, which cannot be captured; run one step eagerly first")
             workspace = open_workspace(config, ep_group, "collective", UNBOUNDED_ROWS, self.settings, counts)
-            self._collective[key] = Lane(workspace, RealTokens(ep_group.device))
+            self._collective[key] = CollectiveWorkspace(workspace, RealTokens(ep_group.device))
         return self._collective[key]
 
     # --- both -------------------------------------------------------------------------------------------------------
@@ -136,17 +136,17 @@ class Registry:
 
     def close(self) -> None:
         """Closes everything of both classes."""
-        lanes = list(self._collective.values())
+        opened = list(self._collective.values())
         self._collective.clear()
         try:
             self.delete_buffers()
         finally:
-            _close_all([lane.workspace for lane in lanes])
+            _close_all([each.workspace for each in opened])
 
     def workspaces(self) -> list[Workspace]:
         """All that are open."""
         owned = [buffers.workspace for buffers in self._buffers.values() if buffers.workspace is not None]
-        return [*owned, *(lane.workspace for lane in self._collective.values())]
+        return [*owned, *(each.workspace for each in self._collective.values())]
 
     def configure(self, settings: Settings) -> None:
         """Takes new settings for what is opened from now on.

@@ -65,7 +65,7 @@ def exchange_sums(
         return dispatcher.combine(partial_RH, got)
 
 
-def exchange_slots(
+def exchange_choices(
     dispatcher: Dispatcher,
     experts: LocalExperts,
     rows: Rows,
@@ -88,16 +88,18 @@ def exchange_slots(
     with stopwatch.running():
         got = dispatcher.dispatch(pad(rows.hidden_TH, (0, (topk - 1) * hidden_size)), rows.topk_idx_TK, rows.topk_weights_TK)
     hidden_RH, weights_RK = got.hidden[:, :hidden_size].contiguous(), _weights(got, rows)
-    slots = torch.zeros_like(got.hidden)
+    outputs = torch.zeros_like(got.hidden)
     start = 0
     for num_tokens in tokens_per_rank:
-        own = slice(start, start + num_tokens)
+        rows_of_rank = slice(start, start + num_tokens)
         if num_tokens:
-            slots[own] = experts.slots(hidden_RH[own], got.topk_idx[own], weights_RK[own]).reshape(num_tokens, -1)
+            outputs[rows_of_rank] = experts.each_choice(
+                hidden_RH[rows_of_rank], got.topk_idx[rows_of_rank], weights_RK[rows_of_rank]
+            ).reshape(num_tokens, -1)
         start += num_tokens
     with stopwatch.running():
-        slots_TKH = dispatcher.combine(slots, got).view(-1, topk, hidden_size)
-    return experts.sum_slots(slots_TKH, rows.topk_idx_TK, rows.topk_weights_TK)
+        outputs_TKH = dispatcher.combine(outputs, got).view(-1, topk, hidden_size)
+    return experts.sum_choices(outputs_TKH, rows.topk_idx_TK, rows.topk_weights_TK)
 
 
 def _weights(got: Dispatched, rows: Rows) -> torch.Tensor:

@@ -16,7 +16,7 @@ from tokenferry.config import MoEConfig
 from tokenferry.dispatcher import Dispatcher
 from tokenferry.errors import CapacityError, ConfigError, StateError
 from tokenferry.groups import EPGroup
-from tokenferry.integrations.transformers.exchange import Rows, exchange_slots, exchange_sums
+from tokenferry.integrations.transformers.exchange import Rows, exchange_choices, exchange_sums
 from tokenferry.integrations.transformers.layer import ExpertLayer
 from tokenferry.integrations.transformers.loading import Shard
 from tokenferry.integrations.transformers.one_thread import OneThread
@@ -270,7 +270,7 @@ class ExpertParallel:
             )
         if self.options.exact:
             tokens_per_rank = step.tokens_per_rank.tolist()
-            return exchange_slots(self._dispatchers[number], layer.experts, rows, tokens_per_rank, self._stopwatch)
+            return exchange_choices(self._dispatchers[number], layer.experts, rows, tokens_per_rank, self._stopwatch)
         return exchange_sums(
             self._dispatchers[number], layer.experts, rows, self._num_valid_rows, self._partial_dtype, self._stopwatch
         )

@@ -1,7 +1,7 @@
 """A MoE layer of a transformers model whose experts are spread over ranks: what stands between its router and its experts.
 
-transformers 5.23 has a slot for this, `EPImplementationInterface`. Before it, the same object becomes the experts' forward
-directly. Llama 4's experts take no choices, so its block is replaced.
+transformers 5.23 has an interface for this, `EPImplementationInterface`. Before it, the same object becomes the experts' forward
+directly. Llama 4's experts take no choices, so the forward of its whole MoE module is replaced.
 """
 
 from __future__ import annotations
@@ -73,28 +73,28 @@ class ExpertLayer:
         return self._host.run_layer(self, hidden_states, top_k_index, top_k_weights)
 
 
-class Llama4Block:
-    """The forward of a Llama 4 MoE block, with its experts behind an `ExpertLayer`."""
+class Llama4MoE:
+    """The forward of a Llama 4 MoE module, with its experts behind an `ExpertLayer`."""
 
-    def __init__(self, block: nn.Module, layer: ExpertLayer) -> None:
-        self._block: Any = block
+    def __init__(self, module: nn.Module, layer: ExpertLayer) -> None:
+        self._module: Any = module
         self._layer = layer
 
     def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden_TH = hidden_states.reshape(-1, self._block.hidden_dim)
-        scores_TE, logits_TE = self._block.router(hidden_TH)
-        topk_scores_TK, topk_idx_TK = scores_TE.topk(self._block.top_k, dim=1)
+        hidden_TH = hidden_states.reshape(-1, self._module.hidden_dim)
+        scores_TE, logits_TE = self._module.router(hidden_TH)
+        topk_scores_TK, topk_idx_TK = scores_TE.topk(self._module.top_k, dim=1)
         routed_TH = self._layer(hidden_TH, topk_idx_TK, topk_scores_TK)
-        return self._block.shared_expert(hidden_TH).add_(routed_TH), logits_TE
+        return self._module.shared_expert(hidden_TH).add_(routed_TH), logits_TE
 
 
 def register() -> None:
     """Makes our names known to transformers. `from_pretrained` does it; calling it again changes nothing."""
     ALL_EXPERTS_FUNCTIONS.register(LOCAL_EXPERTS, experts_forward)
     ALL_FP8_EXPERTS_FUNCTIONS.register(LOCAL_EXPERTS, ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"])
-    slot = _slot()
-    if slot is not None:
-        slot.EPImplementationInterface.register(EP_IMPLEMENTATION, ExpertLayer)
+    interface = _interface_module()
+    if interface is not None:
+        interface.EPImplementationInterface.register(EP_IMPLEMENTATION, ExpertLayer)
 
 
 def is_decorated(module: nn.Module) -> bool:
@@ -108,23 +108,23 @@ def install_layers(model: nn.Module, host: LayerHost) -> None:
         if is_decorated(module):
             _install_experts(module, host)
         elif type(module).__name__ == "Llama4TextMoe":
-            _install_llama4_block(module, host)
+            _install_llama4(module, host)
 
 
 def _install_experts(experts: Any, host: LayerHost) -> None:
-    slot = _slot()
-    if slot is None:
+    interface = _interface_module()
+    if interface is None:
         experts.forward = ExpertLayer(experts, host)
     else:
-        slot.EpDispatchExpertsParallel().install_forward(experts, host, tp_mesh=None, ep_implementation=EP_IMPLEMENTATION)
+        interface.EpDispatchExpertsParallel().install_forward(experts, host, tp_mesh=None, ep_implementation=EP_IMPLEMENTATION)
 
 
-def _install_llama4_block(block: Any, host: LayerHost) -> None:
-    block.forward = Llama4Block(block, ExpertLayer(block.experts, host))
+def _install_llama4(module: Any, host: LayerHost) -> None:
+    module.forward = Llama4MoE(module, ExpertLayer(module.experts, host))
 
 
-def _slot() -> Any | None:
-    """transformers' module with the slot, or None before there was one (5.22 has the module without it)."""
+def _interface_module() -> Any | None:
+    """transformers' module with the interface, or None before there was one (5.22 has the module without it)."""
     name = "transformers.distributed.expert_parallel"
     module = importlib.import_module(name) if importlib.util.find_spec(name) else None
     return module if hasattr(module, "EPImplementationInterface") else None

@@ -27,12 +27,12 @@ class LocalExperts(Protocol):
     ) -> torch.Tensor:
         """[R, H] in `dtype`: for each row the weighted sum over this rank's experts."""
 
-    def slots(self, hidden_RH: torch.Tensor, topk_idx_RK: torch.Tensor, topk_weights_RK: torch.Tensor) -> torch.Tensor:
-        """[R, K, H]: each choice's expert output before `sum_slots`, -0.0 where the expert is another rank's
+    def each_choice(self, hidden_RH: torch.Tensor, topk_idx_RK: torch.Tensor, topk_weights_RK: torch.Tensor) -> torch.Tensor:
+        """[R, K, H]: each choice's expert output before `sum_choices`, -0.0 where the expert is another rank's
         (x + -0.0 is x for every x, -0.0 included; x + 0.0 is not)."""
 
-    def sum_slots(self, slots_TKH: torch.Tensor, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor) -> torch.Tensor:
-        """[T, H]: all experts' slots put together in the order and the dtypes of the unmodified model."""
+    def sum_choices(self, outputs_TKH: torch.Tensor, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor) -> torch.Tensor:
+        """[T, H]: the outputs of all choices put together in the order and the dtypes of the unmodified model."""
 
 
 class RoutedExperts:
@@ -58,21 +58,21 @@ class RoutedExperts:
         if dtype == hidden_RH.dtype:
             summed: torch.Tensor = self._forward(hidden_RH, local_idx_RK, weights_RK)
             return summed
-        return (self._each_choice(hidden_RH, local_idx_RK, is_own_RK, weights_RK.dtype) * weights_RK.unsqueeze(-1)).sum(
+        return (self._run_choices(hidden_RH, local_idx_RK, is_own_RK, weights_RK.dtype) * weights_RK.unsqueeze(-1)).sum(
             dim=1, dtype=dtype
         )
 
-    def slots(self, hidden_RH: torch.Tensor, topk_idx_RK: torch.Tensor, topk_weights_RK: torch.Tensor) -> torch.Tensor:
-        """See `LocalExperts.slots`: unweighted."""
+    def each_choice(self, hidden_RH: torch.Tensor, topk_idx_RK: torch.Tensor, topk_weights_RK: torch.Tensor) -> torch.Tensor:
+        """See `LocalExperts.each_choice`: unweighted."""
         local_idx_RK, is_own_RK = local_choices(topk_idx_RK, self.owned)
-        slots_RKH = self._each_choice(hidden_RH, local_idx_RK, is_own_RK, topk_weights_RK.dtype)
-        return slots_RKH.masked_fill_(~is_own_RK.unsqueeze(-1), -0.0)
+        outputs_RKH = self._run_choices(hidden_RH, local_idx_RK, is_own_RK, topk_weights_RK.dtype)
+        return outputs_RKH.masked_fill_(~is_own_RK.unsqueeze(-1), -0.0)
 
-    def sum_slots(self, slots_TKH: torch.Tensor, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor) -> torch.Tensor:
-        """See `LocalExperts.sum_slots`: the end of transformers' grouped_mm forward."""
-        return (slots_TKH * topk_weights_TK.unsqueeze(-1)).sum(dim=1).to(slots_TKH.dtype)
+    def sum_choices(self, outputs_TKH: torch.Tensor, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor) -> torch.Tensor:
+        """See `LocalExperts.sum_choices`: the end of transformers' grouped_mm forward."""
+        return (outputs_TKH * topk_weights_TK.unsqueeze(-1)).sum(dim=1).to(outputs_TKH.dtype)
 
-    def _each_choice(
+    def _run_choices(
         self, hidden_RH: torch.Tensor, local_idx_RK: torch.Tensor, is_own_RK: torch.Tensor, weight_dtype: torch.dtype
     ) -> torch.Tensor:
         """[R, K, H], unweighted: every choice as a row of its own with one expert and weight 1, which changes no bit."""
@@ -99,19 +99,19 @@ class Llama4Experts:
         """See `LocalExperts.partial`."""
         return self._each_expert(hidden_RH, topk_idx_RK, topk_weights_RK).sum(dim=0, dtype=dtype)
 
-    def slots(self, hidden_RH: torch.Tensor, topk_idx_RK: torch.Tensor, topk_weights_RK: torch.Tensor) -> torch.Tensor:
-        """See `LocalExperts.slots`: weighted, since the weight is in the input."""
+    def each_choice(self, hidden_RH: torch.Tensor, topk_idx_RK: torch.Tensor, topk_weights_RK: torch.Tensor) -> torch.Tensor:
+        """See `LocalExperts.each_choice`: weighted, since the weight is in the input."""
         local_idx_RK, is_own_RK = local_choices(topk_idx_RK, self.owned)
         outputs_eRH = self._each_expert(hidden_RH, topk_idx_RK, topk_weights_RK)
-        row_R1 = torch.arange(hidden_RH.shape[0], device=hidden_RH.device).unsqueeze(1)
-        slots_RKH = outputs_eRH[local_idx_RK.clamp(max=len(self.owned) - 1), row_R1]
-        return slots_RKH.masked_fill_(~is_own_RK.unsqueeze(-1), -0.0)
+        row_R1 = torch.arange(hidden_RH.shape[0], dtype=torch.int64, device=hidden_RH.device).unsqueeze(1)
+        outputs_RKH = outputs_eRH[local_idx_RK.clamp(max=len(self.owned) - 1), row_R1]
+        return outputs_RKH.masked_fill_(~is_own_RK.unsqueeze(-1), -0.0)
 
-    def sum_slots(self, slots_TKH: torch.Tensor, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor) -> torch.Tensor:
-        """See `LocalExperts.sum_slots`: over all E experts, since a sum's bits depend on where its zeros stand."""
-        outputs_ETH = slots_TKH.new_zeros(self._num_experts, slots_TKH.shape[0], slots_TKH.shape[2])
-        row_T1 = torch.arange(slots_TKH.shape[0], device=slots_TKH.device).unsqueeze(1)
-        outputs_ETH[topk_idx_TK.long(), row_T1] = slots_TKH
+    def sum_choices(self, outputs_TKH: torch.Tensor, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor) -> torch.Tensor:
+        """See `LocalExperts.sum_choices`: over all E experts, since a sum's bits depend on where its zeros stand."""
+        outputs_ETH = outputs_TKH.new_zeros(self._num_experts, outputs_TKH.shape[0], outputs_TKH.shape[2])
+        row_T1 = torch.arange(outputs_TKH.shape[0], dtype=torch.int64, device=outputs_TKH.device).unsqueeze(1)
+        outputs_ETH[topk_idx_TK.long(), row_T1] = outputs_TKH
         return outputs_ETH.sum(dim=0)
 
     def _each_expert(self, hidden_RH: torch.Tensor, topk_idx_RK: torch.Tensor, topk_weights_RK: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from tokenferry.integrations.transformers.expert_parallel import ExpertParallel,
 from tokenferry.integrations.transformers.layer import LOCAL_EXPERTS, install_layers, register
 from tokenferry.integrations.transformers.loading import open_tensors, own_tensors
 from tokenferry.precision import refuse_conversion
-from tokenferry.transports.agree import telling_the_others
+from tokenferry.transports.opening import telling_the_others
 
 _NOT_OURS: Final = ("distributed_config", "device_map", "device_mesh", "tp_plan", "tp_size")
 """Arguments of transformers' `from_pretrained` that place a model otherwise."""

@@ -14,7 +14,7 @@ _MOST_PENDING: Final = 2048
 
 
 class Stopwatch:
-    """Adds up the time of `with stopwatch.running():` blocks: wall time on the CPU, stream time on CUDA.
+    """Adds up the time within `with stopwatch.running():`: wall time on the CPU, stream time on CUDA.
 
     Nothing is measured while a CUDA graph is captured, nor when it is replayed.
     """

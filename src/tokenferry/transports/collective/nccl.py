@@ -1,9 +1,4 @@
-"""The collective transport's messages over NCCL: grouped sends and receives, one launch for all peers and tensors.
-
-NCCL calls return before they have run, and one that waits for a dead peer never ends. A watchman thread looks at the
-oldest unfinished call; after the time-out it aborts this communicator alone, which ends the kernel, and the next call of the
-workspace raises. Ranks that wait post where they stand, so that the one that does not is known by number.
-"""
+"""The collective transport's messages over NCCL: grouped sends and receives, one launch for all peers and tensors."""
 
 from __future__ import annotations
 
@@ -13,52 +8,46 @@ import json
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from tokenferry import env
+from tokenferry.channel import RendezvousStore
 from tokenferry.groups import EPGroup
-from tokenferry.transports.collective.gloo import HEADER_WORDS, CommunicationError, Header, Rows, leave_to_parent
+from tokenferry.transports.collective.messages import (
+    HEADER_WORDS,
+    CommunicationError,
+    Communicator,
+    Header,
+    Rows,
+    leave_to_parent,
+)
+from tokenferry.transports.collective.watchdog import Call, Watchdog
 
 _NO_TORCH_TIMEOUT = datetime.timedelta(days=30)
 _POLL_S = 0.00002
 
 
-@dataclass
-class _Call:
-    """An operation that may not have finished: its launch has not returned, or the stream has not reached `event` behind it."""
+class NcclCommunicator(Communicator):
+    """See `Communicator`. A watchdog looks after the calls."""
 
-    number: int
-    started_s: float
-    event: torch.cuda.Event | None = None
-    ended: bool = False
-
-    def finished(self) -> bool:
-        return self.ended or (self.event is not None and self.event.query())
-
-
-class NcclCommunicator:
-    """The same methods as `GlooCommunicator`."""
-
-    def __init__(self, store: dist.Store, group: EPGroup, timeout_s: float, open_timeout_s: float) -> None:
+    def __init__(self, store: RendezvousStore, group: EPGroup, timeout_s: float, open_timeout_s: float) -> None:
         self.rank, self.size, self.device, self.timeout_s = group.rank, group.size, group.device, timeout_s
         self._store = store
         self._pid = os.getpid()
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = _NO_TORCH_TIMEOUT
         with env.nccl_errors_stay_ours():
-            self._backend: Any = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), self.rank, self.size, options)
+            self._backend: Any = dist.ProcessGroupNCCL(store.under("nccl").store, self.rank, self.size, options)
         self._pinned = torch.zeros(self.size * HEADER_WORDS, dtype=torch.int64, device="cpu").pin_memory()
         self._captured = False
-        self._watchman = _Watchman(self, open_timeout_s)
-        self._watchman.start()
+        self._watchdog = Watchdog(self, open_timeout_s)
+        self._watchdog.start()
         self._connect()
-        self._watchman.timeout_s = timeout_s
+        self._watchdog.timeout_s = timeout_s
 
     def _connect(self) -> None:
         """NCCL connects a pair of ranks at the first message between them, with the host waiting: that belongs to opening."""
@@ -69,14 +58,14 @@ class NcclCommunicator:
         self.exchange_headers(first)
 
     def exchange_headers(self, header: Header) -> list[Header]:
-        """See `GlooCommunicator`. The one place where the host waits for the device, once a step."""
+        """See `Communicator`. The one place where the host waits for the device, once a step."""
         self.raise_if_broken()
-        call = self._watchman.watch()
-        words = torch.tensor(astuple(header), dtype=torch.int64, device="cpu").to(self.device, non_blocking=True)
+        call = self._watchdog.watch()
+        words = header.words().to(self.device, non_blocking=True)
         gathered = words.new_empty(self.size * HEADER_WORDS)
         self._backend._allgather_base(gathered, words).wait()
         self._pinned.copy_(gathered, non_blocking=True)
-        self._watchman.launched(call)
+        self._watchdog.launched(call)
         while not call.finished():
             self.raise_if_broken()
             time.sleep(_POLL_S if time.monotonic() - call.started_s < 0.01 else 0.001)
@@ -84,10 +73,10 @@ class NcclCommunicator:
         return [Header(*words) for words in self._pinned.view(self.size, HEADER_WORDS).tolist()]
 
     def start(self, header: Header, outgoing: Rows, incoming: Rows) -> NcclPending:
-        """See `GlooCommunicator`. Capturable: during capture nothing is watched, the replay's caller checks."""
+        """See `Communicator`. Capturable: during capture nothing is watched, the replay's caller checks."""
         self.raise_if_broken()
         call, backend, works = self._watch(), self._backend, []
-        peers = [(self.rank + shift) % self.size for shift in range(1, self.size)]
+        peers = self.peers
         if any(tensor.numel() for peer in peers for tensor in (*outgoing[peer], *incoming[peer])):
             backend._start_coalescing()
             for peer in peers:
@@ -102,7 +91,6 @@ class NcclCommunicator:
         return NcclPending(self, works)
 
     def reduce_scatter(self, out: torch.Tensor, rows: torch.Tensor) -> NcclPending:
-        """The library's own reduce-scatter, for equal counts and `combine_order="any"`."""
         self.raise_if_broken()
         call = self._watch()
         work = self._backend._reduce_scatter_base(out, rows)
@@ -110,36 +98,36 @@ class NcclCommunicator:
         return NcclPending(self, [work])
 
     def finish(self, works: list[Any]) -> None:
-        """Makes the current stream wait for `works`, under the watchman's eyes."""
+        """Makes the current stream wait for `works`, under the watchdog's eyes."""
         call = self._watch()
         for work in works:
             work.wait()
         if call is not None:
-            self._watchman.launched(call, on_stream=bool(works))
+            self._watchdog.launched(call, on_stream=bool(works))
 
     @contextlib.contextmanager
     def watching_replay(self) -> Iterator[None]:
         """A captured call is nobody's to watch; its replay, launched in the block, is watched as one call."""
         self.raise_if_broken()
-        call = self._watchman.watch()
+        call = self._watchdog.watch()
         try:
             yield
         finally:
-            self._watchman.launched(call)
+            self._watchdog.launched(call)
 
-    def _watch(self) -> _Call | None:
+    def _watch(self) -> Call | None:
         if torch.cuda.is_current_stream_capturing():
             self._captured = True
             return None
-        return self._watchman.watch()
+        return self._watchdog.watch()
 
-    def _launched(self, call: _Call | None) -> None:
+    def _launched(self, call: Call | None) -> None:
         if call is not None:
-            self._watchman.launched(call, on_stream=False)
+            self._watchdog.launched(call, on_stream=False)
 
     def raise_if_broken(self) -> None:
-        """Raises what the watchman found."""
-        error = self._watchman.error
+        """Raises what the watchdog found."""
+        error = self._watchdog.error
         if error is not None:
             raise error
 
@@ -149,13 +137,12 @@ class NcclCommunicator:
 
     def positions(self, number: int) -> list[bool]:
         """Which ranks have said that they wait in call `number`."""
-        return [self._store.check([f"waits/{number}/{rank}"]) for rank in range(self.size)]
+        return [self._store.has(f"waits/{number}/{rank}") for rank in range(self.size)]
 
     def abort(self) -> None:
-        """Drops the connections at once; never waits."""
-        if self._watchman.error is None:  # for a thread that is inside: what its calls leave behind is nobody's rows
-            self._watchman.error = CommunicationError(-1, True, 0.0, "the communicator was closed")
-        self._watchman.stop()
+        if self._watchdog.error is None:  # for a thread that is inside: what its calls leave behind is nobody's rows
+            self._watchdog.error = CommunicationError(-1, 0.0, "the communicator was closed")
+        self._watchdog.stop()
         backend, self._backend = self._backend, None
         if backend is None:
             return
@@ -170,7 +157,7 @@ class NcclCommunicator:
         leave_to_parent(getattr(self, "_backend", None), self._pid)
 
     def abort_backend(self) -> None:
-        """Ends the kernels that wait; called by the watchman."""
+        """Ends the kernels that wait; called by the watchdog."""
         if self._backend is not None:
             self._backend.abort()
 
@@ -188,68 +175,3 @@ class NcclPending:
     def finish(self) -> None:
         """See `Pending`."""
         self._communicator.finish(self._works)
-
-
-class _Watchman(threading.Thread):
-    """Looks after calls that do not end."""
-
-    def __init__(self, communicator: NcclCommunicator, timeout_s: float) -> None:
-        super().__init__(daemon=True, name="tokenferry-nccl-watchman")
-        self._communicator, self.timeout_s = communicator, timeout_s
-        self._calls: deque[_Call] = deque()
-        self._lock = threading.Lock()  # the calling thread and this one both drop finished calls
-        self._number = 0
-        self._ended = threading.Event()
-        self.error: CommunicationError | None = None
-
-    def watch(self) -> _Call:
-        """Registers a call that is about to be launched: the launch itself may wait for a peer."""
-        call = _Call(self._number, time.monotonic())
-        self._number += 1
-        with self._lock:
-            self._calls.append(call)
-        return call
-
-    def launched(self, call: _Call, *, on_stream: bool = True) -> None:
-        """The launch of `call` returned; what stands on the current stream now belongs to it, or nothing does."""
-        if on_stream:
-            event = torch.cuda.Event()
-            event.record()
-            call.event = event
-        else:
-            call.ended = True
-        self._oldest_unfinished()
-
-    def _oldest_unfinished(self) -> _Call | None:
-        with self._lock:
-            while self._calls and self._calls[0].finished():
-                self._calls.popleft()
-            return self._calls[0] if self._calls else None
-
-    def run(self) -> None:
-        torch.cuda.set_device(self._communicator.device)
-        posted = -1
-        while not self._ended.wait(min(1.0, self._communicator.timeout_s / 20)):
-            timeout_s = self.timeout_s
-            call = self._oldest_unfinished()
-            if call is None:
-                continue
-            waited_s = time.monotonic() - call.started_s
-            if waited_s > timeout_s / 2 and posted != call.number:
-                self._communicator.post_position(call.number)
-                posted = call.number
-            if waited_s > timeout_s:
-                self.error = self.late_rank(call, waited_s)
-                self._communicator.abort_backend()
-                return
-
-    def late_rank(self, call: _Call, waited_s: float) -> CommunicationError:
-        """Names the first rank that does not wait in the same call; its own silence would have been broken by now."""
-        present = self._communicator.positions(call.number)
-        present[self._communicator.rank] = True
-        late = present.index(False) if False in present else -1
-        return CommunicationError(late, False, waited_s)
-
-    def stop(self) -> None:
-        """Ends the thread soon; does not wait for it."""
-        self._ended.set()

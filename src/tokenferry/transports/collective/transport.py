@@ -6,20 +6,27 @@ rank sends every owner its rows) and a float32 sum in rank order, because a libr
 
 from __future__ import annotations
 
-import time
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from tokenferry.errors import PeerError, StateError
+from tokenferry.errors import PeerError, PeerFailedError, Phase, StateError
 from tokenferry.reference import pad_rows, sum_in_rank_order
 from tokenferry.step import FLAG_DONE, Announced, StepRequest, StepTensors
-from tokenferry.transports.base import AbortRecord, Gathered, InHalves, TransportSettings, closed_meanwhile, mask_padding
-from tokenferry.transports.collective.gloo import CommunicationError, GlooCommunicator, Header, Pending
+from tokenferry.transports.base import AbortRecord, Gathered, Transport, TransportSettings, closed_meanwhile, mask_padding
+from tokenferry.transports.collective.gloo import GlooCommunicator
+from tokenferry.transports.collective.messages import (
+    CommunicationError,
+    Communicator,
+    Header,
+    Pending,
+    pack_routing,
+    unpack_routing,
+)
 from tokenferry.transports.collective.nccl import NcclCommunicator
 from tokenferry.transports.local import LocalTransport
+from tokenferry.transports.settling import agree_on_record, known_record
 
 STEP, DISPATCH, COMBINE, ANNOUNCE = 0, 1, 2, 3
 """Operations, in the order in which a rank goes through them within a layer. Announcing stands apart, so that a rank which
@@ -49,7 +56,7 @@ class _Combine:
     sent: torch.Tensor
 
 
-class CollectiveTransport(InHalves):
+class CollectiveTransport(Transport):
     """See `Transport`. R = V with uneven counts (known to the host, once a step), EP·T with equal counts."""
 
     name = "collective"
@@ -69,6 +76,10 @@ class CollectiveTransport(InHalves):
     @property
     def nbytes(self) -> int:
         return self._step_tensors.nbytes
+
+    @property
+    def rows_per_token(self) -> int | None:
+        return self._settings.group.size if self._settings.counts == "equal" else None
 
     @property
     def tokens_per_rank(self) -> tuple[int, ...]:
@@ -157,7 +168,8 @@ class CollectiveTransport(InHalves):
     def combine_input(self) -> torch.Tensor:
         if self._combine_input is None:
             shape = (sum(self._counts), self._settings.config.hidden_size)
-            self._combine_input = torch.empty(shape, dtype=self._settings.combine_dtype, device=self._settings.group.device)
+            with torch.inference_mode(False):  # a later layer of the step may fill it outside of the mode
+                self._combine_input = torch.empty(shape, dtype=self._settings.combine_dtype, device=self._settings.group.device)
         return self._combine_input
 
     def combine_begin(self, partial: torch.Tensor) -> None:
@@ -188,6 +200,11 @@ class CollectiveTransport(InHalves):
 
     # --- peers ------------------------------------------------------------------------------------------------------
 
+    @property
+    def _phase(self) -> Phase:
+        """Of the operation under way."""
+        return "not-entered" if self._operation in (STEP, ANNOUNCE) else "data-missing"
+
     def _header(self) -> Header:
         request = self._request
         generation = self._settings.generation
@@ -202,13 +219,14 @@ class CollectiveTransport(InHalves):
 
     def _reduce_scatter(self, out: torch.Tensor, rows: torch.Tensor) -> Pending | None:
         """The library's own, where it has one that is faster than the ordered exchange."""
-        if isinstance(self._communicator, GlooCommunicator):
-            return None
-        self.launched = True
+        had_launched, self.launched = self.launched, True
         try:
-            return self._communicator.reduce_scatter(out, rows)
+            pending = self._communicator.reduce_scatter(out, rows)
         except CommunicationError as error:
             raise self._peer_error(error) from error
+        if pending is None:
+            self.launched = had_launched
+        return pending
 
     def _finish(self, pending: Pending) -> None:
         try:
@@ -233,42 +251,41 @@ class CollectiveTransport(InHalves):
 
     def _peer_error(self, error: CommunicationError) -> PeerError:
         """Turns what the communicator noticed into the error that the whole group agrees on."""
-        phase = "not-entered" if self._operation in (STEP, ANNOUNCE) else "data-missing"
-        reason = "its connection is gone (the process ended, or closed its workspace)" if error.closed else ""
+        phase: Phase = self._phase
+        reason, has_failed = error.reason, bool(error.reason)
         rank = self._settings.group.rank
-        elsewhere = self._settings.group.waiting.who_waits_elsewhere(error.rank, self._settings.name, grace=not error.closed)
+        elsewhere = self._settings.group.waiting.who_waits_elsewhere(error.rank, self._settings.name, grace=not has_failed)
         if elsewhere is not None:
             phase, reason = "counts-disagree", elsewhere
         record = AbortRecord(error.rank, rank, phase, self._request.index, self._layer, error.waited_s, reason)
-        return self._settle(record, grace_s=RECORD_GRACE_S if error.closed else 0.0)
+        return self._settle(record, grace_s=RECORD_GRACE_S if has_failed else 0.0)
 
     def _settle(self, record: AbortRecord, grace_s: float = 0.0) -> PeerError:
         if self._aborted:  # this rank dropped the connections itself: no peer is to blame
             raise closed_meanwhile()
-        channel, name = self._settings.group.channel, f"{self._settings.name}/abort"
-        give_up = time.monotonic() + grace_s
         try:
-            while channel.peek(name) is None and time.monotonic() < give_up:
-                time.sleep(0.01)
-            agreed = AbortRecord(**channel.claim(name, asdict(record)))
+            agreed = agree_on_record(self._settings, record, grace_s)
         finally:
-            self._communicator.abort()  # also if the store is gone: then the peers learn it from the connections
+            self._communicator.abort()
         return agreed.error_for(self._settings.group.rank)
 
     def fail(self, reason: str) -> None:
         rank = self._settings.group.rank
-        phase = "not-entered" if self._operation in (STEP, ANNOUNCE) else "data-missing"
-        self._settle(AbortRecord(rank, rank, phase, self._request.index, self._layer, 0.0, reason))
+        self._settle(AbortRecord(rank, rank, self._phase, self._request.index, self._layer, 0.0, reason))
 
     def check(self) -> None:
         try:
             self._communicator.raise_if_broken()
         except CommunicationError as error:
             raise self._peer_error(error) from error
-        known = self._settings.group.channel.peek(f"{self._settings.name}/abort")
+        try:
+            known = known_record(self._settings)
+        except PeerFailedError as lost:
+            self._communicator.abort()
+            raise PeerFailedError(lost.rank, lost.reason, self._request.index, self._phase) from lost
         if known is not None:
             self._communicator.abort()
-            raise AbortRecord(**known).error_for(self._settings.group.rank)
+            raise known.error_for(self._settings.group.rank)
 
     def solo(self) -> LocalTransport:
         return LocalTransport(self._settings, self._step_tensors)
@@ -282,20 +299,9 @@ class CollectiveTransport(InHalves):
         self._dispatch = self._combine = self._combine_input = None
 
 
-def pack_routing(topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-    """[T, K] int32 ids and [T, K] weights -> one int32 [T, 2K] message, the weights as the bits of float32."""
-    return torch.cat([topk_idx, topk_weights.to(torch.float32).view(torch.int32)], dim=1)
-
-
-def unpack_routing(routing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `pack_routing`, contiguous."""
-    idx, weights = routing.chunk(2, dim=1)
-    return idx.contiguous(), weights.contiguous().view(torch.float32)
-
-
-def _open_communicator(settings: TransportSettings) -> GlooCommunicator | NcclCommunicator:
+def _open_communicator(settings: TransportSettings) -> Communicator:
     group = settings.group
-    store = dist.PrefixStore(f"{settings.name}/communicator", group.store)
+    store = group.rendezvous.under(f"{settings.name}/communicator")
     if group.device.type == "cpu":
-        return GlooCommunicator(store, group.rank, group.size, settings.timeout_s, settings.open_timeout_s)
+        return GlooCommunicator(store.store, group.rank, group.size, settings.timeout_s, settings.open_timeout_s)
     return NcclCommunicator(store, group, settings.timeout_s, settings.open_timeout_s)

@@ -59,7 +59,7 @@ class SymmetricBuffer:
     Attributes:
         tensor: uint8 [nbytes], this rank's own.
         address: of `tensor`, in this rank's address space.
-        peers: address of every rank's buffer, in this rank's address space.
+        addresses: of every rank's buffer, in this rank's address space.
         table, table_address: int64 [size + 1] tensor on the device with the same, then `address`, and where it lies.
         own_table_address: where the last entry lies: the table of a rank that runs alone.
         multicast_address: of the mapping whose stores reach all buffers, or 0.
@@ -79,7 +79,7 @@ class SymmetricBuffer:
         if group.size == 1:
             self.tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=group.device)
             self._tensors = [self.tensor]
-            self.peers = [self.tensor.data_ptr()]
+            self.addresses = [self.tensor.data_ptr()]
         elif group.device.type == "cpu":
             self._open_files(num_bytes)
         elif group.threads is not None:
@@ -87,7 +87,7 @@ class SymmetricBuffer:
         else:
             self._open_cuda(num_bytes)
         self.address = self.tensor.data_ptr()
-        self.table = torch.tensor([*self.peers, self.address], dtype=torch.int64, device=group.device)
+        self.table = torch.tensor([*self.addresses, self.address], dtype=torch.int64, device=group.device)
         self.table_address = self.table.data_ptr()
         self.own_table_address = self.table_address + group.size * self.table.itemsize
 
@@ -119,7 +119,7 @@ class SymmetricBuffer:
         tensors = [torch.frombuffer(each, dtype=torch.uint8) for each in maps]
         self._tensors = tensors
         self.tensor = tensors[self._group.rank]
-        self.peers = [tensor.data_ptr() for tensor in tensors]
+        self.addresses = [tensor.data_ptr() for tensor in tensors]
 
     def _map_files(self, opened: list[int], num_bytes: int) -> tuple[list[mmap.mmap], Exception | None]:
         """Every rank's file, mapped; returns when all ranks have mapped all. `opened`: out, the descriptor of this rank's."""
@@ -159,7 +159,7 @@ class SymmetricBuffer:
         self.is_virtual = True
         # A peer may store here after this rank has closed, as on real ranks: everyone keeps everyone's tensor alive.
         self._tensors = self._group.share(f"{self._name}/tensors", self.tensor, self._timeout_s)
-        self.peers = [tensor.data_ptr() for tensor in self._tensors]
+        self.addresses = [tensor.data_ptr() for tensor in self._tensors]
 
     def _open_cuda(self, num_bytes: int) -> None:
         from torch.distributed import _symmetric_memory as symmetric_memory  # absent from some CPU builds
@@ -180,7 +180,7 @@ class SymmetricBuffer:
                 error = problem
             self._agree("map the other ranks' memory", error)
         self._handle = handle
-        self.peers = [int(address) for address in handle.buffer_ptrs]
+        self.addresses = [int(address) for address in handle.buffer_ptrs]
         self.multicast_address = int(handle.multicast_ptr or 0)
 
     def _rendezvous(self, rendezvous: Any) -> Any:
@@ -209,9 +209,9 @@ class SymmetricBuffer:
         """Gives the memory back. The caller has seen to it that no kernel of this rank uses it any more."""
         self._handle = None
         self._tensors = []
-        self.peers = []
-        self.tensor = torch.empty(0, dtype=torch.uint8)
-        self.table = torch.empty(0, dtype=torch.int64)
+        self.addresses = []
+        self.tensor = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.table = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def _identity(status: os.stat_result) -> list[int]:

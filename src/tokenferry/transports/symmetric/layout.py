@@ -8,12 +8,9 @@ import torch
 
 from tokenferry.config import MoEConfig
 from tokenferry.errors import ConfigError
+from tokenferry.kernels.control_block import CONTROL_BYTES, COUNT_PACKET_BYTES, FLAG_BYTES, MAX_RANKS, SPARE_BYTES
 
 ALIGNMENT = 256
-CONTROL_BYTES = 256
-CONTROL_SPARE_BYTES = 32
-"""The last bytes of the control block: no kernel uses them, and debug mode watches them as it does the gaps behind regions."""
-COUNT_PACKET_BYTES = 16
 CANARY_BYTES = 16
 """Behind each region at least; nobody writes there, which debug mode checks."""
 SLOT_ROWS = 192
@@ -29,13 +26,8 @@ SMALL_GROUP = 8
 MAX_PROGRAMS = 512
 """Most programs of a launch: each has a flag of its own for each peer, in bulk rounds."""
 
-FLAG_BYTES = 8
-
 MAX_TIMEOUT_S = 1800.0
 """A wait counts its polls in 32 bits and begins its clock anew when they wrap, after about an hour."""
-
-MAX_RANKS = 256
-"""One program waits for all peers at once, a thread for each."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class Layout:
     Attributes:
         counts: count packets, [2 parities][source rank].
         arrived, ready: flags of bulk rounds, [source rank][program]: dispatch rows are there; combine terms may be fetched.
-        block, solo_block: the step's counts for the kernels.
+        step_counts, solo_step_counts: the step's counts, for the kernels.
         dispatch_slots, combine_slots: [2 parities][source, this rank left out], of `slot_rows` rows each.
         hidden, topk_idx, topk_weights: the gathered rows. terms: the combine input.
     """
@@ -70,8 +62,8 @@ class Layout:
     counts: Region
     arrived: Region
     ready: Region
-    block: Region
-    solo_block: Region
+    step_counts: Region
+    solo_step_counts: Region
     dispatch_slots: Region
     combine_slots: Region
     hidden: Region
@@ -94,7 +86,7 @@ class Layout:
     def gaps(self) -> list[range]:
         """The bytes that nobody may write: before the first region, between two, and behind the last."""
         regions = list(self.regions.values())
-        begins = [CONTROL_BYTES - CONTROL_SPARE_BYTES, *(region.end for region in regions)]
+        begins = [CONTROL_BYTES - SPARE_BYTES, *(region.end for region in regions)]
         ends = [*(region.offset for region in regions), self.num_bytes]
         return [range(begin, end) for begin, end in zip(begins, ends, strict=True)]
 
@@ -145,8 +137,8 @@ def plan(
         "counts": 2 * ep_size * COUNT_PACKET_BYTES,
         "arrived": flag_bytes,
         "ready": flag_bytes,
-        "block": (2 + 2 * ep_size) * 4,
-        "solo_block": 4 * 4,
+        "step_counts": (2 + 2 * ep_size) * 4,
+        "solo_step_counts": 4 * 4,
         "dispatch_slots": 2 * num_slots * dispatch_slot_bytes,
         "combine_slots": 2 * (ep_size - 1) * combine_slot_bytes,
         "hidden": rows * row_bytes,

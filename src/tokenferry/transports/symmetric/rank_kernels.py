@@ -1,191 +1,74 @@
-"""One rank's rounds over symmetric memory: which kernel is launched when, with which arguments. Nothing here looks at a peer."""
+"""One rank's steps over symmetric memory: which kernel is launched when, with which arguments. Nothing here looks at a peer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from tokenferry.kernels import wire
-from tokenferry.kernels.launch import BoundLaunch, Launch
-from tokenferry.step import StepRequest, StepTensors
-from tokenferry.transports.base import Gathered, TransportSettings
-from tokenferry.transports.symmetric.buffer import SymmetricBuffer
-from tokenferry.transports.symmetric.layout import Layout
+from tokenferry.kernels.control_block import NUM_REAL_OFFSET
+from tokenferry.kernels.launch import BoundLaunch
+from tokenferry.step import StepRequest
+from tokenferry.transports.base import Gathered, SymmetricMemory, Transport
+from tokenferry.transports.symmetric.bound_launches import RankView, Resources, bind_launches
+from tokenferry.transports.symmetric.loading import RoutingDtypes
+from tokenferry.transports.symmetric.regions import RegionTensors
+
+PACKET_BYTES = 16
+"""Partial rows are loaded in packets of this size, at addresses that are multiples of it."""
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """Everything that a workspace may launch, loaded."""
-
-    counts: Launch
-    abort: Launch
-    dispatch: dict[tuple[torch.dtype, torch.dtype], Launch]
-    """By dtype of topk_idx and of topk_weights."""
-    dispatch_alone: dict[tuple[torch.dtype, torch.dtype], Launch]
-    """The same without multicast, for `solo`: a multicast store reaches every rank, whoever the kernel takes its peers for."""
-    combine: dict[torch.dtype, Launch]
-    """By dtype of the partial rows."""
-
-
-@dataclass(frozen=True)
-class BoundLaunches:
-    """The launches of one rank, all arguments in place that never change. Of dispatch and combine each mode has its own, since
-    a launch that only sends, or only receives, is given less."""
-
-    counts: BoundLaunch
-    dispatch: dict[tuple[torch.dtype, torch.dtype], BoundLaunch]
-    dispatch_send: dict[tuple[torch.dtype, torch.dtype], BoundLaunch]
-    dispatch_receive: dict[tuple[torch.dtype, torch.dtype], BoundLaunch]
-    combine: dict[torch.dtype, BoundLaunch]
-    combine_send: dict[torch.dtype, BoundLaunch]
-    combine_receive: dict[torch.dtype, BoundLaunch]
-
-
-@dataclass(frozen=True)
-class Views:
-    """The regions that callers see, as tensors."""
-
-    gathered: Gathered
-    terms_RH: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Place:
-    """Who the kernels run as: this rank among its peers, or rank 0 of 1 in `solo`.
-
-    Everything by which a kernel could reach another rank stands here. Once `solo` kept the group's table of buffers and its
-    multicast address: the warm-up rows of rank 1 lay in rank 0's gathered ids, and over multicast in every peer's slots.
-
-    Attributes:
-        peers: address of the table of buffers, `size` of them.
-        cast: of the multicast mapping, 0 if there is none or nobody to reach.
-    """
-
-    rank: int
-    size: int
-    state: int
-    block: int
-    peers: int
-    cast: int
-
-
-class Rounds:
-    """Issues the kernels of one rank. What `Solo` and `SymmetricTransport` share: nothing here looks at a peer's state."""
+class RankKernels(Transport):
+    """Issues the kernels of one rank, which runs as `view` says. `SymmetricTransport` adds what concerns the peers."""
 
     name = "solo"
-    launched = False
 
-    def __init__(
-        self,
-        settings: TransportSettings,
-        step_tensors: StepTensors,
-        buffer: SymmetricBuffer,
-        layout: Layout,
-        kernels: Kernels,
-        views: Views,
-        place: Place,
-        grid: int,
-    ) -> None:
-        self._settings, self._step_tensors, self._buffer, self._layout = settings, step_tensors, buffer, layout
-        self._kernels, self._views, self._place, self._grid = kernels, views, place, grid
+    def __init__(self, resources: Resources, view: RankView, regions: RegionTensors) -> None:
+        settings, config = resources.settings, resources.settings.config
+        self.view = view
+        self._resources, self._regions = resources, regions
+        self._settings, self._buffer, self._layout = settings, resources.buffer, resources.layout
         self._request = StepRequest(0, 0, 0)
         self._layer, self._num_supplied = -1, 0
         self._partial: torch.Tensor | None = None
-        self._sent_dtypes = torch.int64, torch.float32
+        self._sent_dtypes: RoutingDtypes = (torch.int64, torch.float32)
         self._sending: tuple[torch.Tensor, ...] = ()
-        config = settings.config
         self._dispatch_alignment = 16 if config.hidden_size * config.dtype.itemsize % 16 == 0 else 8
-        self._num_real = place.state + wire.STATE_NUM_REAL.value
-        self._terms_address = views.terms_RH.data_ptr()
-        self._launches = self._bind()
+        self._num_real_ptr = view.counters_ptr + NUM_REAL_OFFSET
+        self._terms_address = regions.terms_RH.data_ptr()
+        self._launches = bind_launches(resources, view)
 
-    def _bind(self) -> BoundLaunches:
-        place, layout, buffer, kernels = self._place, self._layout, self._buffer, self._kernels
-        group = self._settings.group
-        common = {
-            "own": buffer.address,
-            "peers": place.peers,
-            "rank": place.rank,
-            "size": place.size,
-            "state": place.state,
-            "block": place.block,
-        }
-        public = {
-            "public": self._step_tensors.packed.data_ptr(),
-            "public_rank": group.rank,
-            "public_size": group.size,
-            "generation": self._settings.generation,
-        }
-        rows = {**common, "counts": layout.counts.offset, "slot_rows": layout.slot_rows}
-        dispatch = {
-            **rows,
-            "cast": place.cast,
-            "arrived": layout.arrived.offset,
-            "slots": layout.dispatch_slots.offset,
-            "slot_bytes": layout.dispatch_slot_bytes,
-            "out_hidden": layout.hidden.offset,
-            "out_idx": layout.topk_idx.offset,
-            "out_weights": layout.topk_weights.offset,
-        }
-        combine = {
-            **rows,
-            "cast": place.cast,
-            "ready": layout.ready.offset,
-            "slots": layout.combine_slots.offset,
-            "slot_bytes": layout.combine_slot_bytes,
-            "terms": layout.terms.offset,
-        }
-        dispatches = kernels.dispatch if place.size > 1 else kernels.dispatch_alone
-        combines, grid = kernels.combine, self._grid
-
-        def bind_dispatch(varying: tuple[str, ...], **fixed: int) -> dict[tuple[torch.dtype, torch.dtype], BoundLaunch]:
-            return {key: launch.bind({**dispatch, **fixed}, varying, grid=grid) for key, launch in dispatches.items()}
-
-        def bind_combine(varying: tuple[str, ...], **fixed: int) -> dict[torch.dtype, BoundLaunch]:
-            return {key: launch.bind({**combine, **fixed}, varying, grid=grid) for key, launch in combines.items()}
-
-        supplied = ("hidden", "topk_idx", "topk_weights", "num_supplied", "num_real", "layer")
-        nothing = {"hidden": 0, "topk_idx": 0, "topk_weights": 0, "num_supplied": 0}
-        summed = ("partial", "is_in_place", "out", "num_out", "layer")
-        return BoundLaunches(
-            counts=kernels.counts.bind({**common, **public}, ("num_tokens", "flags", "num_real"), grid=1),
-            dispatch=bind_dispatch(supplied, part=wire.WHOLE),
-            dispatch_send=bind_dispatch(supplied, part=wire.SEND.value),
-            dispatch_receive=bind_dispatch(("num_real", "layer"), **nothing, part=wire.RECEIVE.value),
-            combine=bind_combine(summed, part=wire.WHOLE),
-            combine_send=bind_combine(("partial", "is_in_place", "layer"), out=0, num_out=0, part=wire.SEND.value),
-            combine_receive=bind_combine(summed, part=wire.RECEIVE.value),
-        )
-
-    def at(self, place: Place, kind: type[Rounds] | None = None) -> Rounds:
-        """The same buffer and kernels, run from another place: alone, or for measurements."""
-        return (kind or Rounds)(
-            self._settings, self._step_tensors, self._buffer, self._layout, self._kernels, self._views, place, self._grid
-        )
+    def viewed_as(self, view: RankView) -> RankKernels:
+        """The same buffer and kernels, run as somebody else. For measurements."""
+        return RankKernels(self._resources, view, self._regions)
 
     @property
     def nbytes(self) -> int:
-        return self._buffer.nbytes + self._step_tensors.nbytes
+        return self._buffer.nbytes + self._resources.step_tensors.nbytes
+
+    @property
+    def grid(self) -> int:
+        """Programs of a dispatch or combine launch, the same on all ranks."""
+        return self._resources.grid
 
     @property
     def fixed_rows(self) -> Gathered:
-        """See `Transport`."""
-        return self._views.gathered
+        return self._regions.gathered
+
+    @property
+    def memory(self) -> SymmetricMemory:
+        return SymmetricMemory(self._buffer.tensor, self._layout, self._buffer.is_virtual)
 
     def begin_step(self, request: StepRequest, layer: int) -> None:
         self._request = request
-        place = self._place
         if isinstance(request.num_real_tokens, int):
-            known_real, self._num_real = request.num_real_tokens, place.state + wire.STATE_NUM_REAL.value
+            known_real, self._num_real_ptr = request.num_real_tokens, self.view.counters_ptr + NUM_REAL_OFFSET
         else:  # read when the kernels run
-            known_real, self._num_real = 0, request.num_real_tokens.data_ptr()
+            known_real, self._num_real_ptr = 0, request.num_real_tokens.data_ptr()
         self.launched = True
         self._launches.counts(request.num_tokens, request.flags, known_real)
 
     def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
         self._send_rows(self._launches.dispatch, layer, hidden, topk_idx, topk_weights)
-        return self._views.gathered
+        return self._regions.gathered
 
     def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         self._sending = (hidden, topk_idx, topk_weights)  # kept: another stream may get the memory of what the caller drops
@@ -194,16 +77,16 @@ class Rounds:
 
     def dispatch_end(self) -> Gathered:
         self.launched = True
-        self._launches.dispatch_receive[self._sent_dtypes](self._num_real, self._layer)
+        self._launches.dispatch_receive[self._sent_dtypes](self._num_real_ptr, self._layer)
         for tensor in self._sending:
             if tensor.is_cuda:  # it may have been made on another stream, which would hand its memory on at once
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
         self._sending = ()
-        return self._views.gathered
+        return self._regions.gathered
 
     def _send_rows(
         self,
-        launches: dict[tuple[torch.dtype, torch.dtype], BoundLaunch],
+        launches: dict[RoutingDtypes, BoundLaunch],
         layer: int,
         hidden: torch.Tensor,
         topk_idx: torch.Tensor,
@@ -216,11 +99,11 @@ class Rounds:
             address = hidden.data_ptr()
         self.launched = True
         launches[topk_idx.dtype, topk_weights.dtype](
-            address, topk_idx.data_ptr(), topk_weights.data_ptr(), self._num_supplied, self._num_real, layer
+            address, topk_idx.data_ptr(), topk_weights.data_ptr(), self._num_supplied, self._num_real_ptr, layer
         )
 
     def combine_input(self) -> torch.Tensor:
-        return self._views.terms_RH
+        return self._regions.terms_RH
 
     def combine(self, partial: torch.Tensor) -> torch.Tensor:
         return self._combine(self._launches.combine, _aligned(partial))
@@ -254,7 +137,7 @@ class Rounds:
     def check(self) -> None:
         return
 
-    def solo(self) -> Rounds:
+    def solo(self) -> RankKernels:
         return self
 
     def fail(self, reason: str) -> None:
@@ -267,17 +150,18 @@ class Rounds:
         self._partial, self._sending = None, ()
 
 
-class Solo(Rounds):
-    """Rounds of this rank alone. The experts' terms go elsewhere: a slow peer may still fetch the last step's."""
+class SoloKernels(RankKernels):
+    """This rank alone. The experts' terms go to a tensor of their own: a slow peer may still fetch the last step's terms."""
 
     def combine_input(self) -> torch.Tensor:
-        terms_RH = self._views.terms_RH
+        terms_RH = self._regions.terms_RH
         if terms_RH.data_ptr() == self._layout.terms.offset + self._buffer.address:
-            terms_RH = torch.empty_like(terms_RH)
-            self._views = Views(self._views.gathered, terms_RH)
+            with torch.inference_mode(False):  # a later layer may fill it outside of the mode
+                terms_RH = torch.empty_like(terms_RH)
+            self._regions = RegionTensors(self._regions.gathered, terms_RH)
         return terms_RH
 
 
 def _aligned(partial: torch.Tensor) -> torch.Tensor:
     """Partial rows that packets can be loaded from."""
-    return partial.clone() if partial.data_ptr() % 16 else partial
+    return partial.clone() if partial.data_ptr() % PACKET_BYTES else partial

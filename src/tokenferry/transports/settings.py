@@ -24,8 +24,7 @@ def check_kinds(config: object, group: object) -> None:
 
 def check_settings(settings: TransportSettings, transport: object) -> None:
     """Raises ConfigError for a setting that no workspace can be opened with."""
-    if not isinstance(transport, str):
-        raise ConfigError(f"transport must be 'auto' or one of {', '.join(selection.TRANSPORTS)}, got {transport!r}")
+    check_transport(transport)
     check_positive_ints(max_tokens_per_rank=settings.max_tokens_per_rank)
     check_dtypes(settings.combine_dtype, settings.index_dtype)
     if settings.combine_order not in ("rank", "any"):
@@ -38,6 +37,18 @@ def check_settings(settings: TransportSettings, transport: object) -> None:
     if ctas is not None and (not isinstance(ctas, int) or isinstance(ctas, bool) or ctas < 1):
         raise ConfigError(f"max_ctas must be a positive int or None, got {ctas!r}")
     settings.group.expert_range(settings.config.num_experts)  # raises if there are fewer experts than ranks
+
+
+def check_transport(transport: object) -> None:
+    """Raises ConfigError unless it is a name (the ranks compare it before it is looked up) or an object that opens transports."""
+    if isinstance(transport, str):
+        return
+    opens = isinstance(getattr(transport, "name", None), str) and callable(getattr(transport, "open", None))
+    if not opens or isinstance(transport, type):
+        raise ConfigError(
+            f"transport must be 'auto' or one of {', '.join(selection.TRANSPORTS)}, or an object with a name (a str) and a "
+            f"method open(settings, step_tensors) that returns an open Transport; got {transport!r}"
+        )
 
 
 def check_positive_ints(**values: object) -> None:

@@ -1,0 +1,122 @@
+"""Which kernels `benchmarks/experts.py` tries: tile sizes for few and for many rows, and whole plans; compiled many at a time."""
+
+import dataclasses
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from expert_layers import num_local
+from tokenferry.experts import variants
+from tokenferry.experts.plan import Plan, Tiles, plan
+
+
+def few_candidates():
+    for rows, rows_few, read, depth, warps, stages, per_sm in (
+        (64, 16, 32, 128, 4, 4, 16),
+        (64, 16, 32, 256, 4, 3, 16),
+        (64, 16, 64, 64, 4, 6, 16),
+        (64, 16, 64, 128, 4, 3, 16),
+        (64, 16, 64, 128, 4, 4, 16),
+        (64, 16, 64, 128, 8, 4, 16),
+        (64, 16, 64, 256, 4, 2, 16),
+        (64, 16, 64, 256, 8, 3, 16),
+        (64, 16, 128, 64, 4, 4, 16),
+        (64, 16, 128, 128, 4, 3, 16),
+        (64, 16, 128, 64, 8, 5, 16),
+        (64, 16, 128, 128, 8, 4, 16),
+        (64, 16, 64, 128, 4, 3, 2),
+        (64, 16, 64, 64, 4, 4, 16),
+    ):
+        yield rows, rows_few, read, depth, warps, stages, per_sm, "few"
+
+
+def many_candidates():
+    for rows, read, depth, warps, stages, per_sm in (
+        (128, 256, 64, 8, 3, 1),
+        (128, 256, 64, 8, 4, 1),
+        (128, 128, 64, 4, 4, 2),
+        (128, 128, 64, 8, 4, 2),
+        (128, 128, 64, 8, 3, 2),
+        (64, 256, 64, 4, 3, 2),
+        (64, 256, 64, 8, 4, 1),
+        (256, 128, 64, 8, 4, 1),
+        (256, 128, 64, 8, 3, 1),
+        (64, 128, 64, 4, 4, 2),
+    ):
+        yield rows, 0, read, depth, warps, stages, per_sm, "many"
+
+
+def tiles_of(candidate, gated):
+    rows, rows_few, read, depth, warps, stages, per_sm, _ = candidate
+    return Tiles(
+        rows=rows, rows_few=rows_few or rows, columns=read // (2 if gated else 1), depth=depth, num_warps=warps,
+        num_stages=stages, programs_per_sm=per_sm,
+    )  # fmt: skip
+
+
+def plan_of(candidate):
+    """Both products with the same kernel, whatever the number of rows."""
+    return Plan(up=(tiles_of(candidate, True),), down=(tiles_of(candidate, False),))
+
+
+def variant_of(preset, **changes):
+    """Without tensors, so that processes without a GPU can compile it."""
+    L, H, I = num_local(preset), preset.hidden_size, preset.intermediate_size
+    known = variants.Variant(
+        num_local_experts=L, hidden_size=H, intermediate_size=I, topk=preset.topk, dtype=torch.bfloat16,
+        weight_dtype=torch.bfloat16, index_dtype=torch.int32, out_dtype=torch.bfloat16, activation=preset.activation.name,
+        gated=preset.activation.gated, interleaved=preset.activation.interleaved, up_bias=preset.bias, down_bias=preset.bias,
+        up_strides=(2 * I * H, H, 1), down_strides=(H * I, I, 1), aligned=True, batch_invariant=False, max_rows=None,
+    )  # fmt: skip
+    return dataclasses.replace(known, **changes)
+
+
+def compile_spec(spec):
+    torch.set_num_threads(1)
+    try:
+        triton.compile(spec.source(), target=GPUTarget("cuda", 90, 32), options=spec.options())
+    except Exception as error:  # noqa: BLE001 - a candidate that needs too much memory is reported and left out
+        return f"{type(error).__name__}"
+    return ""
+
+
+def specs_of(variant):
+    return variants.specs(variant, torch.device("cpu")).all
+
+
+def precompile(wanted_variants):
+    start = time.monotonic()
+    wanted = list(dict.fromkeys(spec for variant in wanted_variants for spec in specs_of(variant)))
+    with ProcessPoolExecutor(16) as pool:
+        failed = sum(bool(text) for text in pool.map(compile_spec, wanted))
+    print(f"{len(wanted)} kernels compiled in {time.monotonic() - start:.0f} s, {failed} failed", flush=True)
+
+
+def changed(launches, **changes):
+    return tuple(dataclasses.replace(tiles, **changes) for tiles in launches)
+
+
+def named_plans(preset):
+    """The default, and what it is compared with."""
+    default = plan(torch.bfloat16, preset.hidden_size, preset.intermediate_size, gated=preset.activation.gated)
+    (many_up, few_up), (few_down, many_down) = default.up, default.down
+
+    def many(**changes):
+        return Plan(up=(*changed([many_up], **changes), few_up), down=(few_down, *changed([many_down], **changes)))
+
+    return {
+        "default": default,
+        "few first": Plan(up=(few_up, many_up), down=(few_down, many_down)),
+        "few alone": Plan(up=changed([few_up], max_rows=0), down=changed([few_down], max_rows=0)),
+        "long tails": many(rows_few=many_up.rows),
+        "pointers": many(tensor_map=False),
+        "four stages": many(num_stages=4),
+        "many from 33": Plan(
+            up=(*changed([many_up], min_rows=33), *changed([few_up], max_rows=32)),
+            down=(*changed([few_down], max_rows=32), *changed([many_down], min_rows=33)),
+        ),
+        "default again": default,
+    }

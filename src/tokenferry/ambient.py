@@ -1,0 +1,30 @@
+"""What the code around a call may have set in torch, and what must not reach the tensors that outlive the call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def plain_torch(device: torch.device) -> Iterator[None]:
+    """Within it torch behaves as in a fresh thread, whatever surrounds the call: no inference mode, no gradients, no default
+    device (nor any other torch-function mode), no autocast for the CPU and for `device`.
+
+    A workspace that was opened in `torch.inference_mode()` could not write its counts outside of it; one that was opened under
+    `torch.device("meta")`, as transformers loads models, could not fill its control block.
+
+    The default dtype and the deterministic algorithms belong to the whole process, so that putting them aside here would change
+    them for other threads. They do no harm instead: every tensor that is made in this package names its dtype (a test reads
+    the sources), and nothing that runs at opening lacks a deterministic form. Nor does it matter what
+    `torch.utils.deterministic.fill_uninitialized_memory` writes, since no memory is read before it is written.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch._C.DisableTorchFunction())
+        for kind in {"cpu", device.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

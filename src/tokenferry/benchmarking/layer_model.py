@@ -1,0 +1,69 @@
+"""The MoE layer that is measured: a preset's router, this rank's experts and the shared expert, with random weights."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from tokenferry.benchmarking.presets import Preset
+from tokenferry.config import MoEConfig
+from tokenferry.experts import Experts, ExpertsConfig
+from tokenferry.groups import EPGroup
+from tokenferry.layer import MoELayer
+from tokenferry.router import Router, RouterConfig
+from tokenferry.shared_experts import SharedExperts, SharedExpertsConfig
+from tokenferry.workspace import Workspace
+
+POSITIONS: Final = 4
+"""Different rows in a chain of layers. The same rows again would find their experts' weights in the cache."""
+DTYPE: Final = torch.bfloat16
+
+
+class LayerModel:
+    """One rank's weights of a preset. The router and the shared expert are the same on all ranks.
+
+    Args:
+        capacity: the most tokens that a rank brings in the run.
+    """
+
+    def __init__(self, group: EPGroup, preset: Preset, capacity: int) -> None:
+        self.group, self.preset, self.device, self._capacity = group, preset, group.device, capacity
+        torch.manual_seed(1)
+        routing = RouterConfig(hidden_size=preset.hidden_size, num_experts=preset.num_experts, topk=preset.topk, **preset.router)
+        self.router = Router(routing, dtype=DTYPE, device=self.device)
+        torch.manual_seed(2 + group.rank)
+        sizes = ExpertsConfig(
+            hidden_size=preset.hidden_size,
+            intermediate_size=preset.intermediate_size,
+            num_experts=preset.num_experts,
+            activation=preset.activation,
+            bias=preset.bias,
+        )
+        self.experts = Experts(sizes, group.expert_range(preset.num_experts), dtype=DTYPE, device=self.device)
+        self.shared: SharedExperts | None = None
+        if preset.shared_size:
+            shared = SharedExpertsConfig(hidden_size=preset.hidden_size, intermediate_size=preset.shared_size)
+            torch.manual_seed(1)
+            self.shared = SharedExperts(shared, dtype=DTYPE, device=self.device)
+
+    def open(self, transport: str) -> Workspace:
+        """A workspace for all numbers of tokens of the run. Collective."""
+        preset = self.preset
+        config = MoEConfig(hidden_size=preset.hidden_size, num_experts=preset.num_experts, topk=preset.topk, dtype=DTYPE)
+        counts: Any = "equal" if transport == "collective" else "uneven"
+        return Workspace(config, self.group, max_tokens_per_rank=self._capacity, transport=transport, counts=counts)
+
+    def layer(self, ws: Workspace, experts: nn.Module | None = None) -> MoELayer:
+        """The layer on a workspace, with other experts if given."""
+        layer = MoELayer(ws, self.router, self.experts, shared_experts=self.shared, shared_overlap="stream")
+        if experts is not None:
+            layer.experts = experts  # type: ignore[assignment]
+        return layer
+
+    def rows(self, rank: int, count: int) -> list[torch.Tensor]:
+        """Rank `rank`'s [T, H] for each position of the chain, the same on every rank that asks."""
+        generator = torch.Generator(self.device).manual_seed(100 + rank)
+        shape = (POSITIONS, count, self.preset.hidden_size)
+        return list(torch.randn(shape, generator=generator, device=self.device, dtype=DTYPE).unbind())

@@ -1,0 +1,163 @@
+"""How long a dispatch and its combine take, beside the collective transport and a plain copy.
+
+A figure is that of a CUDA graph which holds one `begin_step` and a chain of round trips, divided by their number. Results are
+compared with the reference after the timing, so that what is compared is what was timed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Final
+
+import torch
+
+from tokenferry.benchmarking.host_times import begin_step_and_host_times
+from tokenferry.benchmarking.machine import Device, check_gpus, copy_rate, environment
+from tokenferry.benchmarking.records import Record
+from tokenferry.benchmarking.round_trip_data import NUM_EXPERTS, RoundTripPoint, differences, inputs_of, partial_of, wire_bytes
+from tokenferry.benchmarking.timing import GroupTimer, Progress
+from tokenferry.config import MoEConfig
+from tokenferry.errors import TokenferryError
+from tokenferry.groups import EPGroup
+from tokenferry.testing import run_ranks
+from tokenferry.workspace import Workspace
+
+CHAIN: Final = 20
+"""Round trips in a graph."""
+SEED: Final = 1
+
+
+def round_trip_points(
+    hidden_sizes: Sequence[int], tokens: Sequence[int], transports: Sequence[str], num_ranks: int
+) -> list[RoundTripPoint]:
+    """The points of the usual table.
+
+    Every hidden size and number of tokens with C = T; `collective` in both orders of summing; and, for the other transports,
+    one token on rank 0 beside the largest number on all others.
+    """
+    points = []
+    for transport in transports:
+        orders = ("rank", "any") if transport == "collective" else ("rank",)
+        for hidden_size in hidden_sizes:
+            cases = [((count,) * num_ranks, order) for count in tokens for order in orders]
+            if transport != "collective":
+                cases.append(((1,) + (max(tokens),) * (num_ranks - 1), "rank"))
+            points += [
+                RoundTripPoint(
+                    transport=transport, hidden_size=hidden_size, tokens=counts, capacity=max(counts), combine_order=order
+                )
+                for counts, order in cases
+            ]
+    return points
+
+
+def run_round_trips(
+    points: Sequence[RoundTripPoint],
+    num_ranks: int,
+    *,
+    device: Device = "cuda",
+    timeout_s: float = 600.0,
+    progress: Progress | None = None,
+) -> list[Record]:
+    """Measures the points on `num_ranks` GPUs of this machine, in one process a rank. Call it under `if __name__ == "__main__"`.
+
+    Args:
+        points: each with as many `tokens` as there are ranks.
+        device: "cpu" makes the same calls and comparisons over gloo or interpreted kernels; its times say nothing.
+        timeout_s: deadline of the whole run.
+        progress: gets a line before each point; see `Progress`.
+
+    Returns:
+        A record for each point with `round_trip_us`, `spread_us`, `gb_per_s` and `correct`, or `error` where the transport could
+        not serve it; before them on GPUs, if a point is of p2p, one with the host's times.
+
+    Raises:
+        DeviceError: there are fewer GPUs than ranks.
+        RankFailedError: a rank failed.
+    """
+    check_gpus(num_ranks, device)
+    start = time.monotonic()
+    backend: Any = "nccl" if device == "cuda" else "gloo"
+    records: list[Record] = run_ranks(_measure_all, num_ranks, points, progress, backend=backend, timeout_s=timeout_s)[0]
+    run_s = round(time.monotonic() - start, 1)
+    return [{**record, "world_size": num_ranks, "run_s": run_s} for record in records]
+
+
+def _measure_all(group: EPGroup, points: Sequence[RoundTripPoint], progress: Progress | None) -> list[Record]:
+    timer = GroupTimer(group, progress=progress)
+    copy_gb_per_s = copy_rate(timer)
+    records: list[Record] = []
+    if group.device.type == "cuda" and any(point.transport == "p2p" for point in points):
+        point = RoundTripPoint(transport="p2p", hidden_size=7168, tokens=(8,) * group.size, capacity=8)
+        times = begin_step_and_host_times(timer, point, CHAIN)
+        records.append({"transport": "p2p", "what": "parts", **times, **environment(group.device)})
+    for number, point in enumerate(points, start=1):
+        tokens = "x".join(map(str, point.tokens))
+        timer.say(f"point {number} of {len(points)}: {point.transport}, hidden size {point.hidden_size}, tokens {tokens}")
+        try:
+            records.append(asdict(point) | measure_round_trip(timer, point, copy_gb_per_s) | environment(group.device))
+        except TokenferryError as error:
+            records.append({**asdict(point), "error": f"{type(error).__name__}: {error}"})
+    return records
+
+
+def measure_round_trip(timer: GroupTimer, point: RoundTripPoint, copy_gb_per_s: float = 0.0) -> Record:
+    """The figures of one point, the same on every rank. Collective over the timer's group."""
+    with opened(timer.group, point) as ws:
+        median_us, spread_us, got, out = _time_chain(timer, ws, point)
+        ws.check()
+        correct = not differences(point, timer.group.rank, SEED, got, out)
+        timer.meet()
+    num_bytes = wire_bytes(point, timer.group.rank)
+    gb_per_s = num_bytes / median_us / 1e3
+    return {
+        "round_trip_us": round(median_us, 2),
+        "spread_us": round(spread_us, 2),
+        "wire_bytes": num_bytes,
+        "gb_per_s": round(gb_per_s, 1),
+        "copy_gb_per_s": round(copy_gb_per_s, 1),
+        "of_copy": round(gb_per_s / copy_gb_per_s, 3) if copy_gb_per_s else None,
+        "correct": timer.slowest(not correct) == 0,
+    }
+
+
+def _time_chain(timer: GroupTimer, ws: Workspace, point: RoundTripPoint) -> tuple[float, float, Any, torch.Tensor]:
+    rank, device = timer.group.rank, timer.group.device
+    inputs, dispatcher = inputs_of(point, rank, SEED, device), ws.dispatcher()
+    num_tokens, num_valid = point.tokens[rank], sum(point.tokens)
+    is_symmetric = ws.transport in ("p2p", "nvls")
+    num_rows = point.capacity * timer.group.size if is_symmetric else num_valid
+    partial = torch.full((num_rows, point.hidden_size), torch.nan, dtype=torch.bfloat16, device=device)
+    partial[:num_valid] = partial_of(point, rank, SEED, device)
+    if is_symmetric and point.in_place:
+        ws.begin_step(num_tokens)
+        dispatcher.dispatch(inputs.hidden, inputs.topk_idx, inputs.topk_weights)
+        partial = dispatcher.combine_input().copy_(partial)
+        dispatcher.combine(partial)
+    results: list[Any] = []
+
+    def chain() -> None:
+        ws.begin_step(num_tokens)
+        for _ in range(CHAIN):
+            got = dispatcher.dispatch(inputs.hidden, inputs.topk_idx, inputs.topk_weights)
+            out = dispatcher.combine(partial, got)
+        results[:] = [got, out]
+
+    median_us, spread_us = timer.time_graph(chain, CHAIN)
+    timer.synchronize()
+    return median_us, spread_us, *results
+
+
+@contextmanager
+def opened(group: EPGroup, point: RoundTripPoint) -> Iterator[Workspace]:
+    """A workspace for the point."""
+    config = MoEConfig(hidden_size=point.hidden_size, num_experts=NUM_EXPERTS, topk=point.topk)
+    counts: Any = "equal" if point.transport == "collective" else "uneven"
+    order: Any = point.combine_order
+    with Workspace(
+        config, group, max_tokens_per_rank=point.capacity, transport=point.transport, combine_order=order, counts=counts
+    ) as ws:
+        yield ws

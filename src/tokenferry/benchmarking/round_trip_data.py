@@ -1,0 +1,87 @@
+"""What a round trip carries, and what its results are compared with. Every rank can make every rank's rows from the seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from tokenferry.reference import sum_in_rank_order
+
+NUM_EXPERTS: Final = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundTripPoint:
+    """One row of the table of round trips: bfloat16 rows of `hidden_size`, `topk` of 64 experts.
+
+    Attributes:
+        transport: a transport's name, as `Workspace` takes it.
+        tokens: T of every rank.
+        capacity: C that the workspace is opened with.
+        combine_order: as `Workspace` takes it. With "any" the sums are not compared: their bits are not promised.
+        in_place: whether the partial rows stand in `combine_input()`, where the transport has one.
+    """
+
+    transport: str
+    hidden_size: int
+    tokens: tuple[int, ...]
+    capacity: int
+    topk: int = 8
+    combine_order: str = "rank"
+    in_place: bool = True
+
+
+@dataclass(frozen=True)
+class RankInputs:
+    """What one rank dispatches."""
+
+    hidden: torch.Tensor
+    topk_idx: torch.Tensor
+    topk_weights: torch.Tensor
+
+
+def inputs_of(point: RoundTripPoint, rank: int, seed: int, device: torch.device) -> RankInputs:
+    """Rank `rank`'s tokens, the same on every rank that asks."""
+    generator = torch.Generator(device).manual_seed(seed * 1000 + rank)
+    count = point.tokens[rank]
+    choices = (count, point.topk)
+    return RankInputs(
+        torch.randn((count, point.hidden_size), generator=generator, device=device, dtype=torch.bfloat16),
+        torch.randint(NUM_EXPERTS, choices, generator=generator, device=device, dtype=torch.int32),
+        torch.rand(choices, generator=generator, device=device, dtype=torch.float32),
+    )
+
+
+def partial_of(point: RoundTripPoint, rank: int, seed: int, device: torch.device) -> torch.Tensor:
+    """[V, H]: rank `rank`'s term for every gathered row."""
+    generator = torch.Generator(device).manual_seed(seed * 1000 + 500 + rank)
+    shape = (sum(point.tokens), point.hidden_size)
+    return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+
+def differences(point: RoundTripPoint, rank: int, seed: int, got: Any, out: torch.Tensor) -> list[str]:
+    """What of rank `rank`'s `Dispatched` and sums has other bits than the reference gives; an empty list if all is right."""
+    device, num_valid, ranks = out.device, sum(point.tokens), range(len(point.tokens))
+    everyone = [inputs_of(point, each, seed, device) for each in ranks]
+    terms = [partial_of(point, each, seed, device) for each in ranks]
+    start = sum(point.tokens[:rank])
+    sums = sum_in_rank_order(terms).to(torch.bfloat16)[start : start + point.tokens[rank]]
+    pairs = {
+        "hidden": (got.hidden[:num_valid], torch.cat([rows.hidden for rows in everyone])),
+        "topk_idx": (got.topk_idx[:num_valid], torch.cat([rows.topk_idx for rows in everyone])),
+        "topk_weights": (got.topk_weights[:num_valid], torch.cat([rows.topk_weights for rows in everyone])),
+        "combined": (out, sums),
+    }
+    if point.combine_order == "any":
+        del pairs["combined"]
+    return [f"{name}: {int((a != b).sum())} elements" for name, (a, b) in pairs.items() if not torch.equal(a, b)]
+
+
+def wire_bytes(point: RoundTripPoint, rank: int) -> int:
+    """Bytes that rank `rank` sends: its tokens to every other rank, and its terms for their tokens."""
+    num_tokens, num_ranks = point.tokens[rank], len(point.tokens)
+    row_bytes, choice_bytes = point.hidden_size * 2, point.topk * 8
+    dispatched = num_tokens * (num_ranks - 1) * (row_bytes + choice_bytes)
+    return dispatched + (sum(point.tokens) - num_tokens) * row_bytes

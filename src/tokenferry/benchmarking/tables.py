@@ -1,0 +1,41 @@
+"""The records of a run as a table in plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+LAYER_COLUMNS: Final = ("router", "dispatch", "experts", "combine", "total", "floor", "collective", "grouped_mm", "batched_mm")
+
+
+def round_trip_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """The records of `run_round_trips`, one line for each point: microseconds, spread, GB/s and their share of a copy's."""
+    heading = f"{'transport':<12}{'order':<6}{'H':>6} {'T per rank':<14}{'us':>9}{'±':>7}{'GB/s':>8}{'of copy':>9}  correct"
+    return "\n".join([heading, *(_round_trip_line(record) for record in records)])
+
+
+def _round_trip_line(record: Mapping[str, Any]) -> str:
+    if "what" in record:
+        return ", ".join(f"{name} {value}" for name, value in record.items() if name.endswith(("_us", "_s")))
+    tokens = "x".join(map(str, record["tokens"]))
+    point = f"{record['transport']:<12}{record['combine_order']:<6}{record['hidden_size']:>6} {tokens:<14}"
+    if "error" in record:
+        return f"{point} {record['error']}"
+    of_copy = "-" if record["of_copy"] is None else f"{record['of_copy']:.0%}"
+    figures = f"{record['round_trip_us']:>9.2f}{record['spread_us']:>7.2f}{record['gb_per_s']:>8.0f}{of_copy:>9}"
+    return f"{point}{figures}  {'yes' if record['correct'] else 'NO'}"
+
+
+def layer_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """The records of `run_layer` in microseconds, one line for each point; the last column names what gave wrong results."""
+    heading = f"{'preset':<15}{'T':>5}" + "".join(f"{name:>11}" for name in LAYER_COLUMNS) + "  right"
+    return "\n".join([heading, *(_layer_line(record) for record in records)])
+
+
+def _layer_line(record: Mapping[str, Any]) -> str:
+    if "tokens" not in record:
+        return f"{record['preset']:<15} {record.get('error') or 'left out: T = ' + str(record['left_out'])}"
+    cells = [record.get(f"{name}_us") for name in LAYER_COLUMNS]
+    wrong = [name for name, right in record["correct"].items() if not right]
+    figures = "".join(f"{'-' if cell is None else format(cell, '.1f'):>11}" for cell in cells)
+    return f"{record['preset']:<15}{record['tokens']:>5}{figures}  {'no: ' + ', '.join(wrong) if wrong else 'yes'}"

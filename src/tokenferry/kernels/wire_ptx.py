@@ -1,0 +1,147 @@
+"""The PTX text of the device functions in `wire`: strings, which need neither Triton nor a GPU.
+
+In each text `$0` and the next few are the outputs, and behind them come the inputs, in the order of the arguments in `wire`.
+Masked elements are skipped by the predicate %p0. A text stands in braces, so that its labels and registers are its own.
+"""
+
+from __future__ import annotations
+
+from tokenferry.kernels.control_block import (
+    COUNTERS_OFFSET,
+    COUNTS_DISAGREE,
+    GROUP_SIZE_OFFSET,
+    MIRROR_OFFSET,
+    PEER_TABLE_OFFSET,
+    PHASE_SHIFT,
+    ROUND_OFFSET,
+    SENTINEL,
+    STEP_OFFSET,
+    TIMEOUT_OFFSET,
+)
+
+LOAD_CONSTRAINTS = "=&r,=&r,=&r,=&r,l,r"
+STORE_CONSTRAINTS = "=r,l,r,r,r,r,r"
+POLL_CONSTRAINTS = "=&r,=&r,=&r,=&r,l,r,l,l,l"
+PACK_CONSTRAINTS = "=r,f,f"
+
+_STEP = COUNTERS_OFFSET + STEP_OFFSET
+_ZERO = "mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;"
+_WAIT_REGISTERS = ".reg .pred %p0; .reg .u32 %n; .reg .u32 %i; .reg .u64 %rec, %t0, %t1, %lim, %bl, %tab;"
+
+
+def _vector(words: int) -> str:
+    names = ", ".join(f"${i}" for i in range(words))
+    return f".v{words}.b32 {{{names}}}" if words > 1 else f".b32 {names}"
+
+
+def _load(words: int, how: str) -> str:
+    return f"{{ .reg .pred %p0; {_ZERO} setp.ne.u32 %p0, $5, 0; @%p0 ld{how}.global{_vector(words)}, [$4]; }}"
+
+
+def _store(words: int, opcode: str, kind: str = "b32") -> str:
+    names = ", ".join(f"${2 + i}" for i in range(words))
+    operand = f"{{{names}}}" if words > 1 else names
+    vector = f".v{words}" if words > 1 else ""
+    return f"{{ .reg .pred %p0; setp.ne.u32 %p0, $6, 0; @%p0 {opcode}{vector}.{kind} [$1], {operand}; mov.u32 $0, 0; }}"
+
+
+def load(words: int) -> str:
+    """A packet of this GPU's memory."""
+    return _load(words, "")
+
+
+def load_peer(words: int) -> str:
+    """A packet of any rank's memory, past the L1 cache."""
+    return _load(words, ".relaxed.sys")
+
+
+def store(words: int) -> str:
+    """A packet to this GPU's memory."""
+    return _store(words, "st.global")
+
+
+def send(words: int) -> str:
+    """A packet to any rank's memory, past the caches."""
+    return _store(words, "st.relaxed.sys.global")
+
+
+def multicast(words: int) -> str:
+    """A packet to all ranks' memory, through the multicast mapping."""
+    return _store(words, "multimem.st.relaxed.sys.global", "f32")
+
+
+def _waiting(done: str, control: str, blame: str, hint: str) -> str:
+    """The rest of a polling loop, after a poll that may have set %p0 = arrived: goes to GOT, back to W, or to LEFT.
+
+    Every 256 polls (about 0.2 ms) it looks at the abort record and at the clock. The first rank whose time is up writes the
+    record here and at every peer. `hint` is the step of the packet that would prove the peer to be one step ahead.
+    """
+    return f"""
+      @%p0 bra {done};
+      add.u32 %n, %n, 1; and.b32 %i, %n, 255; setp.ne.u32 %p0, %i, 0; @%p0 bra W;
+      ld.relaxed.sys.global.u64 %rec, [{control}]; setp.ne.u64 %p0, %rec, 0; @%p0 bra LEFT;
+      mov.u64 %t1, %globaltimer; setp.ne.u32 %p0, %n, 256; @%p0 bra HAVE; mov.u64 %t0, %t1;
+      HAVE: sub.u64 %t1, %t1, %t0; ld.global.u64 %lim, [{control} + {TIMEOUT_OFFSET}];
+      setp.lt.u64 %p0, %t1, %lim; @%p0 bra W;
+      mov.u64 %bl, {blame}; ld.relaxed.sys.global.u32 %i, [{hint}]; ld.global.u32 %n, [{control} + {_STEP}];
+      add.u32 %n, %n, 1; setp.ne.u32 %p0, %i, %n; @%p0 bra CLAIM; or.b64 %bl, %bl, {COUNTS_DISAGREE << PHASE_SHIFT};
+      CLAIM: atom.relaxed.sys.global.cas.b64 %rec, [{control}], 0, %bl;
+      setp.ne.u64 %p0, %rec, 0; @%p0 bra TELL; mov.u64 %rec, %bl;
+      TELL: ld.global.u64 %tab, [{control} + {PEER_TABLE_OFFSET}]; ld.global.u32 %n, [{control} + {GROUP_SIZE_OFFSET}];
+      NEXT: ld.global.u64 %t0, [%tab]; atom.relaxed.sys.global.cas.b64 %t1, [%t0], 0, %rec;
+      add.u64 %tab, %tab, 8; sub.u32 %n, %n, 1; setp.ne.u32 %p0, %n, 0; @%p0 bra NEXT;
+      LEFT: ld.global.u64 %t0, [{control} + {MIRROR_OFFSET}]; setp.eq.u64 %p0, %t0, 0; @%p0 bra GONE;
+      st.relaxed.sys.global.u64 [%t0], %rec;
+      GONE: """
+
+
+def poll_and_clear(words: int) -> str:
+    """Polls a packet until no word of it is the sentinel, then puts the sentinel back."""
+    largest = "mov.u32 %i, $0;" + "".join(f" max.u32 %i, %i, ${j};" for j in range(1, words))
+    restore = ", ".join(["%i"] * words)
+    restore = f".v{words}.b32 [$4], {{{restore}}}" if words > 1 else f".b32 [$4], {restore}"
+    return f"""{{ {_WAIT_REGISTERS} {_ZERO}
+      setp.eq.u32 %p0, $5, 0; @%p0 bra END; mov.u32 %n, 0;
+      W: ld.relaxed.sys.global{_vector(words)}, [$4];
+      {largest} setp.ne.u32 %p0, %i, {SENTINEL:#x};
+      {_waiting("GOT", "$6", "$7", "$8")} {_ZERO} bra END;
+      GOT: mov.u32 %i, {SENTINEL:#x}; st.relaxed.sys.global{restore};
+      END: }}"""
+
+
+SEND_COUNT = """{ .reg .pred %p0; .reg .b128 %q; .reg .b64 %lo, %hi; setp.ne.u32 %p0, $6, 0; mov.u32 $0, 0;
+      mov.b64 %lo, {$2, $3}; mov.b64 %hi, {$4, $5}; mov.b128 %q, {%lo, %hi}; @%p0 st.relaxed.sys.global.b128 [$1], %q; }"""
+
+AWAIT_COUNT = f"""{{ {_WAIT_REGISTERS} .reg .pred %p1; .reg .b128 %q; .reg .b64 %lo, %hi; .reg .u32 %s, %g;
+      mov.u32 $0, 0; mov.u32 $1, 0; setp.eq.u32 %p0, $3, 0; @%p0 bra END; mov.u32 %n, 0;
+      W: ld.relaxed.sys.global.b128 %q, [$2]; mov.b128 {{%lo, %hi}}, %q; mov.b64 {{%s, %g}}, %hi;
+      setp.eq.u32 %p0, %s, $4; setp.eq.u32 %p1, %g, $5; and.pred %p0, %p0, %p1;
+      {_waiting("GOT", "$6", "$7", "$2 + 8")} bra END;
+      GOT: mov.b64 {{$0, $1}}, %lo;
+      END: }}"""
+
+SIGNAL = """{ .reg .pred %p0; .reg .b64 %v; setp.ne.u32 %p0, $4, 0; mov.b64 %v, {$3, $2}; mov.u32 $0, 0;
+      @%p0 st.release.sys.global.b64 [$1], %v; }"""
+
+AWAIT_SIGNAL = f"""{{ {_WAIT_REGISTERS} .reg .pred %p1; .reg .b64 %v; .reg .u32 %u, %e; mov.u32 $0, 0;
+      setp.eq.u32 %p0, $2, 0; @%p0 bra END; mov.u32 %n, 0;
+      W: ld.acquire.sys.global.b64 %v, [$1]; mov.b64 {{%u, %e}}, %v;
+      setp.eq.u32 %p0, %e, $3; setp.ge.u32 %p1, %u, $4; and.pred %p0, %p0, %p1;
+      {_waiting("END", "$5", "$6", "$7")} END: }}"""
+
+TAKE_TICKET = f"""{{ .reg .pred %p0; .reg .u32 %t; mov.u32 %t, %tid.x; setp.eq.u32 %p0, %t, 0; mov.u64 $0, 0;
+      @%p0 atom.relaxed.gpu.global.add.u64 $0, [$1 + {ROUND_OFFSET}], 1; }}"""
+
+END_ROUND = f"""{{ .reg .pred %p0; .reg .u32 %t; .reg .u64 %w; mov.u32 %t, %tid.x; setp.eq.u32 %p0, %t, 0;
+      cvt.u32.u64 %t, $2; add.u32 %t, %t, 1; setp.eq.and.u32 %p0, %t, $3, %p0;
+      add.u32 %t, $4, 1; cvt.u64.u32 %w, %t; shl.b64 %w, %w, 32;
+      @%p0 st.global.u64 [$1 + {ROUND_OFFSET}], %w; @%p0 st.global.u32 [$5], $6; mov.u32 $0, 0; }}"""
+
+MULTICAST_SUM = (
+    f"{{ .reg .pred %p0; {_ZERO} setp.ne.u32 %p0, $5, 0; "
+    "@%p0 multimem.ld_reduce.relaxed.sys.global.add.v4.f32 {$0, $1, $2, $3}, [$4]; }"
+)
+
+PACK_BFLOAT16 = "cvt.rn.bf16x2.f32 $0, $1, $2;"
+PACK_FLOAT16 = "cvt.rn.f16x2.f32 $0, $1, $2;"
+UNPACK_FLOAT16 = "{ .reg .f16 %l, %h; mov.b32 {%l, %h}, $2; cvt.f32.f16 $0, %l; cvt.f32.f16 $1, %h; }"

@@ -1,0 +1,162 @@
+"""What passes between a workspace and its peers beside rows: checks, failures, and leaving."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from tokenferry.errors import PeerError, PeerFailedError
+from tokenferry.lifecycle import Lease, Lifecycle, Stage, WrongCallerError, logged
+from tokenferry.operators import Operators
+from tokenferry.step import Step, StepTensors
+from tokenferry.transports.base import Transport, TransportSettings
+from tokenferry.waiting import Position
+
+
+class PeerCalls:
+    """The part of a `Workspace` that checks, fails, closes, and is a context manager. The workspace sets the attributes when it
+    opens, and anew in `reset()`.
+
+    Attributes:
+        lifecycle: what may be called next.
+        operators: the same calls for compiled code.
+        attached: what the layers of this workspace share beside it, by name: the experts' scratch.
+    """
+
+    lifecycle: Lifecycle
+    operators: Operators
+    attached: dict[str, Any]
+    _settings: TransportSettings
+    _lease: Lease[Transport]
+    _stand_in: Transport | None
+    _step_tensors: StepTensors
+    _step: Step | None
+    _step_index: int
+    _num_step_writes: int | None
+
+    # --- what moves the rows ----------------------------------------------------------------------------------------
+
+    @property
+    def _transport(self) -> Transport:
+        return self._lease.held
+
+    @_transport.setter
+    def _transport(self, transport: Transport) -> None:
+        self._lease.held = transport
+
+    @property
+    def active_transport(self) -> Transport:
+        """What dispatchers use: the transport, or its stand-in under `solo()`."""
+        return self._lease.held if self._stand_in is None else self._stand_in
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises what a peer, or this rank, has failed with. Call it after your own synchronisation, before trusting results.
+        From any thread, also while another one is inside a call."""
+        self.lifecycle.require_usable("check")
+        with self._lease as transport:
+            if self._settings.debug:
+                self._check_step_unwritten()
+            try:
+                transport.check()
+            except PeerError as error:
+                if transport is self._transport:  # another thread may have reset the workspace meanwhile
+                    self.record_failure(error)
+                raise
+
+    def forget_step_writes(self) -> None:
+        """Compiled code counts as a write to the counts where it begins a step; debug mode does not look at such a step."""
+        self._num_step_writes = None
+
+    def _check_step_unwritten(self) -> None:
+        step, before = self._step, self._num_step_writes  # read once: `check` may come while another thread begins a step
+        if self.lifecycle.stage is Stage.READY and before is not None and step is not None:
+            self._step_tensors.check_unwritten(step, before)
+
+    # --- failures ---------------------------------------------------------------------------------------------------
+
+    def fail(self, reason: str) -> None:
+        """Tells the peers that this rank gives up: they, and from now on this rank, raise `PeerFailedError(rank, reason)`.
+        From any thread, also while another one is inside a call, which then raises it too."""
+        self.lifecycle.require_at_home("fail")
+        if self.lifecycle.closed or self.lifecycle.error is not None:
+            return
+        with self._lease as transport:
+            try:
+                transport.fail(reason)
+            finally:
+                self.record_failure(PeerFailedError(self._settings.group.rank, reason, self._step_index))
+
+    def tell_peers(self, error: BaseException) -> None:
+        """`fail` for an exception that is on its way to the caller: never raises one of its own in its place. A peer's error is
+        known to the peers, and the misuse by a second thread or a forked child is none of their business."""
+        if isinstance(error, PeerError | WrongCallerError) or not self.lifecycle.is_at_home:
+            return
+        with logged("the peers could not be told why this rank gives up"):
+            self.fail(f"{type(error).__name__}: {error}")
+
+    def record_failure(self, error: PeerError) -> None:
+        """Breaks the workspace: every later call raises `error`, until a reset."""
+        self.lifecycle.fail(error)
+
+    def settle_failure(self, operation: str, error: BaseException) -> None:
+        """Called as `error` leaves `operation`. Where nothing was launched, the workspace stands where it stood (after
+        `begin_step` without a step). Else it is broken, and the peers, who wait for what will not come, are told."""
+        self.lifecycle.settle(operation, error, self._lease, self._has_launched)
+
+    def _has_launched(self) -> bool:
+        return self.active_transport.launched and not _is_capturing(self._settings.group.device)
+
+    # --- leaving ----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Releases everything. Never waits for a peer; calling it again does nothing, nor does it in a forked child.
+
+        From any thread. A call that another thread is inside of ends, by StateError where it waited for a peer, and what it
+        uses is released as it ends; the peers get PeerFailedError then.
+        """
+        self.lifecycle.close(self._lease, self._give_back)
+
+    def _give_back(self) -> None:
+        self._settings.group.waiting.leave(self._settings.name)
+        try:
+            self.operators.release()
+        finally:
+            self.attached.clear()
+            self._lease.end()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.tell_peers(error)
+        finally:
+            with logged("the workspace could not be closed"):
+                self.close()
+
+
+def position_of(workspace: PeerCalls) -> Callable[[], Position | None]:
+    """Tells where the workspace stands, without keeping it alive."""
+    reference = weakref.ref(workspace)
+
+    def look() -> Position | None:
+        workspace = reference()
+        if workspace is None or workspace.lifecycle.closed:
+            return None
+        lifecycle = workspace.lifecycle
+        return Position(workspace._step_index, lifecycle.layer, lifecycle.stage.value, lifecycle.is_occupied)
+
+    return look
+
+
+def _is_capturing(device: torch.device) -> bool:
+    with contextlib.suppress(RuntimeError):  # of a device whose last kernel failed: that one was no captured one
+        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return False

@@ -1,0 +1,120 @@
+"""What the collective transport's ranks send one another, and what a communicator must be able to do.
+
+A communicator is made over exactly the group's ranks and never shared: after a failure it is aborted alone, and the
+application's own process groups stay as they are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple, dataclass
+from typing import Protocol
+
+import torch
+
+Rows = Sequence[Sequence[torch.Tensor]]
+"""For each peer the tensors that go to it or come from it; this rank's own entry is ignored, empty tensors do not travel."""
+
+CONNECTION_GONE = "its connection is gone (the process ended, or closed its workspace)"
+
+
+class CommunicationError(Exception):
+    """Rank `rank` (-1: not known which) failed for `reason`; with an empty one it is late by `waited_s` seconds."""
+
+    def __init__(self, rank: int, waited_s: float, reason: str = "") -> None:
+        super().__init__(reason)
+        self.rank, self.waited_s, self.reason = rank, waited_s, reason
+
+
+@dataclass(frozen=True)
+class Header:
+    """The packet at the head of every operation. Equal on all ranks but for `num_tokens` and `flags`, or a rank is off."""
+
+    operation: int
+    step: int
+    layer: int
+    generation: int
+    num_tokens: int = 0
+    flags: int = 0
+
+    def position(self) -> tuple[int, int, int, int]:
+        """What must agree, in the order in which ranks advance."""
+        return (self.generation, self.step, self.operation, self.layer)
+
+    def words(self) -> torch.Tensor:
+        """int64 [HEADER_WORDS] on the host."""
+        return torch.tensor(astuple(self), dtype=torch.int64, device="cpu")
+
+
+HEADER_WORDS = 6
+
+
+class Pending(Protocol):
+    """A started exchange."""
+
+    def headers(self) -> list[Header] | None:
+        """Every rank's header, or None where the backend sends none outside `begin_step`. Waits, at most the time-out."""
+
+    def finish(self) -> None:
+        """Waits until the incoming rows are there (on CUDA: makes the current stream wait)."""
+
+
+class Communicator(ABC):
+    """Messages between the ranks of a group. Its methods raise `CommunicationError` if a peer is late or gone."""
+
+    rank: int
+    size: int
+    timeout_s: float
+
+    @property
+    def peers(self) -> list[int]:
+        """The other ranks, the next one first, so that not all ranks begin with rank 0."""
+        return [(self.rank + shift) % self.size for shift in range(1, self.size)]
+
+    @abstractmethod
+    def exchange_headers(self, header: Header) -> list[Header]:
+        """Every rank's header, known to the host on return."""
+
+    @abstractmethod
+    def start(self, header: Header, outgoing: Rows, incoming: Rows) -> Pending:
+        """Starts to send `outgoing[r]` to rank r and to receive `incoming[r]` from it. Finish it before the next start."""
+
+    def reduce_scatter(self, out: torch.Tensor, rows: torch.Tensor) -> Pending | None:
+        """Starts the library's own reduce-scatter, for equal counts and `combine_order="any"`. None, with nothing sent, where it
+        has none that is faster than the exchange in rank order."""
+        return None
+
+    def watching_replay(self) -> AbstractContextManager[None]:
+        """Around the launch of a graph that was captured with this communicator: a peer that does not come is noticed."""
+        return nullcontext()
+
+    def raise_if_broken(self) -> None:
+        """Raises what was found outside the calls, by a thread that watches them, say."""
+        return
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Drops all connections at once, from any thread; one that waits for a message leaves with an error. Never waits for a
+        peer."""
+
+
+def pack_routing(topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+    """[T, K] int32 ids and [T, K] weights -> one int32 [T, 2K] message, the weights as the bits of float32."""
+    return torch.cat([topk_idx, topk_weights.to(torch.float32).view(torch.int32)], dim=1)
+
+
+def unpack_routing(routing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `pack_routing`, contiguous."""
+    idx, weights = routing.chunk(2, dim=1)
+    return idx.contiguous(), weights.contiguous().view(torch.float32)
+
+
+def leave_to_parent(backend: object, pid: int) -> None:
+    """Called as the communicator goes that process `pid` made. A forked child keeps the backend for good: the threads that its
+    destructor would wait for are in the parent alone, so that the child hung when it dropped the workspace or exited."""
+    if os.getpid() != pid:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(backend))

@@ -1,0 +1,129 @@
+"""The launches of one rank, with every argument in place that never changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tokenferry.kernels.control_block import MODE_BOTH, MODE_RECEIVE, MODE_SEND
+from tokenferry.kernels.launch import BoundLaunch
+from tokenferry.step import StepTensors
+from tokenferry.transports.base import TransportSettings
+from tokenferry.transports.symmetric.buffer import SymmetricBuffer
+from tokenferry.transports.symmetric.layout import Layout
+from tokenferry.transports.symmetric.loading import LoadedKernels, RoutingDtypes
+
+SUPPLIED = ("hidden_ptr", "topk_idx_ptr", "topk_weights_ptr", "num_supplied", "num_real_ptr", "layer")
+"""What a dispatch that sends is given at every call, in this order."""
+SUMMED = ("partial_ptr", "is_in_place", "out_ptr", "num_out", "layer")
+"""What a combine that receives is given at every call, in this order."""
+
+
+@dataclass(frozen=True)
+class RankView:
+    """As whom the kernels run: this rank among its peers, or rank 0 of 1 in `solo`.
+
+    Everything by which a kernel could reach another rank stands here. Once `solo` kept the group's table of buffers and its
+    multicast address: the warm-up rows of rank 1 lay in rank 0's gathered ids, and over multicast in every peer's slots.
+
+    Attributes:
+        counters_ptr, step_counts_ptr: of this rank's buffer, others in `solo`.
+        peer_table_ptr: address of the table of buffers, which has `size` of them.
+        multicast_ptr: of the multicast mapping; 0 if there is none, or nobody to reach.
+    """
+
+    rank: int
+    size: int
+    counters_ptr: int
+    step_counts_ptr: int
+    peer_table_ptr: int
+    multicast_ptr: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the kernels of an open workspace run on."""
+
+    settings: TransportSettings
+    step_tensors: StepTensors
+    buffer: SymmetricBuffer
+    layout: Layout
+    kernels: LoadedKernels
+    grid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundLaunches:
+    """Of dispatch and combine each mode has a launch of its own, since one that only sends, or only receives, is given less.
+
+    `dispatch` and `dispatch_send` take SUPPLIED, `dispatch_receive` the last two of these; `combine` and `combine_receive` take
+    SUMMED, `combine_send` SUMMED without `out_ptr` and `num_out`; `counts` takes num_tokens, flags and num_real.
+    """
+
+    counts: BoundLaunch
+    dispatch: dict[RoutingDtypes, BoundLaunch]
+    dispatch_send: dict[RoutingDtypes, BoundLaunch]
+    dispatch_receive: dict[RoutingDtypes, BoundLaunch]
+    combine: dict[torch.dtype, BoundLaunch]
+    combine_send: dict[torch.dtype, BoundLaunch]
+    combine_receive: dict[torch.dtype, BoundLaunch]
+
+
+def bind_launches(resources: Resources, view: RankView) -> BoundLaunches:
+    """All launches of a rank that runs as `view` says."""
+    settings, layout, kernels, grid = resources.settings, resources.layout, resources.kernels, resources.grid
+    common = {
+        "buffer_ptr": resources.buffer.address,
+        "peer_table_ptr": view.peer_table_ptr,
+        "rank": view.rank,
+        "size": view.size,
+        "counters_ptr": view.counters_ptr,
+        "step_counts_ptr": view.step_counts_ptr,
+    }
+    published = {
+        "step_tensors_ptr": resources.step_tensors.packed.data_ptr(),
+        "public_rank": settings.group.rank,
+        "public_size": settings.group.size,
+        "generation": settings.generation,
+    }
+    rows = {
+        **common,
+        "multicast_ptr": view.multicast_ptr,
+        "counts_offset": layout.counts.offset,
+        "slot_rows": layout.slot_rows,
+    }
+    dispatch_fixed = {
+        **rows,
+        "arrived_offset": layout.arrived.offset,
+        "slots_offset": layout.dispatch_slots.offset,
+        "slot_bytes": layout.dispatch_slot_bytes,
+        "out_hidden_offset": layout.hidden.offset,
+        "out_idx_offset": layout.topk_idx.offset,
+        "out_weights_offset": layout.topk_weights.offset,
+    }
+    combine_fixed = {
+        **rows,
+        "ready_offset": layout.ready.offset,
+        "slots_offset": layout.combine_slots.offset,
+        "slot_bytes": layout.combine_slot_bytes,
+        "terms_offset": layout.terms.offset,
+    }
+    dispatches = kernels.dispatch if view.size > 1 else kernels.dispatch_alone
+
+    def dispatch(varying: tuple[str, ...], **fixed: int) -> dict[RoutingDtypes, BoundLaunch]:
+        return {key: launch.bind({**dispatch_fixed, **fixed}, varying, grid=grid) for key, launch in dispatches.items()}
+
+    def combine(varying: tuple[str, ...], **fixed: int) -> dict[torch.dtype, BoundLaunch]:
+        return {key: launch.bind({**combine_fixed, **fixed}, varying, grid=grid) for key, launch in kernels.combine.items()}
+
+    nothing_supplied = dict.fromkeys(SUPPLIED[:4], 0)
+    return BoundLaunches(
+        counts=kernels.counts.bind({**common, **published}, ("num_tokens", "flags", "num_real"), grid=1),
+        dispatch=dispatch(SUPPLIED, mode=MODE_BOTH),
+        dispatch_send=dispatch(SUPPLIED, mode=MODE_SEND),
+        dispatch_receive=dispatch(SUPPLIED[4:], **nothing_supplied, mode=MODE_RECEIVE),
+        combine=combine(SUMMED, mode=MODE_BOTH),
+        combine_send=combine(("partial_ptr", "is_in_place", "layer"), out_ptr=0, num_out=0, mode=MODE_SEND),
+        combine_receive=combine(SUMMED, mode=MODE_RECEIVE),
+    )

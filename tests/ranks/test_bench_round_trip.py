@@ -1,0 +1,78 @@
+"""`tokenferry.benchmarking` as a program uses it, on CPUs: round trips of every kind, and the program of docs/benchmarking.md."""
+
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tokenferry import benchmarking
+from tokenferry.errors import DeviceError
+
+pytestmark = pytest.mark.ranks
+
+ROOT = Path(__file__).parents[2]
+
+
+def append_line(path: Path, text: str) -> None:
+    """A callable for progress: rank 0 calls it in a process of its own, so that it must be picklable."""
+    with path.open("a") as file:
+        file.write(text + "\n")
+
+
+def test_public_names_are_sorted_and_there() -> None:
+    constants_first = sorted(benchmarking.__all__, key=lambda name: (not name.isupper(), name))
+    assert benchmarking.__all__ == constants_first
+    assert all(hasattr(benchmarking, name) for name in benchmarking.__all__)
+
+
+def test_round_trips_are_compared_with_the_reference_and_told_as_they_come(tmp_path: Path) -> None:
+    points = benchmarking.round_trip_points((16,), (1, 3), ("collective",), 2)
+    records = benchmarking.run_round_trips(points, 2, device="cpu", progress=partial(append_line, tmp_path / "progress"))
+    assert [(record["tokens"], record["combine_order"]) for record in records] == [
+        ((1, 1), "rank"),
+        ((1, 1), "any"),
+        ((3, 3), "rank"),
+        ((3, 3), "any"),
+    ]
+    assert all(record["correct"] and record["round_trip_us"] > 0 for record in records)
+    assert [record["wire_bytes"] for record in records[::2]] == [1 * (32 + 64) + 1 * 32, 3 * (32 + 64) + 3 * 32]
+    lines = (tmp_path / "progress").read_text().splitlines()
+    assert lines[1] == "point 2 of 4: collective, hidden size 16, tokens 1x1"
+    assert len(lines) == len(points)
+    assert benchmarking.round_trip_table(records).count("  yes") == len(points)
+
+
+def test_a_transport_that_cannot_serve_is_a_record_of_its_own() -> None:
+    points = benchmarking.round_trip_points((16,), (1,), ("local", "collective"), 2)
+    records = benchmarking.run_round_trips(points, 2, device="cpu")
+    assert records[0]["error"].startswith("TransportUnavailableError: ")
+    assert records[-1]["correct"]
+
+
+def test_usual_points_have_a_lonely_token_beside_a_full_rank() -> None:
+    points = benchmarking.round_trip_points((64,), (1, 8), ("p2p", "collective"), 3)
+    assert [(point.transport, point.tokens, point.capacity, point.combine_order) for point in points] == [
+        ("p2p", (1, 1, 1), 1, "rank"),
+        ("p2p", (8, 8, 8), 8, "rank"),
+        ("p2p", (1, 8, 8), 8, "rank"),
+        ("collective", (1, 1, 1), 1, "rank"),
+        ("collective", (1, 1, 1), 1, "any"),
+        ("collective", (8, 8, 8), 8, "rank"),
+        ("collective", (8, 8, 8), 8, "any"),
+    ]
+
+
+def test_fewer_gpus_than_ranks_are_named_with_both_numbers() -> None:
+    with pytest.raises(DeviceError, match=r"num_ranks is 99, but this machine has \d+ CUDA GPUs; .*device='cpu'"):
+        benchmarking.run_round_trips([], 99)
+
+
+def test_the_program_of_the_page_runs(tmp_path: Path) -> None:
+    [program] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "benchmarking.md").read_text(), re.DOTALL)
+    (tmp_path / "measure.py").write_text(program)
+    done = subprocess.run([sys.executable, "measure.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^tiny +8 .* yes$", done.stdout, re.MULTILINE), done.stdout

@@ -1,0 +1,136 @@
+"""`Workspace(transport=...)` with an object: the example of docs/transports.md, and what ranks that give objects agree on."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tokenferry as tf
+from rank_pool import RankPools
+from tokenferry.transports.base import StepTensors, Transport, TransportSettings
+from tokenferry.transports.opening import open_transport
+from tokenferry.transports.wrapper import TransportWrapper
+
+CONFIG = tf.MoEConfig(hidden_size=8, num_experts=4, topk=1, dtype=torch.float32)
+DOCUMENT = Path(__file__).parent.parent / "docs" / "transports.md"
+
+
+def test_the_example_of_the_document_says_what_it_says_there() -> None:
+    [code] = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(compile(code, str(DOCUMENT), "exec"), {"__name__": "example"})
+    assert said.getvalue().strip() == code.strip().splitlines()[-1].split("# ")[1]
+
+
+class Recording:
+    """Opens `inner` and notes what is called on it, whole calls and halves alike."""
+
+    def __init__(self, inner: str, name: str = "recording") -> None:
+        self.inner, self.name = inner, name
+        self.settings: list[TransportSettings] = []
+        self.calls: list[str] = []
+
+    def open(self, settings: TransportSettings, step_tensors: StepTensors) -> Transport:
+        self.settings.append(settings)
+        return RecordingTransport(open_transport(self.inner, settings, step_tensors), self.calls)
+
+
+class RecordingTransport(TransportWrapper):
+    def __init__(self, inner: Transport, calls: list[str]) -> None:
+        super().__init__(inner)
+        self.calls = calls
+
+    def begin_step(self, *args: Any) -> None:
+        self.calls.append("begin_step")
+        super().begin_step(*args)
+
+    def dispatch(self, *args: Any) -> Any:
+        self.calls.append("dispatch")
+        return super().dispatch(*args)
+
+    def combine(self, *args: Any) -> torch.Tensor:
+        self.calls.append("combine")
+        return super().combine(*args)
+
+    def close(self) -> None:
+        self.calls.append("close")
+        super().close()
+
+
+def round_trip(ws: tf.Workspace) -> list[float]:
+    layer = ws.dispatcher()
+    ws.begin_step(2)
+    rows = torch.full((2, 8), 1.0 + ws.group.rank)
+    got = layer.dispatch(rows, torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1))
+    return layer.combine(got.hidden / ws.group.size)[:, 0].tolist()
+
+
+def recorded(group: tf.EPGroup, inner: str) -> dict[str, Any]:
+    recording = Recording(inner)
+    with tf.Workspace(CONFIG, group, max_tokens_per_rank=4, transport=recording, timeout_s=20.0) as ws:
+        sums = round_trip(ws)
+        ws.reset()
+        sums += round_trip(ws)
+    return {
+        "sums": sums,
+        "transport": ws.transport,
+        "decisions": [str(decision) for decision in ws.decisions],
+        "calls": recording.calls,
+        "names": [settings.name for settings in recording.settings],
+    }
+
+
+KINDS = [
+    pytest.param("local", 1, {}, id="local"),
+    pytest.param("collective", 2, {}, id="collective", marks=pytest.mark.ranks),
+    pytest.param("p2p", 2, {"TRITON_INTERPRET": "1"}, id="p2p", marks=pytest.mark.interpreter),
+]
+DEBUG = pytest.mark.parametrize("debug", [{}, {"TOKENFERRY_DEBUG": "1"}], ids=["plain", "in-debug-mode"])
+
+
+@DEBUG
+@pytest.mark.parametrize(("inner", "ranks", "env"), KINDS)
+def test_an_object_opens_anew_at_each_reset_and_gets_every_call(
+    on_ranks: RankPools, inner: str, ranks: int, env: dict[str, str], debug: dict[str, str]
+) -> None:
+    for rank, seen in enumerate(on_ranks(recorded, ranks, inner, env={**env, **debug})):
+        assert seen["sums"] == [1.0 + rank] * 4
+        assert seen["transport"] == "recording"
+        assert seen["decisions"] == ["recording: accepted, a transport object, as asked for"]
+        assert seen["calls"] == ["begin_step", "dispatch", "combine", "close"] * 2
+        assert len(set(seen["names"])) == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [3, None, object(), Recording, type("Nameless", (), {"open": print})(), type("Named", (), {"name": "named"})()],
+    ids=["number", "none", "object", "class", "no-name", "no-open"],
+)
+def test_what_is_neither_a_name_nor_opens_is_refused(wrong: object) -> None:
+    with pytest.raises(tf.ConfigError, match=r"transport must be 'auto' or one of .*, or an object with a name .* open\("):
+        tf.Workspace(CONFIG, tf.EPGroup(device="cpu"), max_tokens_per_rank=4, transport=wrong)
+
+
+def differing(group: tf.EPGroup, transports: list[Any]) -> str:
+    with pytest.raises(tf.ConfigError) as caught:
+        tf.Workspace(CONFIG, group, max_tokens_per_rank=4, transport=transports[group.rank], open_timeout_s=10.0)
+    return str(caught.value)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("transports", "said"),
+    [
+        ([Recording("collective"), Recording("collective", "other")], "the object 'recording'"),
+        (["collective", Recording("collective", "collective")], "the object 'collective'"),
+    ],
+    ids=["two-objects", "a-name-and-an-object-of-that-name"],
+)
+def test_ranks_that_give_different_transports_are_told_so(on_ranks: RankPools, transports: list[Any], said: str) -> None:
+    for text in on_ranks(differing, 2, transports):
+        assert text.startswith("transport differs between ranks") and said in text
