@@ -7,7 +7,7 @@ import torch
 from tokenferry import EPGroup
 from tokenferry.benchmarking import GroupTimer
 from tokenferry.dispatched import Dispatched
-from tokenferry.experts import ExpertScratch, ExpertWeights, quantize_weights, torch_path, triton_path
+from tokenferry.experts import ExpertScratch, ExpertWeights, quantize_weights, torch_path, triton_path, variants
 
 EP = 2
 LAYERS = {"qwen3-30b-a3b": 4, "gpt-oss-20b": 2, "gpt-oss-120b": 2, "deepseek-v3": 1, "mixtral-8x7b": 1}
@@ -102,7 +102,7 @@ class ExpertBench:
         out = torch.empty_like(rows.hidden)
         self.run(rows, out, self.layers[0], plan=variant.plan)  # fills table and scratch
         num, L = rows.topk_idx.shape[0], num_local(self.preset)
-        buffers = self.scratch.reserve(triton_path.row_shape(variant), num, L, torch.bfloat16)
+        buffers = self.scratch.reserve(variants.row_shape(variant), num, L, torch.bfloat16)
         table = (buffers.counts_L, buffers.offsets_L, buffers.pairs_P)
         settings = (*table, 0, self.preset.activation.alpha, self.preset.activation.limit)
         count = rows.valid_tokens
@@ -115,15 +115,15 @@ class ExpertBench:
                     source, target = buffers.activated_PI, buffers.outputs_PH
                 for product in getattr(loaded, which):
                     activation = self.preset.activation if which == "up" else None
-                    given = triton_path._described(matrix, activation, product.block) if product.block else matrix
+                    given = triton_path.weights_argument(matrix, activation, product)
                     given_bias = count if bias is None else bias
-                    product.kernel(product.programs, source, count, given, count, given_bias, target, *settings)
+                    product.launch(source, count, given, count, given_bias, target, *settings)
 
         def make_table():
-            loaded.table(L, rows.topk_idx, count, *table, 0, num, 0)
+            loaded.table(rows.topk_idx, count, *table, 0, num, 0)
 
         def make_sum():
-            loaded.sum(loaded.programs, buffers.outputs_PH, rows.topk_idx, rows.topk_weights, count, out, 0, buffers.num_rows, 0)
+            loaded.sum(buffers.outputs_PH, rows.topk_idx, rows.topk_weights, count, out, 0, buffers.num_rows, 0)
 
         done = {which: self.time_us(lambda which=which: products(which), 2) / len(self.layers) for which in ("up", "down")}
         return done if products_only else done | {"table": self.time_us(make_table, 10), "sum": self.time_us(make_sum, 10)}

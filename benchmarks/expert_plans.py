@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from expert_layers import num_local
-from tokenferry.experts import triton_path
+from tokenferry.experts import variants
 from tokenferry.experts.plan import Plan, Tiles, plan
 
 
@@ -65,7 +65,7 @@ def plan_of(candidate):
 def variant_of(preset, **changes):
     """Without tensors, so that processes without a GPU can compile it."""
     L, H, I = num_local(preset), preset.hidden_size, preset.intermediate_size
-    known = triton_path.Variant(
+    known = variants.Variant(
         num_local_experts=L, hidden_size=H, intermediate_size=I, topk=preset.topk, dtype=torch.bfloat16,
         weight_dtype=torch.bfloat16, index_dtype=torch.int32, out_dtype=torch.bfloat16, activation=preset.activation.name,
         gated=preset.activation.gated, interleaved=preset.activation.interleaved, up_bias=preset.bias, down_bias=preset.bias,
@@ -84,12 +84,12 @@ def compile_spec(spec):
 
 
 def specs_of(variant):
-    return triton_path.specs(variant, torch.device("cpu")).all
+    return variants.specs(variant, torch.device("cpu")).all
 
 
-def precompile(variants):
+def precompile(wanted_variants):
     start = time.monotonic()
-    wanted = list(dict.fromkeys(spec for variant in variants for spec in specs_of(variant)))
+    wanted = list(dict.fromkeys(spec for variant in wanted_variants for spec in specs_of(variant)))
     with ProcessPoolExecutor(16) as pool:
         failed = sum(bool(text) for text in pool.map(compile_spec, wanted))
     print(f"{len(wanted)} kernels compiled in {time.monotonic() - start:.0f} s, {failed} failed", flush=True)
@@ -110,13 +110,13 @@ def named_plans(preset):
     return {
         "default": default,
         "few first": Plan(up=(few_up, many_up), down=(few_down, many_down)),
-        "few alone": Plan(up=changed([few_up], high=0), down=changed([few_down], high=0)),
+        "few alone": Plan(up=changed([few_up], max_rows=0), down=changed([few_down], max_rows=0)),
         "long tails": many(rows_few=many_up.rows),
         "pointers": many(tensor_map=False),
         "four stages": many(num_stages=4),
         "many from 33": Plan(
-            up=(*changed([many_up], low=32), *changed([few_up], high=32)),
-            down=(*changed([few_down], high=32), *changed([many_down], low=32)),
+            up=(*changed([many_up], min_rows=33), *changed([few_up], max_rows=32)),
+            down=(*changed([few_down], max_rows=32), *changed([many_down], min_rows=33)),
         ),
         "default again": default,
     }

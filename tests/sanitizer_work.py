@@ -299,11 +299,11 @@ def experts_of(cases: tuple[ExpertsCase, ...]) -> int:
                 bias.normal_()
         if case.float8:
             experts.quantize()
-        loaded = {}
+        attached = {}
         for number, valid in enumerate((*COUNTS, *COUNTS[-2:])):
             routing = "some" if number < len(COUNTS) else ("one expert", "none")[number - len(COUNTS)]
             experts.scratch = ExpertScratch(DEVICE)  # as large as this call needs, and no larger
-            experts.scratch.loaded = loaded
+            experts.scratch.attached = attached
             rows = rows_of(case, valid, routing)
             out = torch.full(rows.hidden.shape, 7.0, device=DEVICE)
             experts(rows, out=out)

@@ -126,7 +126,8 @@ def test_the_sum_in_the_switch_compiles(capability: int, tmp_path: Path) -> None
 
 
 ROUTE = {
-    "TOPK_GROUPS": 1, "GROUP_TOPK": 1, "SIGMOID": False, "FIRST": False, "RENORMALIZE": True, "CORRECTED": False, "PDL": True,
+    "TOPK_GROUPS": 1, "GROUP_TOPK": 1, "SIGMOID": False, "TOPK_BEFORE_SCORE": False, "RENORMALIZE": True, "CORRECTED": False,
+    "PDL": True,
 }  # fmt: skip
 ROUTES = {
     "softmax-E128-K8": {**ROUTE, "G": 1, "M": 128, "K": 8, "GROUPS": 1, "MEMBERS": 128},

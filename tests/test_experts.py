@@ -82,7 +82,7 @@ def gathered(hidden, topk_idx, topk_weights, num_valid=None):
 
 
 def loop_in_float64(experts, rows):
-    """For each row, slot after slot, this rank's experts only."""
+    """For each row, choice after choice, this rank's experts only."""
     expected = torch.zeros(rows.hidden.shape, dtype=torch.float64)
     for r, (ids, weights) in enumerate(zip(rows.topk_idx.tolist(), rows.topk_weights.tolist(), strict=True)):
         for expert, weight in zip(ids, weights, strict=True):
@@ -109,7 +109,7 @@ CASES = {
     "bias": Case(bias=True),
     "unaligned": Case(hidden_size=7, intermediate_size=5),
     "unaligned-bias": Case(hidden_size=6, intermediate_size=5, bias=True),
-    "one-slot": Case(topk=1),
+    "one-choice": Case(topk=1),
     "every-expert": Case(topk=NUM_EXPERTS),
     "bf16": Case(dtype=torch.bfloat16),
     "bf16-clamped-interleaved": Case(Activation("clamped_swiglu", interleaved=True), bias=True, dtype=torch.bfloat16),
@@ -142,7 +142,7 @@ def test_every_way_through_equals_a_float64_loop(name, path):
 
 
 def test_a_row_worked_by_hand():
-    # One row [1, 2]; expert 2 doubles, expert 3 triples (relu, identity up); slots: expert 3 with 0.5, none, expert 2 with 10.
+    # One row [1, 2]; expert 2 doubles, expert 3 triples (relu, identity up); choices: expert 3 with 0.5, none, expert 2 with 10.
     experts = Experts(
         ExpertsConfig(hidden_size=2, intermediate_size=2, num_experts=4, activation=Activation("relu")),
         range(2, 4),
@@ -157,7 +157,7 @@ def test_a_row_worked_by_hand():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_garbage_in_rows_and_slots_that_do_not_count_changes_no_bit(path, dtype):
+def test_garbage_in_rows_and_choices_that_do_not_count_changes_no_bit(path, dtype):
     experts, clean = Case(dtype=dtype, bias=True).build()
     num_valid = 12
     idx = clean.topk_idx.clone()
@@ -220,7 +220,7 @@ def test_the_sum_is_rounded_once_to_the_wire(path, wire):
     assert same_bits(out, exact.to(wire))
 
 
-def test_the_sum_over_slots_is_float32_on_a_bfloat16_wire(path):
+def test_the_sum_over_choices_is_float32_on_a_bfloat16_wire(path):
     # Outputs 1 and 2^-9 with weights 1 and 1, twice the latter: bfloat16 steps would lose both small terms.
     experts = Experts(
         ExpertsConfig(hidden_size=8, intermediate_size=8, num_experts=1, activation=Activation("relu")),

@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from thinned import crossed
-from tokenferry.experts import ExpertScratch, triton_path
+from tokenferry.experts import ExpertScratch, variants
 from tokenferry.experts.plan import FEW_ROWS, plan
 from tokenferry.experts.scratch import RowShape
 from tokenferry.kernels import wire
@@ -17,7 +17,7 @@ SHARED_MEMORY_BYTES = {90: 232_448, 100: 232_448}
 """What one program may have, by capability (CUDA's programming guide)."""
 
 
-def variant(H=2048, I=768, L=64, K=8, **changes) -> triton_path.Variant:
+def variant(H=2048, I=768, L=64, K=8, **changes) -> variants.Variant:
     known = {
         "num_local_experts": L, "hidden_size": H, "intermediate_size": I, "topk": K, "dtype": torch.bfloat16,
         "weight_dtype": torch.bfloat16, "index_dtype": torch.int32, "out_dtype": torch.bfloat16, "activation": "swiglu",
@@ -25,7 +25,7 @@ def variant(H=2048, I=768, L=64, K=8, **changes) -> triton_path.Variant:
         "up_strides": (2 * I * H, H, 1), "down_strides": (H * I, I, 1),
         "aligned": True, "batch_invariant": False, "max_rows": None,
     }  # fmt: skip
-    return triton_path.Variant(**{**known, **changes})
+    return variants.Variant(**{**known, **changes})
 
 
 VARIANTS = {
@@ -47,19 +47,17 @@ VARIANTS = {
 @pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 @pytest.mark.parametrize(("name", "capability"), crossed(VARIANTS, (90, 100)))
 def test_compiles_to_a_cubin(name, capability) -> None:
-    for spec in triton_path.specs(VARIANTS[name], torch.device("cpu")).all:
+    for spec in variants.specs(VARIANTS[name], torch.device("cpu")).all:
         kernel = triton.compile(spec.source(), target=GPUTarget("cuda", capability, 32), options=spec.options())
         assert kernel.metadata.shared <= SHARED_MEMORY_BYTES[capability], spec
-        if spec.name == "gemm" and capability == 90 and name == "qwen3-30b-a3b":
+        if spec.name == "expert_gemm_kernel" and capability == 90 and name == "qwen3-30b-a3b":
             assert "wgmma" in kernel.asm["ptx"] and "cp.async.cg.shared.global" in kernel.asm["ptx"]
 
 
 @pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 def test_rows_are_quantized_by_rounded_divisions() -> None:
     """bfloat16 rows often lie exactly between two float8 numbers, where a division that misses goes the other way."""
-    specs = [
-        each for each in triton_path.specs(VARIANTS["deepseek-v3-float8"], torch.device("cpu")).all if each.name == "quantize"
-    ]
+    specs = variants.specs(VARIANTS["deepseek-v3-float8"], torch.device("cpu")).quantize
     assert specs
     for spec in specs:
         ptx = triton.compile(spec.source(), target=GPUTarget("cuda", 90, 32), options=spec.options()).asm["ptx"]
@@ -72,7 +70,7 @@ def test_what_serves_an_expert_depends_on_its_rows_alone() -> None:
         chosen = plan(torch.bfloat16, 2048, 768, **settings)
         for launches in (chosen.up, chosen.down):
             for rows in (1, FEW_ROWS, FEW_ROWS + 1, 10**5):
-                assert sum(tiles.low < rows and (rows <= tiles.high or not tiles.high) for tiles in launches) == 1
+                assert sum(tiles.min_rows <= rows and (rows <= tiles.max_rows or not tiles.max_rows) for tiles in launches) == 1
 
 
 def test_a_small_capacity_needs_no_launch_for_many_rows() -> None:
@@ -85,11 +83,11 @@ def test_one_cut_has_one_kind_of_tile() -> None:
         assert len(launches) == 1 and launches[0].rows == launches[0].rows_few
 
 
-def test_rows_of_a_round_follow_from_shape_and_memory() -> None:
+def test_rows_of_a_chunk_follow_from_shape_and_memory() -> None:
     shape = RowShape(topk=8, hidden_size=7168, intermediate_size=2048, itemsize=2)
     assert shape.nbytes == 147_488
-    assert ExpertScratch.rows_per_round(FakeScratch(1 << 30), shape) == 7280
-    assert ExpertScratch.rows_per_round(FakeScratch(1), shape) == 1
+    assert ExpertScratch.rows_per_chunk(FakeScratch(1 << 30), shape) == 7280
+    assert ExpertScratch.rows_per_chunk(FakeScratch(1), shape) == 1
 
 
 class FakeScratch:

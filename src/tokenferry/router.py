@@ -151,7 +151,7 @@ def route(
     if config.renormalize:
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + config.renormalize_epsilon)
         if is_off_TK is not None:
-            weights_TK = weights_TK.masked_fill(is_off_TK, 0.0)  # of a row without an expert 0 / 0 is left
+            weights_TK = weights_TK.masked_fill(is_off_TK, 0.0)  # in a row without any expert the division was 0 / 0
     if config.scaling_factor != 1.0:
         weights_TK = weights_TK * config.scaling_factor
     return weights_TK, idx_TK.to(config.idx_dtype)

@@ -11,10 +11,10 @@ import test_experts as plain
 import tokenferry as tf
 from test_experts import CASES, LOCAL, TOLERANCE, Case, gathered
 from tokenferry.activations import Activation
-from tokenferry.experts import Experts, ExpertsConfig, ExpertScratch, torch_path, triton_path
+from tokenferry.experts import Experts, ExpertsConfig, ExpertScratch, torch_path, triton_path, variants
 from tokenferry.experts.plan import Plan, Tiles
 from tokenferry.integrations import megatron
-from tokenferry.kernels import expert_gemm, expert_sum, expert_table
+from tokenferry.kernels import expert_gemm, expert_math, expert_quantize, expert_sum, expert_table
 from tokenferry.testing import run_ranks
 from tokenferry.testing.numeric import same_bits
 
@@ -28,7 +28,7 @@ def tiles(**changes) -> Tiles:
     return Tiles(**{**common, **changes})
 
 
-TWO_CUTS = Plan(up=(tiles(low=6), tiles(high=6)), down=(tiles(high=6), tiles(low=6)))
+TWO_CUTS = Plan(up=(tiles(min_rows=7), tiles(max_rows=6)), down=(tiles(max_rows=6), tiles(min_rows=7)))
 """As the real plans, small: an expert goes one way or the other by its rows, and a last tile may be short."""
 ONE_CUT = Plan(up=(tiles(rows_few=16),), down=(tiles(rows_few=16),))
 
@@ -108,19 +108,19 @@ def properties(group: tf.EPGroup) -> dict[str, bool]:
     held["one cut: experts with more rows than a tile"] = bool(error < 1e-6)
 
     narrow = ExpertScratch("cpu", max_bytes=7 * 3 * (32 + 24 + 2) * 2)
-    one_round = by_kernels(experts, rows, plan=ONE_CUT)
-    held["five rounds"] = same_bits(one_round, by_kernels(experts, rows, plan=ONE_CUT, scratch=narrow))
-    held["rounds fit their memory"] = narrow.nbytes < 6000
+    one_chunk = by_kernels(experts, rows, plan=ONE_CUT)
+    held["five chunks"] = same_bits(one_chunk, by_kernels(experts, rows, plan=ONE_CUT, scratch=narrow))
+    held["chunks fit their memory"] = narrow.nbytes < 6000
     first = gathered(rows.hidden[:1], rows.topk_idx[:1], rows.topk_weights[:1])
     alone = by_kernels(experts, first, plan=ONE_CUT)
-    held["one cut: a row alone has the same bits"] = same_bits(alone, one_round[:1])
+    held["one cut: a row alone has the same bits"] = same_bits(alone, one_chunk[:1])
 
     growing, last = ExpertScratch("cpu"), 0
     for count in (*range(1, 31), 5):
         some = gathered(rows.hidden[:count], rows.topk_idx[:count], rows.topk_weights[:count])
         last = by_kernels(experts, some, plan=ONE_CUT, scratch=growing)
     held["steps of ever more rows do not pile up memory"] = growing.nbytes < 4 * 30 * 3 * (32 + 24 + 2) * 2
-    held["buffers for more rows serve fewer"] = same_bits(last, one_round[:5])
+    held["buffers for more rows serve fewer"] = same_bits(last, one_chunk[:5])
 
     for name in ("clamped_swiglu", "relu"):
         shape = ExpertsConfig(hidden_size=32, intermediate_size=24, num_experts=7, activation=Activation(name))
@@ -150,8 +150,8 @@ PROPERTIES = (
     "V=0",
     "V=30",
     "one cut: experts with more rows than a tile",
-    "five rounds",
-    "rounds fit their memory",
+    "five chunks",
+    "chunks fit their memory",
     "one cut: a row alone has the same bits",
     "steps of ever more rows do not pile up memory",
     "buffers for more rows serve fewer",
@@ -190,7 +190,7 @@ def prepared(group: tf.EPGroup) -> dict[str, bool]:
             experts.prepare(ws)
         scratch = stacks[0].scratch
         held["one scratch"] = scratch is stacks[1].scratch
-        num_kernels, num_bytes = len(scratch.loaded), scratch.nbytes
+        num_kernels, num_bytes = len(triton_path.kernels_of(scratch).by_variant), scratch.nbytes
         layer = ws.dispatcher()
         for count in (group.rank * 5, 3, 0):
             ws.begin_step(count)
@@ -204,7 +204,8 @@ def prepared(group: tf.EPGroup) -> dict[str, bool]:
             close = (partial[:valid].float() - expected[:valid]).abs().max() <= 0.02 * expected.abs().max() if valid else True
             held[f"T={count}"] = bool(close)
             layer.combine(partial, got)
-        held["nothing was loaded or taken later"] = (len(scratch.loaded), scratch.nbytes) == (num_kernels, num_bytes)
+        loaded = triton_path.kernels_of(scratch).by_variant
+        held["nothing was loaded or taken later"] = (len(loaded), scratch.nbytes) == (num_kernels, num_bytes)
     held["closing lets go of it"] = not ws.attached
     with tf.Workspace(config, group, max_tokens_per_rank=5, transport="p2p") as ws:
         stacks[0].prepare(ws, small := ExpertScratch("cpu", max_bytes=4000))
@@ -283,17 +284,17 @@ def float8_products(group: tf.EPGroup) -> tuple[float, float]:
     cut = Plan(up=(tiles(rows_few=16, columns=64, depth=128),), down=(tiles(rows_few=16, columns=64, depth=128),))
     expected = torch_path.run("trimmed", rows, experts.weights, LOCAL.start, shape.activation, torch.empty(19, H))
     got = by_kernels(experts, rows, plan=cut, out=torch.empty(19, H))
-    two = [tiles(columns=64, depth=128, low=6, ahead=True), tiles(columns=64, depth=128, high=6)]
+    two = [tiles(columns=64, depth=128, min_rows=7, prequantize=True), tiles(columns=64, depth=128, max_rows=6)]
     poisoned = poison(ExpertScratch("cpu"))
-    ahead = by_kernels(experts, rows, plan=Plan(up=tuple(two), down=tuple(two)), out=torch.empty(19, H), scratch=poisoned)
+    prequantized = by_kernels(experts, rows, plan=Plan(up=tuple(two), down=tuple(two)), out=torch.empty(19, H), scratch=poisoned)
     largest = expected.abs().max()
-    return ((got - expected).abs().max() / largest).item(), ((ahead - expected).abs().max() / largest).item()
+    return ((got - expected).abs().max() / largest).item(), ((prequantized - expected).abs().max() / largest).item()
 
 
 def test_float8_equals_the_products_of_what_it_stands_for() -> None:
-    in_tiles, ahead = run_ranks(float8_products, 1, env=INTERPRETER)[0]
+    in_tiles, prequantized = run_ranks(float8_products, 1, env=INTERPRETER)[0]
     assert in_tiles < TOLERANCE[torch.bfloat16]
-    assert ahead < TOLERANCE[torch.bfloat16]
+    assert prequantized < TOLERANCE[torch.bfloat16]
 
 
 # --- worked examples ------------------------------------------------------------------------------------------------------
@@ -318,10 +319,10 @@ def quantize_example(group: tf.EPGroup) -> list[list[float]]:
     rows[0, :3] = torch.tensor([224.0, -448.0, 1.0])
     counts, valid = torch.tensor([1], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
     found = []
-    for low in (0, 1):
+    for min_rows in (1, 2):
         out, scales = torch.full((1, 130), 2.0).to(torch.float8_e4m3fn), torch.full((1, 2), 7.0)
-        expert_gemm.quantize_rows_kernel[(2,)](
-            rows, counts, valid, out, scales, 0, 1, L=1, X=130, FIRST=True, LOW=low, LANES=1, PDL=0
+        expert_quantize.quantize_rows_kernel[(2,)](
+            rows, counts, valid, out, scales, 0, 1, L=1, X=130, IS_FIRST_PRODUCT=True, MIN_ROWS=min_rows, LANES=1, PDL=0
         )
         found.append([*out.float()[0, [0, 1, 2, 3, 129]].tolist(), *scales[0].tolist()])
     return found
@@ -356,9 +357,9 @@ def gemm_example(group: tf.EPGroup) -> list[list[list[float]]]:
         out = torch.full((2, 2), -7.0)
         expert_gemm.expert_gemm_kernel[(1,)](
             source, counts, weights, counts, counts, out, counts, offsets, pairs, 0, 0.0, 0.0, L=2, K=1, DEPTH=2, WIDTH=2,
-            STRIDE_E=4, STRIDE_N=2, STRIDE_D=1, FIRST=first, GATED=False, INTERLEAVED=False, ACTIVATION="none", BIAS=False,
-            SCALED=False, QUANTIZED=False, TENSOR_MAP=False, LOW=0, HIGH=0, BM_FEW=16, BM=16, BN=16, BD=16, LANES=2, UPCAST=True,
-            PDL=0,
+            STRIDE_E=4, STRIDE_N=2, STRIDE_D=1, IS_FIRST_PRODUCT=first, GATED=False, INTERLEAVED=False, ACTIVATION="none",
+            BIAS=False, SCALED=False, QUANTIZED=False, TENSOR_MAP=False, MIN_ROWS=1, MAX_ROWS=0, BM_FEW=16, BM=16, BN=16, BD=16,
+            LANES=2, UPCAST=True, PDL=0,
         )  # fmt: skip
         results.append(out.tolist())
         source = torch.tensor([[3.0, 4], [4, 2]])
@@ -375,16 +376,16 @@ def test_gemm_kernel() -> None:
 def small(out, scales, columns, GATED: tl.constexpr, INTERLEAVED: tl.constexpr):
     lanes = tl.arange(0, 4)
     x = tl.where(lanes == 0, -1.0, tl.where(lanes == 2, 3.0, 0.0))
-    tl.store(out + lanes, expert_gemm.activate(x, "squared_relu"))
+    tl.store(out + lanes, expert_math.activate(x, "squared_relu"))
     gate = tl.full([4], 9.0, tl.float32)
     up = tl.full([4], -5.0, tl.float32)
-    tl.store(out + 4 + lanes, expert_gemm.activate_gated(gate, up, 0.0, 2.0, "clamped_swiglu"))
+    tl.store(out + 4 + lanes, expert_math.activate_gated(gate, up, 0.0, 2.0, "clamped_swiglu"))
     number = tl.where(lanes == 0, -3.0, tl.where(lanes == 1, 1.0, tl.where(lanes == 2, 9.0, float("nan"))))
-    tl.store(out + 8 + lanes, expert_gemm.clamp(number, -2.0, 2.0))
+    tl.store(out + 8 + lanes, expert_math.clamp(number, -2.0, 2.0))
     rows = tl.arange(0, 4)[:, None]
     values = tl.where(rows == 0, 224.0, tl.where(rows == 1, 112.0, 0.0)) + tl.zeros([4, 128], tl.float32)
     values = tl.where((lanes[:, None] < 2) & (tl.arange(0, 128)[None, :] == 1), values * -2.0, values)
-    quantized, scale = expert_gemm.quantize(values)
+    quantized, scale = expert_math.quantize(values)
     tl.store(scales + lanes, scale)
     tl.store(scales + 4 + lanes, tl.max(quantized.to(tl.float32), 1))
     WIDE: tl.constexpr = 4 if GATED else 2
@@ -428,10 +429,10 @@ def poisoned_between(group: tf.EPGroup) -> list[int]:
     scratch, left = ExpertScratch("cpu"), []
     for _ in range(2):
         partial = torch.zeros(rows.hidden.shape, dtype=rows.hidden.dtype)
-        shape = triton_path.row_shape(triton_path.variant_of(experts.weights, experts.config.activation, rows.topk_idx.shape[1],
+        shape = variants.row_shape(variants.variant_of(experts.weights, experts.config.activation, rows.topk_idx.shape[1],
             rows.hidden.dtype, rows.topk_idx.dtype, partial.dtype, batch_invariant=False, max_rows=64))  # fmt: skip
         scratch.reserve(shape, 64, len(LOCAL), rows.hidden.dtype)
-        scratch.run(rows, experts.weights, LOCAL.start, experts.config.activation, partial, False, 64)
+        triton_path.run(rows, experts.weights, LOCAL.start, experts.config.activation, partial, scratch, max_rows=64)
         left.append(int(scratch._memory[-256]))
         scratch._memory.zero_()
     return left

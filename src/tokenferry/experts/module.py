@@ -1,6 +1,6 @@
 """The routed experts of this rank as a module, and as a function of gathered rows.
 
-Legend of shape suffixes: R gathered rows, K slots of a row, H hidden size, I intermediate size, N columns of the first product
+Legend of shape suffixes: R gathered rows, K choices of a row, H hidden size, I intermediate size, N columns of the first product
 (2·I with a gate, else I), E experts of the group, L experts of this rank (`e` elsewhere).
 """
 
@@ -41,12 +41,12 @@ def apply_experts(
 ) -> torch.Tensor:
     """The weighted sum, for each gathered row, over this rank's experts.
 
-    Products are in the weights' dtype, the activation in float32 (rounded once), the sum over a row's slots in float32 in slot
-    order, rounded once to the dtype of `out`. A row without a local expert gives +0.0. Deterministic: no atomics. With `scratch`,
-    rows >= V are neither read nor written, whatever their ids.
+    Products are in the weights' dtype, the activation in float32 (rounded once), the sum over a row's K choices in float32, in
+    their order, rounded once to the dtype of `out`. A row without a local expert gives +0.0. Deterministic: no atomics. With
+    `scratch`, rows >= V are neither read nor written, whatever their ids.
 
     Args:
-        dispatched: R rows; a slot counts if its id is in [first_expert, first_expert + L). Ids -1, other ranks' ids, and
+        dispatched: R rows; a choice counts if its id is in [first_expert, first_expert + L). Ids -1, other ranks' ids, and
             so rows >= V, are left out, whatever their hidden values and weights are, NaNs included.
         weights: of this rank's L experts.
         first_expert: global number of the first of them.
@@ -75,7 +75,11 @@ def apply_experts(
     if scratch is not None:
         if scratch.device != hidden_RH.device:
             raise DeviceError(f"scratch is on {scratch.device} but hidden is on {hidden_RH.device}; make one there")
-        return scratch.run(dispatched, weights, first_expert, activation, out, batch_invariant, max_rows)
+        from tokenferry.experts import triton_path  # here: Triton is not everywhere
+
+        return triton_path.run(
+            dispatched, weights, first_expert, activation, out, scratch, batch_invariant=batch_invariant, max_rows=max_rows
+        )
     return torch_path.run(torch_path.choose_path(hidden_RH, weights), dispatched, weights, first_expert, activation, out)
 
 
@@ -264,9 +268,12 @@ class Experts(KeepsPrecision):
         if scratch.device != workspace.device:
             raise DeviceError(f"scratch is on {scratch.device} but the workspace is on {workspace.device}; make one there")
         workspace.attached.setdefault(SCRATCH_NAME, scratch)
+        from tokenferry.experts import triton_path  # here: Triton is not everywhere
+
         self.scratch, self._max_rows = scratch, workspace.max_tokens_per_rank * workspace.group.size
         for out_dtype in {workspace.combine_dtype, workspace.config.dtype}:
-            scratch.prepare(
+            triton_path.prepare(
+                scratch,
                 self.weights,
                 self.config.activation,
                 topk=workspace.config.topk,

@@ -14,8 +14,8 @@ class Tiles:
 
     Attributes:
         tensor_map: weights come by the tensor memory accelerator (Hopper and newer), where their layout allows it.
-        ahead: float8 rows are quantized once, by a launch of their own; else in every tile that reads them.
-        low, high: it serves experts with low < rows <= high; high 0: no upper limit.
+        prequantize: rows for float8 weights are quantized once, by a launch of their own; else in every tile that reads them.
+        min_rows, max_rows: it serves experts with min_rows <= rows <= max_rows; max_rows 0 means no upper limit.
         rows_few: where at most so many rows of an expert are left, the tile has so many.
         rows, columns, depth: of a tile; `columns` are of the output, so a gated product reads twice as many.
         num_warps, num_stages: of a program, and of its pipeline.
@@ -30,9 +30,9 @@ class Tiles:
     programs_per_sm: int
     rows_few: int
     tensor_map: bool = False
-    ahead: bool = False
-    low: int = 0
-    high: int = 0
+    prequantize: bool = False
+    min_rows: int = 1
+    max_rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,29 +75,36 @@ def plan(
         return Plan(up=(tiles,), down=(tiles,))
     if batch_invariant:
         return Plan(up=(_one_cut(up_depth, halves, scaled),), down=(_one_cut(down_depth, 1, scaled),))
-    high = 0 if max_rows is not None and max_rows <= FEW_ROWS else FEW_ROWS
-    up, down = _few(up_depth, halves, scaled, high), _few(down_depth, 1, scaled, high)
-    if not high:
+    limit = 0 if max_rows is not None and max_rows <= FEW_ROWS else FEW_ROWS
+    up, down = _few(up_depth, halves, scaled, limit), _few(down_depth, 1, scaled, limit)
+    if not limit:
         return Plan(up=(up,), down=(down,))
     # The second product for few rows comes right after the first one's, so that it starts while that one ends.
     return Plan(up=(_many(halves, scaled), up), down=(down, _many(1, scaled)))
 
 
-def _few(depth: int, halves: int, scaled: bool, high: int) -> Tiles:
+def _few(depth: int, halves: int, scaled: bool, max_rows: int) -> Tiles:
     """The best of 14 cuts over T = 1 to 128 per rank of three models; H100 80GB HBM3, 2026-11-23."""
     step, stages, read = (128, 3, 64) if scaled or depth % 128 == 0 else (64, 6, 64) if halves == 2 else (64, 4, 128)
     return Tiles(
-        rows=64, rows_few=16, columns=read // halves, depth=step, num_warps=4, num_stages=stages, programs_per_sm=16, high=high
+        rows=64,
+        rows_few=16,
+        columns=read // halves,
+        depth=step,
+        num_warps=4,
+        num_stages=stages,
+        programs_per_sm=16,
+        max_rows=max_rows,
     )
 
 
 def _many(halves: int, scaled: bool) -> Tiles:
     """The best of 10 cuts at T = 512 and 4096. Tensor maps: 14 and 16 % less time for gpt-oss-20b and mixtral at T = 4096, within
-    4 % for the others; likewise."""
+    4 % for the others. Same GPU and date as `_few`."""
     step, read = (128, 128) if scaled else (64, 256)  # float8 at 256 spills: its sums are kept twice
     return Tiles(
-        rows=128, rows_few=64, columns=read // halves, depth=step, num_warps=8, num_stages=3, programs_per_sm=1, low=FEW_ROWS,
-        tensor_map=True, ahead=scaled,
+        rows=128, rows_few=64, columns=read // halves, depth=step, num_warps=8, num_stages=3, programs_per_sm=1,
+        min_rows=FEW_ROWS + 1, tensor_map=True, prequantize=scaled,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """This rank's experts on the rows that a dispatch gathered: the torch path, for CPUs and GPUs.
 
-Legend of shape suffixes: R gathered rows, K slots of a row, P (row, slot) pairs sorted by expert, H hidden size, I intermediate
-size, N columns of the first product (2·I with a gate, else I), E experts of the group, L experts of this rank (`e` elsewhere).
+Legend of shape suffixes: R gathered rows, K choices of a row, P pairs (row, choice) sorted by expert, H hidden size,
+I intermediate size, N columns of the first product (2·I with a gate, else I), E experts of the group, L experts of this rank (`e`
+elsewhere).
 
 Three ways through, chosen from device, dtype and strides alone (`choose_path`):
 
@@ -49,7 +50,7 @@ def run(
 
 
 def _local_ids(topk_idx_RK: torch.Tensor, first_expert: int, num_local_experts: int) -> torch.Tensor:
-    """0 .. L-1 where the slot's expert is here, else L (it sorts behind all of them)."""
+    """0 .. L-1 for choices of an expert that is here, else L (it sorts behind all of them)."""
     local_RK = topk_idx_RK - first_expert
     return torch.where((local_RK >= 0) & (local_RK < num_local_experts), local_RK, num_local_experts)
 
@@ -57,18 +58,17 @@ def _local_ids(topk_idx_RK: torch.Tensor, first_expert: int, num_local_experts: 
 def _experts_on_sorted_pairs(
     hidden_RH: torch.Tensor, local_RK: torch.Tensor, weights: ExpertWeights, activation: Activation, *, trim: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Expert outputs by pair, and where each slot's pair is. Without `trim`, outputs behind the last local pair are undefined."""
+    """Outputs by pair, and where each choice's pair is. Without `trim`, outputs behind the last local pair are undefined."""
     num_local_experts, topk = weights.up_proj.shape[0], local_RK.shape[1]
     sorted_P, order_P = torch.sort(local_RK.flatten(), stable=True)
     experts_L = torch.arange(num_local_experts, dtype=sorted_P.dtype, device=sorted_P.device)
     ends_L = torch.searchsorted(sorted_P, experts_L, right=True, out_int32=True)
-    places_P = torch.arange(order_P.numel(), dtype=order_P.dtype, device=order_P.device)
-    position_RK = torch.empty_like(order_P).scatter_(0, order_P, places_P)
-    position_RK = position_RK.view(local_RK.shape)
+    in_order_P = torch.arange(order_P.numel(), dtype=order_P.dtype, device=order_P.device)
+    position_RK = torch.empty_like(order_P).scatter_(0, order_P, in_order_P).view(local_RK.shape)
     if trim:
         num_pairs = int(ends_L[-1])
         sorted_P, order_P = sorted_P[:num_pairs], order_P[:num_pairs]
-        position_RK = position_RK.clamp(max=max(num_pairs - 1, 0))  # where it exceeds the end the slot is not local: masked later
+        position_RK = position_RK.clamp(max=max(num_pairs - 1, 0))  # beyond the end the choice is not local: masked later
     bias_index_P = sorted_P.clamp(max=num_local_experts - 1)
     pairs_PH = hidden_RH.index_select(0, order_P // topk)
     up_PN = _grouped_linear(pairs_PH, weights.up_proj, ends_L, weights.up_scale)
@@ -84,7 +84,7 @@ def _experts_on_sorted_pairs(
 def _every_expert_on_every_row(
     hidden_RH: torch.Tensor, local_RK: torch.Tensor, weights: ExpertWeights, activation: Activation
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The CUDA fall-back where grouped_mm would synchronise: L dense products, each kept in the slots that chose the expert.
+    """The CUDA fall-back where grouped_mm would synchronise: L dense products, each kept for the choices of its expert.
 
     About L·R / (local pairs) times the work of the sorted path; meant for float32 and float16 checks, and for GPUs before Hopper.
     """
@@ -142,9 +142,9 @@ def _weighted_sum(
     weights_RK: torch.Tensor,
     out_RH: torch.Tensor,
 ) -> torch.Tensor:
-    """Sum over the local slots in slot order, in float32, into `out`.
+    """Sum over the local choices of a row, in their order, in float32, into `out`.
 
-    The mask selects and does not multiply: the pair behind a slot without a local expert may be NaN.
+    The mask selects and does not multiply: the pair of a choice without a local expert may be NaN.
     """
     sum_RH = out_RH.zero_() if out_RH.dtype == torch.float32 else torch.zeros_like(out_RH, dtype=torch.float32)
     if output_PH.shape[0]:

@@ -1,79 +1,113 @@
-"""Experts by our own kernels: everything is gated by the device's count of valid rows, and nothing asks the host.
+"""Experts by our own kernels: the device's count of valid rows decides what they work on, and nothing asks the host.
 
-Table, first product with its activation, second product, weighted sum: four launches a round, two more where experts may get
-many rows. A round serves a fixed number of gathered rows.
+Table, first product with its activation, second product, weighted sum: four launches for each chunk of gathered rows, two more
+where experts may get many rows, and two more that quantize rows for float8 weights. A chunk has a fixed number of gathered rows.
 
-Legend of shape suffixes: R gathered rows, K slots of a row, P (row, slot) pairs, H hidden size, I intermediate size, L experts.
+Legend of shape suffixes: R gathered rows, K choices of a row, P pairs (row, choice), H hidden size, I intermediate size,
+L experts of this rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched
-from tokenferry.experts.launch import INTERPRETED_PROGRAMS, KernelSpec, LoadedKernel
-from tokenferry.experts.plan import Plan, Tiles, plan
-from tokenferry.experts.scratch import Buffers, ExpertScratch, RowShape
+from tokenferry.experts.plan import Plan, Tiles
+from tokenferry.experts.scratch import Buffers, ExpertScratch
+from tokenferry.experts.variants import Variant, chosen_plan, row_shape, specs, variant_of
 from tokenferry.experts.weights import ExpertWeights
 from tokenferry.kernels import wire
+from tokenferry.kernels.launch import POINTER_ALIGNMENT, BoundLaunch, KernelSpec, KernelStore
 
-TABLE_FEW, TABLE_MANY = 1024, 8192
-SUM_BLOCK = 1024
-ALIGNMENT_BYTES = 16
+INTERPRETED_PROGRAMS = 3
+"""Programs run one after another in the interpreter; there are several, so that the sharing of tiles is tried."""
+KERNELS_NAME = "loaded_expert_kernels"
+"""Under which a scratch keeps what was loaded for the experts that share it."""
 
-
-@dataclass(frozen=True)
-class Variant:
-    """Everything that decides which kernels run and how; equal variants share all of them."""
-
-    num_local_experts: int
-    hidden_size: int
-    intermediate_size: int
-    topk: int
-    dtype: torch.dtype
-    weight_dtype: torch.dtype
-    index_dtype: torch.dtype
-    out_dtype: torch.dtype
-    activation: str
-    gated: bool
-    interleaved: bool
-    up_bias: bool
-    down_bias: bool
-    up_strides: tuple[int, ...]
-    down_strides: tuple[int, ...]
-    aligned: bool
-    batch_invariant: bool
-    max_rows: int | None
-    plan: Plan | None = None
-    """None: the default for these shapes."""
+TABLE_ARGUMENTS = ("topk_idx", "valid_tokens", "counts", "offsets", "pairs", "first_row", "num_rows", "first_expert")
+QUANTIZE_ARGUMENTS = ("rows", "counts", "valid_tokens", "out", "scales", "first_row", "num_rows")
+PRODUCT_ARGUMENTS = (
+    "rows", "row_scales", "weights", "scales", "bias", "out", "counts", "offsets", "pairs", "first_row", "alpha", "limit",
+)  # fmt: skip
+SUM_ARGUMENTS = ("outputs", "topk_idx", "topk_weights", "valid_tokens", "out", "first_row", "num_rows", "first_expert")
 
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """One launch of a grouped product."""
+    """One launch of a grouped product.
 
-    kernel: LoadedKernel
-    programs: int
-    block: tuple[int, ...]
-    ahead: bool
+    Attributes:
+        launch: takes `PRODUCT_ARGUMENTS`.
+        descriptor_block: of the descriptor that it takes the weights by; empty where it takes a pointer.
+        prequantized: whether it takes the rows that a launch before it has quantized.
+    """
+
+    launch: BoundLaunch
+    descriptor_block: tuple[int, ...]
+    prequantized: bool
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
-    """The kernels of a variant, with the launches' bounds on programs."""
+class LoadedExperts:
+    """The launches of a variant, their numbers of programs in place."""
 
-    table: LoadedKernel
-    quantize: tuple[LoadedKernel, ...]
+    table: BoundLaunch
+    quantize: tuple[BoundLaunch, ...]
+    """Of the rows of the first and of the second product; empty if no launch wants them quantized."""
     up: tuple[Product, ...]
     down: tuple[Product, ...]
-    sum: LoadedKernel
-    programs: int
-    """Of the kernels that go over rows."""
+    sum: BoundLaunch
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertKernels:
+    """What is loaded for the experts that share a scratch. Variants that differ in part share the kernels that do not."""
+
+    store: KernelStore
+    by_variant: dict[Variant, LoadedExperts] = field(default_factory=dict)
+
+
+def kernels_of(scratch: ExpertScratch) -> ExpertKernels:
+    """What is loaded for the experts that work in this scratch."""
+    kernels: ExpertKernels | None = scratch.attached.get(KERNELS_NAME)
+    if kernels is None:
+        kernels = scratch.attached[KERNELS_NAME] = ExpertKernels(KernelStore(scratch.device))
+    return kernels
+
+
+def prepare(
+    scratch: ExpertScratch,
+    weights: ExpertWeights,
+    activation: Activation,
+    *,
+    topk: int,
+    index_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    batch_invariant: bool,
+    max_rows: int,
+    hidden_dtype: torch.dtype | None = None,
+) -> None:
+    """Loads the kernels, and takes the memory, for calls with up to `max_rows` gathered rows.
+
+    Args:
+        weights, activation: of the experts.
+        topk: K.
+        index_dtype: of the ids that a dispatch gives.
+        out_dtype: of the partial rows.
+        batch_invariant: see `apply_experts`.
+        max_rows: C·EP.
+        hidden_dtype: of the rows; default: the weights'.
+    """
+    dtype = hidden_dtype or weights.up_proj.dtype
+    variant = variant_of(
+        weights, activation, topk, dtype, index_dtype, out_dtype, batch_invariant=batch_invariant, max_rows=max_rows
+    )
+    load(variant, scratch)
+    scratch.reserve(row_shape(variant), max_rows, variant.num_local_experts, dtype)
 
 
 def run(
@@ -89,10 +123,11 @@ def run(
     plan: Plan | None = None,
 ) -> torch.Tensor:
     """`apply_experts` on checked operands, R > 0. Rows >= V of `out` are left as they are."""
+    scratch.poison()
     hidden_RH, idx_RK = dispatched.hidden.contiguous(), dispatched.topk_idx.contiguous()
     weights_RK, valid = dispatched.topk_weights.float().contiguous(), dispatched.valid_tokens
     target = out if out.is_contiguous() else out.contiguous()
-    aligned = all(tensor.data_ptr() % ALIGNMENT_BYTES == 0 for tensor in (hidden_RH, idx_RK, weights_RK, target))
+    aligned = all(tensor.data_ptr() % POINTER_ALIGNMENT == 0 for tensor in (hidden_RH, idx_RK, weights_RK, target))
     variant = variant_of(
         weights,
         activation,
@@ -112,236 +147,87 @@ def run(
     up = (_or(weights.up_scale, valid), valid if weights.up_bias is None else weights.up_bias.to(dtype).contiguous())
     down = (_or(weights.down_scale, valid), valid if weights.down_bias is None else weights.down_bias.to(dtype).contiguous())
     for first_row in range(0, idx_RK.shape[0], buffers.num_rows):
-        loaded.table(variant.num_local_experts, idx_RK, valid, *table, first_row, buffers.num_rows, first_expert)
+        loaded.table(idx_RK, valid, *table, first_row, buffers.num_rows, first_expert)
         settings = (*table, first_row, activation.alpha, activation.limit)
         bounds = (first_row, buffers.num_rows)
         rows = _quantized(loaded, 0, hidden_RH, buffers, valid, bounds)
         for product in loaded.up:
-            matrices = _described(weights.up_proj, activation, product.block) if product.block else weights.up_proj
-            product.kernel(product.programs, *rows[product.ahead], matrices, *up, buffers.activated_PI, *settings)
+            matrices = weights_argument(weights.up_proj, activation, product)
+            product.launch(*rows[product.prequantized], matrices, *up, buffers.activated_PI, *settings)
         rows = _quantized(loaded, 1, buffers.activated_PI, buffers, valid, bounds)
         for product in loaded.down:
-            matrices = _described(weights.down_proj, None, product.block) if product.block else weights.down_proj
-            product.kernel(product.programs, *rows[product.ahead], matrices, *down, buffers.outputs_PH, *settings)
-        loaded.sum(loaded.programs, buffers.outputs_PH, idx_RK, weights_RK, valid, target, *bounds, first_expert)
+            matrices = weights_argument(weights.down_proj, None, product)
+            product.launch(*rows[product.prequantized], matrices, *down, buffers.outputs_PH, *settings)
+        loaded.sum(buffers.outputs_PH, idx_RK, weights_RK, valid, target, *bounds, first_expert)
     return out if target is out else out.copy_(target)
 
 
 def _quantized(
-    loaded: Loaded, which: int, rows: torch.Tensor, buffers: Buffers, valid: torch.Tensor, bounds: tuple[int, int]
+    loaded: LoadedExperts, which: int, rows: torch.Tensor, buffers: Buffers, valid: torch.Tensor, bounds: tuple[int, int]
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-    """The rows of product 0 or 1, with scales: as they are (no scales are read), and quantized, if a launch wants that."""
+    """Rows of product 0 or 1 with their scales: as they are (no scales are read), and quantized if a launch wants that."""
     if not loaded.quantize:
         return ((rows, valid),)
     quantized, scales = buffers.quantized[2 * which : 2 * which + 2]
-    loaded.quantize[which](loaded.programs, rows, buffers.counts_L, valid, quantized, scales, *bounds)
+    loaded.quantize[which](rows, buffers.counts_L, valid, quantized, scales, *bounds)
     return ((rows, valid), (quantized, scales))
 
 
-def _described(matrices: torch.Tensor, activation: Activation | None, block: tuple[int, ...]) -> TensorDescriptor:
-    """Stacked matrices for the tensor memory accelerator: [experts, gate or up, columns, depth]."""
+def weights_argument(matrices: torch.Tensor, activation: Activation | None, product: Product) -> torch.Tensor | TensorDescriptor:
+    """Stacked matrices as a launch takes them: as a pointer, or for the tensor memory accelerator as a descriptor of [experts,
+    gate or up, columns, depth]. `activation`: None for the second product."""
+    if not product.descriptor_block:
+        return matrices
     L, N, D = matrices.shape
     stride_e, stride_n, _ = matrices.stride()
+    block = list(product.descriptor_block)
     if activation is None or not activation.gated:
-        return TensorDescriptor(matrices, [L, 1, N, D], [stride_e, stride_e, stride_n, 1], list(block))
+        return TensorDescriptor(matrices, [L, 1, N, D], [stride_e, stride_e, stride_n, 1], block)
     half, column = (stride_n, 2 * stride_n) if activation.interleaved else (N // 2 * stride_n, stride_n)
-    return TensorDescriptor(matrices, [L, 2, N // 2, D], [stride_e, half, column, 1], list(block))
+    return TensorDescriptor(matrices, [L, 2, N // 2, D], [stride_e, half, column, 1], block)
 
 
 def _or(tensor: torch.Tensor | None, unread: torch.Tensor) -> torch.Tensor:
-    """`unread` stands where a kernel takes a pointer that it does not follow."""
+    """`unread` where a kernel takes a pointer that it does not follow."""
     return unread if tensor is None else tensor
 
 
-def row_shape(variant: Variant) -> RowShape:
-    """What a gathered row of this variant needs."""
-    sizes = (variant.topk, variant.hidden_size, variant.intermediate_size, variant.dtype.itemsize)
-    return RowShape(*sizes, float8=variant.weight_dtype == torch.float8_e4m3fn)
-
-
-def variant_of(
-    weights: ExpertWeights,
-    activation: Activation,
-    topk: int,
-    dtype: torch.dtype,
-    index_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    *,
-    aligned: bool = True,
-    batch_invariant: bool = False,
-    max_rows: int | None = None,
-    plan: Plan | None = None,
-) -> Variant:
-    """The variant that such operands ask for. `aligned`: those that are not here begin at multiples of 16 bytes."""
-    L, H, I = weights.down_proj.shape
-    own = (weights.up_proj, weights.down_proj, weights.up_bias, weights.down_bias, weights.up_scale, weights.down_scale)
-    aligned = aligned and all(tensor is None or tensor.data_ptr() % ALIGNMENT_BYTES == 0 for tensor in own)
-    return Variant(
-        num_local_experts=L,
-        hidden_size=H,
-        intermediate_size=I,
-        topk=topk,
-        dtype=dtype,
-        weight_dtype=weights.up_proj.dtype,
-        index_dtype=index_dtype,
-        out_dtype=out_dtype,
-        activation=activation.name,
-        gated=activation.gated,
-        interleaved=activation.interleaved,
-        up_bias=weights.up_bias is not None,
-        down_bias=weights.down_bias is not None,
-        up_strides=weights.up_proj.stride(),
-        down_strides=weights.down_proj.stride(),
-        aligned=aligned,
-        batch_invariant=batch_invariant,
-        max_rows=max_rows,
-        plan=plan,
-    )
-
-
-def load(variant: Variant, scratch: ExpertScratch) -> Loaded:
-    """The kernels of a variant, loaded."""
-    known = scratch.loaded.get(variant)
+def load(variant: Variant, scratch: ExpertScratch) -> LoadedExperts:
+    """The launches of a variant; what they need is loaded at its first mention."""
+    by_variant = kernels_of(scratch).by_variant
+    known = by_variant.get(variant)
     if known is None:
-        known = scratch.loaded[variant] = _load(variant, scratch)
+        known = by_variant[variant] = _load(variant, scratch)
     return known
 
 
-def _load(variant: Variant, scratch: ExpertScratch) -> Loaded:
-    wanted = specs(variant, scratch.device)
-    kernels, num_sms = scratch.kernels, _num_sms(scratch.device)
-    chosen = chosen_plan(variant)
+def _load(variant: Variant, scratch: ExpertScratch) -> LoadedExperts:
+    wanted, chosen = specs(variant, scratch.device), chosen_plan(variant)
+    store, num_sms = kernels_of(scratch).store, _num_sms(scratch.device)
 
-    def launches(pieces: tuple[KernelSpec, ...], tiles: tuple[Tiles, ...], width: int) -> tuple[Product, ...]:
+    def bind(spec: KernelSpec, arguments: tuple[str, ...], programs: int) -> BoundLaunch:
+        return store.load(spec).bind({}, arguments, grid=programs)
+
+    def products(pieces: tuple[KernelSpec, ...], tiles: tuple[Tiles, ...], width: int) -> tuple[Product, ...]:
         return tuple(
-            Product(kernels.load(spec), _programs(tile, width, variant, num_sms), spec.block, dict(spec.constants)["QUANTIZED"])
+            _product(spec, bind(spec, PRODUCT_ARGUMENTS, _programs(tile, width, variant, num_sms)), tile)
             for spec, tile in zip(pieces, tiles, strict=True)
         )
 
-    return Loaded(
-        kernels.load(wanted.table),
-        tuple(kernels.load(spec) for spec in wanted.quantize),
-        launches(wanted.up, chosen.up, variant.intermediate_size),
-        launches(wanted.down, chosen.down, variant.hidden_size),
-        kernels.load(wanted.sum),
-        INTERPRETED_PROGRAMS if wire.INTERPRETED else 8 * num_sms,
+    over_rows = INTERPRETED_PROGRAMS if wire.INTERPRETED else 8 * num_sms
+    return LoadedExperts(
+        table=bind(wanted.table, TABLE_ARGUMENTS, variant.num_local_experts),
+        quantize=tuple(bind(spec, QUANTIZE_ARGUMENTS, over_rows) for spec in wanted.quantize),
+        up=products(wanted.up, chosen.up, variant.intermediate_size),
+        down=products(wanted.down, chosen.down, variant.hidden_size),
+        sum=bind(wanted.sum, SUM_ARGUMENTS, over_rows),
     )
 
 
-def chosen_plan(variant: Variant) -> Plan:
-    """The variant's own plan, or the default."""
-    if variant.plan is not None:
-        return variant.plan
-    scaled = variant.weight_dtype == torch.float8_e4m3fn
-    return plan(
-        variant.dtype,
-        variant.hidden_size,
-        variant.intermediate_size,
-        gated=variant.gated,
-        batch_invariant=variant.batch_invariant,
-        scaled=scaled,
-        max_rows=variant.max_rows,
-    )
-
-
-@dataclass(frozen=True)
-class Specs:
-    """What is to be compiled for a variant."""
-
-    table: KernelSpec
-    quantize: tuple[KernelSpec, ...]
-    up: tuple[KernelSpec, ...]
-    down: tuple[KernelSpec, ...]
-    sum: KernelSpec
-
-    @property
-    def all(self) -> tuple[KernelSpec, ...]:
-        """In the order of their launches, but for the quantizing ones."""
-        return (self.table, *self.quantize, *self.up, *self.down, self.sum)
-
-
-def specs(variant: Variant, device: torch.device) -> Specs:
-    """All kernels of a variant."""
-    pdl = int(not wire.INTERPRETED and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9))
-    chosen = chosen_plan(variant)
-    L, K, H = variant.num_local_experts, variant.topk, variant.hidden_size
-    table = KernelSpec(
-        "table",
-        (("IDX", variant.index_dtype),),
-        (("K", K), ("FEW", TABLE_FEW), ("MANY", TABLE_MANY), ("PDL", pdl)),
-        8,
-        1,
-        variant.aligned,
-    )
-    total = KernelSpec(
-        "sum",
-        (("DTYPE", variant.dtype), ("IDX", variant.index_dtype), ("OUT", variant.out_dtype)),
-        (("L", L), ("K", K), ("H", H), ("BLOCK", min(SUM_BLOCK, triton.next_power_of_2(H))), ("PDL", pdl)),
-        4,
-        1,
-        variant.aligned,
-    )
-    up = tuple(_gemm_spec(variant, tiles, True, pdl) for tiles in chosen.up)
-    down = tuple(_gemm_spec(variant, tiles, False, pdl) for tiles in chosen.down)
-    quantize = tuple(_quantize_spec(variant, chosen, is_first, pdl) for is_first in (True, False) if _is_ahead(variant, chosen))
-    return Specs(table, quantize, up, down, total)
-
-
-def _is_ahead(variant: Variant, chosen: Plan) -> bool:
-    scaled = variant.weight_dtype == torch.float8_e4m3fn
-    return scaled and any(tiles.ahead for tiles in (*chosen.up, *chosen.down))
-
-
-def _quantize_spec(variant: Variant, chosen: Plan, is_first: bool, pdl: int) -> KernelSpec:
-    constants = (
-        ("L", variant.num_local_experts),
-        ("X", variant.hidden_size if is_first else variant.intermediate_size),
-        ("FIRST", is_first),
-        ("LOW", min(tiles.low for tiles in (*chosen.up, *chosen.down) if tiles.ahead)),
-        ("LANES", triton.next_power_of_2(variant.num_local_experts)),
-        ("PDL", pdl),
-    )
-    return KernelSpec("quantize", (("DTYPE", variant.dtype),), constants, 4, 1, variant.aligned)
-
-
-def _gemm_spec(variant: Variant, tiles: Tiles, is_first: bool, pdl: int) -> KernelSpec:
-    strides = variant.up_strides if is_first else variant.down_strides
-    depth, width = (
-        (variant.hidden_size, variant.intermediate_size) if is_first else (variant.intermediate_size, variant.hidden_size)
-    )
-    scaled = variant.weight_dtype == torch.float8_e4m3fn
-    by_16_bytes = variant.aligned and all(stride * variant.weight_dtype.itemsize % 16 == 0 for stride in strides[:2])
-    has_map = tiles.tensor_map and not scaled and bool(pdl or wire.INTERPRETED) and by_16_bytes and strides[2] == 1
-    constants = (
-        ("L", variant.num_local_experts),
-        ("K", variant.topk),
-        ("DEPTH", depth),
-        ("WIDTH", width),
-        ("STRIDE_E", strides[0]),
-        ("STRIDE_N", strides[1]),
-        ("STRIDE_D", strides[2]),
-        ("FIRST", is_first),
-        ("GATED", is_first and variant.gated),
-        ("INTERLEAVED", is_first and variant.interleaved),
-        ("ACTIVATION", variant.activation if is_first else "none"),
-        ("BIAS", variant.up_bias if is_first else variant.down_bias),
-        ("SCALED", scaled),
-        ("QUANTIZED", scaled and tiles.ahead),
-        ("TENSOR_MAP", has_map),
-        ("LOW", tiles.low),
-        ("HIGH", tiles.high),
-        ("BM_FEW", tiles.rows_few),
-        ("BM", tiles.rows),
-        ("BN", tiles.columns),
-        ("BD", tiles.depth),
-        ("LANES", triton.next_power_of_2(variant.num_local_experts)),
-        ("UPCAST", wire.INTERPRETED),
-        ("PDL", pdl),
-    )
-    rows_dtype = variant.weight_dtype if scaled and tiles.ahead else variant.dtype
-    types = (("DTYPE", variant.dtype), ("ROWS", rows_dtype), ("WEIGHT", variant.weight_dtype))
-    block = (1, 1, tiles.columns, tiles.depth) if has_map else ()
-    return KernelSpec("gemm", types, constants, tiles.num_warps, tiles.num_stages, variant.aligned, block)
+def _product(spec: KernelSpec, launch: BoundLaunch, tiles: Tiles) -> Product:
+    constants = dict(spec.constants)
+    block = (1, 1, tiles.columns, tiles.depth) if constants["TENSOR_MAP"] else ()
+    return Product(launch, block, constants["QUANTIZED"])
 
 
 def _num_sms(device: torch.device) -> int:
@@ -349,12 +235,9 @@ def _num_sms(device: torch.device) -> int:
 
 
 def _programs(tiles: Tiles, width: int, variant: Variant, num_sms: int) -> int:
-    """From the shape and the tiles alone: an expert with few rows has one tile for each block of columns."""
+    """Of a product, from the shape and the tiles alone: an expert with few rows has one tile for each block of columns."""
     if wire.INTERPRETED:
         return INTERPRETED_PROGRAMS
     most = tiles.programs_per_sm * num_sms
     blocks = variant.num_local_experts * -(-width // tiles.columns)
-    return most if tiles.high == 0 else min(most, blocks)
-
-
-__all__ = ["Buffers", "Loaded", "Variant", "load", "run", "specs", "variant_of"]
+    return most if tiles.max_rows == 0 else min(most, blocks)

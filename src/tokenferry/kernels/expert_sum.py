@@ -1,4 +1,4 @@
-"""The weighted sum of a row's expert outputs, in slot order, in float32, written in the dtype of the wire."""
+"""The weighted sum of a row's expert outputs, in the order of its K choices, in float32, written in the dtype of the wire."""
 
 from __future__ import annotations
 
@@ -40,15 +40,16 @@ def expert_sum_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Rows go round the programs. Slots are selected, never multiplied by zero: what lies behind the others may be NaN.
+    """Programs take rows in turn. Choices of experts elsewhere are left out by selection, not by a weight of zero, since what
+    `outputs` holds for them may be NaN.
 
     Args:
-        outputs: [num_rows * K, H]; row r * K + k is the output of slot k of row first_row + r, if that slot's expert is here.
-        topk_weights: [R, K]; read for local slots only.
+        outputs: [num_rows * K, H]; row r * K + k is the output for choice k of row first_row + r, if its expert is here.
+        topk_weights: [R, K]; read for local choices only.
         out: [R, H]. Rows >= V are not written; a row without a local expert becomes +0.0.
 
     Example:
-        Outputs 1 and 2^-9 in slots 0 and 2 with weights 2 and 512, slot 1 elsewhere and NaN: 2 * 1 + 512 * 2^-9 = 3.
+        Outputs 1 and 2^-9 for choices 0 and 2 with weights 2 and 512, choice 1 elsewhere and NaN: 2 * 1 + 512 * 2^-9 = 3.
     """
     CHUNKS: tl.constexpr = (H + BLOCK - 1) // BLOCK
     wire.wait_for_previous_kernel(PDL)
@@ -57,12 +58,12 @@ def expert_sum_kernel(
     for task in range(tl.program_id(0), rows * CHUNKS, tl.num_programs(0)):
         row = task // CHUNKS
         column = (task % CHUNKS) * BLOCK + tl.arange(0, BLOCK)
-        slots = (first_row + row).to(tl.int64) * K
+        choices = (first_row + row).to(tl.int64) * K
         total = tl.zeros([BLOCK], tl.float32)
         for k in tl.static_range(K):
-            local = tl.load(topk_idx + slots + k) - first_expert
+            local = tl.load(topk_idx + choices + k) - first_expert
             is_local = (local >= 0) & (local < L)
-            weight = tl.load(topk_weights + slots + k, mask=is_local, other=0.0)
+            weight = tl.load(topk_weights + choices + k, mask=is_local, other=0.0)
             source = outputs + (row * K + k).to(tl.int64) * H
             value = tl.load(source + column, mask=column < tl.where(is_local, H, 0), other=0.0).to(tl.float32)
             total = tl.where(is_local, total + value * weight, total)

@@ -1,4 +1,4 @@
-"""Which rows each local expert works on: counts, offsets, and the (row, slot) pairs sorted by expert, in one launch."""
+"""Which rows each local expert works on: counts, offsets, and the pairs (row, choice) sorted by expert, in one launch."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ SIGNATURE = {
 
 @triton.jit
 def fill_table(ids, counts, offsets, pairs, total, expert, first_expert, BLOCK: tl.constexpr):
-    """One expert's part of the table, from the `total` numbers at `ids`, read twice, BLOCK at a time.
+    """Writes one expert's part of the table. The `total` expert numbers at `ids` are read twice, BLOCK at a time.
 
-    Numbers are compared in their own width: cut to 32 bits, 2**32 + 3 would be expert 3.
+    Numbers are compared in their own width: cut to 32 bits, 2**32 + 3 would be taken for expert 3.
     """
     lanes = tl.arange(0, BLOCK)
     before = tl.zeros([BLOCK], tl.int32)
-    own = tl.zeros([BLOCK], tl.int32)
+    matches = tl.zeros([BLOCK], tl.int32)
     for begin in range(0, total, BLOCK):
         here = begin + lanes < total
         local = tl.load(ids + begin + lanes, mask=here, other=-1) - first_expert
         before += (here & (local >= 0) & (local < expert)).to(tl.int32)
-        own += (here & (local == expert)).to(tl.int32)
+        matches += (here & (local == expert)).to(tl.int32)
     position = tl.sum(before)
-    count = tl.sum(own)
+    count = tl.sum(matches)
     tl.store(counts + expert, count)
     tl.store(offsets + expert, position)
     if count > 0:
@@ -66,14 +66,15 @@ def expert_table_kernel(
     MANY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program an expert: it reads all ids of the round, so that no program waits for another and no atomic decides an order.
+    """One program for each expert. It reads all ids of the chunk, so that no program waits for another and no atomic operation
+    decides an order.
 
     Args:
         topk_idx: [R, K] global expert numbers; rows >= V are not read.
         valid_tokens: [1] V.
         counts, offsets: [L] out: pairs of each expert, and where they begin in `pairs`.
-        pairs: out: row * K + slot of each pair, rows counted from first_row; sorted by expert, then by row and slot.
-        first_row, num_rows: the rows of this round.
+        pairs: out: row * K + choice of each pair, rows counted from first_row; sorted by expert, then by row and choice.
+        first_row, num_rows: the rows of this chunk.
         first_expert: global number of expert 0 here. The grid is L.
 
     Example:
@@ -84,8 +85,8 @@ def expert_table_kernel(
     wire.let_next_kernel_start(PDL)
     valid = tl.load(valid_tokens)
     total = tl.maximum(tl.minimum(valid - first_row, num_rows), 0) * K
-    ids_of_round = topk_idx + first_row.to(tl.int64) * K
+    ids_of_chunk = topk_idx + first_row.to(tl.int64) * K
     if total <= FEW:
-        fill_table(ids_of_round, counts, offsets, pairs, total, expert, first_expert, FEW)
-    else:  # each trip to memory brings more: there are up to hundreds
-        fill_table(ids_of_round, counts, offsets, pairs, total, expert, first_expert, MANY)
+        fill_table(ids_of_chunk, counts, offsets, pairs, total, expert, first_expert, FEW)
+    else:  # larger blocks: the loop pays the global-memory latency once a block
+        fill_table(ids_of_chunk, counts, offsets, pairs, total, expert, first_expert, MANY)

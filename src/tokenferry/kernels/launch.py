@@ -46,6 +46,8 @@ TYPE_NAMES: Mapping[torch.dtype, str] = {
 
 REGISTERS_PER_SM = 65536
 """On every NVIDIA GPU since 2014."""
+PDL_MAJOR = 9
+"""Hopper and newer can let a kernel begin before the one before it ends."""
 POINTER_ALIGNMENT = 16
 """Bytes. Where every pointer is a multiple of it, packets and rows are loaded and stored in the widest accesses."""
 
@@ -150,7 +152,7 @@ class Launch:
 
         Args:
             fixed: values of arguments that stay. Tensors among them must live as long as what is returned.
-            varying: names of all others, in the order in which they will be given.
+            varying: names of all others, in the order in which they will be given. Pointers are given as tensors.
             grid: number of programs; None: it is given at every call, before the others.
 
         Raises:
@@ -176,6 +178,8 @@ class Launch:
     def _bind(self, fixed: Mapping[str, Any], varying: tuple[str, ...], grid: int | None) -> BoundLaunch:
         """Puts the fixed arguments in their places at every call."""
         names = list(self.spec.argument_types)
+        if list(varying) == names:
+            return self.__call__ if grid is None else functools.partial(self.__call__, grid)
         positions = [names.index(name) for name in varying]
         template = [fixed.get(name) for name in names]
 
@@ -227,10 +231,13 @@ class CompiledLaunch(Launch):
 
     def __call__(self, grid: int, *args: Any) -> None:
         """See `Launch`."""
-        words = [_word(arg) for arg in args]
-        with torch.cuda.device(self._device_index):  # another one may be current, and have a default stream with the same handle
-            stream = torch._C._cuda_getCurrentRawStream(self._device_index)
-            self._run(grid, 1, 1, stream, self._function, self._metadata, None, None, None, *words, *self._constants)
+        if torch._C._cuda_getDevice() != self._device_index:  # its default stream would have the same handle as this one's
+            with torch.cuda.device(self._device_index):  # takes microseconds, which most calls are spared
+                self(grid, *args)
+            return
+        words = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        stream = torch._C._cuda_getCurrentRawStream(self._device_index)
+        self._run(grid, 1, 1, stream, self._function, self._metadata, None, None, None, *words, *self._constants)
 
     @functools.cached_property
     def _driver_kernel(self) -> driver_launch.DriverKernel | None:
@@ -254,9 +261,15 @@ class CompiledLaunch(Launch):
             return fallback
         words = {name: _word(value) for name, value in fixed.items()}
         bound = driver_launch.bind(kernel, grid, words, varying, fallback)
-        if not any(kernel.types[name].startswith("*") for name in varying):
+        is_pointer = [kernel.types[name].startswith("*") for name in varying]
+        if not any(is_pointer):
             return bound
-        return lambda *args: bound(*map(_word, args))
+        is_tensor = is_pointer if grid is not None else [False, *is_pointer]
+
+        def by_address(*args: Any) -> None:
+            bound(*[arg.data_ptr() if tensor else arg for arg, tensor in zip(args, is_tensor, strict=True)])
+
+        return by_address
 
 
 def _word(argument: Any) -> Any:
@@ -274,6 +287,39 @@ def prepare(
 ) -> Launch:
     """`load` of a variant whose signature has no placeholders."""
     return load(specify(kernel, signature, constants, num_warps=num_warps), device)
+
+
+def launch_unbound(
+    kernel: Any, grid: int, arguments: Sequence[Any], constants: Mapping[str, Any], *, num_warps: int, device: torch.device
+) -> None:
+    """Runs `grid` programs on the current stream of `device`, for plain functions, which have nothing to keep a loaded kernel in.
+    `arguments` are in the order of the signature.
+
+    Triton keeps what it has compiled with the function, and finds it again by analysing the arguments at each call. Unlike a
+    bound launch, this may be called by several threads at once.
+    """
+    if wire.INTERPRETED:
+        with np.errstate(all="ignore"):
+            kernel[(grid,)](*arguments, **constants)
+    elif torch._C._cuda_getDevice() != device.index:  # Triton takes the current device, whatever device the arguments are on
+        with torch.cuda.device(device):
+            launch_unbound(kernel, grid, arguments, constants, num_warps=num_warps, device=device)
+    else:
+        kernel.run(
+            *arguments,
+            grid=(grid,),
+            warmup=False,
+            **constants,
+            num_warps=num_warps,
+            enable_fp_fusion=False,
+            launch_pdl=constants["PDL"],
+        )
+
+
+def has_pdl(device: torch.device) -> bool:
+    """Whether kernels there may begin before the one before them ends (programmatic dependent launch). Where nothing is
+    interpreted, a CPU stands for the newest GPUs: kernels are compiled without one."""
+    return not wire.INTERPRETED and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= PDL_MAJOR)
 
 
 class KernelStore:

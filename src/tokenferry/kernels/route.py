@@ -1,20 +1,19 @@
-"""A row's experts and weights, in one launch: what `tokenferry.router.route` says with a chain of PyTorch operators.
+"""A row's experts and weights in one launch. `tokenferry.router.route` does the same with a chain of PyTorch operators.
 
 Legend: T rows, E experts, K chosen experts, G groups, M experts of a group.
 """
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
 from tokenferry.kernels import wire
+from tokenferry.kernels.launch import has_pdl, launch_unbound
 
 ONE_WARP: int = 512
-"""Up to so many experts one warp chooses alone: its maxima need neither shared memory nor barriers."""
+"""Of at most so many experts a single warp chooses: its maxima need neither shared memory nor barriers."""
 SIGNATURE = {
     "logits": "*LOGITS",
     "correction": "*fp32",
@@ -30,7 +29,7 @@ SIGNATURE = {
     "TOPK_GROUPS": "constexpr",
     "GROUP_TOPK": "constexpr",
     "SIGMOID": "constexpr",
-    "FIRST": "constexpr",
+    "TOPK_BEFORE_SCORE": "constexpr",
     "RENORMALIZE": "constexpr",
     "CORRECTED": "constexpr",
     "PDL": "constexpr",
@@ -39,7 +38,7 @@ SIGNATURE = {
 
 @triton.jit
 def sort_key(value, number):
-    """int64 that orders by value, NaN above all, and among equals by the lower number. -0.0 and 0.0 are equals."""
+    """An int64, larger for the larger value, NaN above all, and among equal values for the lower number. -0.0 equals 0.0."""
     bits = (value + 0.0).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     ordered = tl.where(value != value, 0x7FFFFFFF, ordered)
@@ -95,28 +94,29 @@ def route_kernel(
     TOPK_GROUPS: tl.constexpr,
     GROUP_TOPK: tl.constexpr,
     SIGMOID: tl.constexpr,
-    FIRST: tl.constexpr,
+    TOPK_BEFORE_SCORE: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     CORRECTED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program a row. Experts are a [GROUPS, MEMBERS] block, powers of two, of which [G, M] are there.
+    """One program for each row. Its experts are a [GROUPS, MEMBERS] block, both powers of two, of which [G, M] exist.
 
     Args:
         logits: [T, G * M].
         correction: [G * M], read if CORRECTED.
-        topk_weights, topk_idx: [T, K] out, in descending order of what was chosen by; among equals the lower number first. Where
-            corrections of -inf leave fewer than K experts in the kept groups, -1 with weight 0.
+        topk_weights, topk_idx: [T, K] out, in descending order of what the choice was made by; among equals the lower number
+            comes first. Where corrections of -inf leave fewer than K experts in the kept groups, the rest is -1 with weight 0.
         scale, epsilon: factor of the weights, and what is added to their sum.
-        TOPK_GROUPS, GROUP_TOPK: groups kept, members that speak for a group; used if G > 1.
-        SIGMOID, FIRST: the score; whether K logits are chosen first and scored then.
+        TOPK_GROUPS, GROUP_TOPK: how many groups are kept, and how many of its best members a group is scored by; used if G > 1.
+        SIGMOID: the score is the sigmoid of a logit, else the softmax.
+        TOPK_BEFORE_SCORE: K logits are chosen first, and these alone are scored.
 
     Example:
         Logits ln 1, ln 4, ln 1, ln 2, two chosen by softmax: experts 1 and 3 with weights 0.5 and 0.25; renormalised 2/3 and 1/3.
         With corrections -inf, 0, -inf, -inf: expert 1 with weight 0.5, then -1 with weight 0.
     """
     NONE: tl.constexpr = -0x8000000000000000
-    MINUS_INFINITY: tl.constexpr = -0x7F800001  # the upper half of its key; those of NONE and of no number are below it
+    MINUS_INFINITY: tl.constexpr = -0x7F800001  # the upper half of its key; the upper half of NONE is below it
     CHOSEN: tl.constexpr = triton.next_power_of_2(K)
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)[:, None]
@@ -126,7 +126,7 @@ def route_kernel(
     wire.wait_for_previous_kernel(PDL)
     wire.let_next_kernel_start(PDL)
     value = tl.load(logits + row * (G * M) + number, mask=is_there, other=0.0).to(tl.float32)
-    if FIRST:
+    if TOPK_BEFORE_SCORE:
         score = value
     elif SIGMOID:
         score = sigmoid(value)
@@ -139,29 +139,29 @@ def route_kernel(
         kept = best_groups(choice, is_there, number, TOPK_GROUPS, GROUP_TOPK, G)
         choice = tl.where(kept, choice, float("-inf"))
     keys = tl.where(is_there, sort_key(choice, number), NONE)
-    place = tl.arange(0, CHOSEN)
+    position = tl.arange(0, CHOSEN)
     weights = tl.zeros([CHOSEN], tl.float32)
     numbers = tl.zeros([CHOSEN], tl.int32)
     for k in tl.static_range(K):
         best = tl.max(tl.max(keys, axis=1), axis=0)
         hit = keys == best
-        weights = tl.where(place == k, tl.sum(tl.sum(tl.where(hit, score, 0.0), axis=1), axis=0), weights)
+        weights = tl.where(position == k, tl.sum(tl.sum(tl.where(hit, score, 0.0), axis=1), axis=0), weights)
         found = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
         if CORRECTED:
             found = tl.where((best >> 32) > MINUS_INFINITY, found, -1)
-        numbers = tl.where(place == k, found, numbers)
+        numbers = tl.where(position == k, found, numbers)
         keys = tl.where(hit, NONE, keys)
-    if FIRST:
-        weights = sigmoid(weights) if SIGMOID else softmax(weights, place < K)
+    if TOPK_BEFORE_SCORE:
+        weights = sigmoid(weights) if SIGMOID else softmax(weights, position < K)
     if CORRECTED:
         weights = tl.where(numbers >= 0, weights, 0.0)
     if RENORMALIZE:
-        total = tl.sum(tl.where(place < K, weights, 0.0)) + epsilon
+        total = tl.sum(tl.where(position < K, weights, 0.0)) + epsilon
         weights = tl.div_rn(weights, total + tl.zeros_like(weights))
-        if CORRECTED:  # of a row without an expert 0 / 0 is left
+        if CORRECTED:  # in a row without any expert the division was 0 / 0
             weights = tl.where(numbers >= 0, weights, 0.0)
-    tl.store(topk_weights + row * K + place, weights * scale, mask=place < K)
-    tl.store(topk_idx + row * K + place, numbers.to(topk_idx.dtype.element_ty), mask=place < K)
+    tl.store(topk_weights + row * K + position, weights * scale, mask=position < K)
+    tl.store(topk_idx + row * K + position, numbers.to(topk_idx.dtype.element_ty), mask=position < K)
 
 
 def route(
@@ -185,34 +185,36 @@ def route(
     idx_TK = torch.empty(T, topk, dtype=idx_dtype, device=logits_TE.device)
     if T == 0:
         return weights_TK, idx_TK
-    on_device = contextlib.nullcontext() if wire.INTERPRETED else torch.cuda.device(logits_TE.device)
     logits_TE = logits_TE.contiguous()
     correction_E = None if correction_E is None else correction_E.float().contiguous()
     M = E // num_groups
     groups, members = triton.next_power_of_2(num_groups), triton.next_power_of_2(M)
-    pdl = not wire.INTERPRETED and torch.cuda.get_device_capability(logits_TE.device)[0] >= 9
-    options = {} if wire.INTERPRETED else {"launch_pdl": pdl, "enable_fp_fusion": False}
-    with on_device:  # not the current one, which Triton would take
-        route_kernel[(T,)](
+    launch_unbound(
+        route_kernel,
+        T,
+        (
             logits_TE,
-            logits_TE if correction_E is None else correction_E,
+            logits_TE if correction_E is None else correction_E,  # without a correction the pointer is not followed
             weights_TK,
             idx_TK,
             scale,
             epsilon,
-            G=num_groups,
-            M=M,
-            K=topk,
-            GROUPS=groups,
-            MEMBERS=members,
-            TOPK_GROUPS=topk_groups,
-            GROUP_TOPK=group_score_topk,
-            SIGMOID=is_sigmoid,
-            FIRST=topk_before_score,
-            RENORMALIZE=renormalize,
-            CORRECTED=correction_E is not None,
-            PDL=pdl,
-            num_warps=1 if groups * members <= ONE_WARP else 4,
-            **options,
-        )
+        ),
+        {
+            "G": num_groups,
+            "M": M,
+            "K": topk,
+            "GROUPS": groups,
+            "MEMBERS": members,
+            "TOPK_GROUPS": topk_groups,
+            "GROUP_TOPK": group_score_topk,
+            "SIGMOID": is_sigmoid,
+            "TOPK_BEFORE_SCORE": topk_before_score,
+            "RENORMALIZE": renormalize,
+            "CORRECTED": correction_E is not None,
+            "PDL": has_pdl(logits_TE.device),
+        },
+        num_warps=1 if groups * members <= ONE_WARP else 4,
+        device=logits_TE.device,
+    )
     return weights_TK, idx_TK

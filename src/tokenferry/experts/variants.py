@@ -1,0 +1,251 @@
+"""Which kernels serve experts of one shape, dtype and setting: nothing here looks at a row, or needs a GPU.
+
+Legend: K choices of a row, H hidden size, I intermediate size, L experts of this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from tokenferry.activations import Activation
+from tokenferry.experts.plan import Plan, Tiles, plan
+from tokenferry.experts.scratch import RowShape
+from tokenferry.experts.weights import ExpertWeights
+from tokenferry.kernels import wire
+from tokenferry.kernels.expert_gemm import SIGNATURE as GEMM_SIGNATURE
+from tokenferry.kernels.expert_gemm import expert_gemm_kernel
+from tokenferry.kernels.expert_quantize import SIGNATURE as QUANTIZE_SIGNATURE
+from tokenferry.kernels.expert_quantize import quantize_rows_kernel
+from tokenferry.kernels.expert_sum import SIGNATURE as SUM_SIGNATURE
+from tokenferry.kernels.expert_sum import expert_sum_kernel
+from tokenferry.kernels.expert_table import SIGNATURE as TABLE_SIGNATURE
+from tokenferry.kernels.expert_table import expert_table_kernel
+from tokenferry.kernels.launch import POINTER_ALIGNMENT, KernelSpec, has_pdl, specify
+
+TABLE_FEW, TABLE_MANY = 1024, 8192
+"""Numbers that a program of the table reads at a time: of few rows, and of many."""
+SUM_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Everything that decides which kernels run and how; equal variants share all of them."""
+
+    num_local_experts: int
+    hidden_size: int
+    intermediate_size: int
+    topk: int
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    index_dtype: torch.dtype
+    out_dtype: torch.dtype
+    activation: str
+    gated: bool
+    interleaved: bool
+    up_bias: bool
+    down_bias: bool
+    up_strides: tuple[int, ...]
+    down_strides: tuple[int, ...]
+    aligned: bool
+    batch_invariant: bool
+    max_rows: int | None
+    plan: Plan | None = None
+    """None: the default for these shapes."""
+
+    @property
+    def has_float8_weights(self) -> bool:
+        """With block scales."""
+        return self.weight_dtype == torch.float8_e4m3fn
+
+
+def row_shape(variant: Variant) -> RowShape:
+    """What a gathered row of this variant needs."""
+    sizes = (variant.topk, variant.hidden_size, variant.intermediate_size, variant.dtype.itemsize)
+    return RowShape(*sizes, float8=variant.has_float8_weights)
+
+
+def variant_of(
+    weights: ExpertWeights,
+    activation: Activation,
+    topk: int,
+    dtype: torch.dtype,
+    index_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    *,
+    aligned: bool = True,
+    batch_invariant: bool = False,
+    max_rows: int | None = None,
+    plan: Plan | None = None,
+) -> Variant:
+    """The variant that such operands ask for. `aligned`: operands that are not given here begin at multiples of 16 bytes."""
+    L, H, I = weights.down_proj.shape
+    parts = (weights.up_proj, weights.down_proj, weights.up_bias, weights.down_bias, weights.up_scale, weights.down_scale)
+    aligned = aligned and all(part is None or part.data_ptr() % POINTER_ALIGNMENT == 0 for part in parts)
+    return Variant(
+        num_local_experts=L,
+        hidden_size=H,
+        intermediate_size=I,
+        topk=topk,
+        dtype=dtype,
+        weight_dtype=weights.up_proj.dtype,
+        index_dtype=index_dtype,
+        out_dtype=out_dtype,
+        activation=activation.name,
+        gated=activation.gated,
+        interleaved=activation.interleaved,
+        up_bias=weights.up_bias is not None,
+        down_bias=weights.down_bias is not None,
+        up_strides=weights.up_proj.stride(),
+        down_strides=weights.down_proj.stride(),
+        aligned=aligned,
+        batch_invariant=batch_invariant,
+        max_rows=max_rows,
+        plan=plan,
+    )
+
+
+def chosen_plan(variant: Variant) -> Plan:
+    """The variant's own plan, or the default."""
+    if variant.plan is not None:
+        return variant.plan
+    return plan(
+        variant.dtype,
+        variant.hidden_size,
+        variant.intermediate_size,
+        gated=variant.gated,
+        batch_invariant=variant.batch_invariant,
+        scaled=variant.has_float8_weights,
+        max_rows=variant.max_rows,
+    )
+
+
+@dataclass(frozen=True)
+class Specs:
+    """What is to be compiled for a variant."""
+
+    table: KernelSpec
+    quantize: tuple[KernelSpec, ...]
+    up: tuple[KernelSpec, ...]
+    down: tuple[KernelSpec, ...]
+    sum: KernelSpec
+
+    @property
+    def all(self) -> tuple[KernelSpec, ...]:
+        """In the order of their launches, except for the quantizing ones."""
+        return (self.table, *self.quantize, *self.up, *self.down, self.sum)
+
+
+def specs(variant: Variant, device: torch.device) -> Specs:
+    """All kernels of a variant."""
+    pdl = int(has_pdl(device))
+    chosen = chosen_plan(variant)
+    table = specify(
+        expert_table_kernel,
+        TABLE_SIGNATURE,
+        {"K": variant.topk, "FEW": TABLE_FEW, "MANY": TABLE_MANY, "PDL": pdl},
+        num_warps=8,
+        num_stages=1,
+        dtypes={"IDX": variant.index_dtype},
+        aligned=variant.aligned,
+    )
+    total = specify(
+        expert_sum_kernel,
+        SUM_SIGNATURE,
+        {
+            "L": variant.num_local_experts,
+            "K": variant.topk,
+            "H": variant.hidden_size,
+            "BLOCK": min(SUM_BLOCK, triton.next_power_of_2(variant.hidden_size)),
+            "PDL": pdl,
+        },
+        num_warps=4,
+        num_stages=1,
+        dtypes={"DTYPE": variant.dtype, "IDX": variant.index_dtype, "OUT": variant.out_dtype},
+        aligned=variant.aligned,
+    )
+    up = tuple(_gemm_spec(variant, tiles, True, pdl) for tiles in chosen.up)
+    down = tuple(_gemm_spec(variant, tiles, False, pdl) for tiles in chosen.down)
+    quantize: tuple[KernelSpec, ...] = ()
+    if _prequantizes(variant, chosen):
+        quantize = tuple(_quantize_spec(variant, chosen, is_first_product, pdl) for is_first_product in (True, False))
+    return Specs(table, quantize, up, down, total)
+
+
+def _prequantizes(variant: Variant, chosen: Plan) -> bool:
+    return variant.has_float8_weights and any(tiles.prequantize for tiles in (*chosen.up, *chosen.down))
+
+
+def _quantize_spec(variant: Variant, chosen: Plan, is_first_product: bool, pdl: int) -> KernelSpec:
+    constants = {
+        "L": variant.num_local_experts,
+        "X": variant.hidden_size if is_first_product else variant.intermediate_size,
+        "IS_FIRST_PRODUCT": is_first_product,
+        "MIN_ROWS": min(tiles.min_rows for tiles in (*chosen.up, *chosen.down) if tiles.prequantize),
+        "LANES": triton.next_power_of_2(variant.num_local_experts),
+        "PDL": pdl,
+    }
+    return specify(
+        quantize_rows_kernel,
+        QUANTIZE_SIGNATURE,
+        constants,
+        num_warps=4,
+        num_stages=1,
+        dtypes={"DTYPE": variant.dtype},
+        aligned=variant.aligned,
+    )
+
+
+def uses_tensor_map(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int) -> bool:
+    """Whether weights come by the tensor memory accelerator: where the tiles ask for it, and the layout allows it."""
+    strides = variant.up_strides if is_first_product else variant.down_strides
+    in_steps_of_16_bytes = all(stride * variant.weight_dtype.itemsize % POINTER_ALIGNMENT == 0 for stride in strides[:2])
+    is_there = bool(pdl or wire.INTERPRETED) and tiles.tensor_map and not variant.has_float8_weights
+    return is_there and variant.aligned and in_steps_of_16_bytes and strides[2] == 1
+
+
+def _gemm_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int) -> KernelSpec:
+    strides = variant.up_strides if is_first_product else variant.down_strides
+    sizes = (variant.hidden_size, variant.intermediate_size)
+    depth, width = sizes if is_first_product else sizes[::-1]
+    scaled = variant.has_float8_weights
+    has_map = uses_tensor_map(variant, tiles, is_first_product, pdl)
+    constants = {
+        "L": variant.num_local_experts,
+        "K": variant.topk,
+        "DEPTH": depth,
+        "WIDTH": width,
+        "STRIDE_E": strides[0],
+        "STRIDE_N": strides[1],
+        "STRIDE_D": strides[2],
+        "IS_FIRST_PRODUCT": is_first_product,
+        "GATED": is_first_product and variant.gated,
+        "INTERLEAVED": is_first_product and variant.interleaved,
+        "ACTIVATION": variant.activation if is_first_product else "none",
+        "BIAS": variant.up_bias if is_first_product else variant.down_bias,
+        "SCALED": scaled,
+        "QUANTIZED": scaled and tiles.prequantize,
+        "TENSOR_MAP": has_map,
+        "MIN_ROWS": tiles.min_rows,
+        "MAX_ROWS": tiles.max_rows,
+        "BM_FEW": tiles.rows_few,
+        "BM": tiles.rows,
+        "BN": tiles.columns,
+        "BD": tiles.depth,
+        "LANES": triton.next_power_of_2(variant.num_local_experts),
+        "UPCAST": wire.INTERPRETED,
+        "PDL": pdl,
+    }
+    rows_dtype = variant.weight_dtype if scaled and tiles.prequantize else variant.dtype
+    return specify(
+        expert_gemm_kernel,
+        GEMM_SIGNATURE,
+        constants,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        dtypes={"DTYPE": variant.dtype, "ROWS": rows_dtype, "WEIGHT": variant.weight_dtype},
+        descriptors={"weights": (1, 1, tiles.columns, tiles.depth)} if has_map else None,
+        aligned=variant.aligned,
+    )

@@ -1,0 +1,86 @@
+"""Arithmetic that several of the experts' kernels share: activations, and the quantisation of rows to float8.
+
+Like `wire`, this file holds device functions alone and no kernel.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FP8_MAX: tl.constexpr = tl.constexpr(448.0)
+"""Largest finite float8_e4m3fn."""
+SCALE_BLOCK: tl.constexpr = tl.constexpr(128)
+"""Weights share a scale per 128 x 128, rows per 1 x 128."""
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), float32."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def clamp(x, low, high):
+    """As torch.clamp: a NaN stays a NaN. By default Triton's minimum and maximum give the other number, which would hide a fault.
+
+    Example:
+        -3, 1, 9 and NaN between -2 and 2: -2, 1, 2, NaN.
+    """
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def activate(x, NAME: tl.constexpr):
+    """The activations without a gate, float32.
+
+    Example:
+        squared_relu of -1, 0, 3: 0, 0, 9.
+    """
+    if NAME == "squared_relu":
+        x = clamp(x, 0.0, float("inf"))
+        return x * x
+    elif NAME == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif NAME == "gelu_tanh":
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x * sigmoid(2.0 * inner)  # 0.5 * (1 + tanh(y)) is sigmoid(2 y)
+    elif NAME == "relu":
+        return clamp(x, 0.0, float("inf"))
+    elif NAME == "silu":
+        return x * sigmoid(x)
+    else:
+        tl.static_assert(NAME == "none", "unknown activation")
+        return x
+
+
+@triton.jit
+def activate_gated(gate, up, alpha, limit, NAME: tl.constexpr):
+    """The activations with a gate, float32.
+
+    Example:
+        clamped_swiglu with alpha 0 and limit 2 of gate 9 and up -5: 2 * 0.5 * (-2 + 1) = -1.
+    """
+    if NAME == "swiglu":
+        return gate * sigmoid(gate) * up
+    else:
+        tl.static_assert(NAME == "clamped_swiglu", "unknown activation")
+        gate = clamp(gate, -float("inf"), limit)
+        up = clamp(up, -limit, limit)
+        return gate * sigmoid(gate * alpha) * (up + 1.0)
+
+
+@triton.jit
+def quantize(x):
+    """Rows of 128 float32 as float8_e4m3fn, and their scales: the largest number of a row becomes 448.
+
+    The divisions are rounded as on CPUs. `/` may be off by two units in the last place, and bfloat16 rows often lie exactly
+    between two float8 numbers, where that decides which one is taken.
+
+    Example:
+        224, -448, 1 and zeros: scale 1. 112, -224, 0.5: scale 0.5 and the same float8. Zeros: scale 1.
+    """
+    largest = tl.max(tl.abs(x), 1)
+    scale = tl.where(largest > 0, tl.div_rn(largest, tl.full(largest.shape, FP8_MAX, tl.float32)), 1.0)
+    return tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)).to(tl.float8e4nv), scale
