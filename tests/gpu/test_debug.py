@@ -78,7 +78,6 @@ def found(group: tf.EPGroup) -> list[str]:
 def test_harm_is_found_in_eager_steps_and_in_replays(on_ranks: RankPools) -> None:
     said = on_ranks(found, 1, backend="nccl", timeout_s=100, env=DEBUG)[0]
     print("\n" + "\n".join(said))
-    assert len(said) == 10
     wanted = (
         "topk_idx held 8",
         "topk_idx held -2",
