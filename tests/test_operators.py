@@ -115,6 +115,15 @@ def test_a_reset_that_gives_new_buffers_compiles_nothing_anew() -> None:
     assert run_ranks(compilations_with_resets, 2, "p2p", timeout_s=120, env={"TRITON_INTERPRET": "1"}) == [1, 1]
 
 
+def test_what_was_opened_in_inference_mode_is_compiled_outside_of_it() -> None:
+    with torch.inference_mode():
+        ws = opened()
+    with ws, torch.no_grad():
+        assert not ws.operators.order.is_inference()
+        compiled = torch.compile(forward_of(ws), fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(*GIVEN), torch.full((ROWS, 8), 3.0))
+
+
 def test_a_second_workspace_does_not_hear_the_first_ones_calls() -> None:
     with opened() as first, opened() as second, torch.no_grad():
         torch.compile(forward_of(first), fullgraph=True, backend="eager")(*GIVEN)

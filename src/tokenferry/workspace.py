@@ -114,7 +114,8 @@ class Workspace(GraphCalls):
         self._settings = settings = opened.settings
         self._lease, self.transport, self.decisions = Lease(opened.transport), opened.name, opened.decisions
         try:
-            self.operators = Operators(self.number, settings, self._transport, self._step_tensors.packed)
+            with plain_torch(group.device):
+                self.operators = Operators(self.number, settings, self._transport, self._step_tensors.packed)
             self.operators.serve(self)
             settings.group.waiting.join(settings.name, position_of(self), settings.timeout_s)
         except BaseException:
