@@ -233,14 +233,14 @@ OF_KERNELS = (
         f"{_KERNELS}/expert_table.py",
         "    total = tl.maximum(tl.minimum(valid - first_row, num_rows), 0) * K\n",
         "    total = num_rows * K\n",
-        ("tests/interpreter/test_experts_kernels.py::test_table_kernel",),
+        ("tests/interpreter/test_expert_examples.py::test_table_kernel",),
     ),
     Mutant(
         "experts-write-rows-beyond-the-valid-ones",
         f"{_KERNELS}/expert_sum.py",
         "    rows = tl.maximum(tl.minimum(tl.load(valid_tokens) - first_row, num_rows), 0)\n",
         "    rows = num_rows\n",
-        ("tests/interpreter/test_experts_kernels.py::test_sum_kernel",),
+        ("tests/interpreter/test_expert_examples.py::test_sum_kernel",),
     ),
     Mutant(
         "last-abort-record-wins",

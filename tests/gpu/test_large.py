@@ -158,7 +158,7 @@ def test_weights_of_experts_beyond_two_to_the_31_elements() -> None:
 @pytest.mark.gpu(count=1)
 @pytest.mark.timeout(150)
 def test_rows_of_experts_beyond_two_to_the_31_elements() -> None:
-    """All rows in one round, so that its products pass 2**31 too: every row against the same rows, 64 at a time. About 13 GB."""
+    """All rows in one chunk, so that its products pass 2**31 too: every row against the same rows, 64 at a time. About 13 GB."""
     torch.manual_seed(6)
     experts = Experts(
         ExpertsConfig(hidden_size=HIDDEN, intermediate_size=64, num_experts=2), range(2), device="cuda", batch_invariant=True
@@ -174,7 +174,7 @@ def test_rows_of_experts_beyond_two_to_the_31_elements() -> None:
     )
     got = experts(rows)
     assert got.numel() > LIMIT
-    assert experts.scratch.nbytes > 2 * LIMIT, "one round"
+    assert experts.scratch.nbytes > 2 * LIMIT, "one chunk"
     small = experts(some)
     for begin in reversed(range(0, got.shape[0], 64 * 256)):
         part = got[begin : begin + 64 * 256]

@@ -1,11 +1,9 @@
-"""The experts' kernels in the interpreter: worked examples, every shape of experts, and garbage where nothing may be read."""
+"""The experts' kernels in the interpreter: every shape of experts, and garbage where nothing may be read."""
 
 import dataclasses
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 import test_experts as plain
 import tokenferry as tf
@@ -14,7 +12,6 @@ from tokenferry.activations import Activation
 from tokenferry.experts import Experts, ExpertsConfig, ExpertScratch, torch_path, triton_path, variants
 from tokenferry.experts.plan import Plan, Tiles
 from tokenferry.integrations import megatron
-from tokenferry.kernels import expert_gemm, expert_math, expert_quantize, expert_sum, expert_table
 from tokenferry.testing import run_ranks
 from tokenferry.testing.numeric import same_bits
 
@@ -297,117 +294,7 @@ def test_float8_equals_the_products_of_what_it_stands_for() -> None:
     assert prequantized < TOLERANCE[torch.bfloat16]
 
 
-# --- worked examples ------------------------------------------------------------------------------------------------------
-
-
-def table_example(group: tf.EPGroup) -> list[list[list[int]]]:
-    idx = torch.tensor([[3, 0], [2, 3], [-1, 2], [2, 2]], dtype=torch.int32)
-    valid, found = torch.tensor([3], dtype=torch.int32), []
-    for few, many in ((8, 16), (4, 4)):  # at once, and in two blocks
-        counts, offsets, pairs = (torch.full((size,), -7, dtype=torch.int32) for size in (2, 2, 5))
-        expert_table.expert_table_kernel[(2,)](idx, valid, counts, offsets, pairs, 0, 4, 2, K=2, FEW=few, MANY=many, PDL=0)
-        found.append([counts.tolist(), offsets.tolist(), pairs.tolist()])
-    return found
-
-
-def test_table_kernel() -> None:
-    assert run_ranks(table_example, 1, env=INTERPRETER) == [[[[2, 2], [0, 2], [2, 5, 0, 3, -7]]] * 2]
-
-
-def quantize_example(group: tf.EPGroup) -> list[list[float]]:
-    rows = torch.zeros(1, 130, dtype=torch.bfloat16)
-    rows[0, :3] = torch.tensor([224.0, -448.0, 1.0])
-    counts, valid = torch.tensor([1], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
-    found = []
-    for min_rows in (1, 2):
-        out, scales = torch.full((1, 130), 2.0).to(torch.float8_e4m3fn), torch.full((1, 2), 7.0)
-        expert_quantize.quantize_rows_kernel[(2,)](
-            rows, counts, valid, out, scales, 0, 1, L=1, X=130, IS_FIRST_PRODUCT=True, MIN_ROWS=min_rows, LANES=1, PDL=0
-        )
-        found.append([*out.float()[0, [0, 1, 2, 3, 129]].tolist(), *scales[0].tolist()])
-    return found
-
-
-def test_quantize_rows_kernel() -> None:
-    done, left = run_ranks(quantize_example, 1, env=INTERPRETER)[0]
-    assert done == [224.0, -448.0, 1.0, 0.0, 0.0, 1.0, 1.0]
-    assert left == [2.0, 2.0, 2.0, 2.0, 2.0, 7.0, 7.0]
-
-
-def sum_example(group: tf.EPGroup) -> list[list[float]]:
-    outputs = torch.tensor([[1.0], [torch.nan], [2.0**-9], [5.0], [5.0], [5.0]])
-    idx = torch.tensor([[0, 9, 1], [9, 9, -1], [0, 0, 0]], dtype=torch.int32)
-    weights = torch.tensor([[2.0, torch.nan, 512.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
-    out = torch.full((3, 1), 7.0)
-    valid = torch.tensor([2], dtype=torch.int32)
-    expert_sum.expert_sum_kernel[(2,)](outputs, idx, weights, valid, out, 0, 3, 0, L=2, K=3, H=1, BLOCK=2, PDL=0)
-    return out.tolist()
-
-
-def test_sum_kernel() -> None:
-    assert run_ranks(sum_example, 1, env=INTERPRETER) == [[[3.0], [0.0], [7.0]]]
-
-
-def gemm_example(group: tf.EPGroup) -> list[list[list[float]]]:
-    rows, weights = torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([[[1.0, 0], [0, 1]], [[0, 2], [2, 0]]])
-    counts, offsets, pairs = (torch.tensor(values, dtype=torch.int32) for values in ([1, 1], [0, 1], [1, 0]))
-    results = []
-    source = rows
-    for first in (True, False):
-        out = torch.full((2, 2), -7.0)
-        expert_gemm.expert_gemm_kernel[(1,)](
-            source, counts, weights, counts, counts, out, counts, offsets, pairs, 0, 0.0, 0.0, L=2, K=1, DEPTH=2, WIDTH=2,
-            STRIDE_E=4, STRIDE_N=2, STRIDE_D=1, IS_FIRST_PRODUCT=first, GATED=False, INTERLEAVED=False, ACTIVATION="none",
-            BIAS=False, SCALED=False, QUANTIZED=False, TENSOR_MAP=False, MIN_ROWS=1, MAX_ROWS=0, BM_FEW=16, BM=16, BN=16, BD=16,
-            LANES=2, UPCAST=True, PDL=0,
-        )  # fmt: skip
-        results.append(out.tolist())
-        source = torch.tensor([[3.0, 4], [4, 2]])
-    return results
-
-
-def test_gemm_kernel() -> None:
-    first, second = run_ranks(gemm_example, 1, env=INTERPRETER)[0]
-    assert first == [[3.0, 4.0], [4.0, 2.0]]  # row 1 by expert 0, row 0 by expert 1
-    assert second == [[4.0, 8.0], [3.0, 4.0]]  # back at their own places
-
-
-@triton.jit
-def small(out, scales, columns, GATED: tl.constexpr, INTERLEAVED: tl.constexpr):
-    lanes = tl.arange(0, 4)
-    x = tl.where(lanes == 0, -1.0, tl.where(lanes == 2, 3.0, 0.0))
-    tl.store(out + lanes, expert_math.activate(x, "squared_relu"))
-    gate = tl.full([4], 9.0, tl.float32)
-    up = tl.full([4], -5.0, tl.float32)
-    tl.store(out + 4 + lanes, expert_math.activate_gated(gate, up, 0.0, 2.0, "clamped_swiglu"))
-    number = tl.where(lanes == 0, -3.0, tl.where(lanes == 1, 1.0, tl.where(lanes == 2, 9.0, float("nan"))))
-    tl.store(out + 8 + lanes, expert_math.clamp(number, -2.0, 2.0))
-    rows = tl.arange(0, 4)[:, None]
-    values = tl.where(rows == 0, 224.0, tl.where(rows == 1, 112.0, 0.0)) + tl.zeros([4, 128], tl.float32)
-    values = tl.where((lanes[:, None] < 2) & (tl.arange(0, 128)[None, :] == 1), values * -2.0, values)
-    quantized, scale = expert_math.quantize(values)
-    tl.store(scales + lanes, scale)
-    tl.store(scales + 4 + lanes, tl.max(quantized.to(tl.float32), 1))
-    WIDE: tl.constexpr = 4 if GATED else 2
-    tl.store(columns + tl.arange(0, WIDE), expert_gemm.columns_of(4, 6, GATED, INTERLEAVED, 2))
-
-
-def helpers_example(group: tf.EPGroup) -> list[list[float]]:
-    out, scales, found = torch.zeros(12), torch.zeros(8), []
-    for gated, interleaved in ((False, False), (True, False), (True, True)):
-        columns = torch.zeros(4 if gated else 2, dtype=torch.int32)
-        small[(1,)](out, scales, columns, GATED=gated, INTERLEAVED=interleaved)
-        found.append(columns.tolist())
-    return [out[:4].tolist(), out[4:5].tolist(), out[8:].tolist(), scales.tolist(), *found]
-
-
-def test_activations_scales_and_columns() -> None:
-    plain_ones, gated, clamped, scales, *columns = run_ranks(helpers_example, 1, env=INTERPRETER)[0]
-    assert plain_ones == [0.0, 0.0, 9.0, 0.0]
-    assert gated == [-1.0]
-    assert clamped[:3] == [-2.0, 1.0, 2.0] and clamped[3] != clamped[3]
-    assert scales == [1.0, 0.5, 1.0, 1.0, 224.0, 224.0, 0.0, 0.0]
-    assert columns == [[4, 5], [4, 5, 10, 11], [8, 10, 9, 11]]
+# --- wrong use, and debug mode ----------------------------------------------------------------------------------------
 
 
 def quantized_too_late(group: tf.EPGroup) -> str:

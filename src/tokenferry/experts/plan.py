@@ -19,7 +19,7 @@ class Tiles:
         rows_few: where at most so many rows of an expert are left, the tile has so many.
         rows, columns, depth: of a tile; `columns` are of the output, so a gated product reads twice as many.
         num_warps, num_stages: of a program, and of its pipeline.
-        programs_per_sm: the launch has at most so many times the SMs; the tiles go round.
+        programs_per_sm: the launch has at most so many programs for each SM, which take tiles in turn.
     """
 
     rows: int
