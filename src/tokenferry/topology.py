@@ -1,4 +1,4 @@
-"""Facts about this machine, as far as expert parallelism cares for them. No decisions: those are `transports/select.py`'s."""
+"""Facts about this machine, as far as expert parallelism cares for them. No decisions: those are `transports/selection.py`'s."""
 
 from __future__ import annotations
 
