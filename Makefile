@@ -38,7 +38,7 @@ test-gpu: $(INSTALLED) ## the tests that need GPUs, a file at a time, logs and a
 	$(BIN)/python tests/gpu/run_tier.py $(LOGS)
 
 mutants: $(INSTALLED) ## seeded changes of kernels and host logic, each of which a test must notice: 10 minutes
-	$(BIN)/python verification/run_mutants.py
+	$(BIN)/python -m verification.run_mutants
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Makes each seeded change of `mutants.py` in a copy of the tree and runs its tests there, which must fail: `make mutants`.
 
-    python verification/run_mutants.py [--list] [NAME ...]
+    python -m verification.run_mutants [--list] [NAME ...]
 
 The tests are run once without any change first, and must pass: a test that fails anyway, or skips, notices nothing. Ends with 0
 if every change was noticed.
@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mutants import MUTANTS, Mutant
+from verification.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", ".hypothesis", "*.egg-info")
