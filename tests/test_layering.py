@@ -1,6 +1,7 @@
 """The package imports in one direction, reads the environment in one place, and keeps no mutable state on modules or classes."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,11 @@ class Module:
     @property
     def part(self) -> str:
         return self.path.relative_to(ROOT).with_suffix("").parts[0]
+
+    @property
+    def name(self) -> str:
+        parts = self.path.relative_to(ROOT.parent).with_suffix("").parts
+        return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +111,33 @@ def mutable_names(tree: ast.Module) -> Iterator[str]:
                 name = ast.unparse(node).split("=")[0].split(":")[0].strip()
                 if name != "__all__" and not name.strip("_").isupper():
                     yield name
+
+
+def test_no_circle_of_imports(modules: list[Module]) -> None:
+    """Of whole modules, those that a function imports when it runs included."""
+    graph = {module.name: imported_modules(module, {each.name for each in modules}) for module in modules}
+    try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(f"these import one another: {', '.join(error.args[1])}")
+
+
+def imported_modules(module: Module, known: set[str]) -> set[str]:
+    found = set()
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {full if (full := f"{node.module}.{alias.name}") in known else node.module for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & known - {module.name}
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    """Of the package, the tests, the benchmarks and the models: a longer one holds two subjects."""
+    top = Path(__file__).parent.parent
+    files = [path for folder in ("src", "tests", "benchmarks", "verification") for path in sorted((top / folder).rglob("*.py"))]
+    lengths = {path.relative_to(top).as_posix(): len(path.read_text().splitlines()) for path in files}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
 def test_public_names_are_sorted_and_there() -> None:
