@@ -2,9 +2,11 @@
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +64,8 @@ def make_steps(group: tf.EPGroup, setting: Setting, folder: str) -> None:
 
 def end_while_ranks_work(setting: Setting, how: str, folder: Path, start_s: float = 90.0) -> End:
     """Starts supervisor and ranks, waits until all ranks are at work, ends the run in the way `how` says."""
-    temporary = folder / "temporary"
-    temporary.mkdir()
+    # Not below `folder`: the fork server listens on a socket there, whose whole path may have 107 characters.
+    temporary = Path(tempfile.mkdtemp(prefix="ends-"))
     script = folder / "supervisor.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), setting=setting, folder=str(folder)))
     before = shared_files()
@@ -89,13 +91,15 @@ def end_while_ranks_work(setting: Setting, how: str, folder: Path, start_s: floa
         for process in of_session(supervisor.pid).values():
             os.kill(process.pid, signal.SIGKILL)
         supervisor.wait(10)
+        left_folders = tuple(sorted(path.name for path in temporary.glob("tokenferry-*")))
+        shutil.rmtree(temporary)
     return End(
         exit_code,
         (folder / "stderr").read_text(),
         took_s,
         left,
         tuple(sorted(shared_files() - before)),
-        tuple(sorted(path.name for path in temporary.glob("tokenferry-*"))),
+        left_folders,
     )
 
 
