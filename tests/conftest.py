@@ -1,6 +1,6 @@
 """Skips say what is missing; Ctrl-C reaches the processes that tests start; a file's tests share their rank processes.
 
-Under pytest-xdist (`make test`) items run in any order on two workers. Those that share a fixture of their file stay together.
+Under pytest-xdist (`make test`) each file runs on one of two workers: its items share fixtures and rank processes.
 """
 
 import importlib.util
@@ -36,7 +36,6 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Sampler(config.getoption("sample")), "tokenferry-sampler")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     found = torch.cuda.device_count()
     for item in items:
@@ -45,8 +44,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             needed = marker.kwargs.get("count", 1)
             if found < needed:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA GPU(s), found {found}"))
-        if IS_WORKER and (shared := shared_fixtures(item)):
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {shared}"))
 
 
 class Sampler:
