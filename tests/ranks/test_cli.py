@@ -55,6 +55,7 @@ def test_generate_answers_uneven_prompts_and_prints_one_json_object(environment,
     assert "rank 1: 3 prompts" in outcome.stderr
 
 
+@pytest.mark.long
 def test_a_prompt_beyond_the_context_is_a_line_and_exit_code_2_before_anything_is_loaded(environment, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("short\n" + 400_000 * "a" + "\n")
@@ -93,6 +94,7 @@ def test_verify_finds_equal_tokens(environment, tmp_path, arguments):
     assert "2 of 2 prompts have the unmodified model's tokens" in outcome.stdout
 
 
+@pytest.mark.long
 def test_a_model_without_experts_is_a_line_and_exit_code_2(environment, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
