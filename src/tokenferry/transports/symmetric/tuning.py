@@ -157,7 +157,7 @@ def choose_grid(settings: TransportSettings, layout: Layout, tuning: Tuning, res
             kernel, which wait there too.
     """
     if settings.group.device.type == "cpu":
-        return INTERPRETED.max_programs
+        return tuning.max_programs
     limit = min(tuning.max_programs, resident, MAX_PROGRAMS)
     if settings.max_ctas is not None:
         limit = min(limit, settings.max_ctas)
