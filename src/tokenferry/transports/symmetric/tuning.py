@@ -80,8 +80,8 @@ H100_X2 = TuningTable(
     few_tokens=Wave(num_warps=8, programs_per_sm=1),
 )
 """Small programs begin sooner, and large ones keep more packets under way. More than two programs on an SM did not help at any
-T from 128 to 4096. At T = 1 the largest wave takes 2.0 microseconds a round trip more than the one for few tokens, at T = 128 and
-H = 7168 that one takes 1.7 more than the largest."""
+T from 128 to 4096. At T = 1 the largest wave takes 1.9 microseconds a round trip more than the one for few tokens; at T = 128 and
+H = 7168 that one takes 1.7 more than the largest (2xH200-2026-11-26-tune-few-tokens.jsonl)."""
 
 INTERPRETED = Tuning(num_warps=8, max_programs=1)
 """In the interpreter programs run one after another: the first of two would wait for ever."""
