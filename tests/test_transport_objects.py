@@ -116,6 +116,57 @@ def test_what_is_neither_a_name_nor_opens_is_refused(wrong: object) -> None:
         tf.Workspace(CONFIG, tf.EPGroup(device="cpu"), max_tokens_per_rank=4, transport=wrong)
 
 
+class Returning:
+    """Opens nothing: returns what it was given."""
+
+    name = "returning"
+
+    def __init__(self, returned: object) -> None:
+        self.returned = returned
+
+    def open(self, settings: TransportSettings, step_tensors: StepTensors) -> Any:
+        return self.returned
+
+
+@pytest.mark.parametrize("returned", [None, 3], ids=["nothing", "a-number"])
+def test_an_object_that_opens_no_transport_is_told_so(returned: object) -> None:
+    with pytest.raises(tf.ConfigError, match=rf"'returning' .* its open\(\) returned {returned}, which is no open Transport"):
+        tf.Workspace(CONFIG, tf.EPGroup(device="cpu"), max_tokens_per_rank=4, transport=Returning(returned))
+
+
+def opened_within(group: tf.EPGroup, inner: str, timeout_s: float) -> str:
+    try:
+        tf.Workspace(CONFIG, group, max_tokens_per_rank=4, transport=Recording(inner), timeout_s=timeout_s).close()
+    except tf.TokenferryError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("inner", "ranks", "env", "timeout_s", "said"),
+    [
+        pytest.param("auto", 1, {}, 20.0, "ConfigError: .* transport must be one of local, p2p, nvls, collective", id="auto"),
+        pytest.param(
+            "local", 2, {}, 20.0, "TransportUnavailableError: .* the group has 2 ranks", id="local", marks=pytest.mark.ranks
+        ),
+        pytest.param(
+            "p2p",
+            1,
+            {"TRITON_INTERPRET": "1"},
+            3600.0,
+            "ConfigError: .* timeout_s is 3600.0 on rank 0, but 1800.0 at most",
+            id="p2p",
+            marks=pytest.mark.interpreter,
+        ),
+    ],
+)
+def test_what_an_object_opens_within_is_checked_as_if_asked_for_by_name(
+    on_ranks: RankPools, inner: str, ranks: int, env: dict[str, str], timeout_s: float, said: str
+) -> None:
+    for text in on_ranks(opened_within, ranks, inner, timeout_s, env=env):
+        assert re.match(said, text.replace("\n", " ")), text
+
+
 def differing(group: tf.EPGroup, transports: list[Any]) -> str:
     with pytest.raises(tf.ConfigError) as caught:
         tf.Workspace(CONFIG, group, max_tokens_per_rank=4, transport=transports[group.rank], open_timeout_s=10.0)

@@ -12,7 +12,6 @@ from itertools import product
 import torch
 
 from tokenferry.errors import TransportUnavailableError
-from tokenferry.kernels import wire
 from tokenferry.kernels.abort import SIGNATURE as ABORT_SIGNATURE
 from tokenferry.kernels.abort import abort_kernel
 from tokenferry.kernels.combine import SIGNATURE as COMBINE_SIGNATURE
@@ -21,7 +20,7 @@ from tokenferry.kernels.counts import SIGNATURE as COUNTS_SIGNATURE
 from tokenferry.kernels.counts import counts_kernel
 from tokenferry.kernels.dispatch import SIGNATURE as DISPATCH_SIGNATURE
 from tokenferry.kernels.dispatch import dispatch_kernel
-from tokenferry.kernels.launch import DTYPES, Launch, prepare
+from tokenferry.kernels.launch import DTYPES, Launch, has_pdl, prepare
 from tokenferry.transports.base import TransportSettings
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 from tokenferry.transports.symmetric.layout import MAX_PROGRAMS, Layout
@@ -112,7 +111,7 @@ def _load(settings: TransportSettings, layout: Layout, tuning: Tuning, buffer: S
 def load_kernels(settings: TransportSettings, tuning: Tuning, *, multicast: bool) -> LoadedKernels:
     """Compiles and loads every variant that the arguments of this workspace can ask for."""
     device = settings.group.device
-    pdl = int(not wire.INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9)
+    pdl = int(has_pdl(device))
     lanes = max(32, 1 << (settings.group.size - 1).bit_length())
 
     def dispatches(multicast: bool) -> dict[RoutingDtypes, Launch]:
