@@ -54,3 +54,13 @@ def test_the_bytes_of_old_blocks_are_counted(scratch: ExpertScratch) -> None:
 def test_fewer_rows_take_no_new_block(scratch: ExpertScratch) -> None:
     large = rows_of(scratch, 400)
     assert rows_of(scratch, 4) is large
+
+
+def test_a_scratch_made_in_inference_mode_is_poisoned_outside_of_it(
+    monkeypatch: pytest.MonkeyPatch, scratch: ExpertScratch
+) -> None:
+    monkeypatch.setattr(scratch, "_poisons", True)
+    with torch.inference_mode():
+        few = rows_of(scratch, 4)
+    scratch.poison()
+    assert bool((few.pairs_P == -1).all())
