@@ -90,6 +90,27 @@ KINDS = [
     pytest.param("collective", 2, {}, id="collective", marks=pytest.mark.ranks),
     pytest.param("p2p", 2, {"TRITON_INTERPRET": "1"}, id="p2p", marks=pytest.mark.interpreter),
 ]
+
+
+def graph_steps(group: tf.EPGroup, transport: str) -> list[list[float]]:
+    """A runner's steps, in a bucket and beyond the largest, while each rank brings another number of rows."""
+    with tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport=Recording(transport), timeout_s=20.0) as ws:
+        layer = ws.dispatcher()
+
+        def forward(rows: torch.Tensor) -> torch.Tensor:
+            ids, weights = torch.zeros(len(rows), 1, dtype=torch.int32), torch.ones(len(rows), 1)
+            return layer.combine(layer.dispatch(rows, ids, weights).hidden / group.size)
+
+        runner = tf.GraphRunner(ws, forward, [4], inputs=[torch.empty(0, 8)])
+        return [runner(torch.full((count, 8), 1.0 + group.rank))[:, 0].tolist() for count in (1 + group.rank, 6 - group.rank)]
+
+
+@pytest.mark.ranks
+def test_a_graph_runner_knows_from_the_transport_that_its_counts_pass_through_the_host(on_ranks: RankPools) -> None:
+    """Not from its name, which is the object's own."""
+    assert on_ranks(graph_steps, 2, "collective") == [[[1.0], [1.0] * 6], [[2.0] * 2, [2.0] * 5]]
+
+
 DEBUG = pytest.mark.parametrize("debug", [{}, {"TOKENFERRY_DEBUG": "1"}], ids=["plain", "in-debug-mode"])
 
 

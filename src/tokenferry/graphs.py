@@ -190,7 +190,7 @@ class GraphRunner:
 
     def _warm_up(self, bucket: int, done: bool) -> None:
         """Alone on symmetric transports. With the peers on the collective one, whose library connects ranks at first use."""
-        if self.workspace.transport == "collective":
+        if self.workspace.active_transport.counts_pass_through_hosts:
             with self.workspace.equal_counts():
                 self._guarded(lambda: self._forward(bucket, done))
         else:
@@ -296,7 +296,8 @@ class GraphRunner:
         self._num_real.fill_(num_tokens)
         captured = self._captured.get((bucket, done))
         if captured is None:
-            with self.workspace.equal_counts() if self.workspace.transport == "collective" else contextlib.nullcontext():
+            agreed = self.workspace.active_transport.counts_pass_through_hosts
+            with self.workspace.equal_counts() if agreed else contextlib.nullcontext():
                 return self._guarded(lambda: self._forward(bucket, done))
         with self.workspace.replaying(captured.num_steps):
             captured.graph.replay()
