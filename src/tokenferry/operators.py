@@ -84,7 +84,7 @@ class _Workspaces:
 
 
 _WORKSPACES: Final = _Workspaces()
-"""The one mutable object of a module in this library. An operator is a function of the process, and its arguments can only be
+"""The one table that a module of this library keeps. An operator is a function of the process, and its arguments can only be
 tensors and numbers: somewhere a number has to lead to a workspace. The table is weak, so that nothing stays when a workspace
 goes, and numbers are not given twice."""
 
