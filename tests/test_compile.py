@@ -77,7 +77,7 @@ def test_collective_on_two_ranks(counts: str) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_symmetric_compiled_by_inductor(world_size: int) -> None:
     if shutil.which("g++") is None:
         pytest.skip("inductor needs a C++ compiler for CPU code")

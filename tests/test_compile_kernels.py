@@ -23,11 +23,11 @@ pytestmark = pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 lea
 
 DISPATCH = {
     "ROW_WORDS": 3584, "K": 8, "IDX": tl.int64, "WEIGHTS": tl.bfloat16, "OUT_IDX": tl.int32, "WORDS": 4, "BLOCK": 256,
-    "MULTICAST": 0, "MAX_PROGRAMS": 512, "PDL": 1,
+    "MULTICAST": 0, "MAX_PROGRAMS": 512, "FLAG_BLOCK": 0, "PDL": 1,
 }  # fmt: skip
 COMBINE = {
     "H": 7168, "PARTIAL": tl.bfloat16, "WIRE": tl.bfloat16, "OUT": tl.bfloat16, "WORDS": 4, "BLOCK": 256,
-    "SWITCH_SUM": 0, "MAX_PROGRAMS": 512, "PDL": 1,
+    "SWITCH_SUM": 0, "MAX_PROGRAMS": 512, "FLAG_BLOCK": 0, "PDL": 1,
 }  # fmt: skip
 VARIANTS = {
     "counts-EP2": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 32, "PDL": 1}, 1),
@@ -41,7 +41,9 @@ VARIANTS = {
         4,
     ),
     "dispatch-multicast": (dispatch.dispatch_kernel, dispatch.SIGNATURE, {**DISPATCH, "MULTICAST": 1}, 8),
+    "dispatch-few-tokens": (dispatch.dispatch_kernel, dispatch.SIGNATURE, {**DISPATCH, "FLAG_BLOCK": 512}, 8),
     "combine": (combine.combine_kernel, combine.SIGNATURE, COMBINE, 8),
+    "combine-few-tokens": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "FLAG_BLOCK": 512}, 8),
     "combine-16-warps": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "BLOCK": 512}, 16),
     "combine-sum-in-the-switch": (
         combine.combine_kernel,

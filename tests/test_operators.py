@@ -78,6 +78,7 @@ def compiled_in_a_process(cache: Path, dtype: str) -> list[Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.long
 @needs_compiler
 def test_a_second_process_finds_what_the_first_one_compiled_but_nothing_of_another_dtype(cache: Path) -> None:
     assert compiled_in_a_process(cache, "float32") == [True, 0, 1]

@@ -7,16 +7,25 @@ import torch
 
 import tokenferry as tf
 from tokenferry.transports.symmetric.layout import MAX_PROGRAMS, Layout, plan
-from tokenferry.transports.symmetric.tuning import H100_X2, INTERPRETED, Tuning, choose_grid, choose_tuning, tuning_for
+from tokenferry.transports.symmetric.tuning import (
+    H100_X2,
+    INTERPRETED,
+    FewTokens,
+    Tuning,
+    choose_few_tokens,
+    choose_grid,
+    choose_tuning,
+    tuning_for,
+)
 
 SMS = 132
 
 
 def settings(
-    max_tokens_per_rank: int, *, device: str = "cuda", ep_size: int = 2, max_ctas: int | None = None
+    max_tokens_per_rank: int, *, device: str = "cuda", ep_size: int = 2, hidden_size: int = 7168, max_ctas: int | None = None
 ) -> types.SimpleNamespace:
     return types.SimpleNamespace(
-        config=tf.MoEConfig(hidden_size=7168, num_experts=64, topk=8),
+        config=tf.MoEConfig(hidden_size=hidden_size, num_experts=64, topk=8),
         group=types.SimpleNamespace(device=torch.device(device), size=ep_size),
         combine_dtype=torch.bfloat16,
         max_tokens_per_rank=max_tokens_per_rank,
@@ -29,18 +38,57 @@ def layout_of(settings: types.SimpleNamespace) -> Layout:
 
 
 @pytest.mark.parametrize(
-    ("num_packets", "num_warps"),
-    [(1, 4), (16896, 4), (16897, 8), (67584, 8), (67585, 16)],
+    ("num_packets", "num_warps", "max_programs"),
+    [(1, 4, 132), (16896, 4, 132), (16897, 8, 132), (33793, 8, 264), (67584, 8, 264), (67585, 16, 264)],
     ids=str,
 )
-def test_the_fewest_warps_whose_wave_has_a_thread_for_each_packet(num_packets: int, num_warps: int) -> None:
-    assert tuning_for(num_packets, SMS) == Tuning(num_warps=num_warps, max_programs=264)
+def test_the_smallest_wave_that_has_a_thread_for_each_packet(num_packets: int, num_warps: int, max_programs: int) -> None:
+    assert tuning_for(num_packets, SMS) == Tuning(num_warps=num_warps, max_programs=max_programs)
+
+
+@pytest.mark.parametrize(
+    ("max_tokens_per_rank", "ep_size", "max_tokens"),
+    [
+        pytest.param(4096, 2, 37, id="33792-threads-for-901-packets-a-row"),
+        pytest.param(4096, 8, 5, id="shared-by-seven-peers"),
+        pytest.param(75, 2, 37, id="where-every-step-goes-in-slots"),
+    ],
+)
+def test_few_tokens_have_a_thread_for_each_packet(
+    max_tokens_per_rank: int, ep_size: int, max_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = few_tokens_of(settings(max_tokens_per_rank, ep_size=ep_size), monkeypatch)
+    assert few == FewTokens(tuning=Tuning(num_warps=8, max_programs=132), max_tokens=max_tokens)
+
+
+def test_few_tokens_go_in_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = settings(4096, hidden_size=64)
+    few = few_tokens_of(narrow, monkeypatch)
+    assert few is not None and few.max_tokens == layout_of(narrow).slot_rows < 33792 // 13
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        pytest.param(settings(37), id="the-workspace-s-own-are-as-small"),
+        pytest.param(settings(4096, device="cpu"), id="interpreter"),
+    ],
+)
+def test_no_second_launches(of: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert few_tokens_of(of, monkeypatch) is None
+
+
+def few_tokens_of(of: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> FewTokens | None:
+    gpu = types.SimpleNamespace(multi_processor_count=SMS)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    layout = layout_of(of)
+    return choose_few_tokens(of, layout, choose_tuning(of, layout))
 
 
 def test_waves_of_a_table_grow() -> None:
     threads = [wave.num_threads(SMS) for wave in H100_X2.waves]
     assert threads == sorted(set(threads))
-    assert H100_X2.waves[-1].num_warps < H100_X2.largest_num_warps
+    assert threads[-1] < H100_X2.largest.num_threads(SMS)
 
 
 def test_the_interpreter_runs_one_program() -> None:

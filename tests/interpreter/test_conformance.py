@@ -80,7 +80,7 @@ def record(group: tf.EPGroup, steps: list[StepCase]) -> tuple[int, list[Event]]:
     return layout.slot_rows, events
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_recorded_events_obey_the_rules_of_the_models(on_ranks: RankPools, world_size: int) -> None:
     empty = (0,) * (world_size - 1)
     steps = [

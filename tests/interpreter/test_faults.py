@@ -10,7 +10,7 @@ from supervisors import ENDS, assert_ended, end_while_ranks_work
 
 pytestmark = pytest.mark.interpreter
 
-SETTING = Setting("p2p", right_steps=5, env=(("TRITON_INTERPRET", "1"),))
+SETTING = Setting("p2p", right_steps=2, env=(("TRITON_INTERPRET", "1"),))
 ALL = (*FAULTS, STOPPED_WHILE_SENDING)
 PATIENT = Setting("p2p", right_steps=100, env=SETTING.env)
 GROUPS = [

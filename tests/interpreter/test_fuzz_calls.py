@@ -17,9 +17,9 @@ def sequences(group: tf.EPGroup, max_examples: int) -> Counter[str]:
 
 
 def test_any_sequence_of_calls_does_what_the_model_says() -> None:
-    tally = run_ranks(sequences, 1, 20, env=INTERPRETER, timeout_s=200)[0]
-    assert tally["right"] >= 250, tally
-    assert tally["wrong"] >= 125, tally
+    tally = run_ranks(sequences, 1, 10, env=INTERPRETER, timeout_s=200)[0]
+    assert tally["right"] >= 125, tally
+    assert tally["wrong"] >= 60, tally
 
 
 @pytest.mark.long

@@ -102,7 +102,7 @@ def one_cannot_load(group: tf.EPGroup) -> str:
         raise OSError("no compiler here")
 
     if group.rank == 1:
-        loading.load_kernels = broken
+        loading.load_row_kernels = broken
     start = time.monotonic()
     with pytest.raises(tf.TransportUnavailableError) as caught:
         tf.Workspace(Case().config, group, max_tokens_per_rank=8, transport="p2p")
@@ -118,7 +118,7 @@ def test_a_rank_that_cannot_load_its_kernels_is_named_on_all_ranks_at_once() -> 
 def one_is_slow_to_load(group: tf.EPGroup) -> list[int]:
     from tokenferry.transports.symmetric import loading
 
-    load = loading.load_kernels
+    load = loading.load_row_kernels
 
     def slowly(*arguments: object, **options: object) -> object:
         time.sleep(2.0)
@@ -126,7 +126,7 @@ def one_is_slow_to_load(group: tf.EPGroup) -> list[int]:
 
     if group.rank == 1:
         time.sleep(1.0)
-        loading.load_kernels = slowly
+        loading.load_row_kernels = slowly
     config = Case().config
     with tf.Workspace(config, group, max_tokens_per_rank=8, transport="p2p", timeout_s=0.5, open_timeout_s=30) as ws:
         tokens = ws.begin_step(group.rank + 1).tokens_per_rank.tolist()

@@ -44,9 +44,11 @@ class Run:
 
     @property
     def is_long(self) -> bool:
-        """Four ranks, and families whose way of generating differs from another's in nothing of ours."""
-        is_alike = self.family not in ("qwen3_moe", "gpt_oss", "llama4") and (self.batched or self.dtype == torch.bfloat16)
-        return len(self.work) == 4 or is_alike
+        """Four ranks, and families whose layers or way of generating differ from another's in nothing of ours."""
+        is_first = self.family in ("qwen3_moe", "gpt_oss", "llama4")
+        has_layers_of_its_own = is_first or self.family in ("mixtral", "deepseek_v3", "nemotron_h")
+        is_alike = not is_first and (self.batched or self.dtype == torch.bfloat16)
+        return len(self.work) == 4 or is_alike or not has_layers_of_its_own
 
     @property
     def name(self) -> str:

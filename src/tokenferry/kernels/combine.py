@@ -20,6 +20,7 @@ SIGNATURE = {
     "slots_offset": "i64",
     "slot_bytes": "i64",
     "slot_rows": "i32",
+    "num_flags": "i32",
     "terms_offset": "i64",
     "partial_ptr": "i64",
     "is_in_place": "i32",
@@ -35,6 +36,7 @@ SIGNATURE = {
     "BLOCK": "constexpr",
     "SWITCH_SUM": "constexpr",
     "MAX_PROGRAMS": "constexpr",
+    "FLAG_BLOCK": "constexpr",
     "PDL": "constexpr",
 }
 
@@ -127,24 +129,24 @@ def store_sum(out_ptr, element, live, s0, s1, s2, s3, s4, s5, s6, s7, WIRE: tl.c
 
 
 @triton.jit
-def copy_terms(terms_ptr, step_counts, rank, size, partial_ptr, H: tl.constexpr, PARTIAL: tl.constexpr, WIRE: tl.constexpr,
-               WORDS: tl.constexpr, BLOCK: tl.constexpr, SWITCH_SUM: tl.constexpr):  # fmt: skip
-    """Copies to the `terms` region what the CTAs with this index at the peers will fetch: of each owner's rows the blocks that
-    the CTA sums there. If the switch sums, this rank's own rows are copied too."""
-    pid = tl.program_id(0)
-    programs = tl.num_programs(0)
+def copy_terms(flag, num_flags, terms_ptr, step_counts, rank, size, partial_ptr, H: tl.constexpr, PARTIAL: tl.constexpr,
+               WIRE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, FLAG_BLOCK: tl.constexpr,
+               SWITCH_SUM: tl.constexpr):  # fmt: skip
+    """Copies to the `terms` region what a flag stands for: of each owner's rows the blocks of FLAG_BLOCK packets that the CTA of
+    this number fetches there. If the switch sums, this rank's own rows are copied too."""
     PER_PACKET: tl.constexpr = WORDS * 4 // (WIRE.primitive_bitwidth // 8)
     for i in range(1 - SWITCH_SUM, size):
         owner = wire.add_mod(rank + i, size)
         num_packets = tl.load(step_counts + 2 + owner) * (H // PER_PACKET)
         first_element = tl.load(step_counts + 2 + size + owner).to(tl.int64) * H
         target_ptr = terms_ptr + first_element * (WIRE.primitive_bitwidth // 8)
-        for b in range(pid, (num_packets + BLOCK - 1) // BLOCK, programs):
-            packet = b * BLOCK + tl.arange(0, BLOCK)
-            live = packet < num_packets
-            index = packet.to(tl.int64)
-            w0, w1, w2, w3 = load_term(partial_ptr, first_element + index * PER_PACKET, live, PARTIAL, WIRE, WORDS)
-            wire.store(target_ptr + index * (WORDS * 4), w0, w1, w2, w3, live, WORDS)
+        for b in range(flag, (num_packets + FLAG_BLOCK - 1) // FLAG_BLOCK, num_flags):
+            for piece in tl.static_range(FLAG_BLOCK // BLOCK):
+                packet = b * FLAG_BLOCK + piece * BLOCK + tl.arange(0, BLOCK)
+                live = packet < num_packets
+                index = packet.to(tl.int64)
+                w0, w1, w2, w3 = load_term(partial_ptr, first_element + index * PER_PACKET, live, PARTIAL, WIRE, WORDS)
+                wire.store(target_ptr + index * (WORDS * 4), w0, w1, w2, w3, live, WORDS)
 
 
 @triton.jit
@@ -161,6 +163,7 @@ def combine_kernel(
     slots_offset,
     slot_bytes,
     slot_rows,
+    num_flags,
     terms_offset,
     partial_ptr,
     is_in_place,
@@ -176,6 +179,7 @@ def combine_kernel(
     BLOCK: tl.constexpr,
     SWITCH_SUM: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
+    FLAG_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Sends each owner this rank's terms for its rows, and sums the terms of this rank's own rows, from rank 0's to the last.
@@ -192,10 +196,14 @@ def combine_kernel(
         is_in_place: whether `partial_ptr` is the `terms` region itself.
         out_ptr, num_out: [num_out, H] OUT with num_out <= T. Terms of rows beyond it are received and dropped.
         mode: MODE_SEND, MODE_RECEIVE or both. A launch that only sends is given no `out_ptr`.
+        num_flags, FLAG_BLOCK: see `dispatch_kernel`. A flag stands for the terms of each block of FLAG_BLOCK packets whose number
+            is the flag's, modulo `num_flags`.
 
     Example:
         Two ranks with one row each, bfloat16: partials [[1], [2]] on rank 0 and [[10], [20]] on rank 1 give [[11]] and [[22]].
     """
+    tl.static_assert(FLAG_BLOCK % BLOCK == 0, "flags stand for whole blocks")
+    tl.static_assert(FLAG_BLOCK == 0 or SWITCH_SUM == 0, "what the switch sums, a CTA has copied itself")
     buffer_ptr = buffer_ptr.to(tl.int64)
     peer_table = peer_table_ptr.to(tl.int64).to(tl.pointer_type(tl.int64))
     counters_ptr = counters_ptr.to(tl.int64)
@@ -253,22 +261,49 @@ def combine_kernel(
             begin = tl.where(begin < 0, begin + programs, begin)
     elif (largest > slot_rows) & (size > 1):
         epoch = round_number + 1
+        terms_ptr = buffer_ptr + terms_offset
         if mode == wire.MODE_RECEIVE:
             pass
-        elif is_in_place == 0:
+        elif is_in_place != 0:  # nothing to copy: one CTA sets all of this rank's flags at a peer at once
+            for peer in range(pid, size, programs):
+                if peer != rank:
+                    flags_ptr = tl.load(peer_table + peer) + ready_offset + (rank * MAX_PROGRAMS) * wire.FLAG_BYTES
+                    for first in range(0, num_flags, BLOCK):
+                        wire.signal(
+                            flags_ptr + (first + lanes) * wire.FLAG_BYTES, epoch, 1, first + lanes < num_flags, buffer_ptr
+                        )
+        elif FLAG_BLOCK == 0:
             copy_terms(
-                buffer_ptr + terms_offset, step_counts, rank, size, partial_ptr, H, PARTIAL, WIRE, WORDS, BLOCK, SWITCH_SUM
+                pid, programs, terms_ptr, step_counts, rank, size, partial_ptr, H, PARTIAL, WIRE, WORDS, BLOCK, BLOCK, SWITCH_SUM
             )
             is_peer = (lanes < size) & (lanes != rank)
             buffers = tl.load(peer_table + lanes, mask=is_peer, other=0)
             wire.signal(buffers + ready_offset + (rank * MAX_PROGRAMS + pid) * wire.FLAG_BYTES, epoch, 1, is_peer, buffer_ptr)
-        else:  # nothing to copy: one CTA tells all CTAs of a peer at once
-            for peer in range(pid, size, programs):
-                if peer != rank:
-                    flags_ptr = tl.load(peer_table + peer) + ready_offset + (rank * MAX_PROGRAMS) * wire.FLAG_BYTES
-                    for b in range(0, programs, BLOCK):
-                        wire.signal(flags_ptr + (b + lanes) * wire.FLAG_BYTES, epoch, 1, b + lanes < programs, buffer_ptr)
-        if mode >= wire.MODE_RECEIVE:
+        else:
+            for flag in range(pid, num_flags, programs):
+                copy_terms(
+                    flag,
+                    num_flags,
+                    terms_ptr,
+                    step_counts,
+                    rank,
+                    size,
+                    partial_ptr,
+                    H,
+                    PARTIAL,
+                    WIRE,
+                    WORDS,
+                    BLOCK,
+                    FLAG_BLOCK,
+                    0,
+                )
+            for first_pair in range(0, (num_flags + programs - 1) // programs * size, BLOCK):
+                peers, flags, exist = wire.rank_and_flag(first_pair + lanes, pid, programs, size, num_flags)
+                is_told = exist & (peers != rank)
+                buffers = tl.load(peer_table + peers, mask=is_told, other=0)
+                told_ptr = buffers + ready_offset + (rank * MAX_PROGRAMS + flags) * wire.FLAG_BYTES
+                wire.signal(told_ptr, epoch, 1, is_told, buffer_ptr)
+        if (mode >= wire.MODE_RECEIVE) & (FLAG_BLOCK == 0):
             flag_ptr = (buffer_ptr + ready_offset) + (lanes * MAX_PROGRAMS + pid) * wire.FLAG_BYTES
             is_awaited = (lanes < size) & (lanes != rank) & (num_tokens > 0)
             blamed_ranks = wire.set_blamed_rank(blamed, lanes)
@@ -291,6 +326,21 @@ def combine_kernel(
             following = packet + programs * BLOCK
             element = first_own_element + following.to(tl.int64) * PER_PACKET
             n0, n1, n2, n3 = load_term(partial_ptr, element, following < num_own_packets, PARTIAL, WIRE, WORDS)
+            if FLAG_BLOCK != 0:  # noqa: SIM102  # this one is decided by the compiler
+                if (largest > slot_rows) & (size > 1):
+                    flag = b * BLOCK // FLAG_BLOCK % num_flags
+                    flag_ptr = (buffer_ptr + ready_offset) + (lanes * MAX_PROGRAMS + flag) * wire.FLAG_BYTES
+                    is_awaited = (lanes < size) & (lanes != rank)
+                    blamed_ranks = wire.set_blamed_rank(blamed, lanes)
+                    wire.await_signal(
+                        flag_ptr,
+                        round_number + 1,
+                        1,
+                        is_awaited,
+                        buffer_ptr,
+                        blamed_ranks,
+                        hints_ptr + lanes * wire.COUNT_PACKET_BYTES,
+                    )
             s0 = tl.zeros([BLOCK], tl.float32)
             s1 = s0
             s2 = s0

@@ -20,6 +20,7 @@ SIGNATURE = {
     "slots_offset": "i64",
     "slot_bytes": "i64",
     "slot_rows": "i32",
+    "num_flags": "i32",
     "out_hidden_offset": "i64",
     "out_idx_offset": "i64",
     "out_weights_offset": "i64",
@@ -39,6 +40,7 @@ SIGNATURE = {
     "BLOCK": "constexpr",
     "MULTICAST": "constexpr",
     "MAX_PROGRAMS": "constexpr",
+    "FLAG_BLOCK": "constexpr",
     "PDL": "constexpr",
 }
 
@@ -120,6 +122,7 @@ def dispatch_kernel(
     slots_offset,
     slot_bytes,
     slot_rows,
+    num_flags,
     out_hidden_offset,
     out_idx_offset,
     out_weights_offset,
@@ -139,6 +142,7 @@ def dispatch_kernel(
     BLOCK: tl.constexpr,
     MULTICAST: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
+    FLAG_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Sends this rank's T rows to every rank and gathers everybody's, rank after rank. Rows from V on get id -1.
@@ -157,6 +161,9 @@ def dispatch_kernel(
             Rows from num_supplied to T travel as zeros with id -1.
         num_real_ptr: an int32; rows from it on are padding and travel with id -1.
         mode: MODE_SEND, MODE_RECEIVE or both. A launch that only receives is given num_supplied 0.
+        num_flags: how many flags each rank sets at each peer in a bulk round, as agreed between the ranks.
+        FLAG_BLOCK: 0 if each CTA has the flag of its index, and there are as many. Else the launch has fewer CTAs than there are
+            flags, and they share them out.
         WORDS: words of a packet: 4, or 2 if rows are not a multiple of 16 bytes.
 
     Example:
@@ -340,25 +347,51 @@ def dispatch_kernel(
                     )
                 begin = next_share(begin, blocks, programs)
         elif largest > slot_rows:
-            is_peer = (lanes < size) & (lanes != rank)
-            if (mode & wire.MODE_SEND) != 0:
-                buffers = tl.load(peer_table + lanes, mask=is_peer, other=0)
-                wire.signal(
-                    buffers + arrived_offset + (rank * MAX_PROGRAMS + pid) * wire.FLAG_BYTES,
-                    round_number + 1,
-                    1,
-                    is_peer,
-                    buffer_ptr,
-                )
-            if mode >= wire.MODE_RECEIVE:
-                brings = is_peer & (tl.load(step_counts + 2 + lanes, mask=is_peer, other=0) > 0)
-                flag_ptr = (buffer_ptr + arrived_offset) + (lanes * MAX_PROGRAMS + pid) * wire.FLAG_BYTES
-                wire.await_signal(
-                    flag_ptr,
-                    round_number + 1,
-                    1,
-                    brings,
-                    buffer_ptr,
-                    wire.set_blamed_rank(blamed, lanes),
-                    hints_ptr + lanes * wire.COUNT_PACKET_BYTES,
-                )
+            if FLAG_BLOCK == 0:
+                is_peer = (lanes < size) & (lanes != rank)
+                if (mode & wire.MODE_SEND) != 0:
+                    buffers = tl.load(peer_table + lanes, mask=is_peer, other=0)
+                    wire.signal(
+                        buffers + arrived_offset + (rank * MAX_PROGRAMS + pid) * wire.FLAG_BYTES,
+                        round_number + 1,
+                        1,
+                        is_peer,
+                        buffer_ptr,
+                    )
+                if mode >= wire.MODE_RECEIVE:
+                    brings = is_peer & (tl.load(step_counts + 2 + lanes, mask=is_peer, other=0) > 0)
+                    flag_ptr = (buffer_ptr + arrived_offset) + (lanes * MAX_PROGRAMS + pid) * wire.FLAG_BYTES
+                    wire.await_signal(
+                        flag_ptr,
+                        round_number + 1,
+                        1,
+                        brings,
+                        buffer_ptr,
+                        wire.set_blamed_rank(blamed, lanes),
+                        hints_ptr + lanes * wire.COUNT_PACKET_BYTES,
+                    )
+            else:
+                # All that this CTA sends is on its way, so that it may set any of this rank's flags: all together stand for all
+                # of its CTAs, and each of the peers' CTAs waits for the flags that it knows.
+                num_pairs = (num_flags + programs - 1) // programs * size
+                if (mode & wire.MODE_SEND) != 0:
+                    for first_pair in range(0, num_pairs, BLOCK):
+                        peers, flags, exist = wire.rank_and_flag(first_pair + lanes, pid, programs, size, num_flags)
+                        is_told = exist & (peers != rank)
+                        buffers = tl.load(peer_table + peers, mask=is_told, other=0)
+                        told_ptr = buffers + arrived_offset + (rank * MAX_PROGRAMS + flags) * wire.FLAG_BYTES
+                        wire.signal(told_ptr, round_number + 1, 1, is_told, buffer_ptr)
+                if mode >= wire.MODE_RECEIVE:
+                    for first_pair in range(0, num_pairs, BLOCK):
+                        sources, flags, exist = wire.rank_and_flag(first_pair + lanes, pid, programs, size, num_flags)
+                        is_awaited = exist & (sources != rank)
+                        brings = is_awaited & (tl.load(step_counts + 2 + sources, mask=is_awaited, other=0) > 0)
+                        wire.await_signal(
+                            (buffer_ptr + arrived_offset) + (sources * MAX_PROGRAMS + flags) * wire.FLAG_BYTES,
+                            round_number + 1,
+                            1,
+                            brings,
+                            buffer_ptr,
+                            wire.set_blamed_rank(blamed, sources),
+                            hints_ptr + sources * wire.COUNT_PACKET_BYTES,
+                        )

@@ -90,6 +90,19 @@ def add_mod(number, size):
 
 
 @triton.jit
+def rank_and_flag(pair, pid, programs, size, num_flags):
+    """Spreads the flags of all ranks over the CTAs of a launch that has fewer CTAs than a rank has flags: CTA `pid` sees to the
+    flags pid, pid + programs, ... of every rank, in pairs that are numbered rank by rank. Returns the rank, the flag, and whether
+    there is such a flag.
+
+    Example:
+        2 ranks with 5 flags each, CTA 1 of 3: its pairs 0 to 3 are (0, 1), (1, 1), (0, 4), (1, 4).
+    """
+    flag = pid + pair // size * programs
+    return pair % size, flag, flag < num_flags
+
+
+@triton.jit
 def field(address, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
     """Pointer to a word of the control block, or of any other structure."""
     return (address + OFFSET).to(tl.pointer_type(DTYPE))

@@ -12,7 +12,7 @@ from tokenferry.step import StepTensors
 from tokenferry.transports.base import TransportSettings
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 from tokenferry.transports.symmetric.layout import Layout
-from tokenferry.transports.symmetric.loading import LoadedKernels, RoutingDtypes
+from tokenferry.transports.symmetric.loading import LoadedKernels, RoutingDtypes, RowKernels
 
 SUPPLIED = ("hidden_ptr", "topk_idx_ptr", "topk_weights_ptr", "num_supplied", "num_real_ptr", "layer")
 """What a dispatch that sends is given at every call, in this order."""
@@ -50,18 +50,16 @@ class Resources:
     buffer: SymmetricBuffer
     layout: Layout
     kernels: LoadedKernels
-    grid: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoundLaunches:
+class RowLaunches:
     """Of dispatch and combine each mode has a launch of its own, since one that only sends, or only receives, is given less.
 
     `dispatch` and `dispatch_send` take SUPPLIED, `dispatch_receive` the last two of these; `combine` and `combine_receive` take
-    SUMMED, `combine_send` SUMMED without `out_ptr` and `num_out`; `counts` takes num_tokens, flags and num_real.
+    SUMMED, `combine_send` SUMMED without `out_ptr` and `num_out`.
     """
 
-    counts: BoundLaunch
     dispatch: dict[RoutingDtypes, BoundLaunch]
     dispatch_send: dict[RoutingDtypes, BoundLaunch]
     dispatch_receive: dict[RoutingDtypes, BoundLaunch]
@@ -70,9 +68,24 @@ class BoundLaunches:
     combine_receive: dict[torch.dtype, BoundLaunch]
 
 
+@dataclass(frozen=True, kw_only=True)
+class BoundLaunches:
+    """Everything that a rank launches while steps go well.
+
+    Attributes:
+        counts: takes num_tokens, flags and num_real.
+        few: for steps to which this rank brings at most `few_tokens` rows.
+    """
+
+    counts: BoundLaunch
+    rows: RowLaunches
+    few: RowLaunches
+    few_tokens: int
+
+
 def bind_launches(resources: Resources, view: RankView) -> BoundLaunches:
     """All launches of a rank that runs as `view` says."""
-    settings, layout, kernels, grid = resources.settings, resources.layout, resources.kernels, resources.grid
+    settings, layout, kernels = resources.settings, resources.layout, resources.kernels
     common = {
         "buffer_ptr": resources.buffer.address,
         "peer_table_ptr": view.peer_table_ptr,
@@ -87,14 +100,15 @@ def bind_launches(resources: Resources, view: RankView) -> BoundLaunches:
         "public_size": settings.group.size,
         "generation": settings.generation,
     }
-    rows = {
+    rows_fixed = {
         **common,
         "multicast_ptr": view.multicast_ptr,
         "counts_offset": layout.counts.offset,
         "slot_rows": layout.slot_rows,
+        "num_flags": kernels.rows.grid,
     }
     dispatch_fixed = {
-        **rows,
+        **rows_fixed,
         "arrived_offset": layout.arrived.offset,
         "slots_offset": layout.dispatch_slots.offset,
         "slot_bytes": layout.dispatch_slot_bytes,
@@ -103,23 +117,38 @@ def bind_launches(resources: Resources, view: RankView) -> BoundLaunches:
         "out_weights_offset": layout.topk_weights.offset,
     }
     combine_fixed = {
-        **rows,
+        **rows_fixed,
         "ready_offset": layout.ready.offset,
         "slots_offset": layout.combine_slots.offset,
         "slot_bytes": layout.combine_slot_bytes,
         "terms_offset": layout.terms.offset,
     }
-    dispatches = kernels.dispatch if view.size > 1 else kernels.dispatch_alone
 
-    def dispatch(varying: tuple[str, ...], **fixed: int) -> dict[RoutingDtypes, BoundLaunch]:
-        return {key: launch.bind({**dispatch_fixed, **fixed}, varying, grid=grid) for key, launch in dispatches.items()}
+    def bind(rows: RowKernels) -> RowLaunches:
+        return _bind_rows(rows, dispatch_fixed, combine_fixed, alone=view.size == 1)
 
-    def combine(varying: tuple[str, ...], **fixed: int) -> dict[torch.dtype, BoundLaunch]:
-        return {key: launch.bind({**combine_fixed, **fixed}, varying, grid=grid) for key, launch in kernels.combine.items()}
-
-    nothing_supplied = dict.fromkeys(SUPPLIED[:4], 0)
+    rows = bind(kernels.rows)
     return BoundLaunches(
         counts=kernels.counts.bind({**common, **published}, ("num_tokens", "flags", "num_real"), grid=1),
+        rows=rows,
+        few=rows if kernels.few is None else bind(kernels.few),
+        few_tokens=kernels.few_tokens,
+    )
+
+
+def _bind_rows(kernels: RowKernels, dispatch_fixed: dict[str, int], combine_fixed: dict[str, int], *, alone: bool) -> RowLaunches:
+    dispatches = kernels.dispatch_alone if alone else kernels.dispatch
+
+    def dispatch(varying: tuple[str, ...], **fixed: int) -> dict[RoutingDtypes, BoundLaunch]:
+        given = {**dispatch_fixed, **fixed}
+        return {key: launch.bind(given, varying, grid=kernels.grid) for key, launch in dispatches.items()}
+
+    def combine(varying: tuple[str, ...], **fixed: int) -> dict[torch.dtype, BoundLaunch]:
+        given = {**combine_fixed, **fixed}
+        return {key: launch.bind(given, varying, grid=kernels.grid) for key, launch in kernels.combine.items()}
+
+    nothing_supplied = dict.fromkeys(SUPPLIED[:4], 0)
+    return RowLaunches(
         dispatch=dispatch(SUPPLIED, mode=MODE_BOTH),
         dispatch_send=dispatch(SUPPLIED, mode=MODE_SEND),
         dispatch_receive=dispatch(SUPPLIED[4:], **nothing_supplied, mode=MODE_RECEIVE),

@@ -6,7 +6,7 @@ nothing is loaded later.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -25,7 +25,7 @@ from tokenferry.transports.base import TransportSettings
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 from tokenferry.transports.symmetric.layout import MAX_PROGRAMS, Layout
 from tokenferry.transports.symmetric.regions import initialise
-from tokenferry.transports.symmetric.tuning import Tuning, choose_grid
+from tokenferry.transports.symmetric.tuning import FewTokens, Tuning, choose_grid
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,49 +36,66 @@ RoutingDtypes = tuple[torch.dtype, torch.dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedKernels:
-    """Everything that a workspace may launch.
+class RowKernels:
+    """The kernels that move rows, cut into programs in one way.
 
     Attributes:
         dispatch: by the dtypes of topk_idx and topk_weights.
         dispatch_alone: the same without multicast, for `solo`: a multicast store reaches every rank, whatever peers the kernel
             is given.
         combine: by the dtype of the partial rows.
+        grid: programs of a launch.
     """
 
-    counts: Launch
-    abort: Launch
     dispatch: dict[RoutingDtypes, Launch]
     dispatch_alone: dict[RoutingDtypes, Launch]
     combine: dict[torch.dtype, Launch]
+    grid: int
 
     @property
     def resident(self) -> int:
-        """The most programs of any dispatch or combine that the device holds at once."""
+        """The most programs of any of them that the device holds at once."""
         launches = (*self.dispatch.values(), *self.dispatch_alone.values(), *self.combine.values())
         return min(launch.resident for launch in launches)
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What `load_together` returns.
+class LoadedKernels:
+    """Everything that a workspace may launch.
 
     Attributes:
-        mirror: int64 [1] of the host, which on CUDA gets a copy of the abort record.
-        grid: programs of a dispatch or combine launch, the same on all ranks.
+        rows: their grid is the same on all ranks.
+        few: for steps to which this rank brings at most `few_tokens` rows. Slots need no agreement, and in bulk rounds its CTAs
+            see to the flags of all CTAs that a launch of `rows` has.
     """
+
+    counts: Launch
+    abort: Launch
+    rows: RowKernels
+    few: RowKernels | None
+    few_tokens: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What `load_together` returns. `mirror`: int64 [1] of the host, which on CUDA gets a copy of the abort record."""
 
     mirror: torch.Tensor
     kernels: LoadedKernels
-    grid: int
 
 
 def load_together(
-    settings: TransportSettings, layout: Layout, tuning: Tuning, buffer: SymmetricBuffer, *, multicast: bool
+    settings: TransportSettings,
+    layout: Layout,
+    tuning: Tuning,
+    few: FewTokens | None,
+    buffer: SymmetricBuffer,
+    *,
+    multicast: bool,
 ) -> Loaded:
     """Fills the buffer, loads the kernels, and agrees on their grid. Nobody goes on before everybody is ready.
 
-    All ranks launch the same number of programs, since in bulk rounds each CTA tells the CTA with the same index at every peer.
+    All ranks have the same grid, since in bulk rounds each CTA tells the CTA with the same index at every peer.
 
     Raises:
         TransportUnavailableError: on every rank, naming the rank that failed and why.
@@ -87,57 +104,83 @@ def load_together(
     loaded: Loaded | None = None
     failure: Exception | None = None
     try:
-        loaded = _load(settings, layout, tuning, buffer, multicast)
+        loaded = _load(settings, layout, tuning, few, buffer, multicast)
     except Exception as error:  # noqa: BLE001  # compilers raise anything
         failure = error
-    told = [0 if loaded is None else loaded.grid, None if failure is None else f"{type(failure).__name__}: {failure}"]
+    told = [
+        0 if loaded is None else loaded.kernels.rows.grid,
+        None if failure is None else f"{type(failure).__name__}: {failure}",
+    ]
     answers = settings.group.channel.exchange(f"{settings.name}/loaded", told, settings.open_timeout_s)
     for rank, (_, reason) in enumerate(answers):
         if reason is not None:
             raise TransportUnavailableError(f"symmetric memory: rank {rank} failed to load its kernels: {reason}") from failure
     assert loaded is not None, "nobody failed"
-    return Loaded(loaded.mirror, loaded.kernels, min(grid for grid, _ in answers))
+    return Loaded(loaded.mirror, _with_grid(loaded.kernels, min(grid for grid, _ in answers)))
 
 
-def _load(settings: TransportSettings, layout: Layout, tuning: Tuning, buffer: SymmetricBuffer, multicast: bool) -> Loaded:
+def _load(
+    settings: TransportSettings,
+    layout: Layout,
+    tuning: Tuning,
+    few: FewTokens | None,
+    buffer: SymmetricBuffer,
+    multicast: bool,
+) -> Loaded:
     """This rank's part, with the grid that it would choose."""
-    is_cuda = settings.group.device.type == "cuda"
+    device, is_cuda = settings.group.device, settings.group.device.type == "cuda"
     mirror = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=is_cuda)
     initialise(settings, buffer, layout, mirror.data_ptr() if is_cuda else 0)
-    kernels = load_kernels(settings, tuning, multicast=multicast)
-    return Loaded(mirror, kernels, choose_grid(settings, layout, tuning, kernels.resident, is_virtual=buffer.is_virtual))
-
-
-def load_kernels(settings: TransportSettings, tuning: Tuning, *, multicast: bool) -> LoadedKernels:
-    """Compiles and loads every variant that the arguments of this workspace can ask for."""
-    device = settings.group.device
     pdl = int(has_pdl(device))
     lanes = max(32, 1 << (settings.group.size - 1).bit_length())
+    rows = load_row_kernels(settings, tuning, multicast=multicast)
+    kernels = LoadedKernels(
+        counts=prepare(counts_kernel, COUNTS_SIGNATURE, {"LANES": lanes, "PDL": pdl}, 1, device),
+        abort=prepare(abort_kernel, ABORT_SIGNATURE, {"PDL": 0}, 1, device),
+        rows=rows,
+        few=None if few is None else load_row_kernels(settings, few.tuning, multicast=multicast, flag_block=tuning.block),
+        few_tokens=-1 if few is None else few.max_tokens,
+    )
+    grid = choose_grid(settings, layout, tuning, rows.resident, is_virtual=buffer.is_virtual)
+    return Loaded(mirror, _with_grid(kernels, grid))
+
+
+def _with_grid(kernels: LoadedKernels, grid: int) -> LoadedKernels:
+    """Launches for few tokens have no more CTAs than there are flags: each of them sets one at least, behind what it has sent."""
+    few = kernels.few
+    if few is not None:
+        few = replace(few, grid=min(few.grid, grid, few.resident))
+    return replace(kernels, rows=replace(kernels.rows, grid=grid), few=few)
+
+
+def load_row_kernels(settings: TransportSettings, tuning: Tuning, *, multicast: bool, flag_block: int = 0) -> RowKernels:
+    """Compiles and loads every variant that the arguments of this workspace can ask for. `flag_block`: see `dispatch_kernel`."""
+    device = settings.group.device
+    pdl = int(has_pdl(device))
+    cut = {"BLOCK": tuning.block, "MAX_PROGRAMS": MAX_PROGRAMS, "FLAG_BLOCK": flag_block, "PDL": pdl}
 
     def dispatches(multicast: bool) -> dict[RoutingDtypes, Launch]:
-        variants = {kinds: _dispatch_constants(settings, tuning, *kinds, multicast, pdl) for kinds in routing_dtypes}
+        variants = {kinds: _dispatch_constants(settings, *kinds, multicast) for kinds in product(INDEX_DTYPES, FLOAT_DTYPES)}
         return {
-            kinds: prepare(dispatch_kernel, DISPATCH_SIGNATURE, constants, tuning.num_warps, device)
+            kinds: prepare(dispatch_kernel, DISPATCH_SIGNATURE, constants | cut, tuning.num_warps, device)
             for kinds, constants in variants.items()
         }
 
-    routing_dtypes = tuple(product(INDEX_DTYPES, FLOAT_DTYPES))
     alone = dispatches(multicast=False)
-    combines = {partial: _combine_constants(settings, tuning, partial, multicast, pdl) for partial in FLOAT_DTYPES}
-    return LoadedKernels(
-        counts=prepare(counts_kernel, COUNTS_SIGNATURE, {"LANES": lanes, "PDL": pdl}, 1, device),
-        abort=prepare(abort_kernel, ABORT_SIGNATURE, {"PDL": 0}, 1, device),
+    combines = {partial: _combine_constants(settings, partial, multicast) for partial in FLOAT_DTYPES}
+    return RowKernels(
         dispatch=dispatches(multicast=True) if multicast else alone,
         dispatch_alone=alone,
         combine={
-            partial: prepare(combine_kernel, COMBINE_SIGNATURE, constants, tuning.num_warps, device)
+            partial: prepare(combine_kernel, COMBINE_SIGNATURE, constants | cut, tuning.num_warps, device)
             for partial, constants in combines.items()
         },
+        grid=tuning.max_programs,
     )
 
 
 def _dispatch_constants(
-    settings: TransportSettings, tuning: Tuning, idx: torch.dtype, weights: torch.dtype, multicast: bool, pdl: int
+    settings: TransportSettings, idx: torch.dtype, weights: torch.dtype, multicast: bool
 ) -> dict[str, object]:
     row_bytes = settings.config.hidden_size * settings.config.dtype.itemsize
     return {
@@ -147,27 +190,23 @@ def _dispatch_constants(
         "WEIGHTS": DTYPES[weights],
         "OUT_IDX": DTYPES[settings.index_dtype],
         "WORDS": 4 if row_bytes % 16 == 0 else 2,
-        "BLOCK": tuning.block,
         "MULTICAST": int(multicast),
-        "MAX_PROGRAMS": MAX_PROGRAMS,
-        "PDL": pdl,
     }
 
 
-def _combine_constants(
-    settings: TransportSettings, tuning: Tuning, partial: torch.dtype, multicast: bool, pdl: int
-) -> dict[str, object]:
+def _combine_constants(settings: TransportSettings, partial: torch.dtype, multicast: bool) -> dict[str, object]:
     wire_bytes = settings.config.hidden_size * settings.combine_dtype.itemsize
-    is_whole_packets = wire_bytes % 16 == 0
-    may_switch_sum = settings.combine_order == "any" and settings.combine_dtype == torch.float32
     return {
         "H": settings.config.hidden_size,
         "PARTIAL": DTYPES[partial],
         "WIRE": DTYPES[settings.combine_dtype],
         "OUT": DTYPES[settings.config.dtype],
-        "WORDS": 4 if is_whole_packets else 2,
-        "BLOCK": tuning.block,
-        "SWITCH_SUM": int(multicast and may_switch_sum and is_whole_packets),
-        "MAX_PROGRAMS": MAX_PROGRAMS,
-        "PDL": pdl,
+        "WORDS": 4 if wire_bytes % 16 == 0 else 2,
+        "SWITCH_SUM": int(multicast and sums_in_the_switch(settings)),
     }
+
+
+def sums_in_the_switch(settings: TransportSettings) -> bool:
+    """Whether bulk rounds of `nvls` read the switch's sums."""
+    is_whole_packets = settings.config.hidden_size * settings.combine_dtype.itemsize % 16 == 0
+    return settings.combine_order == "any" and settings.combine_dtype == torch.float32 and is_whole_packets

@@ -35,6 +35,7 @@ class RankKernels(Transport):
         self._num_real_ptr = view.counters_ptr + NUM_REAL_OFFSET
         self._terms_address = regions.terms_RH.data_ptr()
         self._launches = bind_launches(resources, view)
+        self._rows = self._launches.rows
 
     def viewed_as(self, view: RankView) -> RankKernels:
         """The same buffer and kernels, run as somebody else. For measurements."""
@@ -46,8 +47,8 @@ class RankKernels(Transport):
 
     @property
     def grid(self) -> int:
-        """Programs of a dispatch or combine launch, the same on all ranks."""
-        return self._resources.grid
+        """Programs of a dispatch or combine launch, the same on all ranks; fewer where this rank brings few tokens."""
+        return self._resources.kernels.rows.grid
 
     @property
     def fixed_rows(self) -> Gathered:
@@ -63,21 +64,22 @@ class RankKernels(Transport):
             known_real, self._num_real_ptr = request.num_real_tokens, self.view.counters_ptr + NUM_REAL_OFFSET
         else:  # read when the kernels run
             known_real, self._num_real_ptr = 0, request.num_real_tokens.data_ptr()
+        self._rows = self._launches.few if request.num_tokens <= self._launches.few_tokens else self._launches.rows
         self.launched = True
         self._launches.counts(request.num_tokens, request.flags, known_real)
 
     def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
-        self._send_rows(self._launches.dispatch, layer, hidden, topk_idx, topk_weights)
+        self._send_rows(self._rows.dispatch, layer, hidden, topk_idx, topk_weights)
         return self._regions.gathered
 
     def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         self._sending = (hidden, topk_idx, topk_weights)  # kept: another stream may get the memory of what the caller drops
-        self._send_rows(self._launches.dispatch_send, layer, hidden, topk_idx, topk_weights)
+        self._send_rows(self._rows.dispatch_send, layer, hidden, topk_idx, topk_weights)
         self._sent_dtypes = topk_idx.dtype, topk_weights.dtype
 
     def dispatch_end(self) -> Gathered:
         self.launched = True
-        self._launches.dispatch_receive[self._sent_dtypes](self._num_real_ptr, self._layer)
+        self._rows.dispatch_receive[self._sent_dtypes](self._num_real_ptr, self._layer)
         for tensor in self._sending:
             if tensor.is_cuda:  # it may have been made on another stream, which would hand its memory on at once
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
@@ -106,17 +108,17 @@ class RankKernels(Transport):
         return self._regions.terms_RH
 
     def combine(self, partial: torch.Tensor) -> torch.Tensor:
-        return self._combine(self._launches.combine, _aligned(partial))
+        return self._combine(self._rows.combine, _aligned(partial))
 
     def combine_begin(self, partial: torch.Tensor) -> None:
         self._partial = partial = _aligned(partial)
         self.launched = True
-        self._launches.combine_send[partial.dtype](partial.data_ptr(), self._is_in_place(partial), self._layer)
+        self._rows.combine_send[partial.dtype](partial.data_ptr(), self._is_in_place(partial), self._layer)
 
     def combine_end(self) -> torch.Tensor:
         partial = self._partial
         assert partial is not None, "the workspace orders the halves"
-        combined = self._combine(self._launches.combine_receive, partial)
+        combined = self._combine(self._rows.combine_receive, partial)
         self._partial = None
         if partial.is_cuda:  # it may be a copy of our own, made on the stream of `combine_begin`
             partial.record_stream(torch.cuda.current_stream(partial.device))

@@ -20,10 +20,10 @@ from tokenferry.transports.settling import agree_on_record
 from tokenferry.transports.symmetric.bound_launches import RankView, Resources
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 from tokenferry.transports.symmetric.layout import Layout, plan
-from tokenferry.transports.symmetric.loading import load_together
+from tokenferry.transports.symmetric.loading import load_together, sums_in_the_switch
 from tokenferry.transports.symmetric.rank_kernels import RankKernels, SoloKernels
 from tokenferry.transports.symmetric.regions import RegionTensors
-from tokenferry.transports.symmetric.tuning import Tuning, choose_tuning
+from tokenferry.transports.symmetric.tuning import FewTokens, Tuning, choose_few_tokens, choose_tuning
 
 
 class SymmetricTransport(RankKernels):
@@ -31,7 +31,8 @@ class SymmetricTransport(RankKernels):
 
     Args:
         multicast: dispatch by multicast stores (`nvls`); without, by plain stores to each peer (`p2p`).
-        slot_rows, tuning: to be measured with others than those that `layout` and `tuning` choose.
+        slot_rows, tuning, few: to be measured with others than those that `layout` and `tuning` choose. With a tuning of your own
+            there are no launches for few tokens, unless you give these too.
 
     Raises:
         TransportUnavailableError: on every rank, naming the rank that failed and why.
@@ -47,6 +48,7 @@ class SymmetricTransport(RankKernels):
         multicast: bool = False,
         slot_rows: int | None = None,
         tuning: Tuning | None = None,
+        few: FewTokens | None = None,
     ) -> None:
         group = settings.group
         layout = plan(
@@ -64,12 +66,15 @@ class SymmetricTransport(RankKernels):
             check_addresses(buffer.addresses)
             if multicast and group.size > 1 and not buffer.multicast_address:
                 raise TransportUnavailableError("nvls: the symmetric memory has no multicast address here; use transport='p2p'")
-            tuning = tuning or choose_tuning(settings, layout)
-            loaded = load_together(settings, layout, tuning, buffer, multicast=multicast and group.size > 1)
+            multicast_rows = multicast and group.size > 1
+            if tuning is None:
+                tuning = choose_tuning(settings, layout)
+                few = None if multicast_rows and sums_in_the_switch(settings) else choose_few_tokens(settings, layout, tuning)
+            loaded = load_together(settings, layout, tuning, few, buffer, multicast=multicast_rows)
         except BaseException:
             buffer.close()
             raise
-        resources = Resources(settings, step_tensors, buffer, layout, loaded.kernels, loaded.grid)
+        resources = Resources(settings, step_tensors, buffer, layout, loaded.kernels)
         super().__init__(resources, _view_in_group(settings, buffer, layout), RegionTensors.of(settings, buffer, layout))
         self.name = "nvls" if multicast else "p2p"
         self._solo_view = _view_alone(buffer, layout)

@@ -29,6 +29,11 @@ class Tuning:
         """Packets of a program at a time."""
         return self.num_warps * THREADS_PER_WARP
 
+    @property
+    def num_threads(self) -> int:
+        """Packets of a whole launch at a time."""
+        return self.block * self.max_programs
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wave:
@@ -48,29 +53,35 @@ class TuningTable:
 
     Attributes:
         hardware, date: where and when it was measured; `results` is the file in benchmarks/results/.
-        programs_per_sm: most programs of a launch, for each SM.
-        waves: for steps in slots, smallest first: the first that has a thread for each packet of the largest step is taken.
-        largest_num_warps: for larger steps, and for workspaces whose steps may be bulk.
+        waves: for workspaces whose steps all go in slots, smallest first: the first that has a thread for each packet of the
+            largest step is taken.
+        largest: for larger steps, and for workspaces whose steps may be bulk.
+        few_tokens: for a rank that brings no more packets than this wave has threads, in a workspace that takes a larger one.
     """
 
     hardware: str
     date: str
     results: str
-    programs_per_sm: int
     waves: tuple[Wave, ...]
-    largest_num_warps: int
+    largest: Wave
+    few_tokens: Wave
 
 
 H100_X2 = TuningTable(
-    hardware="2 x H100 80GB HBM3, NVLink 4",
-    date="2026-11-22",
-    results="2xH100-2026-11-22-tune.jsonl",
-    programs_per_sm=2,
-    waves=(Wave(num_warps=4, programs_per_sm=1), Wave(num_warps=8, programs_per_sm=2)),
-    largest_num_warps=16,
+    hardware="2 x H100 80GB HBM3 and 2 x H200, NVLink 4",
+    date="2026-11-26",
+    results="2xH200-2026-11-26-few-tokens.jsonl",
+    waves=(
+        Wave(num_warps=4, programs_per_sm=1),
+        Wave(num_warps=8, programs_per_sm=1),
+        Wave(num_warps=8, programs_per_sm=2),
+    ),
+    largest=Wave(num_warps=16, programs_per_sm=2),
+    few_tokens=Wave(num_warps=8, programs_per_sm=1),
 )
 """Small programs begin sooner, and large ones keep more packets under way. More than two programs on an SM did not help at any
-T from 128 to 4096."""
+T from 128 to 4096. At T = 1 the largest wave takes 1.9 microseconds a round trip more than the one for few tokens; at T = 128 and
+H = 7168 that one takes 1.7 more than the largest (2xH200-2026-11-26-tune-few-tokens.jsonl)."""
 
 INTERPRETED = Tuning(num_warps=8, max_programs=1)
 """In the interpreter programs run one after another: the first of two would wait for ever."""
@@ -80,27 +91,61 @@ def tuning_for(num_packets: int, num_sms: int, table: TuningTable = H100_X2) -> 
     """The tuning for steps in slots of at most `num_packets` packets a rank.
 
     Example:
-        On 132 SMs the first wave has 16896 threads and the second 67584: 16897 packets get 8 warps and up to 264 programs.
+        On 132 SMs the three waves have 16896, 33792 and 67584 threads: 16897 packets get 8 warps and up to 132 programs.
     """
-    fitting = (wave.num_warps for wave in table.waves if num_packets <= wave.num_threads(num_sms))
-    return Tuning(num_warps=next(fitting, table.largest_num_warps), max_programs=table.programs_per_sm * num_sms)
+    fitting = (wave for wave in table.waves if num_packets <= wave.num_threads(num_sms))
+    return _as_tuning(next(fitting, table.largest), num_sms)
 
 
 def choose_tuning(settings: TransportSettings, layout: Layout, table: TuningTable = H100_X2) -> Tuning:
     """The tuning of a workspace, the same on all ranks whose GPUs are alike. Every GPU takes the one table that there is."""
     if settings.group.device.type == "cpu":
         return INTERPRETED
-    num_sms = torch.cuda.get_device_properties(settings.group.device).multi_processor_count
+    num_sms = _num_sms(settings)
     if settings.max_tokens_per_rank > layout.slot_rows:
-        return Tuning(num_warps=table.largest_num_warps, max_programs=table.programs_per_sm * num_sms)
-    return tuning_for(num_packets(settings, layout), num_sms, table)
+        return _as_tuning(table.largest, num_sms)
+    return tuning_for(layout.slot_rows * packets_per_row(settings), num_sms, table)
 
 
-def num_packets(settings: TransportSettings, layout: Layout) -> int:
-    """Packets that the largest rank of a step in slots sends, or gets back."""
+@dataclass(frozen=True, kw_only=True)
+class FewTokens:
+    """How launches are cut of a rank that brings at most `max_tokens` rows to a step, in a workspace for larger steps."""
+
+    tuning: Tuning
+    max_tokens: int
+
+
+def choose_few_tokens(
+    settings: TransportSettings, layout: Layout, tuning: Tuning, table: TuningTable = H100_X2
+) -> FewTokens | None:
+    """The second tuning of a workspace, next to `tuning`. None where that is as small, and in the interpreter.
+
+    A rank chooses between the two by its own T. It gets the rows of all its peers too, so that with more ranks it has to have
+    fewer. More rows than a slot has make the round a bulk one, which is better cut as `tuning` says.
+    """
+    if settings.group.device.type == "cpu":
+        return None
+    few = _as_tuning(table.few_tokens, _num_sms(settings))
+    if few.num_threads >= tuning.num_threads:
+        return None
+    num_peers = max(1, settings.group.size - 1)
+    most = few.num_threads // (packets_per_row(settings) * num_peers)
+    return FewTokens(tuning=few, max_tokens=min(most, layout.slot_rows))
+
+
+def packets_per_row(settings: TransportSettings) -> int:
+    """Packets that a row is sent in, or comes back in."""
     config = settings.config
     largest = max(config.dtype.itemsize, settings.combine_dtype.itemsize)
-    return layout.slot_rows * (config.hidden_size * largest // 16 + config.topk * 2 // 4 + 1)
+    return config.hidden_size * largest // 16 + config.topk * 2 // 4 + 1
+
+
+def _num_sms(settings: TransportSettings) -> int:
+    return int(torch.cuda.get_device_properties(settings.group.device).multi_processor_count)
+
+
+def _as_tuning(wave: Wave, num_sms: int) -> Tuning:
+    return Tuning(num_warps=wave.num_warps, max_programs=wave.programs_per_sm * num_sms)
 
 
 def choose_grid(settings: TransportSettings, layout: Layout, tuning: Tuning, resident: int, *, is_virtual: bool) -> int:
@@ -112,7 +157,7 @@ def choose_grid(settings: TransportSettings, layout: Layout, tuning: Tuning, res
             kernel, which wait there too.
     """
     if settings.group.device.type == "cpu":
-        return INTERPRETED.max_programs
+        return tuning.max_programs
     limit = min(tuning.max_programs, resident, MAX_PROGRAMS)
     if settings.max_ctas is not None:
         limit = min(limit, settings.max_ctas)
@@ -120,5 +165,5 @@ def choose_grid(settings: TransportSettings, layout: Layout, tuning: Tuning, res
         limit = max(1, limit // (2 * settings.group.size))
     if settings.max_tokens_per_rank > layout.slot_rows:
         return limit
-    blocks = -(-num_packets(settings, layout) // tuning.block) + 1
+    blocks = -(-layout.slot_rows * packets_per_row(settings) // tuning.block) + 1
     return max(1, min(limit, blocks * max(1, settings.group.size - 1)))
