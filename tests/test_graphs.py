@@ -32,6 +32,16 @@ def test_the_smallest_bucket_that_fits(count, bucket):
     assert choose_bucket((0, 64, 256), count) == bucket
 
 
+def test_a_runner_made_in_inference_mode_runs_outside_of_it_and_the_other_way_round(ws):
+    rows = torch.randn(3, H)
+    with torch.inference_mode():
+        made_inside = runner_of(ws)
+    made_outside = runner_of(ws)
+    with torch.inference_mode():
+        assert torch.equal(made_outside(rows), rows * 2)
+    assert torch.equal(made_inside(rows), rows * 2)
+
+
 @pytest.mark.parametrize(("count", "bucket"), [(0, 0), (1, 2), (3, 4), (8, None)])
 def test_outputs_have_the_rows_that_came(ws, count, bucket):
     runner, rows = runner_of(ws), torch.randn(count, H)

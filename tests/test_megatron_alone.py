@@ -42,6 +42,18 @@ def test_group_of_one_publishes_its_counts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [NCCL, NVLS])
+def test_group_of_one_that_allocated_in_inference_mode_publishes_outside_of_it(name: str) -> None:
+    cls = getattr(megatron, name)
+    with torch.inference_mode():
+        cls.allocate_valid_tokens_tensor()
+        if name == NVLS:
+            cls.allocate_buffers(per_rank_worst_case_token_count=8, topk=2, hidden_size=8, ep_group=None)
+        dispatcher = cls(4, [0, 1, 2, 3], config())
+    dispatcher.token_dispatch(*preprocessed(dispatcher))
+    assert cls._valid_tokens().tolist() == [5]
+
+
+@pytest.mark.parametrize("name", [NCCL, NVLS])
 def test_only_the_first_layer_publishes(name: str) -> None:
     cls = getattr(megatron, name)
     first, second = cls(4, [0, 1, 2, 3], config()), cls(4, [0, 1, 2, 3], config(), runs_metadata_sync=False)

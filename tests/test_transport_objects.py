@@ -90,6 +90,27 @@ KINDS = [
     pytest.param("collective", 2, {}, id="collective", marks=pytest.mark.ranks),
     pytest.param("p2p", 2, {"TRITON_INTERPRET": "1"}, id="p2p", marks=pytest.mark.interpreter),
 ]
+
+
+def graph_steps(group: tf.EPGroup, transport: str) -> list[list[float]]:
+    """A runner's steps, in a bucket and beyond the largest, while each rank brings another number of rows."""
+    with tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport=Recording(transport), timeout_s=20.0) as ws:
+        layer = ws.dispatcher()
+
+        def forward(rows: torch.Tensor) -> torch.Tensor:
+            ids, weights = torch.zeros(len(rows), 1, dtype=torch.int32), torch.ones(len(rows), 1)
+            return layer.combine(layer.dispatch(rows, ids, weights).hidden / group.size)
+
+        runner = tf.GraphRunner(ws, forward, [4], inputs=[torch.empty(0, 8)])
+        return [runner(torch.full((count, 8), 1.0 + group.rank))[:, 0].tolist() for count in (1 + group.rank, 6 - group.rank)]
+
+
+@pytest.mark.ranks
+def test_a_graph_runner_knows_from_the_transport_that_its_counts_pass_through_the_host(on_ranks: RankPools) -> None:
+    """Not from its name, which is the object's own."""
+    assert on_ranks(graph_steps, 2, "collective") == [[[1.0], [1.0] * 6], [[2.0] * 2, [2.0] * 5]]
+
+
 DEBUG = pytest.mark.parametrize("debug", [{}, {"TOKENFERRY_DEBUG": "1"}], ids=["plain", "in-debug-mode"])
 
 
@@ -114,6 +135,57 @@ def test_an_object_opens_anew_at_each_reset_and_gets_every_call(
 def test_what_is_neither_a_name_nor_opens_is_refused(wrong: object) -> None:
     with pytest.raises(tf.ConfigError, match=r"transport must be 'auto' or one of .*, or an object with a name .* open\("):
         tf.Workspace(CONFIG, tf.EPGroup(device="cpu"), max_tokens_per_rank=4, transport=wrong)
+
+
+class Returning:
+    """Opens nothing: returns what it was given."""
+
+    name = "returning"
+
+    def __init__(self, returned: object) -> None:
+        self.returned = returned
+
+    def open(self, settings: TransportSettings, step_tensors: StepTensors) -> Any:
+        return self.returned
+
+
+@pytest.mark.parametrize("returned", [None, 3], ids=["nothing", "a-number"])
+def test_an_object_that_opens_no_transport_is_told_so(returned: object) -> None:
+    with pytest.raises(tf.ConfigError, match=rf"'returning' .* its open\(\) returned {returned}, which is no open Transport"):
+        tf.Workspace(CONFIG, tf.EPGroup(device="cpu"), max_tokens_per_rank=4, transport=Returning(returned))
+
+
+def opened_within(group: tf.EPGroup, inner: str, timeout_s: float) -> str:
+    try:
+        tf.Workspace(CONFIG, group, max_tokens_per_rank=4, transport=Recording(inner), timeout_s=timeout_s).close()
+    except tf.TokenferryError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("inner", "ranks", "env", "timeout_s", "said"),
+    [
+        pytest.param("auto", 1, {}, 20.0, "ConfigError: .* transport must be one of local, p2p, nvls, collective", id="auto"),
+        pytest.param(
+            "local", 2, {}, 20.0, "TransportUnavailableError: .* the group has 2 ranks", id="local", marks=pytest.mark.ranks
+        ),
+        pytest.param(
+            "p2p",
+            1,
+            {"TRITON_INTERPRET": "1"},
+            3600.0,
+            "ConfigError: .* timeout_s is 3600.0 on rank 0, but 1800.0 at most",
+            id="p2p",
+            marks=pytest.mark.interpreter,
+        ),
+    ],
+)
+def test_what_an_object_opens_within_is_checked_as_if_asked_for_by_name(
+    on_ranks: RankPools, inner: str, ranks: int, env: dict[str, str], timeout_s: float, said: str
+) -> None:
+    for text in on_ranks(opened_within, ranks, inner, timeout_s, env=env):
+        assert re.match(said, text.replace("\n", " ")), text
 
 
 def differing(group: tf.EPGroup, transports: list[Any]) -> str:

@@ -141,7 +141,7 @@ OF_HOST_LOGIC = (
         "src/tokenferry/experts/scratch.py",
         "                self._retired.append(self._memory)\n",
         "                pass\n",
-        ("tests/test_scratch.py::test_a_scratch_that_grows_keeps_the_block_that_graphs_write_to",),
+        ("tests/test_scratch.py::test_a_scratch_that_grows_keeps_the_memory_that_graphs_write_to",),
     ),
     Mutant(
         "groups-are-dropped-with-zeros",

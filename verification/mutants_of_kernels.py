@@ -103,8 +103,8 @@ OF_KERNELS = (
     Mutant(
         "solo-multicasts",
         f"{_TRANSPORTS}/symmetric/bound_launches.py",
-        "kernels.dispatch if view.size > 1 else kernels.dispatch_alone",
-        "kernels.dispatch",
+        "kernels.dispatch_alone if alone else kernels.dispatch\n",
+        "kernels.dispatch\n",
         ("tests/interpreter/test_solo.py::test_solo_gives_its_own_rows_and_writes_to_no_peer[nvls-rank0of2-T3]",),
     ),
 )

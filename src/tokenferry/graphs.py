@@ -114,10 +114,12 @@ class GraphRunner:
         if not isinstance(num_warmups, int) or num_warmups < 1:
             raise ConfigError(f"num_warmups must be an int of at least 1, got {num_warmups!r}")
         self._num_warmups = num_warmups
-        self._static = tuple(
-            torch.zeros((self.buckets[-1], *tensor.shape[1:]), dtype=tensor.dtype, device=workspace.device) for tensor in inputs
-        )
-        self._num_real = torch.zeros(1, dtype=torch.int32, device=workspace.device)
+        device = workspace.device
+        with torch.inference_mode(False):  # later forwards may write to them outside of the mode
+            self._static = tuple(
+                torch.zeros((self.buckets[-1], *tensor.shape[1:]), dtype=tensor.dtype, device=device) for tensor in inputs
+            )
+            self._num_real = torch.zeros(1, dtype=torch.int32, device=device)
         self._captured: dict[tuple[int, bool], _Captured] = {}
         self._launched: _Launched | None = None
         self._inside = threading.Lock()
@@ -188,7 +190,7 @@ class GraphRunner:
 
     def _warm_up(self, bucket: int, done: bool) -> None:
         """Alone on symmetric transports. With the peers on the collective one, whose library connects ranks at first use."""
-        if self.workspace.transport == "collective":
+        if self.workspace.active_transport.counts_pass_through_hosts:
             with self.workspace.equal_counts():
                 self._guarded(lambda: self._forward(bucket, done))
         else:
@@ -294,7 +296,8 @@ class GraphRunner:
         self._num_real.fill_(num_tokens)
         captured = self._captured.get((bucket, done))
         if captured is None:
-            with self.workspace.equal_counts() if self.workspace.transport == "collective" else contextlib.nullcontext():
+            agreed = self.workspace.active_transport.counts_pass_through_hosts
+            with self.workspace.equal_counts() if agreed else contextlib.nullcontext():
                 return self._guarded(lambda: self._forward(bucket, done))
         with self.workspace.replaying(captured.num_steps):
             captured.graph.replay()

@@ -67,11 +67,11 @@ class _Workspaces:
         self._lock = threading.Lock()  # virtual ranks open side by side
 
     def take_number(self, group: EPGroup) -> int:
-        lane = 0 if group.threads is None else 1 + group.rank
+        counter = 0 if group.threads is None else 1 + group.rank
         with self._lock:
-            order = self._num_opened.get(lane, 0)
-            self._num_opened[lane] = order + 1
-        return (lane << _BITS_OF_ORDER) + order
+            order = self._num_opened.get(counter, 0)
+            self._num_opened[counter] = order + 1
+        return (counter << _BITS_OF_ORDER) + order
 
     def enter(self, number: int, workspace: Callee) -> None:
         self._by_number[number] = workspace
@@ -84,7 +84,7 @@ class _Workspaces:
 
 
 _WORKSPACES: Final = _Workspaces()
-"""The one mutable object of a module in this library. An operator is a function of the process, and its arguments can only be
+"""The one table that a module of this library keeps. An operator is a function of the process, and its arguments can only be
 tensors and numbers: somewhere a number has to lead to a workspace. The table is weak, so that nothing stays when a workspace
 goes, and numbers are not given twice."""
 
@@ -293,7 +293,7 @@ def _combine_fixed_shapes(
     return partial.new_empty((num_rows, partial.shape[1]), dtype=dtype)
 
 
-# --- helpers ------------------------------------------------------------------------------------------------------------
+# --- copies, views and numbers of rows ----------------------------------------------------------------------------------
 
 
 def _check_in_place(callee: Callee, *rows: torch.Tensor) -> None:

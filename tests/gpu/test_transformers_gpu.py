@@ -14,8 +14,8 @@ from transformers_work import Work, generate, generate_batch, load, quiet, unmod
 pytestmark = [pytest.mark.gpu(count=2), pytest.mark.filterwarnings("default")]  # transformers warns of its own affairs
 
 WORK = (Work((5, 17, 9), 12), Work((21,), 17))
-ROUNDS = (WORK, (Work(), Work((4, 6), 5)))
-"""In the second round rank 0 has no requests."""
+TURNS = (WORK, (Work(), Work((4, 6), 5)))
+"""In the second turn rank 0 has no requests."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_tokens_of_the_unmodified_model(
     on_ranks: RankPools, models: list[Path], transport: str, dtype: torch.dtype, exact: bool
 ) -> None:
     for outcomes in on_ranks(compare, 2, models, transport, dtype, exact, backend="nccl", timeout_s=240):
-        assert outcomes == {path.name: [True] * len(ROUNDS) for path in models}
+        assert outcomes == {path.name: [True] * len(TURNS) for path in models}
 
 
 @pytest.mark.parametrize("transport", ["collective", "p2p"])
@@ -55,12 +55,12 @@ def _compare(group: tf.EPGroup, path: Path, transport: str, dtype: torch.dtype, 
     model = load(path, group, transport=transport, dtype=dtype, exact=exact)
     assert next(model.parameters()).device == group.device
     made = []
-    for work in ROUNDS:
+    for work in TURNS:
         made.append(generate(model, work[group.rank], group.rank)[0])
         model.expert_parallel.finish()
     model.expert_parallel.close()
     reference = _unswapped(path, dtype, group)
-    return [tokens == generate(reference, work[group.rank], group.rank)[0] for tokens, work in zip(made, ROUNDS, strict=True)]
+    return [tokens == generate(reference, work[group.rank], group.rank)[0] for tokens, work in zip(made, TURNS, strict=True)]
 
 
 def compare_batch(group: tf.EPGroup, path: Path, transport: str) -> bool:

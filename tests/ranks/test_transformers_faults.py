@@ -50,7 +50,7 @@ def split_prompt(model: Any, group: tf.EPGroup, path: Path) -> Any:
 
 
 def generate_after_finish(model: Any, group: tf.EPGroup, path: Path) -> Any:
-    """Three rounds; in the second rank 0 has nothing to do, in the third rank 1."""
+    """Three turns; in the second rank 0 has nothing to do, in the third rank 1."""
     equal = [same_tokens(model, group, path)]
     for idle in (0, 1):
         work = tuple(Work() if rank == idle else Work((5,), 7) for rank in range(group.size))

@@ -12,6 +12,7 @@ import torch
 from tokenferry.benchmarking.round_trip_data import NUM_EXPERTS, RankInputs, RoundTripPoint, inputs_of
 from tokenferry.benchmarking.timing import GroupTimer
 from tokenferry.config import MoEConfig
+from tokenferry.kernels.control_block import COUNTERS_OFFSET, ROUND_OFFSET
 from tokenferry.workspace import Workspace
 
 EAGER_STEPS: Final = 200
@@ -76,8 +77,6 @@ def _dispatch_alone(timer: GroupTimer, ws: Workspace, inputs: RankInputs, count:
     Only a combine moves on to the other parity's slots, so every second dispatch reads its round from a copy of the counters
     that is one ahead. This is safe where every rank brings rows.
     """
-    from tokenferry.kernels.control_block import COUNTERS_OFFSET, ROUND_OFFSET
-
     ws.begin_step(count)
     transport: Any = ws.active_transport
     counters = transport.memory.buffer[COUNTERS_OFFSET : COUNTERS_OFFSET + 64].clone().view(torch.int64)

@@ -99,7 +99,7 @@ class ExpertScratch:
         self.device, self.max_bytes = device, max_bytes
         self.attached: dict[str, Any] = {}
         """What else lives as long as this memory, by name."""
-        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self._memory = self._take(0)
         self._retired: list[torch.Tensor] = []  # captured graphs may still write there
         self._buffers: dict[tuple[RowShape, int, torch.dtype], Buffers] = {}
         self._poisons = env.read(env.DebugSettings).enabled
@@ -156,7 +156,7 @@ class ExpertScratch:
             num_bytes = max(sum(padded), min(2 * self._memory.numel(), self.max_bytes))
             if self._memory.numel():
                 self._retired.append(self._memory)
-            self._memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+            self._memory = self._take(num_bytes)
             self.poison()
             self._buffers.clear()
         pieces = self._memory[: sum(padded)].split(padded)
@@ -164,6 +164,10 @@ class ExpertScratch:
             piece[:size].view(kind).view(extent) for piece, size, (kind, extent) in zip(pieces, sizes, parts, strict=True)
         )
         return Buffers(rows, counts, offsets, table, activated, outputs, tuple(quantized))
+
+    def _take(self, num_bytes: int) -> torch.Tensor:
+        with torch.inference_mode(False):  # debug mode writes to it by PyTorch, and perhaps outside of the mode
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def poison(self) -> None:
         """In debug mode: fills the memory, so that what no kernel of the next call writes is NaN, or -1."""

@@ -104,6 +104,12 @@ class Transport(ABC):
         return None
 
     @property
+    def counts_pass_through_hosts(self) -> bool:
+        """Whether the ranks' counts pass through their hosts. Then `announce` exchanges them, a graph holds steps of equal counts
+        alone, and is warmed up with the peers."""
+        return False
+
+    @property
     def tokens_per_rank(self) -> tuple[int, ...] | None:
         """The counts of the step under way, where the host knows them. None where only the device does."""
         return None

@@ -25,7 +25,7 @@ from tokenferry.transports.base import PROTOCOL_VERSION, Transport, TransportFac
 from tokenferry.transports.collective.transport import CollectiveTransport
 from tokenferry.transports.debug import DebugTransport
 from tokenferry.transports.local import LocalTransport
-from tokenferry.transports.selection import SYMMETRIC, Accepted, Decision, Rejected, agree, choose, decide
+from tokenferry.transports.selection import SYMMETRIC, TRANSPORTS, Accepted, Decision, Rejected, agree, choose, decide
 from tokenferry.transports.symmetric import layout as symmetric_layout
 
 _log = logging.getLogger(__name__)
@@ -70,14 +70,26 @@ def telling_the_others(group: EPGroup) -> Iterator[None]:
 
 
 def open_transport(name: str, settings: TransportSettings, step_tensors: StepTensors) -> Transport:
-    """Opens the transport `name`, on all ranks of the group together."""
+    """Opens the transport `name`, on all ranks of the group together. Called by name, and by transports of your own.
+
+    Raises:
+        ConfigError: no transport of that name ("auto" is none), or a time-out that it does not serve.
+        TransportUnavailableError: it cannot serve this group, as this rank sees it, or could not be opened.
+        PeerTimeoutError, PeerFailedError: another rank did not come, or died.
+    """
+    if name not in TRANSPORTS:
+        raise ConfigError(f"transport must be one of {', '.join(TRANSPORTS)}, got {name!r}")
+    for decision in decide(settings.group, name, settings.config, settings.max_tokens_per_rank, settings.combine_dtype):
+        if decision.name == name and isinstance(decision, Rejected):
+            raise TransportUnavailableError(str(decision))
+    if name in SYMMETRIC and settings.timeout_s > symmetric_layout.MAX_TIMEOUT_S:
+        raise ConfigError(_too_long(settings.timeout_s, settings.group.rank))
     if name == "local":
         return LocalTransport(settings, step_tensors)
     if name in SYMMETRIC:
         from tokenferry.transports.symmetric.transport import SymmetricTransport  # imports Triton, which a CPU may do without
 
         return SymmetricTransport(settings, step_tensors, multicast=name == "nvls")
-    assert name == "collective", "selection.choose returns known names only"
     return CollectiveTransport(settings, step_tensors)
 
 
@@ -206,12 +218,14 @@ def _offer(settings: TransportSettings, transport: str) -> dict[str, Any]:
 
 def _check_timeouts(timeouts_s: list[float]) -> None:
     """Every rank looks at all of them: one that raised alone would leave the others waiting."""
-    longest_s = symmetric_layout.MAX_TIMEOUT_S
     for rank, timeout_s in enumerate(timeouts_s):
-        if timeout_s > longest_s:
-            raise ConfigError(
-                f"timeout_s is {timeout_s} on rank {rank}, but {longest_s} at most on symmetric transports; lower it"
-            )
+        if timeout_s > symmetric_layout.MAX_TIMEOUT_S:
+            raise ConfigError(_too_long(timeout_s, rank))
+
+
+def _too_long(timeout_s: float, rank: int) -> str:
+    longest_s = symmetric_layout.MAX_TIMEOUT_S
+    return f"timeout_s is {timeout_s} on rank {rank}, but {longest_s} at most on symmetric transports; lower it"
 
 
 def _open_here(
@@ -220,7 +234,10 @@ def _open_here(
     """This rank's part: an open transport, or why there is none."""
     transport: Transport | None = None
     try:
-        transport = factory.open(settings, step_tensors)
+        opened = factory.open(settings, step_tensors)
+        if not callable(getattr(opened, "begin_step", None)):  # the commonest mistake is to return nothing
+            raise ConfigError(f"its open() returned {opened!r}, which is no open Transport")
+        transport = opened
         if settings.debug:
             transport = DebugTransport.around(transport, settings, step_tensors)
         return transport, None

@@ -41,6 +41,10 @@ class TransportWrapper(Transport):
         return self.inner.rows_per_token
 
     @property
+    def counts_pass_through_hosts(self) -> bool:
+        return self.inner.counts_pass_through_hosts
+
+    @property
     def tokens_per_rank(self) -> tuple[int, ...] | None:
         return self.inner.tokens_per_rank
 

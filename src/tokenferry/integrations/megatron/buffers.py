@@ -89,12 +89,13 @@ class PaddedRows:
     def __init__(self, workspace: Workspace) -> None:
         config, device = workspace.config, workspace.device
         G, H, K = workspace.max_tokens_per_rank * workspace.group.size, config.hidden_size, config.topk
-        self.gathered = GatheredRows(
-            torch.zeros((G, H), dtype=config.dtype, device=device),
-            torch.full((G, K), -1, dtype=torch.int64, device=device),
-            torch.zeros((G, K), dtype=torch.float32, device=device),
-        )
-        self.rsv_GH = torch.zeros((G, H), dtype=workspace.combine_dtype, device=device)
+        with torch.inference_mode(False):  # a later step may write to them outside of the mode
+            self.gathered = GatheredRows(
+                torch.zeros((G, H), dtype=config.dtype, device=device),
+                torch.full((G, K), -1, dtype=torch.int64, device=device),
+                torch.zeros((G, K), dtype=torch.float32, device=device),
+            )
+            self.rsv_GH = torch.zeros((G, H), dtype=workspace.combine_dtype, device=device)
         self._num_valid = 0
 
     def dispatch(self, layer: Dispatcher, hidden: torch.Tensor, routing: torch.Tensor, probs: torch.Tensor) -> GatheredRows:
@@ -114,7 +115,8 @@ class RealTokens:
     """How many of this rank's rows carry tokens, at an address that stays for a step and its graph."""
 
     def __init__(self, device: torch.device) -> None:
-        self._count = torch.zeros(1, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # a later step may write to it outside of the mode
+            self._count = torch.zeros(1, dtype=torch.int32, device=device)
 
     def after(self, first_row: int, real_token_count: torch.Tensor | None) -> torch.Tensor | None:
         """`real_token_count` less the rows before `first_row`, the first of this rank; below 1 means that no row is real."""
@@ -151,7 +153,8 @@ class GroupBuffers:
         self.rows: Rows | None = None
         self.real_tokens = RealTokens(group.device)
         if group.size == 1:
-            self.step_metadata = torch.zeros(3, dtype=torch.int32, device=group.device)
+            with torch.inference_mode(False):  # a later step may write to it outside of the mode
+                self.step_metadata = torch.zeros(3, dtype=torch.int32, device=group.device)
             self.tokens_per_rank = self.step_metadata[0:1]
         else:
             config = MoEConfig(hidden_size=hidden_size, num_experts=ANY_EXPERT, topk=topk, dtype=torch.bfloat16)

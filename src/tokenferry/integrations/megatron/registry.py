@@ -131,7 +131,8 @@ class Registry:
         device = default_device() if device is None else device
         if is_capturing(device):
             raise StateError("allocate_valid_tokens_tensor() comes before a capture: the address must outlive the graph's memory")
-        self.scalar = torch.zeros(1, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # a later step may write to it outside of the mode
+            self.scalar = torch.zeros(1, dtype=torch.int32, device=device)
         return self.scalar
 
     def close(self) -> None:

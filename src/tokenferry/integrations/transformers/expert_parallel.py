@@ -311,7 +311,7 @@ class ExpertParallel:
     def _read_valid_rows(self, step: Step) -> int | None:
         """V, where the gathered tensors are longer than that: it costs one wait for the device a step, and saves experts that
         would look at C * EP rows. A graph cannot wait, and there they do."""
-        if self.workspace.transport not in ("p2p", "nvls"):
+        if self.workspace.active_transport.fixed_rows is None:
             return None
         if self.group.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None

@@ -267,7 +267,7 @@ def _limit_batches(config: Any, parallel: ExpertParallel) -> None:
 
 
 def _limit_graphs(config: Any, parallel: ExpertParallel) -> None:
-    if parallel.workspace.transport != "collective" or parallel.group.device.type != "cuda":
+    if not parallel.workspace.active_transport.counts_pass_through_hosts or parallel.group.device.type != "cuda":
         return
     if config.use_cuda_graph is None:
         config.use_cuda_graph = False

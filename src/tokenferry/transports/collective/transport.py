@@ -82,6 +82,10 @@ class CollectiveTransport(Transport):
         return self._settings.group.size if self._settings.counts == "equal" else None
 
     @property
+    def counts_pass_through_hosts(self) -> bool:
+        return True
+
+    @property
     def tokens_per_rank(self) -> tuple[int, ...]:
         """The step's counts, which this transport knows on the host."""
         return tuple(self._counts)

@@ -12,7 +12,6 @@ from itertools import product
 import torch
 
 from tokenferry.errors import TransportUnavailableError
-from tokenferry.kernels import wire
 from tokenferry.kernels.abort import SIGNATURE as ABORT_SIGNATURE
 from tokenferry.kernels.abort import abort_kernel
 from tokenferry.kernels.combine import SIGNATURE as COMBINE_SIGNATURE
@@ -21,7 +20,7 @@ from tokenferry.kernels.counts import SIGNATURE as COUNTS_SIGNATURE
 from tokenferry.kernels.counts import counts_kernel
 from tokenferry.kernels.dispatch import SIGNATURE as DISPATCH_SIGNATURE
 from tokenferry.kernels.dispatch import dispatch_kernel
-from tokenferry.kernels.launch import DTYPES, Launch, prepare
+from tokenferry.kernels.launch import DTYPES, Launch, has_pdl, prepare
 from tokenferry.transports.base import TransportSettings
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 from tokenferry.transports.symmetric.layout import MAX_PROGRAMS, Layout
@@ -132,7 +131,7 @@ def _load(
     device, is_cuda = settings.group.device, settings.group.device.type == "cuda"
     mirror = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=is_cuda)
     initialise(settings, buffer, layout, mirror.data_ptr() if is_cuda else 0)
-    pdl = int(not wire.INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9)
+    pdl = int(has_pdl(device))
     lanes = max(32, 1 << (settings.group.size - 1).bit_length())
     rows = load_row_kernels(settings, tuning, multicast=multicast)
     kernels = LoadedKernels(
@@ -157,7 +156,7 @@ def _with_grid(kernels: LoadedKernels, grid: int) -> LoadedKernels:
 def load_row_kernels(settings: TransportSettings, tuning: Tuning, *, multicast: bool, flag_block: int = 0) -> RowKernels:
     """Compiles and loads every variant that the arguments of this workspace can ask for. `flag_block`: see `dispatch_kernel`."""
     device = settings.group.device
-    pdl = int(not wire.INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9)
+    pdl = int(has_pdl(device))
     cut = {"BLOCK": tuning.block, "MAX_PROGRAMS": MAX_PROGRAMS, "FLAG_BLOCK": flag_block, "PDL": pdl}
 
     def dispatches(multicast: bool) -> dict[RoutingDtypes, Launch]:

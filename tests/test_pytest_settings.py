@@ -1,4 +1,4 @@
-"""The test session itself: other people's pytest plugins do not end it, and a warning in a test of ours does."""
+"""The settings of pytest: other people's pytest plugins do not end a run, and a warning in a test of ours does."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ def pytest_on(test: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_benchmark_plugin_that_warns_while_it_is_set_up_does_not_end_the_session(tmp_path: Path) -> None:
+def test_a_benchmark_plugin_that_warns_while_it_is_set_up_does_not_end_the_run(tmp_path: Path) -> None:
     """As pytest-benchmark 5.1 does beside pytest-xdist: an INTERNALERROR before the first test."""
     (tmp_path / "noisy.py").write_text(NOISY)
     metadata = tmp_path / "pytest_benchmark-5.1.0.dist-info"
