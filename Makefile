@@ -22,7 +22,7 @@ test: $(INSTALLED) ## the tests, in 6 minutes on 2 cores
 	$(PYTEST) $(BESIDE) -m "not long and not alone"
 	$(PYTEST) -m "alone and not long"
 
-test-long: $(INSTALLED) ## thousands of steps, full crosses, and the demo model; SAMPLE=seed takes a third of each test's items
+test-long: $(INSTALLED) ## thousands of steps, full crosses, and the demo model; SAMPLE=seed takes a sixth of each test's items
 	$(PYTEST) $(BESIDE) -m "long"
 
 test-debug: $(INSTALLED) ## the tests of the interpreted kernels once more, with poison and checks in memory; SAMPLE=seed too

@@ -1,6 +1,6 @@
 """Round trips of every transport beside a plain copy: `tokenferry bench roundtrip` as a script that also writes JSON lines.
 
-python benchmarks/roundtrip.py OUTPUT.jsonl [--ranks 2] [--commit HASH] [--transports p2p,collective]
+python benchmarks/roundtrip.py OUTPUT.jsonl [--ranks 2] [--commit HASH] [--transports p2p,collective] [--capacity C]
 """
 
 import argparse
@@ -16,6 +16,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--transports", default="p2p,collective")
+    parser.add_argument("--capacity", type=int)
     parser.add_argument("--hidden", default="7168,2048")
     parser.add_argument("--tokens", default="1,8,32,128,512,4096")
     given = parser.parse_args()
@@ -23,7 +24,13 @@ def main() -> int:
     tokens = [int(count) for count in given.tokens.split(",")]
     transports = given.transports.split(",")
     return round_trip_command(
-        given.ranks, given.output, hidden_sizes=hidden_sizes, tokens=tokens, transports=transports, commit=given.commit
+        given.ranks,
+        given.output,
+        hidden_sizes=hidden_sizes,
+        tokens=tokens,
+        transports=transports,
+        capacity=given.capacity,
+        commit=given.commit,
     )
 
 

@@ -9,11 +9,12 @@ import torch
 
 import tokenferry as tf
 from bad_calls import CONFIG, Scene, T, open_workspace
+from exchangeable import Opens, exchangeable
 from tokenferry.testing.data import make_inputs
 
 
 def scene_of(transport: str) -> Scene:
-    ws = open_workspace(transport)
+    ws = open_workspace(Opens(transport))
     return Scene(ws, ws.dispatcher(), ws.dispatcher(), make_inputs(CONFIG, [T], seed=7, payload="hostile")[0])
 
 
@@ -80,7 +81,8 @@ class Between:
 
 
 def interpose(scene: Scene, operation: Operation, do: Callable[[], None], *, before: bool) -> Between:
-    scene.ws._transport = between = Between(scene.ws._transport, operation.method, do, before=before)
+    place = exchangeable(scene.ws)
+    place.inner = between = Between(place.inner, operation.method, do, before=before)
     return between
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-SHARE = Fraction(1, 3)
+SHARE = Fraction(1, 6)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 import tokenferry as tf
 from faults import CAPACITY, CONFIG, SHARED, Setting, one_step
 from processes import Process, of_session, once_gone
@@ -22,6 +24,9 @@ ENDS = (
     "supervisor-killed-while-a-rank-is-stopped",
     "rank-killed",
 )
+IN_MAKE_TEST = ("ctrl-c-in-the-terminal", "rank-killed")
+EACH_END = [pytest.param(how, marks=() if how in IN_MAKE_TEST else pytest.mark.long) for how in ENDS]
+"""Over gloo `make test` has them all, which is enough for the supervisor; interpreted kernels add what they hold."""
 SLACK_S = 2.0
 STEPS_BEFORE = 5
 SCRIPT = """

@@ -11,6 +11,7 @@ import torch
 
 import tokenferry as tf
 from bad_calls import ANOTHER_NUMBER, CALLS, CONFIG, NUMBERS, TABLE, Counted, Scene, T, Wrong, finish, open_workspace, play, same
+from exchangeable import Opens, exchangeable
 from tokenferry.errors import ConfigError, StateError
 from tokenferry.testing.data import make_inputs
 from tokenferry.transports.base import Transport
@@ -22,7 +23,7 @@ def transport(request: pytest.FixtureRequest) -> str:
 
 
 def scene_of(transport: str) -> Scene:
-    ws = open_workspace(transport)
+    ws = open_workspace(Opens(transport))
     inputs = make_inputs(CONFIG, [T], seed=7, payload="hostile")[0]
     scene = Scene(ws, ws.dispatcher(), ws.dispatcher(), inputs)
     ws.begin_step(T)
@@ -37,8 +38,8 @@ def scene_of(transport: str) -> Scene:
 def test_a_wrong_call_is_named_and_changes_nothing(wrong: Wrong, transport: str) -> None:
     scene = scene_of(transport)
     play(scene, wrong.stage)
-    counted = Counted(scene.ws._transport)
-    scene.ws._transport = counted
+    place = exchangeable(scene.ws)
+    place.inner = counted = Counted(place.inner)
     with pytest.raises(wrong.error, match=wrong.said) as caught:
         wrong.call(scene)
     assert type(caught.value) is wrong.error
@@ -126,8 +127,8 @@ class Waiting:
 def test_two_threads_inside_one_workspace_are_an_error(operation: str) -> None:
     scene = scene_of("local")
     play(scene, {"begin_step": "opened"}.get(operation, CALLS.get(operation, (None, "", "opened"))[2]))
-    waiting = Waiting(scene.ws._transport, operation)
-    scene.ws._transport = waiting
+    place = exchangeable(scene.ws)
+    place.inner = waiting = Waiting(place.inner, operation)
     calls: dict[str, Callable[[], Any]] = {
         "begin_step": lambda: scene.ws.begin_step(T),
         "dispatch_begin": lambda: scene.dispatcher.dispatch_begin(*scene.rows),
@@ -147,7 +148,7 @@ def test_two_threads_inside_one_workspace_are_an_error(operation: str) -> None:
         finally:
             waiting.go_on.set()
         first.result()
-    scene.ws._transport = waiting._transport
+    place.inner = waiting._transport
     if operation == "dispatch_end":
         scene.got = first.result()
     done = {"begin_step": "stepped", "dispatch_begin": "dispatching", "dispatch_end": "dispatched", "combine_begin": "combining"}

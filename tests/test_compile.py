@@ -61,6 +61,7 @@ def compiled_as_eager(group: tf.EPGroup, transport: str, backend: str, counts: s
     return 3
 
 
+@pytest.mark.long
 @needs_compiler
 def test_local_compiled_by_inductor() -> None:
     assert compiled_as_eager(tf.EPGroup(), "local", "inductor") == 3

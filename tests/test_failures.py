@@ -9,6 +9,7 @@ import torch
 
 import tokenferry as tf
 from bad_calls import Scene, T, finish, play
+from exchangeable import exchangeable
 from operations import (
     BY_NAME,
     CHECK,
@@ -43,12 +44,13 @@ def test_an_exception_before_anything_was_launched_changes_nothing(
 ) -> None:
     scene = scene_of(transport)
     play(scene, operation.stage)
-    original = scene.ws._transport
+    place = exchangeable(scene.ws)
+    original = place.inner
     between = interpose(scene, operation, raises, before=True)
     with pytest.raises((torch.OutOfMemoryError, Surprise)):
         operation.call(scene)
     assert between.said == []
-    scene.ws._transport = original
+    place.inner = original
     operation.call(scene)
     finish(scene, operation.after)
     scene.ws.close()
@@ -81,7 +83,7 @@ def test_an_exception_after_something_was_launched_breaks_the_workspace_and_is_t
 
 def test_a_failed_announcement_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = scene_of("collective")
-    transport, said = scene.ws._transport, []
+    transport, said = exchangeable(scene.ws).inner, []
     monkeypatch.setattr(transport, "fail", said.append)
     monkeypatch.setattr(transport._communicator, "exchange_headers", lambda _: out_of_memory())
     with pytest.raises(torch.OutOfMemoryError):

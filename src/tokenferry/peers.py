@@ -45,10 +45,6 @@ class PeerCalls:
     def _transport(self) -> Transport:
         return self._lease.held
 
-    @_transport.setter
-    def _transport(self, transport: Transport) -> None:
-        self._lease.held = transport
-
     @property
     def active_transport(self) -> Transport:
         """What dispatchers use: the transport, or its stand-in under `solo()`."""

@@ -10,6 +10,7 @@ from verification.rules import Event, Replay, Violation
 
 import tokenferry as tf
 from cases import StepCase, begin, run_layer
+from exchangeable import Opens, exchangeable
 from rank_pool import RankPools
 from tokenferry.testing.data import make_inputs
 
@@ -26,9 +27,9 @@ def record(group: tf.EPGroup, steps: list[StepCase]) -> tuple[int, list[Event]]:
     from tokenferry.kernels.wire_interpreter import Observer
 
     config = tf.MoEConfig(hidden_size=16, num_experts=8, topk=2)
-    with tf.Workspace(config, group, max_tokens_per_rank=CAPACITY, transport="p2p", timeout_s=20) as ws:
-        transport = ws._transport
-        layout, bases = transport.memory.layout, transport.innermost._buffer.addresses
+    with tf.Workspace(config, group, max_tokens_per_rank=CAPACITY, transport=Opens("p2p"), timeout_s=20) as ws:
+        transport = exchangeable(ws).inner
+        layout, bases = transport.memory.layout, transport._buffer.addresses
         slots = {"dispatch_slots": layout.dispatch_slot_bytes, "combine_slots": layout.combine_slot_bytes}
 
         def place(address: int) -> tuple:
@@ -68,15 +69,15 @@ def record(group: tf.EPGroup, steps: list[StepCase]) -> tuple[int, list[Event]]:
                 return getattr(transport, name)
 
         recorder = Recorder()
-        transport.innermost.observe(recorder)
-        ws._transport = Announced()
+        transport.observe(recorder)
+        exchangeable(ws).inner = Announced()
         dispatchers = [ws.dispatcher(), ws.dispatcher()]
         for step in steps:
             begin(ws, step)
             for number, dispatcher in enumerate(dispatchers[: step.layers]):
                 run_layer(ws, dispatcher, step, number)
                 time.sleep(delays.choice((0, 0, 0.004)))
-        ws._transport = transport
+        exchangeable(ws).inner = transport
     return layout.slot_rows, events
 
 

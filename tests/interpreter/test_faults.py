@@ -6,17 +6,17 @@ import pytest
 
 from fault_runs import Run, assert_named_in_time, assert_nothing_left, run_faults
 from faults import DEADLY, FAULTS, STOPPED_WHILE_SENDING, Fault, Setting
-from supervisors import ENDS, assert_ended, end_while_ranks_work
+from supervisors import EACH_END, assert_ended, end_while_ranks_work
 
 pytestmark = pytest.mark.interpreter
 
 SETTING = Setting("p2p", right_steps=2, env=(("TRITON_INTERPRET", "1"),))
 ALL = (*FAULTS, STOPPED_WHILE_SENDING)
-PATIENT = Setting("p2p", right_steps=100, env=SETTING.env)
+PATIENT = Setting("p2p", right_steps=40, env=SETTING.env)
 GROUPS = [
     pytest.param((2, SETTING), id="EP2"),
-    pytest.param((2, PATIENT), id="EP2-100-steps", marks=pytest.mark.long),
-    pytest.param((3, PATIENT), id="EP3-100-steps", marks=pytest.mark.long),
+    pytest.param((2, PATIENT), id="EP2-40-steps", marks=pytest.mark.long),
+    pytest.param((3, PATIENT), id="EP3-40-steps", marks=pytest.mark.long),
 ]
 
 
@@ -48,6 +48,6 @@ def test_a_killed_rank_is_named_in_time_and_the_others_go_on(fault: Fault, group
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("how", ENDS)
+@pytest.mark.parametrize("how", EACH_END)
 def test_no_descendant_and_no_memory_outlive_a_run_that_ends_amid_steps(how: str, tmp_path: Path) -> None:
     assert_ended(end_while_ranks_work(SETTING, how, tmp_path), how, SETTING.timeout_s)

@@ -23,6 +23,6 @@ def test_any_sequence_of_calls_does_what_the_model_says() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(700)
-def test_hundreds_of_sequences_do_what_the_model_says() -> None:
-    assert run_ranks(sequences, 1, 400, env=INTERPRETER, timeout_s=600)[0]["sequences"] >= 400
+@pytest.mark.timeout(400)
+def test_a_hundred_sequences_do_what_the_model_says() -> None:
+    assert run_ranks(sequences, 1, 100, env=INTERPRETER, timeout_s=300)[0]["sequences"] >= 100

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tokenferry import benchmarking
-from tokenferry.errors import DeviceError
+from tokenferry.errors import ConfigError, DeviceError
 
 pytestmark = pytest.mark.ranks
 
@@ -63,6 +63,16 @@ def test_usual_points_have_a_lonely_token_beside_a_full_rank() -> None:
         ("collective", (8, 8, 8), 8, "rank"),
         ("collective", (8, 8, 8), 8, "any"),
     ]
+
+
+def test_all_points_may_share_the_capacity_of_an_engine() -> None:
+    points = benchmarking.round_trip_points((64,), (1, 8), ("p2p",), 2, capacity=4096)
+    assert [(point.tokens, point.capacity) for point in points] == [((1, 1), 4096), ((8, 8), 4096), ((1, 8), 4096)]
+
+
+def test_more_tokens_than_the_capacity_are_refused_with_both_numbers() -> None:
+    with pytest.raises(ConfigError, match="capacity is 4, but a rank is to bring 8 tokens"):
+        benchmarking.round_trip_points((64,), (1, 8), ("p2p",), 2, capacity=4)
 
 
 def test_fewer_gpus_than_ranks_are_named_with_both_numbers() -> None:

@@ -46,7 +46,7 @@ class Run:
     def is_long(self) -> bool:
         """Four ranks, and families whose layers or way of generating differ from another's in nothing of ours."""
         is_first = self.family in ("qwen3_moe", "gpt_oss", "llama4")
-        has_layers_of_its_own = is_first or self.family in ("mixtral", "deepseek_v3", "nemotron_h")
+        has_layers_of_its_own = is_first or self.family in ("deepseek_v3", "nemotron_h")
         is_alike = not is_first and (self.batched or self.dtype == torch.bfloat16)
         return len(self.work) == 4 or is_alike or not has_layers_of_its_own
 

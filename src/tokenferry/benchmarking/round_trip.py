@@ -20,7 +20,7 @@ from tokenferry.benchmarking.records import Record
 from tokenferry.benchmarking.round_trip_data import NUM_EXPERTS, RoundTripPoint, differences, inputs_of, partial_of, wire_bytes
 from tokenferry.benchmarking.timing import GroupTimer, Progress
 from tokenferry.config import MoEConfig
-from tokenferry.errors import TokenferryError
+from tokenferry.errors import ConfigError, TokenferryError
 from tokenferry.groups import EPGroup
 from tokenferry.testing import run_ranks
 from tokenferry.workspace import Workspace
@@ -31,13 +31,26 @@ SEED: Final = 1
 
 
 def round_trip_points(
-    hidden_sizes: Sequence[int], tokens: Sequence[int], transports: Sequence[str], num_ranks: int
+    hidden_sizes: Sequence[int],
+    tokens: Sequence[int],
+    transports: Sequence[str],
+    num_ranks: int,
+    *,
+    capacity: int | None = None,
 ) -> list[RoundTripPoint]:
     """The points of the usual table.
 
-    Every hidden size and number of tokens with C = T; `collective` in both orders of summing; and, for the other transports,
-    one token on rank 0 beside the largest number on all others.
+    Every hidden size and number of tokens; `collective` in both orders of summing; and, for the other transports, one token on
+    rank 0 beside the largest number on all others.
+
+    Args:
+        capacity: C of every workspace. Engines open one for their largest step, and then run small ones in it. None: C = T.
+
+    Raises:
+        ConfigError: a number of tokens is larger than `capacity`.
     """
+    if capacity is not None and max(tokens) > capacity:
+        raise ConfigError(f"capacity is {capacity}, but a rank is to bring {max(tokens)} tokens; raise it, or leave these out")
     points = []
     for transport in transports:
         orders = ("rank", "any") if transport == "collective" else ("rank",)
@@ -47,7 +60,11 @@ def round_trip_points(
                 cases.append(((1,) + (max(tokens),) * (num_ranks - 1), "rank"))
             points += [
                 RoundTripPoint(
-                    transport=transport, hidden_size=hidden_size, tokens=counts, capacity=max(counts), combine_order=order
+                    transport=transport,
+                    hidden_size=hidden_size,
+                    tokens=counts,
+                    capacity=capacity or max(counts),
+                    combine_order=order,
                 )
                 for counts, order in cases
             ]

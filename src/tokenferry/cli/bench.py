@@ -25,6 +25,7 @@ def round_trip_command(
     hidden_sizes: Sequence[int] = HIDDEN_SIZES,
     tokens: Sequence[int] = TOKENS,
     transports: Sequence[str] = TRANSPORTS,
+    capacity: int | None = None,
     commit: str = "unknown",
 ) -> int:
     """`tokenferry bench roundtrip`: the exit code, 1 if a result was wrong."""
@@ -33,7 +34,7 @@ def round_trip_command(
         remedy = f"give --ranks {found} at most" if found else "run it on a machine with GPUs"
         raise DeviceError(f"bench roundtrip needs {gpus(ranks)}, found {found}; {remedy}")
     benchmarking.check_output(output)
-    points = benchmarking.round_trip_points(hidden_sizes, tokens, transports, ranks)
+    points = benchmarking.round_trip_points(hidden_sizes, tokens, transports, ranks, capacity=capacity)
     records = benchmarking.run_round_trips(points, ranks, progress=say)
     if output is not None:
         benchmarking.write_records(records, output, commit=commit)

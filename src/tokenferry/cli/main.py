@@ -85,13 +85,14 @@ app.add_typer(bench, name="bench")
 @bench.command("roundtrip")
 def bench_roundtrip(
     ranks: int = typer.Option(2, min=1, help="GPUs to use."),
+    capacity: int = typer.Option(None, min=1, help="Rows a rank that workspaces are opened for. Default: as many as it brings."),
     output: Path = typer.Option(None, help="Write the records there, one JSON object a line."),
 ) -> None:
     """Time dispatch + combine on p2p and collective, beside a plain copy."""
     with one_line_errors():
         from tokenferry.cli.bench import round_trip_command
 
-        raise typer.Exit(round_trip_command(ranks, output))
+        raise typer.Exit(round_trip_command(ranks, output, capacity=capacity))
 
 
 @bench.command("layer")
