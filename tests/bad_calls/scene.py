@@ -9,7 +9,7 @@ import torch
 import tokenferry as tf
 from tokenferry.testing.data import RankInputs
 from tokenferry.testing.numeric import first_difference
-from tokenferry.transports.base import Transport
+from tokenferry.transports.base import Transport, TransportFactory
 
 H, E, K, C, T = 8, 6, 2, 5, 3
 CONFIG = tf.MoEConfig(hidden_size=H, num_experts=E, topk=K, dtype=torch.float32)
@@ -68,9 +68,10 @@ class Scene:
         self.dispatcher.dispatch_begin(*(changed.get(name, row) for name, row in zip(names, self.rows, strict=True)))
 
 
-def open_workspace(transport: str, **changed: Any) -> tf.Workspace:
+def open_workspace(transport: str | TransportFactory, **changed: Any) -> tf.Workspace:
     """On p2p for T rows: its gathered rows are as many as there may be, and the table's partial rows are T."""
-    settings = {"max_tokens_per_rank": T if transport == "p2p" else C, "transport": transport, **changed}
+    name = transport if isinstance(transport, str) else transport.name
+    settings = {"max_tokens_per_rank": T if name == "p2p" else C, "transport": transport, **changed}
     return tf.Workspace(CONFIG, tf.EPGroup(device="cpu"), **settings)
 
 
