@@ -70,8 +70,8 @@ class Scene:
 
 def open_workspace(transport: str | TransportFactory, **changed: Any) -> tf.Workspace:
     """On p2p for T rows: its gathered rows are as many as there may be, and the table's partial rows are T."""
-    name = transport if isinstance(transport, str) else transport.name
-    settings = {"max_tokens_per_rank": T if name == "p2p" else C, "transport": transport, **changed}
+    is_p2p = getattr(transport, "name", transport) == "p2p"  # the table also gives what has no name
+    settings = {"max_tokens_per_rank": T if is_p2p else C, "transport": transport, **changed}
     return tf.Workspace(CONFIG, tf.EPGroup(device="cpu"), **settings)
 
 
