@@ -88,7 +88,9 @@ class Forms:
                 self.backend._allgather_base(out, each, self.at_once)
             else:
                 self.backend._allgather_base(out, each)
-        self.backend._end_coalescing().wait()
+        work = self.backend._end_coalescing()
+        if work is not None:  # none on the current stream
+            work.wait()
         return outs[0]
 
     def coalesced_call(self) -> torch.Tensor:
