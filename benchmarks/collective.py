@@ -100,16 +100,16 @@ class Forms:
         return self.coalesced(self.hidden, self.ids, self.weights, at_once=True)
 
     def coalesced_checked(self) -> torch.Tensor:
-        ids = torch.empty_like(self.ids)
+        ids, weights = torch.empty_like(self.ids), torch.empty_like(self.weights)
         launch_unbound(
             own_routing.own_routing_kernel,
             triton.cdiv(ids.numel(), 1024),
-            (self.ids, self.weights, ids, ids, self.weights, self.T, self.T),
-            {"K": TOPK, "READS_NUM_REAL": False, "CASTS_WEIGHTS": False, "BLOCK": 1024, "PDL": has_pdl(ids.device)},
+            (self.ids, self.weights, ids, ids, weights, self.T, self.T, 0),
+            {"K": TOPK, "BLOCK": 1024, "PDL": has_pdl(ids.device)},
             num_warps=4,
             device=ids.device,
         )
-        return self.coalesced(self.hidden, ids, self.weights)
+        return self.coalesced(self.hidden, ids, weights)
 
     def one_message(self) -> torch.Tensor:
         """As many bytes in one tensor: what packing could reach if it cost nothing."""

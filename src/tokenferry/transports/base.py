@@ -22,7 +22,7 @@ from tokenferry.transports.symmetric.layout import Layout
 CombineOrder = Literal["rank", "any"]
 Counts = Literal["uneven", "equal"]
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised when ranks of an older release could not understand this one; compared when a workspace opens."""
 
 
