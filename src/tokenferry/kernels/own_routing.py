@@ -57,9 +57,9 @@ def own_routing_kernel(
     wire.let_next_kernel_start(PDL)
     real = tl.minimum(num_real_at_most, tl.load(num_real, mask=reads_num_real == 1, other=num_real_at_most))
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    is_there = place < num_rows.to(tl.int64) * K
+    is_there = place < tl.cast(num_rows, tl.int64) * K
     number = tl.load(topk_idx + place, mask=is_there, other=-1).to(tl.int64)
-    is_expert = (number == number.to(tl.int32).to(tl.int64)) & (place < real.to(tl.int64) * K)
+    is_expert = (number == number.to(tl.int32).to(tl.int64)) & (place < tl.cast(real, tl.int64) * K)
     tl.store(out_idx + place, tl.where(is_expert, number, -1).to(out_idx.dtype.element_ty), mask=is_there)
     weight = tl.load(topk_weights + place, mask=is_there, other=0.0)
     tl.store(out_weights + place, weight.to(tl.float32), mask=is_there)

@@ -52,9 +52,9 @@ def term_sum_kernel(
     wire.wait_for_previous_kernel(PDL)
     wire.let_next_kernel_start(PDL)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    is_there = place < num_wanted.to(tl.int64) * H
+    is_there = place < tl.cast(num_wanted, tl.int64) * H
     total = tl.load(tl.where(rank == 0, own, terms) + place, mask=is_there, other=0.0).to(tl.float32)
     for r in tl.static_range(1, SIZE):
-        source = tl.where(rank == r, own, terms + num_rows.to(tl.int64) * (r * H))
+        source = tl.where(rank == r, own, terms + tl.cast(num_rows, tl.int64) * (r * H))
         total += tl.load(source + place, mask=is_there, other=0.0).to(tl.float32)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=is_there)
