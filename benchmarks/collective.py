@@ -28,6 +28,7 @@ from tokenferry.kernels import own_routing, term_sum
 from tokenferry.kernels.launch import has_pdl, launch_unbound
 from tokenferry.testing import run_ranks
 from tokenferry.testing.numeric import same_bits
+from tokenferry.transports.base import mask_padding
 
 LAYERS = 20
 TOPK = 8
@@ -138,14 +139,9 @@ class Forms:
 
     def sends(self, dtype: torch.dtype) -> torch.Tensor:
         rows = self.partials[dtype][self.group.rank].view(self.group.size, self.T, self.H)
-        terms, rank = torch.empty_like(rows), self.group.rank
-        self.backend._start_coalescing()
-        for shift in range(1, self.group.size):
-            peer = (rank + shift) % self.group.size
-            self.backend.send([rows[peer]], peer, 0)
-            self.backend.recv([terms[peer]], peer, 0)
-        self.backend._end_coalescing().wait()
-        return self.summed(terms, rows[rank])
+        terms = torch.empty_like(rows)
+        self.exchange([(each,) for each in rows], [(each,) for each in terms])
+        return self.summed(terms, rows[self.group.rank])
 
     def all_to_all(self, dtype: torch.dtype) -> torch.Tensor:
         rows = self.partials[dtype][self.group.rank]
@@ -185,12 +181,39 @@ class Forms:
         self.coalesced_call()
         return self.reduce_scatter(torch.float32)
 
+    def messages(self, dtype: torch.dtype) -> torch.Tensor:
+        """What the transport did before it had all-gathers: messages to each rank, ids and weights packed in one; PyTorch's
+        operators do the rest."""
+        rank, counts, size = self.group.rank, [self.T] * self.group.size, self.group.size
+        packed = torch.cat([mask_padding(self.ids, self.T), self.weights.view(torch.int32)], dim=1)
+        outs = [self.gathered(self.hidden), self.gathered(packed)]
+        parts = [out.split(counts) for out in outs]
+        self.exchange([(self.hidden, packed)] * size, list(zip(*parts, strict=True)))
+        parts[0][rank].copy_(self.hidden)
+        parts[1][rank].copy_(packed)
+        ids, weights = outs[1].chunk(2, dim=1)
+        ids.contiguous().to(torch.int64), weights.contiguous().view(torch.float32)
+        outgoing = self.partials[dtype][rank].split(counts)
+        terms = [outgoing[rank] if peer == rank else torch.empty_like(outgoing[rank]) for peer in range(size)]
+        self.exchange([(rows,) for rows in outgoing], [(term,) for term in terms])
+        return tf.reference.sum_in_rank_order(terms).to(torch.bfloat16)
+
+    def exchange(self, outgoing: list[tuple[torch.Tensor, ...]], incoming: list[tuple[torch.Tensor, ...]]) -> None:
+        self.backend._start_coalescing()
+        for shift in range(1, self.group.size):
+            peer = (self.group.rank + shift) % self.group.size
+            for rows in outgoing[peer]:
+                self.backend.send([rows], peer, 0)
+            for rows in incoming[peer]:
+                self.backend.recv([rows], peer, 0)
+        self.backend._end_coalescing().wait()
+
     def table(self) -> dict[str, tuple[Form, torch.dtype | None]]:
         """Each form, with the dtype of the terms that it sums."""
         forms: dict[str, tuple[Form, torch.dtype | None]] = {
             "dispatch: three calls": (self.three_calls, None),
             "dispatch: coalesced": (self.coalesced_call, None),
-            "dispatch: coalesced, own stream": (self.coalesced_at_once, None),
+            "dispatch: coalesced, current stream": (self.coalesced_at_once, None),
             "dispatch: ids checked, coalesced": (self.coalesced_checked, None),
             "dispatch: one message": (self.one_message, None),
         }
@@ -198,7 +221,7 @@ class Forms:
             for name, form in (
                 ("reduce-scatter call", self.reduce_scatter_call),
                 ("reduce-scatter", self.reduce_scatter),
-                ("reduce-scatter, own stream", lambda dtype: self.reduce_scatter(dtype, at_once=True)),
+                ("reduce-scatter, current stream", lambda dtype: self.reduce_scatter(dtype, at_once=True)),
                 ("sends + sum", self.sends),
                 ("all-to-all + sum", self.all_to_all),
                 ("swapped all-gather + sum", self.swapped_gather),
@@ -209,6 +232,8 @@ class Forms:
                 summed = None if name == "sum alone" else dtype
                 label = f"combine {str(dtype).removeprefix('torch.')}: {name}"
                 forms[label] = ((lambda form=form, dtype=dtype: form(dtype)), summed)
+            label = f"round trip: messages to each rank, {str(dtype).removeprefix('torch.')} terms"
+            forms[label] = ((lambda dtype=dtype: self.messages(dtype)), dtype)
         forms["round trip: three calls, reduce-scatter"] = (self.round_trip, torch.float32)
         forms["round trip: coalesced, reduce-scatter"] = (self.new_round_trip, torch.float32)
         return forms
