@@ -28,6 +28,9 @@ from tokenferry.transports.settings import check_dtypes, check_kinds, check_posi
 
 _log = logging.getLogger(__name__)
 
+COUNTED_IN = "counted in"
+"""Name in `attached` of the tensors that `count_in` was given."""
+
 
 class Workspace(GraphCalls):
     """Moves rows for all MoE layers of one shape. Opened by all ranks of the group together; a context manager.
@@ -175,8 +178,15 @@ class Workspace(GraphCalls):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this rank holds while the workspace is open; on `local` and `collective` the rows of a call are extra."""
-        return self._transport.nbytes
+        """Bytes that this rank holds while the workspace is open, those of `count_in` included; on `local` and `collective` the
+        rows of a call are extra."""
+        counted: list[torch.Tensor] = self.attached.get(COUNTED_IN, [])
+        return self._transport.nbytes + sum(buffer.nbytes for buffer in counted)
+
+    def count_in(self, *buffers: torch.Tensor) -> None:
+        """Adds to `nbytes` what the code around the workspace keeps for its rows: buffers at fixed addresses, say, on a transport
+        that has none. They are let go of when the workspace closes."""
+        self.attached.setdefault(COUNTED_IN, []).extend(buffers)
 
     @staticmethod
     def required_bytes(
@@ -188,7 +198,7 @@ class Workspace(GraphCalls):
         combine_dtype: torch.dtype | None = None,
         index_dtype: torch.dtype = torch.int32,
     ) -> int:
-        """What `nbytes` would be, without opening anything. `transport` is a name, not "auto"."""
+        """What `nbytes` would be, without opening anything, and without what is counted in. `transport` is a name, not "auto"."""
         if not isinstance(transport, str) or transport not in selection.TRANSPORTS:
             raise ConfigError(f"transport must be one of {', '.join(selection.TRANSPORTS)}, got {transport!r}")
         if not isinstance(config, MoEConfig):

@@ -25,13 +25,13 @@ def configure(**changes: Any) -> Settings:
     """Changes how connections and buffers are opened from now on, equally on all ranks; those that are open stay.
 
     Args:
-        changes: fields of `Settings`: transport, combine_dtype, timeout_s, open_timeout_s, max_ctas.
+        changes: fields of `Settings`: transport, combine_dtype, combine_order, timeout_s, open_timeout_s, max_ctas.
 
     Returns:
         The settings as they are now.
 
     Raises:
-        ConfigError: a combine dtype that is neither float32 nor bfloat16.
+        ConfigError: a combine dtype that is neither float32 nor bfloat16, or an order that is neither "rank" nor "any".
     """
     registry = InferenceAllGatherDispatcherBase._registry
     registry.configure(dataclasses.replace(registry.settings, **changes))

@@ -153,10 +153,12 @@ class Registry:
         """Takes new settings for what is opened from now on.
 
         Raises:
-            ConfigError: not a floating combine dtype that the wire has.
+            ConfigError: not a floating combine dtype that the wire has, or not an order of sums.
         """
         if settings.combine_dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"combine_dtype must be torch.float32 or torch.bfloat16, got {settings.combine_dtype!r}")
+        if settings.combine_order not in ("rank", "any"):
+            raise ConfigError(f"combine_order must be 'rank' or 'any', got {settings.combine_order!r}")
         self.settings = settings
 
 
