@@ -69,7 +69,7 @@ class CollectiveTransport(Transport):
     def __init__(self, settings: TransportSettings, step_tensors: StepTensors) -> None:
         self._settings, self._step_tensors = settings, step_tensors
         self._request = StepRequest(0, 0, 0)
-        self._counts, self._are_equal = [0] * settings.group.size, True
+        self._counts, self._are_equal, self._first_row = [0] * settings.group.size, True, 0
         self._result_dtype = settings.config.dtype
         self._announced: list[Header] | None = None
         self._layer, self._operation, self._num_supplied = -1, STEP, 0
@@ -120,12 +120,13 @@ class CollectiveTransport(Transport):
         if is_equal:
             self._announced = None
             self._counts, self._are_equal = [request.num_tokens] * self._settings.group.size, True
+            self._first_row = own * request.num_tokens
             self._step_tensors.publish_equal(request.num_tokens, request.flags, self._per_token)
             return
         if headers is None:
             headers = self._exchange_headers()
         self._counts = [header.num_tokens for header in headers]
-        self._are_equal = len(set(self._counts)) == 1
+        self._are_equal, self._first_row = len(set(self._counts)) == 1, sum(self._counts[:own])
         self._step_tensors.publish(self._counts, [header.flags for header in headers])
         self._announced = None
 
@@ -169,18 +170,19 @@ class CollectiveTransport(Transport):
         if self._num_supplied < self._request.num_tokens:
             hidden, topk_idx, topk_weights = pad_rows(hidden, topk_idx, topk_weights, self._request.num_tokens)
         gathered = wire_rows(self._settings, sum(self._counts))
-        rank, size = self._settings.group.rank, self._settings.group.size
-        parts = [rows.split(self._counts) for rows in gathered]
+        size = self._settings.group.size
+        slots = [rows.narrow(0, self._first_row, self._request.num_tokens) for rows in gathered]
         own = (hidden, topk_idx, topk_weights)
         if not self._rows.travels_as_it_is(topk_idx, topk_weights, real):
-            own = (hidden, parts[1][rank], parts[2][rank])
-            self._rows.write_routing(own[1], own[2], topk_idx, topk_weights, real)
+            own = (hidden, slots[1], slots[2])
+            self._rows.write_routing(slots[1], slots[2], topk_idx, topk_weights, real)
         pending = self._gather(gathered, own, overlaps=overlaps) if self._are_equal and self._counts[0] else None
         if pending is None:
+            parts = [rows.split(self._counts) for rows in gathered]
             pending = self._start([own] * size, list(zip(*parts, strict=True)))
-            for part, rows in zip(parts, own, strict=True):
-                if rows is not part[rank]:
-                    part[rank].copy_(rows)
+            for slot, rows in zip(slots, own, strict=True):
+                if rows is not slot:
+                    slot.copy_(rows)
         self._dispatch = _Dispatch(pending, gathered, own)
 
     def dispatch_end(self) -> Gathered:
