@@ -113,6 +113,16 @@ def test_other_groups_sum_in_rank_order(on_ranks: RankPools, world_size: int, re
     assert on_ranks(calls_of, world_size, case) == [(2, reduced)] * world_size
 
 
+def few_bytes_reduced(group: tf.EPGroup) -> tuple[int, int]:
+    case = Case(hidden_size=16, dtype=FLOAT32, steps=(StepCase((4, 4)), StepCase((5, 5)), StepCase((1, 1))))
+    with mock.patch.object(collective, "REDUCED_BYTES_OF_TWO", 4 * 16 * 4):
+        return calls_of(group, case)
+
+
+def test_many_bytes_are_exchanged_and_summed_here(on_ranks: RankPools) -> None:
+    assert on_ranks(few_bytes_reduced, 2) == [(3, 2)] * 2
+
+
 def any_order(group: tf.EPGroup, counts: tuple[int, ...]) -> tuple[int, list[float]]:
     """Column 0: in rank order 2^24 + 1 - 2^24 is 0 in float32, backwards 1."""
     config = tf.MoEConfig(hidden_size=2, num_experts=group.size, topk=1, dtype=torch.float32)
