@@ -6,6 +6,7 @@ from verification.mutant import Mutant
 
 SUMS = "tests/interpreter/test_order_of_sums.py::test_terms_are_rounded_and_summed_in_rank_order"
 GLOO = "tests/ranks/test_dispatch_combine.py::test_bits_as_reference"
+LIBRARY = "tests/ranks/test_library_calls.py"
 _KERNELS = "src/tokenferry/kernels"
 _TRANSPORTS = "src/tokenferry/transports"
 
@@ -44,6 +45,34 @@ OF_HOST_LOGIC = (
         "own_rows, hidden_size = self._counts[rank], rows.shape[1]",
         "own_rows, hidden_size = self._counts[0], rows.shape[1]",
         (f"{GLOO}[EP4-K1-E5-uneven-experts]",),
+    ),
+    Mutant(
+        "the-library-rounds-sums-to-the-wires-dtype",
+        f"{_TRANSPORTS}/collective/transport.py",
+        "settings.combine_dtype in (torch.float32, result_dtype)",
+        "settings.combine_dtype.is_floating_point",
+        (f"{LIBRARY}::test_two_ranks_keep_the_bits_of_the_reference[a-sum-that-the-wire-would-round]",),
+    ),
+    Mutant(
+        "the-library-sums-for-three-ranks",
+        f"{_TRANSPORTS}/collective/transport.py",
+        "has_one_order = settings.group.size == 2",
+        "has_one_order = settings.group.size >= 2",
+        (f"{LIBRARY}::test_other_groups_sum_in_rank_order[EP3]",),
+    ),
+    Mutant(
+        "own-routing-is-gathered-from-rank-0s-place",
+        f"{_TRANSPORTS}/collective/transport.py",
+        "self._first_row = own * request.num_tokens",
+        "self._first_row = 0",
+        (f"{GLOO}[EP2-equal-counts]",),
+    ),
+    Mutant(
+        "a-whole-call-is-left-unwatched",
+        f"{_TRANSPORTS}/collective/nccl.py",
+        "self._watchdog.launched(call, on_stream=not overlaps)",
+        "self._watchdog.launched(call, on_stream=False)",
+        ("tests/test_nccl_calls.py::test_a_whole_call_is_one_launch_on_the_current_stream",),
     ),
     Mutant(
         "host-keeps-the-ids-of-padding-rows",

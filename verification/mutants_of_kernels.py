@@ -12,6 +12,20 @@ _TRANSPORTS = "src/tokenferry/transports"
 
 OF_KERNELS = (
     Mutant(
+        "own-term-is-added-in-the-place-of-the-next-rank",
+        f"{_KERNELS}/term_sum.py",
+        "tl.where(rank == r, own,",
+        "tl.where(rank + 1 == r, own,",
+        ("tests/interpreter/test_collective_rows.py::test_terms_are_summed_as_by_operators[EP3-bf16-terms]",),
+    ),
+    Mutant(
+        "ids-are-cut-off-to-32-bits",
+        f"{_KERNELS}/own_routing.py",
+        "(number == number.to(tl.int32).to(tl.int64)) & ",
+        "",
+        ("tests/interpreter/test_collective_rows.py::test_routing_is_written_as_by_operators[int64-to-int32]",),
+    ),
+    Mutant(
         "one-parity-of-counts",
         f"{_KERNELS}/counts.py",
         "packets = wire.COUNT_PACKETS_OFFSET + (step & 1) * size * wire.COUNT_PACKET_BYTES",
