@@ -6,7 +6,6 @@ Legend: T rows of this rank, T' <= T of them wanted, K top-k, H hidden size.
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 
@@ -138,9 +137,8 @@ def row_work(settings: TransportSettings, result_dtype: torch.dtype) -> RowWork:
 def wire_rows(settings: TransportSettings, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """New gathered tensors of `num_rows` rows: hidden, ids, weights."""
     config, device = settings.config, settings.group.device
-    arguments: dict[str, Any] = {"device": device}
     return (
-        torch.empty((num_rows, config.hidden_size), dtype=config.dtype, **arguments),
-        torch.empty((num_rows, config.topk), dtype=settings.index_dtype, **arguments),
-        torch.empty((num_rows, config.topk), dtype=torch.float32, **arguments),
+        torch.empty((num_rows, config.hidden_size), dtype=config.dtype, device=device),
+        torch.empty((num_rows, config.topk), dtype=settings.index_dtype, device=device),
+        torch.empty((num_rows, config.topk), dtype=torch.float32, device=device),
     )
