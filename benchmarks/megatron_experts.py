@@ -3,6 +3,7 @@ engine's default size.
 
     python benchmarks/megatron_experts.py --out experts.jsonl            # megatron-core on the path, one GPU; a minute
     python benchmarks/megatron_experts.py --cuts --out experts.jsonl     # each product alone, over cuts for few rows
+    TRITON_INTERPRET=1 python benchmarks/megatron_experts.py --rehearse  # the same calls on a CPU, tiny; no times
 
 The shape is that of the engine's trial: H 2048, 64 experts of which 32 are here, top-8, I 768, squared ReLU. `V` is the number of
 valid rows of all ranks, as the device knows it. A chain goes over several layers, so that weights are cold. megatron-core 0.19
@@ -14,6 +15,7 @@ import dataclasses
 import importlib.util
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -28,11 +30,13 @@ from tokenferry.experts import ExpertScratch, ExpertWeights, triton_path, varian
 from tokenferry.experts.plan import Tiles, plan
 from tokenferry.integrations import megatron
 
-H, I, E, L, K, EP = 2048, 768, 64, 32, 8, 2
-ROWS = EP * 16384
+REHEARSES = "--rehearse" in sys.argv
+DEVICE = "cpu" if REHEARSES else "cuda"
+H, I, E, L, K, EP = (64, 48, 8, 4, 2, 2) if REHEARSES else (2048, 768, 64, 32, 8, 2)
+ROWS = EP * (32 if REHEARSES else 16384)
 """G: each rank may bring as many as the engine's default, `max_tokens` 16384."""
 LAYERS = 3
-TOKENS = (2, 16, 64, 128, 256, 1024)
+TOKENS = (2, 16) if REHEARSES else (2, 16, 64, 128, 256, 1024)
 
 CUTS = (
     (64, 16, 64, 128, 4, 3),
@@ -62,14 +66,14 @@ class Bench:
         self.activation = Activation(activation)
         N = self.activation.num_columns(I)
         self.layers = [ExpertWeights(up_proj=_normal(L, N, H), down_proj=_normal(L, H, I)) for _ in range(LAYERS)]
-        self.scratch = ExpertScratch("cuda")
-        self.timer = GroupTimer(EPGroup(device="cuda"), repeats=9)
-        generator = torch.Generator("cuda").manual_seed(1)
-        self.hidden = torch.randn(ROWS, H, device="cuda", generator=generator).bfloat16()
-        self.routing = torch.rand(ROWS, E, device="cuda", generator=generator).topk(K, 1).indices
-        self.probs = torch.rand(ROWS, K, device="cuda", generator=generator) / K
-        self.valid = torch.zeros(1, dtype=torch.int32, device="cuda")
-        self.out = torch.zeros(ROWS, H, device="cuda")
+        self.scratch = ExpertScratch(DEVICE)
+        self.timer = GroupTimer(EPGroup(device=DEVICE), repeats=9)
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        self.hidden = torch.randn(ROWS, H, device=DEVICE, generator=generator).bfloat16()
+        self.routing = torch.rand(ROWS, E, device=DEVICE, generator=generator).topk(K, 1).indices
+        self.probs = torch.rand(ROWS, K, device=DEVICE, generator=generator) / K
+        self.valid = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+        self.out = torch.zeros(ROWS, H, device=DEVICE)
 
     def call(self, function, weights, num_valid, kind, **extra):
         return function(
@@ -122,7 +126,7 @@ def variant_of(activation, trial=None):
 
 
 def _normal(*shape):
-    return torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(std=shape[-1] ** -0.5)
+    return torch.empty(shape, dtype=torch.bfloat16, device=DEVICE).normal_(std=shape[-1] ** -0.5)
 
 
 def cut_plan(cut, activation):
@@ -141,7 +145,7 @@ def cut_plan(cut, activation):
 
 
 def theirs_or_none():
-    if importlib.util.find_spec("megatron") is None:
+    if REHEARSES or importlib.util.find_spec("megatron") is None:
         return None, None
     from megatron.core.inference.moe import ActivationType, vllm_fused_moe
 
@@ -160,7 +164,8 @@ def compare(bench, facts, record):
         record({"what": "whole", "activation": bench.activation.name, "V": num_valid, "touched": touched, "most_rows": most,
                 "floor_us": floor, "megatron_us": megatron_us, "ours_us": ours_us})  # fmt: skip
         print(
-            f"  {num_valid:5} | {touched} {most} | {floor:6.1f} | {megatron_us:7.1f} | {ours_us:7.1f} | {ours_us / megatron_us:.3f}",
+            f"  {num_valid:5} | {touched} {most} | {floor:6.1f} | {megatron_us:7.1f} | {ours_us:7.1f} | "
+            f"{ours_us / megatron_us:.3f}",
             flush=True,
         )
 
@@ -173,10 +178,11 @@ def kernels(bench, num_valid):
         entries.append(("Megatron", theirs, kind, {}))
     bench.valid.fill_(num_valid)
     for label, function, which, extra in entries:
-        with profile(activities=[ProfilerActivity.CUDA]) as found:
+        with profile(activities=[ProfilerActivity.CPU if REHEARSES else ProfilerActivity.CUDA]) as found:
             for weights in bench.layers * 2:
                 bench.call(function, weights, num_valid, which, **extra)
-            torch.cuda.synchronize()
+            if not REHEARSES:
+                torch.cuda.synchronize()
         cells = [
             f"{e.key[:24]} {e.self_device_time_total / e.count:.1f} x{e.count / 2 / LAYERS:.0f}" for e in found.key_averages()
         ]
@@ -207,18 +213,25 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--activations", nargs="+", default=["squared_relu", "swiglu"])
     parser.add_argument("--cuts", action="store_true")
+    parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    precompile([variant_of(Activation(name), trial) for name in args.activations for trial in trials(args, Activation(name))])
-    facts = device_rates(torch.device("cuda"))
+    if not REHEARSES:
+        precompile([variant_of(Activation(name), trial) for name in args.activations for trial in trials(args, Activation(name))])
+    facts = {"read_gb_per_s": 1.0} if REHEARSES else device_rates(torch.device(DEVICE))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    head = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "commit": commit}
+    head = {
+        "device": "cpu" if REHEARSES else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit,
+    }
     print(head, facts, flush=True)
     lines = [head | facts]
     for activation in args.activations:
         bench = Bench(activation)
         compare(bench, facts, lines.append)
-        for num_valid in (16, 128):
+        for num_valid in TOKENS[1:4:2]:
             kernels(bench, num_valid)
         if args.cuts:
             cuts(bench, lines.append)

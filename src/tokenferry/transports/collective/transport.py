@@ -200,7 +200,7 @@ class CollectiveTransport(Transport):
         assert combine is not None, "the workspace orders the halves"
         self._finish(combine.pending)
         terms = [term[: self._num_supplied] for term in combine.terms]
-        return sum_in_rank_order(terms).to(self._settings.config.dtype)
+        return sum_in_rank_order(terms).to(self._settings.result_dtype)
 
     # --- peers ------------------------------------------------------------------------------------------------------
 
