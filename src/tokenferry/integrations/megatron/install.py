@@ -124,20 +124,20 @@ def install(*, experts: bool = False, allow_unknown_version: bool = False, **set
     differences = known_versions.differences(modules, names, CLASSES)
     _check_constructors(modules, version)
     _check_version(version, differences, allow_unknown_version)
+    found = _expert_entries(modules, version) if experts else {}
     registry = InferenceAllGatherDispatcherBase._registry
     before = registry.settings
     registry.configure(dataclasses.replace(before, **settings))
     installed = registry.settings
 
     def undo_settings() -> None:
-        if registry.settings is installed:  # else configure() has changed them since
+        if registry.settings == installed:  # else configure() has changed them since
             registry.settings = before
 
     originals: dict[str, Any] = {name: getattr(modules[known_versions.DISPATCHERS], name) for name in CLASSES}
     replacements: dict[str, Any] = dict(CLASSES)
     entries = None
     if experts:
-        found = {name: getattr(modules[known_versions.EXPERT_ENTRIES], name) for name in ENTRIES}
         entries = ExpertEntries(found, _batch_invariant_mode(), installed.expert_scratch_bytes)
         originals |= found
         replacements |= entries.replacements
@@ -173,6 +173,14 @@ def _check_constructors(modules: Mapping[str, ModuleType], version: str) -> None
         theirs, own = (known_versions.parameters_of(cls) for cls in (original, ours))
         if theirs != own:
             raise ConfigError(f"{name} of megatron-core {version} is constructed with ({theirs}), ours with ({own})")
+
+
+def _expert_entries(modules: Mapping[str, ModuleType], version: str) -> dict[str, Any]:
+    found = {name: getattr(modules[known_versions.EXPERT_ENTRIES], name, None) for name in ENTRIES}
+    for name, entry in found.items():
+        if entry is None:
+            raise ConfigError(f"install(experts=True) needs {name}, which megatron-core {version} has not; leave it off")
+    return found
 
 
 def _check_version(version: str, differences: list[str], allow_unknown_version: bool) -> None:
