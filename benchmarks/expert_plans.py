@@ -105,6 +105,21 @@ def changed(launches, **changes):
     return tuple(dataclasses.replace(tiles, **changes) for tiles in launches)
 
 
+def few_plans(preset):
+    """The default, and other cuts for experts with few rows: rows of a tile, columns read, depth, stages."""
+    default = plan(torch.bfloat16, preset.hidden_size, preset.intermediate_size, gated=preset.activation.gated)
+
+    def cut(launches, halves, rows, read, depth, stages):
+        new = {"rows": rows, "columns": read // halves, "depth": depth, "num_stages": stages}
+        return tuple(dataclasses.replace(tiles, **new) if tiles.max_rows else tiles for tiles in launches)
+
+    def both(*sizes):
+        return Plan(up=cut(default.up, 2 if preset.activation.gated else 1, *sizes), down=cut(default.down, 1, *sizes))
+
+    candidates = ((64, 64, 128, 3), (32, 128, 128, 3), (32, 64, 128, 4), (32, 128, 64, 5), (32, 64, 64, 6), (64, 128, 64, 4))
+    return {"default": default, **{"/".join(map(str, sizes)): both(*sizes) for sizes in candidates}}
+
+
 def named_plans(preset):
     """The default, and what it is compared with."""
     default = plan(torch.bfloat16, preset.hidden_size, preset.intermediate_size, gated=preset.activation.gated)
