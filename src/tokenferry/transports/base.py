@@ -44,6 +44,8 @@ class TransportSettings:
     debug: bool = False
     index_dtype: torch.dtype = torch.int32
     """Of the gathered expert numbers."""
+    result_dtype: torch.dtype = torch.bfloat16
+    """Of combined rows: of each sum, rounded once."""
 
 
 @dataclass(frozen=True)

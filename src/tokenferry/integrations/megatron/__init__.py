@@ -14,7 +14,8 @@ from typing import Any
 from tokenferry.integrations.megatron.base import InferenceAllGatherDispatcherBase
 from tokenferry.integrations.megatron.buffers import Settings
 from tokenferry.integrations.megatron.fused_moe import fused_moe
-from tokenferry.integrations.megatron.install import KNOWN_VERSIONS, Installation, install
+from tokenferry.integrations.megatron.install import Installation, install
+from tokenferry.integrations.megatron.known_versions import KNOWN_VERSIONS, TRIED_VERSIONS
 from tokenferry.integrations.megatron.nccl import NCCLAllGatherDispatcher
 from tokenferry.integrations.megatron.nvls import NVLSAllGatherVDispatcher
 from tokenferry.integrations.megatron.stand_ins import InferenceMoEConfig, ProcessGroups, StreamedSharedExperts
@@ -25,7 +26,7 @@ def configure(**changes: Any) -> Settings:
     """Changes how connections and buffers are opened from now on, equally on all ranks; those that are open stay.
 
     Args:
-        changes: fields of `Settings`: transport, combine_dtype, combine_order, timeout_s, open_timeout_s, max_ctas.
+        changes: fields of `Settings`.
 
     Returns:
         The settings as they are now.
@@ -56,6 +57,7 @@ def close() -> None:
 
 __all__ = [
     "KNOWN_VERSIONS",
+    "TRIED_VERSIONS",
     "InferenceAllGatherDispatcherBase",
     "InferenceMoEConfig",
     "Installation",

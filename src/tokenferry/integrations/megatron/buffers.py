@@ -30,6 +30,9 @@ class Settings:
 
     `combine_dtype` is that of the RSV buffer and of partial rows on the wire. bfloat16 halves the bytes; sums are float32 anyway.
     `combine_order` "any" gives the sums the library's or the switch's own order, as Megatron's classes do.
+    `combine_output` is that of `token_combine`'s result. float32 leaves the sums unrounded: they are rounded to bfloat16 in
+    `combine_postprocess`, after the shared experts' output is added there. megatron-core 0.19 and 0.20 round in `token_combine`.
+    `expert_scratch_bytes` bounds the memory of the experts of `install(experts=True)`; None: what one chunk of all rows needs.
     """
 
     transport: str = "auto"
@@ -38,6 +41,8 @@ class Settings:
     timeout_s: float = 30.0
     open_timeout_s: float = 300.0
     max_ctas: int | None = None
+    combine_output: torch.dtype = torch.bfloat16
+    expert_scratch_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,7 @@ def open_workspace(
         timeout_s=settings.timeout_s,
         open_timeout_s=settings.open_timeout_s,
         max_ctas=settings.max_ctas,
+        result_dtype=settings.combine_output,
     )
 
 

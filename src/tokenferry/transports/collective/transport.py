@@ -75,7 +75,7 @@ class CollectiveTransport(Transport):
         self._settings, self._step_tensors = settings, step_tensors
         self._request = StepRequest(0, 0, 0)
         self._counts, self._are_equal, self._first_row = [0] * settings.group.size, True, 0
-        self._result_dtype = settings.config.dtype
+        self._result_dtype = settings.result_dtype
         self._announced: list[Header] | None = None
         self._layer, self._operation, self._num_supplied = -1, STEP, 0
         self._dispatch: _Dispatch | None = None
