@@ -40,6 +40,11 @@ class PeerCalls:
     _step_index: int
     _num_step_writes: int | None
 
+    @property
+    def last_step(self) -> int:
+        """The number of the last step that was begun by a call, 0 before the first. Replayed ones are counted on the device."""
+        return self._step_index
+
     # --- what moves the rows ----------------------------------------------------------------------------------------
 
     @property
@@ -100,6 +105,15 @@ class PeerCalls:
             finally:
                 self.record_failure(PeerFailedError(self._settings.group.rank, reason, self._step_index))
 
+    def give_up(self, error: PeerError) -> None:
+        """`fail` for a peer that was missed outside of this workspace's calls: this rank raises `error` from now on, and the
+        peers raise PeerFailedError for this rank, with the text of `error`."""
+        if self.lifecycle.closed or self.lifecycle.error is not None:
+            return
+        self.record_failure(error)
+        with logged("the peers could not be told why this rank gives up"), self._lease as transport:
+            transport.fail(str(error))
+
     def tell_peers(self, error: BaseException) -> None:
         """`fail` for an exception that is on its way to the caller: never raises one of its own in its place. A peer's error is
         known to the peers, and the misuse by a second thread or a forked child is none of their business."""
@@ -109,8 +123,8 @@ class PeerCalls:
             self.fail(f"{type(error).__name__}: {error}")
 
     def settle_engine_step(self, error: BaseException) -> None:
-        """Called as `error` leaves an engine's step. A peer's failure that lies behind it is raised in its place: rows that nobody
-        filled can make an engine raise anything. Any other error is told to the peers, who would wait for this rank in vain.
+        """Called as `error` leaves an engine's step. A peer's failure that lies behind it is raised in its place: rows that
+        nobody filled can make an engine raise anything. Any other error is told to the peers, who would wait in vain.
 
         Neither happens in a forked child or a capture, nor where the step's task was cancelled: that is how servers stop.
         """

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from tokenferry.errors import ConfigError, StateError
 from tokenferry.integrations.megatron.base import InferenceAllGatherDispatcherBase, StandaloneBase
+from tokenferry.integrations.megatron.engine_hook import EngineHook, place_engine_hook
 from tokenferry.integrations.megatron.nccl import NCCLAllGatherDispatcher
 from tokenferry.integrations.megatron.nvls import NVLSAllGatherVDispatcher
 
@@ -41,14 +42,15 @@ class Installation:
         replaced: "module.name" for every name that was replaced.
     """
 
-    def __init__(self, version: str, patches: list[_Patch]) -> None:
+    def __init__(self, version: str, patches: list[_Patch], engine_hook: EngineHook) -> None:
         self.version = version
-        self._patches = patches
-        self.replaced = tuple(f"{patch.module.__name__}.{patch.name}" for patch in patches)
+        self._patches, self._engine_hook = patches, engine_hook
+        self.replaced = (*(f"{patch.module.__name__}.{patch.name}" for patch in patches), *engine_hook.replaced)
 
     def __call__(self) -> None:
         """Puts everything back. Dispatchers that exist stay ours."""
         patches, self._patches = self._patches, []
+        self._engine_hook()
         for patch in patches:
             setattr(patch.module, patch.name, patch.original)
         if patches:
@@ -92,10 +94,11 @@ def install(*, allow_unknown_version: bool = False) -> Installation:
         )
     originals = {name: _compatible(dispatchers, name, cls, version) for name, cls in CLASSES.items()}
     InferenceAllGatherDispatcherBase.__bases__ = (getattr(base, BASE_NAME),)
+    engine_hook = place_engine_hook()  # before the search: it imports modules that hold the names
     patches = _patches(originals)
     for patch in patches:
         setattr(patch.module, patch.name, CLASSES[_name_of(originals, patch.original)])
-    return Installation(version, patches)
+    return Installation(version, patches, engine_hook)
 
 
 def _import(name: str) -> ModuleType:
