@@ -22,6 +22,8 @@ from tokenferry.workspace import Workspace
 
 _WHAT = "in Megatron's own agreement on the batch"
 _POLL_S = 0.00002
+_ON_ITS_WAY_MS = 100
+"""After which a word that a peer sent before has come."""
 
 
 def with_limit(communicator: Any, group: Any, workspaces: Sequence[Workspace]) -> Any:
@@ -32,13 +34,32 @@ def with_limit(communicator: Any, group: Any, workspaces: Sequence[Workspace]) -
     return _OverDevice(group, workspaces) if communicator is None else _OverZmq(communicator, group, workspaces)
 
 
+def drop_words(communicator: Any) -> None:
+    """Takes out what peers have sent to a ZMQ communicator in an agreement that this rank left. Nobody sends meanwhile."""
+    if communicator is None or communicator.world_size == 1:
+        return
+    socket = _receiving_end(communicator)
+    while socket.poll(_ON_ITS_WAY_MS):
+        socket.recv()
+
+
+def _receiving_end(communicator: Any) -> Any:
+    return communicator.gather_sock if communicator.is_leader else communicator.bcast_sock
+
+
 class _Limited:
     def __init__(self, group: Any, workspaces: Sequence[Workspace]) -> None:
         self._group, self._workspaces = group, workspaces
         self._limit_s = min(workspace.timeout_s for workspace in workspaces)
 
     def _give_up(self, waited_s: float) -> NoReturn:
-        """This rank's workspaces raise the time-out from now on, and the peers that come late hear of it."""
+        """This rank's workspaces raise the time-out from now on, and the peers that come late hear of it.
+
+        Raises:
+            PeerTimeoutError, or the PeerFailedError of a peer that has given this rank up: then it is this one that came late.
+        """
+        for workspace in self._workspaces:
+            workspace.check()
         late = 1 - rank_of(self._group) if size_of(self._group) == 2 else -1
         error = PeerTimeoutError(late, "not-entered", self._workspaces[0].last_step, -1, waited_s, _WHAT)
         for workspace in self._workspaces:
@@ -47,8 +68,7 @@ class _Limited:
 
 
 class _OverZmq(_Limited):
-    """A receive that lasts longer than the limit ends. What was sent is still on its way then: after a failure here the engine
-    needs a new communicator."""
+    """A receive that lasts longer than the limit ends. What was sent is still on its way then: `drop_words` is for that."""
 
     def __init__(self, communicator: Any, group: Any, workspaces: Sequence[Workspace]) -> None:
         super().__init__(group, workspaces)
@@ -66,7 +86,7 @@ class _OverZmq(_Limited):
 
 @contextlib.contextmanager
 def _receiving_for(limit_s: float, communicator: Any) -> Iterator[None]:
-    socket = communicator.gather_sock if communicator.is_leader else communicator.bcast_sock
+    socket = _receiving_end(communicator)
     before, socket.rcvtimeo = socket.rcvtimeo, max(1, int(limit_s * 1000))
     try:
         yield

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tokenferry.integrations.megatron.engine_agreement import drop_words
 from tokenferry.integrations.megatron.nvls import NVLSAllGatherVDispatcher
 
 _GRAPHS = "megatron.core.transformer.cuda_graphs"
@@ -28,9 +29,8 @@ def restart_engine(engine: Any, timeout_s: float | None = None) -> None:
     is computed anew from its prompt and the tokens that it has, as Megatron's `resume()` does: the failed step has added none.
     Futures of requests stay. What the prefix cache held is forgotten.
 
-    Where a peer was missed in Megatron's own agreement on the batch, which the error says, words of it are still on their way:
-    give the context a new communicator first, `context.set_ep_zmq_communicator(AsyncZMQCommunicator(...))`. If there was none
-    before, the expert-parallel group was aborted, and the processes have to be started again.
+    Where a peer was missed in Megatron's own agreement on the batch, which the error says, and that agreement went over the GPU
+    (the context has no ZMQ communicator), the expert-parallel group was aborted, and the processes have to be started again.
 
     Args:
         engine: Megatron's `DynamicInferenceEngine`.
@@ -41,6 +41,7 @@ def restart_engine(engine: Any, timeout_s: float | None = None) -> None:
     """
     delete_graphs()
     NVLSAllGatherVDispatcher._reset(timeout_s)
+    drop_words(getattr(engine.context, "_ep_zmq_communicator", None))
     waiting = list(engine.waiting_request_ids)
     under_way = [number for number in engine.requests if number not in (*waiting, *engine.failed_request_ids)]
     for number in under_way:
