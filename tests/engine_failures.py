@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -167,12 +168,11 @@ class Steps:
             self.engine.controller._dynamic_step_sample_logits = raises
 
 
-def run_unsupervised(
-    trial: Trial, folder: Path, *, backend: str, env: Mapping[str, str], timeout_s: float
-) -> list[Outcome | None]:
-    """`suffer` on two ranks, in rank order; None for one that has said nothing. Nobody ends a rank because the other one ended."""
+def run_unsupervised(trial: Trial, folder: Path, backend: str, env: Mapping[str, str], timeout_s: float) -> list[Outcome | None]:
+    """`suffer` on two ranks, in rank order; None for one that has said nothing, whose stacks are in a file then. No rank is ended
+    because the other one is."""
     context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=bare_rank, args=(rank, str(folder), backend, trial)) for rank in range(2)]
+    ranks = [context.Process(target=bare_rank, args=(rank, str(folder), backend, trial, timeout_s)) for rank in range(2)]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **env}.items():
             patch.setenv(name, value)
@@ -188,15 +188,16 @@ def run_unsupervised(
     return [Outcome(**json.loads(path.read_text())) if path.exists() else None for path in found]
 
 
-def bare_rank(rank: int, folder: str, backend: str, trial: Trial, worker: Callable[..., Outcome] = suffer) -> None:
+def bare_rank(rank: int, folder: str, backend: str, trial: Trial, timeout_s: float) -> None:
     """Ends without a word to torch or Megatron, whose groups would wait for the rank that is gone."""
+    faulthandler.dump_traceback_later(0.9 * timeout_s, file=(Path(folder) / f"stacks.{rank}").open("w"))
     torch.set_num_threads(1)
     device = torch.device("cpu")
     if backend == "nccl":
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
     group = EPGroup.from_store(dist.FileStore(os.path.join(folder, "store"), 2), rank, 2, device)
-    outcome = worker(group, trial)
+    outcome = suffer(group, trial)
     path = Path(folder) / f"{rank}.json"
     path.with_suffix(".part").write_text(json.dumps(asdict(outcome)))
     path.with_suffix(".part").rename(path)

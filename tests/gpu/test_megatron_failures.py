@@ -1,7 +1,6 @@
 """A peer that dies, is late or raises ends the step of Megatron's own engine on two GPUs: in replayed graphs, eagerly, and in
 dummy steps. Where the peer lives the engine is restarted, and its tokens are those of an engine without a fault."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -27,10 +26,7 @@ MENDED = [Trial(dispatcher, fault, graph_scope="block") for dispatcher in ("nvls
 
 
 def run(trial: Trial, folder: Path) -> list[Outcome | None]:
-    python_path = os.environ.get("PYTHONPATH", "")
-    return run_unsupervised(
-        trial, folder, backend="nccl", env={"NO_VCS_VERSION": "1", "PYTHONPATH": python_path}, timeout_s=RUN_S
-    )
+    return run_unsupervised(trial, folder, "nccl", {"NO_VCS_VERSION": "1"}, RUN_S)
 
 
 def assert_rank_1_is_named_in_time(trial: Trial, outcome: Outcome | None) -> None:

@@ -25,7 +25,7 @@ MENDED = [
 
 
 def run(trial: Trial, folder: Path) -> list[Outcome | None]:
-    return run_unsupervised(trial, folder, backend="gloo", env=ENVIRONMENT, timeout_s=RUN_S)
+    return run_unsupervised(trial, folder, "gloo", ENVIRONMENT, RUN_S)
 
 
 @pytest.fixture(scope="module")
