@@ -1,4 +1,4 @@
-"""`check(wait=False)` on ranks: what lies in this host's memory, and what does not yet. Over gloo and over interpreted kernels."""
+"""`check(wait=False)` on ranks: what lies in this host's memory, and what does not yet; over gloo and interpreted kernels."""
 
 import contextlib
 import os

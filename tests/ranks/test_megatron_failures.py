@@ -52,3 +52,18 @@ def test_after_a_restart_the_requests_are_finished(trial: Trial, tmp_path: Path,
     assert_rank_1_is_named_in_time(trial, outcomes[0])
     assert [outcome and outcome.tokens for outcome in outcomes] == tokens_without_a_fault
     assert all(tokens_without_a_fault)
+
+
+def hook_and_undo(group: tf.EPGroup) -> tuple[int, bool]:
+    from engine_harness import Ranks
+
+    Ranks(group)
+    owners = [engine_hook._class_at(path) for path, _ in engine_hook.WRAPS]
+    before = [dict(vars(owner)) for owner in owners]
+    hook = engine_hook.place_engine_hook()
+    hook()
+    return len(hook.replaced), [dict(vars(owner)) for owner in owners] == before
+
+
+def test_every_method_that_is_wrapped_is_there_and_comes_back() -> None:
+    assert run_ranks(hook_and_undo, 1, env=ENVIRONMENT) == [(len(engine_hook.WRAPS), True)]
