@@ -167,11 +167,21 @@ class GroupBuffers:
         else:
             config = MoEConfig(hidden_size=hidden_size, num_experts=ANY_EXPERT, topk=topk, dtype=torch.bfloat16)
             self.workspace = open_workspace(config, group, settings.transport, max_tokens_per_rank, settings)
-            step = self.workspace.begin_step(0)
-            self.step_metadata, self.tokens_per_rank = step.summary, step.tokens_per_rank
-            static = self.workspace.transport in STATIC_TRANSPORTS
-            self.rows = StaticRows(self.workspace) if static else PaddedRows(self.workspace)
+            self._look_into(self.workspace)
         self.valid_tokens = self.step_metadata[0:1]
+
+    def _look_into(self, workspace: Workspace) -> None:
+        """Takes the tensors of a workspace that was just opened, or reset."""
+        step = workspace.begin_step(0)
+        self.step_metadata, self.tokens_per_rank = step.summary, step.tokens_per_rank
+        self.valid_tokens = self.step_metadata[0:1]
+        self.rows = StaticRows(workspace) if workspace.transport in STATIC_TRANSPORTS else PaddedRows(workspace)
+
+    def reset(self, timeout_s: float | None) -> None:
+        """`Workspace.reset`, after which the tensors are others."""
+        if self.workspace is not None:
+            self.workspace.reset(timeout_s=timeout_s)
+            self._look_into(self.workspace)
 
     def begin_step(self, num_tokens: int, real_token_count: torch.Tensor | None, first_row: int) -> None:
         """Publishes the counts. This rank's rows are `real_token_count`'s from `first_row` on (sequence parallelism)."""

@@ -15,6 +15,7 @@ from typing import Any, Final
 from tokenferry.errors import ConfigError, StateError
 from tokenferry.integrations.megatron import known_versions
 from tokenferry.integrations.megatron.base import InferenceAllGatherDispatcherBase, StandaloneBase
+from tokenferry.integrations.megatron.engine_hook import EngineHook, place_engine_hook
 from tokenferry.integrations.megatron.expert_entries import ExpertEntries
 from tokenferry.integrations.megatron.known_versions import KNOWN_VERSIONS, TRIED_VERSIONS
 from tokenferry.integrations.megatron.nccl import NCCLAllGatherDispatcher
@@ -54,19 +55,21 @@ class Installation:
         self,
         version: str,
         patches: list[_Patch],
+        engine_hook: EngineHook,
         *,
         differences: tuple[str, ...] = (),
         experts: ExpertEntries | None = None,
         undo_settings: Callable[[], None] = lambda: None,
     ) -> None:
         self.version, self.tried, self.differences, self.experts = version, version in TRIED_VERSIONS, differences, experts
-        self._patches, self._undo_settings = patches, undo_settings
-        self.replaced = tuple(f"{patch.module.__name__}.{patch.name}" for patch in patches)
+        self._patches, self._engine_hook, self._undo_settings = patches, engine_hook, undo_settings
+        self.replaced = (*(f"{patch.module.__name__}.{patch.name}" for patch in patches), *engine_hook.replaced)
 
     def __call__(self) -> None:
         """Puts everything back. Dispatchers that exist stay ours. Scratch of the experts is freed: graphs that were captured in
         between must not be replayed."""
         patches, self._patches = self._patches, []
+        self._engine_hook()
         for patch in patches:
             setattr(patch.module, patch.name, patch.original)
         if not patches:
@@ -143,10 +146,13 @@ def install(*, experts: bool = False, allow_unknown_version: bool = False, **set
         replacements |= entries.replacements
     registry.installed_experts = entries
     InferenceAllGatherDispatcherBase.__bases__ = (getattr(modules[known_versions.BASE], BASE_NAME),)
+    engine_hook = place_engine_hook()  # before the search: it imports modules that hold the names
     patches = _patches(originals, replacements)
     for patch in patches:
         setattr(patch.module, patch.name, patch.replacement)
-    return Installation(version, patches, differences=tuple(differences), experts=entries, undo_settings=undo_settings)
+    return Installation(
+        version, patches, engine_hook, differences=tuple(differences), experts=entries, undo_settings=undo_settings
+    )
 
 
 def _import(name: str) -> ModuleType:

@@ -70,6 +70,16 @@ class NVLSAllGatherVDispatcher(InferenceAllGatherDispatcherBase):
         own._withholds_rsv = False
 
     @classmethod
+    def _reset(cls, timeout_s: float | None) -> None:
+        """Starts all connections and buffers of both classes anew, collectively, and shows what stands there then."""
+        registry = cls._registry
+        if registry.latest is not None:
+            _show(registry.latest)
+        registry.reset(timeout_s)
+        if registry.latest is not None:
+            _show(registry.latest)
+
+    @classmethod
     def allocate_buffers(cls, per_rank_worst_case_token_count: int, topk: int, hidden_size: int, ep_group: Any) -> None:
         """Makes the buffers of one group and shape. All its ranks call it together, before any CUDA-graph capture.
 

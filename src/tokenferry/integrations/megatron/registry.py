@@ -149,6 +149,14 @@ class Registry:
         finally:
             _close_all([each.workspace for each in opened])
 
+    def reset(self, timeout_s: float | None) -> None:
+        """Starts all of them anew, in the order of their opening, which is that of every rank."""
+        self.shown = None  # its tensors become others
+        for buffers in self._buffers.values():
+            buffers.reset(timeout_s)
+        for each in self._collective.values():
+            each.workspace.reset(timeout_s=timeout_s)
+
     def workspaces(self) -> list[Workspace]:
         """All that are open."""
         owned = [buffers.workspace for buffers in self._buffers.values() if buffers.workspace is not None]
