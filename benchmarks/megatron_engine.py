@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[1:1] = [str(ROOT), str(ROOT / "tests")]  # rank processes get them too
 
 import tokenferry as tf  # noqa: E402
-from engine_harness import ENVIRONMENT, Engine, EngineOptions, Outcome, Ranks, even, first_differences, missing  # noqa: E402
+from engine_harness import ENVIRONMENT, GPU_ENVIRONMENT, Engine, EngineOptions, Outcome, Ranks, even, first_differences, missing  # noqa: E402
 from engine_harness.replay import kernels_of_a_layer, microseconds_per_layer  # noqa: E402
 from engine_harness.variants import MEGATRON, Variant, installed  # noqa: E402
 from tokenferry.errors import RankFailedError  # noqa: E402
@@ -208,7 +208,7 @@ def main() -> int:
     if missing():
         parser.error(missing())
     options.out.write_text(json.dumps(head(options.commit, options.rehearse)) + "\n")
-    environment = ENVIRONMENT if options.rehearse else {"NO_VCS_VERSION": "1"}
+    environment = ENVIRONMENT if options.rehearse else GPU_ENVIRONMENT
     backend = "gloo" if options.rehearse else "nccl"
     arguments = (options.variants.split(","), options.rehearse, options.budget_s, options.out.resolve(), options.profile)
     try:

@@ -8,7 +8,8 @@
             megatron.close()
     assert first_differences(wanted.tokens, got.tokens) == {}
 
-The worker that holds this runs in a process of its own (`run_ranks`), with the environment `ENVIRONMENT`, since Megatron keeps
+The worker that holds this runs in a process of its own (`run_ranks`), with the environment `ENVIRONMENT` or
+`GPU_ENVIRONMENT`, since Megatron keeps
 its groups and modes in its modules, and cpu.py changes torch.cuda where there are no GPUs. Nothing here imports Megatron before
 `Ranks` is made, since attention.py must come first; a worker keeps to that too. `missing()` says why it cannot run.
 """
@@ -22,7 +23,10 @@ from engine_harness.ranks import Ranks
 from engine_harness.requests import Load, Outcome, Request, Step, even, first_differences
 
 ENVIRONMENT: Final = MappingProxyType({"NO_VCS_VERSION": "1", "TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "1"})
-"""For rank processes on CPUs: the router is not compiled there, Triton's kernels are interpreted. GPUs need the first only."""
+"""For rank processes on CPUs: the router is not compiled there, Triton's kernels are interpreted."""
+
+GPU_ENVIRONMENT: Final = MappingProxyType({"NO_VCS_VERSION": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"})
+"""For rank processes on GPUs. The router's compiler starts no processes of its own, which could outlive a rank."""
 
 NEEDED: Final = MappingProxyType({"megatron": "megatron-core 0.19 (docs/megatron.md says how to have it)", "einops": "einops"})
 
@@ -35,6 +39,7 @@ def missing() -> str:
 
 __all__ = [
     "ENVIRONMENT",
+    "GPU_ENVIRONMENT",
     "Engine",
     "EngineOptions",
     "Load",

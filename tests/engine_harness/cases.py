@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import pickle
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,20 +42,35 @@ class EngineCase:
         return [*self.loads, *(["resumed"] if self.suspends else [])]
 
 
+STALL_S = 90.0
+"""For one engine, all that it loads and compiles included."""
+END_S = 20.0
+"""From the last engine until the process has ended."""
+
 Results = Mapping[tuple[str, str], Mapping[str, Outcome]]
 """By the names of the engine and the variant, then of the load."""
 
 
 def run_cases(group: tf.EPGroup, cases: Mapping[str, EngineCase], folder: str, settings: Mapping[str, Any]) -> None:
-    """Writes what comes out to `folder` after every engine: a failure or a hang leaves the results of those before."""
+    """Writes what comes out to `folder` after every engine: a failure or a hang leaves the results of those before.
+
+    A rank that stands still is ended, with its stacks in `folder`: Megatron's own collective calls wait for ever.
+    """
     done: dict[tuple[str, str], dict[str, Outcome]] = {}
+    stacks = open(Path(folder, f"stacks{group.rank}"), "w")  # noqa: SIM115 - open until the process has ended
+    faulthandler.dump_traceback_later(STALL_S, exit=True, file=stacks)
     with Ranks(group) as ranks:
         for case_name, case in cases.items():
             for variant_name, variant in case.variants.items():
+                start_s = time.monotonic()
                 done[case_name, variant_name] = run_case(ranks, case, variant, settings)
                 partial = Path(folder, f"rank{group.rank}.partial")
                 partial.write_bytes(pickle.dumps(done))
                 partial.rename(Path(folder, f"rank{group.rank}"))
+                if group.rank == 0:
+                    print(f"{case_name} on {variant_name}: {time.monotonic() - start_s:.1f} s", flush=True)
+                faulthandler.dump_traceback_later(STALL_S, exit=True, file=stacks)
+        faulthandler.dump_traceback_later(END_S, exit=True, file=stacks)
 
 
 def run_case(ranks: Ranks, case: EngineCase, variant: Variant, settings: Mapping[str, Any]) -> dict[str, Outcome]:
@@ -130,5 +147,6 @@ def run_on_ranks(
         run_ranks(run_cases, 2, cases, str(folder), settings, backend=backend, timeout_s=timeout_s, env=environment)
     except RankFailedError:
         error = traceback.format_exc()
+        error += "".join(f"\n{file.name}:\n{file.read_text()}" for file in sorted(folder.glob("stacks*")))
     files = [folder / f"rank{rank}" for rank in range(2)]
     return Run([pickle.loads(file.read_bytes()) if file.exists() else {} for file in files], error)
