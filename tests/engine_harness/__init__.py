@@ -22,19 +22,19 @@ from engine_harness.engine import Engine, EngineOptions
 from engine_harness.ranks import Ranks
 from engine_harness.requests import Load, Outcome, Request, Step, even, first_differences
 
-ENVIRONMENT: Final = MappingProxyType({"NO_VCS_VERSION": "1", "TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "1"})
-"""For rank processes on CPUs: the router is not compiled there, Triton's kernels are interpreted."""
+ENVIRONMENT: Final = MappingProxyType({"NO_VCS_VERSION": "1", "TRITON_INTERPRET": "1"})
+"""For rank processes on CPUs, where the transport p2p interprets its kernels."""
 
 GPU_ENVIRONMENT: Final = MappingProxyType({"NO_VCS_VERSION": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"})
 """For rank processes on GPUs. The router's compiler starts no processes of its own, which could outlive a rank."""
 
-NEEDED: Final = MappingProxyType({"megatron": "megatron-core 0.19 (docs/megatron.md says how to have it)", "einops": "einops"})
+NEEDED: Final = ("megatron", "einops")
 
 
 def missing() -> str:
     """What the engine needs and is not installed, as the reason of a skip; empty if nothing is missing."""
-    absent = [text for name, text in NEEDED.items() if importlib.util.find_spec(name) is None]
-    return f"not installed: {', '.join(absent)}" if absent else ""
+    absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)} (`make megatron` unpacks megatron-core and einops for tests)" if absent else ""
 
 
 __all__ = [

@@ -43,7 +43,7 @@ class NoEvent:
 
 def stand_in_for_cuda() -> None:
     """Before Megatron is imported: torch.cuda answers as one idle GPU whose memory is the CPU's."""
-    importlib.import_module("torch._dynamo")  # looks at torch.cuda's functions when it is imported, and wants each once
+    torch.compile = uncompiled  # its tables of torch.cuda's functions take none of those below
 
     def nothing(*_arguments: Any, **_options: Any) -> None: ...
 
@@ -66,6 +66,11 @@ def stand_in_for_cuda() -> None:
         setattr(torch, name, on_cpu(getattr(torch, name)))
     torch.Tensor.pin_memory = lambda self, *_: self
     torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *_, **__: self
+
+
+def uncompiled(function: Callable[..., Any] | None = None, **_options: Any) -> Any:
+    """In the place of torch.compile, as a decorator with arguments too."""
+    return uncompiled if function is None else function
 
 
 def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
