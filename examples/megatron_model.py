@@ -53,8 +53,9 @@ class GroupedWeights(torch.nn.Module):
 
     def __init__(self, num_gemms: int, input_size: int, output_size: int, *, config: TransformerConfig, **_unused: Any) -> None:
         super().__init__()
+        device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
         for number in range(num_gemms):
-            weight = torch.empty(output_size, input_size, dtype=config.params_dtype)
+            weight = torch.empty(output_size, input_size, dtype=config.params_dtype, device=device)
             self.register_parameter(f"weight{number}", torch.nn.Parameter(weight, requires_grad=False))
 
     def forward(self, *_arguments: Any) -> None:
@@ -150,11 +151,12 @@ def build_model(config: TransformerConfig, size: ModelSize, device: torch.device
         parallel_output=True,
         position_embedding_type="rope",
         **mtp,
-    ).to(device=device, dtype=torch.bfloat16)
+    ).to(device)
     num_local = size.num_experts // parallel_state.get_expert_model_parallel_world_size()
     first = num_local * parallel_state.get_expert_model_parallel_rank()
     with torch.no_grad():
         for name, weight in model.named_parameters():
+            weight.data = weight.data.bfloat16()  # the norms' too; buffers keep their dtype
             _fill(weight, name_among_all_experts(name, first))
     return model.eval()
 
