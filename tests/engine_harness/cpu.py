@@ -6,6 +6,7 @@ expert and cache kernels. Its scheduling, its router, its attention metadata and
 
 import collections
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -103,11 +104,14 @@ def stand_in_for_kernels() -> None:
         for cache, rows in zip(memory_buffer[:, layer_number], (key, value), strict=True):
             cache[places] = rows[:count].squeeze(1)
 
-    def experts(*arguments: Any, num_tokens_hint: int | None = None, **options: Any) -> torch.Tensor:
+    module = importlib.import_module
+    experts_module = module("megatron.core.transformer.moe.experts")
+
+    @functools.wraps(experts_module.vllm_fused_moe)  # whose parameters `install(experts=True)` compares with those it knows
+    def experts(*arguments: Any, **options: Any) -> torch.Tensor:
         return fused_moe(*arguments, **options)
 
-    module = importlib.import_module
+    experts_module.vllm_fused_moe = experts
     module("megatron.core.inference.contexts.dynamic_context").triton_append_key_value_cache = append
-    module("megatron.core.transformer.moe.experts").vllm_fused_moe = experts
     tracker = module("megatron.core.tensor_parallel.random").CudaRNGStatesTracker
     tracker.fork = lambda self, *_: contextlib.nullcontext()
