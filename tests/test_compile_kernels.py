@@ -59,6 +59,13 @@ VARIANTS = {
         {**COMBINE, "PARTIAL": tl.float16, "WIRE": tl.float32},
         8,
     ),
+    "combine-unrounded": (
+        combine.combine_kernel,
+        combine.SIGNATURE,
+        {**COMBINE, "PARTIAL": tl.float32, "WIRE": tl.float32, "OUT": tl.float32},
+        8,
+    ),
+    "combine-unrounded-bf16-wire": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "OUT": tl.float32}, 8),
     "combine-half-packets": (
         combine.combine_kernel,
         combine.SIGNATURE,

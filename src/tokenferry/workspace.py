@@ -53,6 +53,8 @@ class Workspace(GraphCalls):
         timeout_s: how long a peer may be late before it is given up; on symmetric transports 1800 at most.
         open_timeout_s: the same while opening, when ranks still load models and compile.
         max_ctas: bound on the thread blocks of a kernel, for workspaces that share a GPU; None: chosen from shape and group.
+        result_dtype: of combined rows. Default: `config.dtype`; float32 leaves the sums as they are, for a caller who adds to
+            them before they are rounded.
 
     Raises:
         ConfigError: a setting is wrong, differs between ranks, or there are fewer experts than ranks.
@@ -75,6 +77,7 @@ class Workspace(GraphCalls):
         timeout_s: float = 30.0,
         open_timeout_s: float = 300.0,
         max_ctas: int | None = None,
+        result_dtype: torch.dtype | None = None,
     ) -> None:
         check_kinds(config, group)
         self._settings = TransportSettings(
@@ -83,6 +86,7 @@ class Workspace(GraphCalls):
             max_tokens_per_rank=max_tokens_per_rank,
             combine_dtype=config.dtype if combine_dtype is None else combine_dtype,
             index_dtype=index_dtype,
+            result_dtype=config.dtype if result_dtype is None else result_dtype,
             combine_order=combine_order,
             counts=counts,
             timeout_s=timeout_s,

@@ -30,6 +30,9 @@ class Settings:
 
     `combine_dtype` is that of the RSV buffer and of partial rows on the wire. bfloat16 halves the bytes; sums are float32 anyway.
     `combine_order` "any" gives the sums the library's or the switch's own order, as Megatron's classes do.
+    `combine_output` is that of `token_combine`'s result. float32 leaves the sums unrounded: they are rounded to bfloat16 in
+    `combine_postprocess`, after the shared experts' output is added there. megatron-core 0.19 and 0.20 round in `token_combine`.
+    `expert_scratch_bytes` bounds the memory of the experts of `install(experts=True)`; None: what one chunk of all rows needs.
     """
 
     transport: str = "auto"
@@ -38,6 +41,8 @@ class Settings:
     timeout_s: float = 30.0
     open_timeout_s: float = 300.0
     max_ctas: int | None = None
+    combine_output: torch.dtype = torch.bfloat16
+    expert_scratch_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -162,11 +167,21 @@ class GroupBuffers:
         else:
             config = MoEConfig(hidden_size=hidden_size, num_experts=ANY_EXPERT, topk=topk, dtype=torch.bfloat16)
             self.workspace = open_workspace(config, group, settings.transport, max_tokens_per_rank, settings)
-            step = self.workspace.begin_step(0)
-            self.step_metadata, self.tokens_per_rank = step.summary, step.tokens_per_rank
-            static = self.workspace.transport in STATIC_TRANSPORTS
-            self.rows = StaticRows(self.workspace) if static else PaddedRows(self.workspace)
+            self._look_into(self.workspace)
         self.valid_tokens = self.step_metadata[0:1]
+
+    def _look_into(self, workspace: Workspace) -> None:
+        """Takes the tensors of a workspace that was just opened, or reset."""
+        step = workspace.begin_step(0)
+        self.step_metadata, self.tokens_per_rank = step.summary, step.tokens_per_rank
+        self.valid_tokens = self.step_metadata[0:1]
+        self.rows = StaticRows(workspace) if workspace.transport in STATIC_TRANSPORTS else PaddedRows(workspace)
+
+    def reset(self, timeout_s: float | None) -> None:
+        """`Workspace.reset`, after which the tensors are others."""
+        if self.workspace is not None:
+            self.workspace.reset(timeout_s=timeout_s)
+            self._look_into(self.workspace)
 
     def begin_step(self, num_tokens: int, real_token_count: torch.Tensor | None, first_row: int) -> None:
         """Publishes the counts. This rank's rows are `real_token_count`'s from `first_row` on (sequence parallelism)."""
@@ -217,6 +232,7 @@ def open_workspace(
         timeout_s=settings.timeout_s,
         open_timeout_s=settings.open_timeout_s,
         max_ctas=settings.max_ctas,
+        result_dtype=settings.combine_output,
     )
 
 

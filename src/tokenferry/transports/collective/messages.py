@@ -98,6 +98,11 @@ class Communicator(ABC):
         """Around the launch of a graph that was captured with this communicator: a peer that does not come is noticed."""
         return nullcontext()
 
+    def watching_step(self) -> AbstractContextManager[None]:
+        """Around a step of an engine that may replay such graphs and wait for them: the same, until what the step has launched is
+        done."""
+        return nullcontext()
+
     def raise_if_broken(self) -> None:
         """Raises what was found outside the calls, by a thread that watches them, say."""
         return

@@ -18,7 +18,9 @@ from torch.distributed.distributed_c10d import AllgatherOptions, ReduceScatterOp
 
 from tokenferry import env
 from tokenferry.channel import RendezvousStore
+from tokenferry.errors import PeerFailedError
 from tokenferry.groups import EPGroup
+from tokenferry.transports.base import AbortRecord
 from tokenferry.transports.collective.messages import (
     HEADER_WORDS,
     CommunicationError,
@@ -34,11 +36,19 @@ _POLL_S = 0.00002
 
 
 class NcclCommunicator(Communicator):
-    """See `Communicator`. A watchdog looks after the calls."""
+    """See `Communicator`. A watchdog looks after the calls. `peers_record`: the abort record of the workspace, if a peer has
+    written one; the watchdog asks while a call waits, so that a peer that has given up is not waited for."""
 
-    def __init__(self, store: RendezvousStore, group: EPGroup, timeout_s: float, open_timeout_s: float) -> None:
+    def __init__(
+        self,
+        store: RendezvousStore,
+        group: EPGroup,
+        timeout_s: float,
+        open_timeout_s: float,
+        peers_record: Callable[[], AbortRecord | None] = lambda: None,
+    ) -> None:
         self.rank, self.size, self.device, self.timeout_s = group.rank, group.size, group.device, timeout_s
-        self._store = store
+        self._store, self._peers_record = store, peers_record
         self._pid = os.getpid()
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = _NO_TORCH_TIMEOUT
@@ -140,6 +150,15 @@ class NcclCommunicator(Communicator):
         finally:
             self._watchdog.launched(call)
 
+    @contextlib.contextmanager
+    def watching_step(self) -> Iterator[None]:
+        """See `Communicator`."""
+        self._watchdog.enter_step()
+        try:
+            yield
+        finally:
+            self._watchdog.leave_step()
+
     def _watch(self) -> Call | None:
         if torch.cuda.is_current_stream_capturing():
             self._captured = True
@@ -163,6 +182,16 @@ class NcclCommunicator(Communicator):
     def positions(self, number: int) -> list[bool]:
         """Which ranks have said that they wait in call `number`."""
         return [self._store.has(f"waits/{number}/{rank}") for rank in range(self.size)]
+
+    def what_peers_said(self, waited_s: float) -> CommunicationError | None:
+        """Why a peer gave up, if it has said so."""
+        try:
+            record = self._peers_record()
+        except PeerFailedError:  # the store is lost; after the time-out that is said
+            return None
+        if record is None:
+            return None
+        return CommunicationError(record.rank, waited_s, record.reason or f"rank {record.reporter} gave up ({record.phase})")
 
     def abort(self) -> None:
         if self._watchdog.error is None:  # for a thread that is inside: what its calls leave behind is nobody's rows

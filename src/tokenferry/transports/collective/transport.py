@@ -75,7 +75,7 @@ class CollectiveTransport(Transport):
         self._settings, self._step_tensors = settings, step_tensors
         self._request = StepRequest(0, 0, 0)
         self._counts, self._are_equal, self._first_row = [0] * settings.group.size, True, 0
-        self._result_dtype = settings.config.dtype
+        self._result_dtype = settings.result_dtype
         self._announced: list[Header] | None = None
         self._layer, self._operation, self._num_supplied = -1, STEP, 0
         self._dispatch: _Dispatch | None = None
@@ -146,8 +146,12 @@ class CollectiveTransport(Transport):
 
         What was announced is used up by it: an eager step after it would take the counts of this one for its own.
         """
+        self.check_known()
         self._announced = None
         return self._communicator.watching_replay()
+
+    def watching_step(self) -> AbstractContextManager[None]:
+        return self._communicator.watching_step()
 
     def _exchange_headers(self) -> list[Header]:
         self.launched = True
@@ -321,11 +325,16 @@ class CollectiveTransport(Transport):
         rank = self._settings.group.rank
         self._settle(AbortRecord(rank, rank, self._phase, self._request.index, self._layer, 0.0, reason))
 
-    def check(self) -> None:
+    def check_known(self) -> None:
+        """What a call has not raised itself the communicator's watchdog has found. A peer's abort record it looks for while it
+        waits; beside that, a record is seen by `check` and by the next call."""
         try:
             self._communicator.raise_if_broken()
         except CommunicationError as error:
             raise self._peer_error(error) from error
+
+    def check(self) -> None:
+        self.check_known()
         try:
             known = known_record(self._settings)
         except PeerFailedError as lost:
@@ -365,4 +374,4 @@ def _open_communicator(settings: TransportSettings) -> Communicator:
     store = group.rendezvous.under(f"{settings.name}/communicator")
     if group.device.type == "cpu":
         return GlooCommunicator(store.store, group.rank, group.size, settings.timeout_s, settings.open_timeout_s)
-    return NcclCommunicator(store, group, settings.timeout_s, settings.open_timeout_s)
+    return NcclCommunicator(store, group, settings.timeout_s, settings.open_timeout_s, lambda: known_record(settings))
