@@ -162,6 +162,19 @@ def test_kernels_of_the_collective_transport_compile(name: str, capability: int)
     assert ("ld.global.v4" in kernel.asm["ptx"]) == spec.aligned, "rows at multiples of 16 bytes are read 16 bytes at a time"
 
 
+@pytest.mark.parametrize("result", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("terms", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_terms_are_not_added_in_a_dtype_that_cannot_hold_them(terms: torch.dtype, result: torch.dtype) -> None:
+    """LLVM narrows the sum of two to the result's dtype where it holds the digits, and forgets the exponents."""
+    constants = {"SIZE": 2, "H": 8, "BLOCK": 1024, "PDL": 1}
+    spec = specify(term_sum.term_sum_kernel, term_sum.SIGNATURE, constants, num_warps=4, dtypes={"TERM": terms, "OUT": result})
+    kernel = triton.compile(spec.source(), target=GPUTarget("cuda", 90, 32), options=spec.options())
+    narrow = {"add.rn.f16": torch.float16, "add.rn.bf16": torch.bfloat16}
+    added = set(re.findall(r"\badd\.rn\.(?:bf16|f16|f32)", kernel.asm["ptx"]))
+    assert added
+    assert all(name == "add.rn.f32" or narrow[name] == terms == result for name in added)
+
+
 ROUTE = {
     "TOPK_GROUPS": 1, "GROUP_TOPK": 1, "SIGMOID": False, "TOPK_BEFORE_SCORE": False, "RENORMALIZE": True, "CORRECTED": False,
     "PDL": True,

@@ -19,6 +19,16 @@ OF_KERNELS = (
         ("tests/interpreter/test_collective_rows.py::test_terms_are_summed_as_by_operators[EP3-bf16-terms]",),
     ),
     Mutant(
+        "two-bfloat16-terms-are-left-to-llvm",
+        f"{_KERNELS}/term_sum.py",
+        "if terms.dtype == tl.bfloat16:",
+        "if terms.dtype == tl.float64:",
+        (
+            "tests/test_compile_kernels.py::test_terms_are_not_added_in_a_dtype_that_cannot_hold_them"
+            "[torch.bfloat16-torch.float16]",
+        ),
+    ),
+    Mutant(
         "ids-are-cut-off-to-32-bits",
         f"{_KERNELS}/own_routing.py",
         "(number == number.to(tl.int32).to(tl.int64)) & ",

@@ -87,6 +87,7 @@ SUM_CASES = (
     Sums(FLOAT16, FLOAT16),
     Sums(BFLOAT16, FLOAT32),
     Sums(FLOAT16, BFLOAT16),
+    Sums(BFLOAT16, FLOAT16),
     Sums(BFLOAT16, BFLOAT16, counts="uneven"),
     Sums(FLOAT32, BFLOAT16, halves=True),
 )
@@ -135,7 +136,9 @@ def kernels_in(work: Callable[[], object], stream: torch.cuda.Stream) -> int:
     driver = ctypes.CDLL("libcuda.so.1")
     handle, count = ctypes.c_void_p(graph.raw_cuda_graph()), ctypes.c_size_t()
     assert driver.cuGraphGetNodes(handle, None, ctypes.byref(count)) == 0
-    nodes = (ctypes.c_void_p * max(1, count.value))()
+    if not count.value:
+        return 0
+    nodes = (ctypes.c_void_p * count.value)()
     assert driver.cuGraphGetNodes(handle, nodes, ctypes.byref(count)) == 0
     kinds = []
     for node in nodes[: count.value]:
@@ -269,6 +272,8 @@ GPU_SUMS = {
     **SUMS,
     "EP8-bf16": Sum(size=8, terms=BFLOAT16, result=BFLOAT16, hidden_size=2048, rows=100, wanted=97),
     "EP4-fp32-to-bf16": Sum(size=4, result=BFLOAT16, hidden_size=7168, rows=33, wanted=33),
+    "EP2-bf16-to-fp16": Sum(terms=BFLOAT16, result=FLOAT16, hidden_size=100, rows=9, wanted=9),
+    "EP2-fp16-to-bf16": Sum(terms=FLOAT16, result=BFLOAT16, hidden_size=100, rows=9, wanted=9),
     "EP3-bf16-begins-anywhere": Sum(size=3, terms=BFLOAT16, result=BFLOAT16, hidden_size=100, rows=9, wanted=9, aligned=False),
 }
 

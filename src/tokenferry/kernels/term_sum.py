@@ -25,6 +25,15 @@ SIGNATURE = {
 
 
 @triton.jit
+def as_float32(terms):
+    """Exactly. bfloat16 by its bits: LLVM makes a sum of two bfloat16 terms that becomes float16 a float16 sum of rounded terms
+    (Triton 3.6), whose exponents are too short for them: 1e30 - 1e30 was NaN, and a tiny negative sum +0.0."""
+    if terms.dtype == tl.bfloat16:
+        return (terms.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return terms.to(tl.float32)
+
+
+@triton.jit
 def term_sum_kernel(
     terms,
     own,
@@ -53,8 +62,8 @@ def term_sum_kernel(
     wire.let_next_kernel_start(PDL)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_there = place < tl.cast(num_wanted, tl.int64) * H
-    total = tl.load(tl.where(rank == 0, own, terms) + place, mask=is_there, other=0.0).to(tl.float32)
+    total = as_float32(tl.load(tl.where(rank == 0, own, terms) + place, mask=is_there, other=0.0))
     for r in tl.static_range(1, SIZE):
         source = tl.where(rank == r, own, terms + tl.cast(num_rows, tl.int64) * (r * H))
-        total += tl.load(source + place, mask=is_there, other=0.0).to(tl.float32)
+        total += as_float32(tl.load(source + place, mask=is_there, other=0.0))
     tl.store(out + place, total.to(out.dtype.element_ty), mask=is_there)
