@@ -49,7 +49,7 @@ OF_HOST_LOGIC = (
     Mutant(
         "the-library-rounds-sums-to-the-wires-dtype",
         f"{_TRANSPORTS}/collective/transport.py",
-        "settings.combine_dtype in (torch.float32, result_dtype)",
+        "settings.combine_dtype in (torch.float32, settings.result_dtype)",
         "settings.combine_dtype.is_floating_point",
         (f"{LIBRARY}::test_two_ranks_keep_the_bits_of_the_reference[a-sum-that-the-wire-would-round]",),
     ),

@@ -260,7 +260,7 @@ def test_routing_is_written_as_by_operators(name: str) -> None:
     weights[2:3] = -0.0
     real = torch.tensor([case.real], dtype=torch.int32, device="cuda") if case.real_on_device else case.real
     written = []
-    for work in (RowWork(settings, BFLOAT16), KernelRowWork(settings, BFLOAT16)):
+    for work in (RowWork(settings), KernelRowWork(settings)):
         out = torch.full(idx.shape, 77, dtype=case.out, device="cuda"), torch.full(idx.shape, 77.0, device="cuda")
         work.write_routing(*out, idx, weights, real)
         written.append(out)
@@ -284,11 +284,11 @@ def test_terms_are_summed_as_by_operators(name: str) -> None:
     case = GPU_SUMS[name]
     group, shape = tf.EPGroup.alone("cuda:0"), (case.rows, case.hidden_size)
     for rank in range(case.size):
-        settings = settings_of(group, rank=rank, size=case.size, combine_dtype=case.terms, hidden_size=case.hidden_size)
+        settings = settings_of(group, rank=rank, size=case.size, dtypes=(case.terms, case.result), hidden_size=case.hidden_size)
         terms = torch.stack([terms_of(each, *shape, case.terms) for each in range(case.size)]).to("cuda")
         shift = 0 if case.aligned else 1
         memory = torch.empty(terms[rank].numel() + shift, dtype=case.terms, device="cuda")
         own = memory[shift:].view(shape).copy_(terms[rank])
         terms[rank] = 99.0  # is not read
-        by = [work(settings, case.result).sum_terms(terms, own, case.wanted) for work in (RowWork, KernelRowWork)]
+        by = [work(settings).sum_terms(terms, own, case.wanted) for work in (RowWork, KernelRowWork)]
         same(f"rank {rank}", by[1], by[0])

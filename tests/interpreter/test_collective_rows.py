@@ -75,9 +75,9 @@ def settings_of(group: tf.EPGroup, **changes: Any) -> Any:
     """What the row work reads of `TransportSettings`; ranks are played by one process."""
     config = tf.MoEConfig(hidden_size=changes.pop("hidden_size", 8), num_experts=8, topk=changes.pop("topk", 2))
     plays = SimpleNamespace(rank=changes.pop("rank", 0), size=changes.pop("size", 1), device=group.device)
-    return SimpleNamespace(
-        config=config, group=plays, name="a test", **{"index_dtype": torch.int64, "combine_dtype": FLOAT32, **changes}
-    )
+    terms, result = changes.pop("dtypes", (FLOAT32, BFLOAT16))
+    changes = {"index_dtype": torch.int64, "combine_dtype": terms, "result_dtype": result, **changes}
+    return SimpleNamespace(config=config, group=plays, name="a test", **changes)
 
 
 def routed(group: tf.EPGroup, case: Routing) -> str:
@@ -89,7 +89,7 @@ def routed(group: tf.EPGroup, case: Routing) -> str:
     weights.view(-1)[: min(7, weights.numel())] = HOSTILE[: min(7, weights.numel())].to(case.weights)
     real = torch.tensor([case.real], dtype=torch.int32) if case.real_on_device else case.real
     settings, written = settings_of(group, index_dtype=case.out, topk=case.topk), []
-    for work in (RowWork(settings, BFLOAT16), KernelRowWork(settings, BFLOAT16)):
+    for work in (RowWork(settings), KernelRowWork(settings)):
         out = torch.full(idx.shape, 77, dtype=case.out), torch.full(idx.shape, 77.0)
         work.write_routing(*out, idx, weights, real)
         written.append(out)
@@ -130,14 +130,14 @@ def summed(group: tf.EPGroup, case: Sum) -> list[str]:
     generator = torch.Generator().manual_seed(2)
     shape, found = (case.size, case.rows, case.hidden_size), []
     for rank in range(case.size):
-        settings = settings_of(group, rank=rank, size=case.size, combine_dtype=case.terms, hidden_size=case.hidden_size)
+        settings = settings_of(group, rank=rank, size=case.size, dtypes=(case.terms, case.result), hidden_size=case.hidden_size)
         terms = torch.randn(shape, generator=generator).to(case.terms)
         terms.view(case.size, -1)[:, :7] = HOSTILE.to(case.terms)
         shift = 0 if case.aligned else 1
         memory = torch.empty(terms[rank].numel() + shift, dtype=case.terms)
         own = memory[shift:].view(shape[1:]).copy_(terms[rank])
         terms[rank] = 99.0  # is not read
-        by = [work(settings, case.result).sum_terms(terms, own, case.wanted) for work in (RowWork, KernelRowWork)]
+        by = [work(settings).sum_terms(terms, own, case.wanted) for work in (RowWork, KernelRowWork)]
         found.append(first_difference(by[1], by[0]))
     return found
 

@@ -22,8 +22,8 @@ _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class RowWork:
     """By operators of PyTorch, on any device."""
 
-    def __init__(self, settings: TransportSettings, result_dtype: torch.dtype) -> None:
-        self._rank, self._index_dtype, self._result_dtype = settings.group.rank, settings.index_dtype, result_dtype
+    def __init__(self, settings: TransportSettings) -> None:
+        self._rank, self._index_dtype, self._result_dtype = settings.group.rank, settings.index_dtype, settings.result_dtype
 
     def travels_as_it_is(
         self, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor, num_real_tokens: int | torch.Tensor
@@ -59,8 +59,8 @@ class RowWork:
 class KernelRowWork(RowWork):
     """By one launch each, on CUDA. The kernels are loaded here, once, while nobody waits for a peer."""
 
-    def __init__(self, settings: TransportSettings, result_dtype: torch.dtype) -> None:
-        super().__init__(settings, result_dtype)
+    def __init__(self, settings: TransportSettings) -> None:
+        super().__init__(settings)
         from tokenferry.kernels import own_routing, term_sum  # imports Triton, which a CPU may do without
         from tokenferry.kernels.launch import POINTER_ALIGNMENT, has_pdl, load, specify
 
@@ -83,7 +83,7 @@ class KernelRowWork(RowWork):
                 term_sum.SIGNATURE,
                 {"SIZE": group.size, "H": config.hidden_size, **common},
                 num_warps=4,
-                dtypes={"TERM": settings.combine_dtype, "OUT": result_dtype},
+                dtypes={"TERM": settings.combine_dtype, "OUT": settings.result_dtype},
                 aligned=aligned,
             )
             varying = tuple(name for name in spec.argument_types if name != "rank")
@@ -118,12 +118,12 @@ class KernelRowWork(RowWork):
         return out
 
 
-def row_work(settings: TransportSettings, result_dtype: torch.dtype) -> RowWork:
+def row_work(settings: TransportSettings) -> RowWork:
     """The faster one that can be had here. Both give the same bits, so that ranks need not agree."""
     if settings.group.device.type != "cuda":
-        return RowWork(settings, result_dtype)
+        return RowWork(settings)
     try:
-        return KernelRowWork(settings, result_dtype)
+        return KernelRowWork(settings)
     except Exception as error:  # noqa: BLE001  # compilers raise anything; this transport serves where there is none
         _log.warning(
             "workspace %s: sums and routing take several launches each, since their kernels could not be loaded: %s: %s",
@@ -131,7 +131,7 @@ def row_work(settings: TransportSettings, result_dtype: torch.dtype) -> RowWork:
             type(error).__name__,
             error,
         )
-        return RowWork(settings, result_dtype)
+        return RowWork(settings)
 
 
 def wire_rows(settings: TransportSettings, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -75,7 +75,6 @@ class CollectiveTransport(Transport):
         self._settings, self._step_tensors = settings, step_tensors
         self._request = StepRequest(0, 0, 0)
         self._counts, self._are_equal, self._first_row = [0] * settings.group.size, True, 0
-        self._result_dtype = settings.result_dtype
         self._announced: list[Header] | None = None
         self._layer, self._operation, self._num_supplied = -1, STEP, 0
         self._dispatch: _Dispatch | None = None
@@ -83,8 +82,8 @@ class CollectiveTransport(Transport):
         self._combine_input: torch.Tensor | None = None
         self._aborted = False
         self._per_token = step_tensors.per_token()
-        self._rows = row_work(settings, self._result_dtype)
-        self._most_reduced_bytes = _most_reduced_bytes(settings, self._result_dtype)
+        self._rows = row_work(settings)
+        self._most_reduced_bytes = _most_reduced_bytes(settings)
         self._communicator = _open_communicator(settings)
 
     @property
@@ -240,7 +239,7 @@ class CollectiveTransport(Transport):
         assert combine is not None, "the workspace orders the halves"
         self._finish(combine.pending)
         if combine.own is None:
-            return combine.received[: self._num_supplied].to(self._result_dtype)
+            return combine.received[: self._num_supplied].to(self._settings.result_dtype)
         return self._rows.sum_terms(combine.received, combine.own, self._num_supplied)
 
     # --- peers ------------------------------------------------------------------------------------------------------
@@ -356,7 +355,7 @@ class CollectiveTransport(Transport):
         self._dispatch = self._combine = self._combine_input = None
 
 
-def _most_reduced_bytes(settings: TransportSettings, result_dtype: torch.dtype) -> float:
+def _most_reduced_bytes(settings: TransportSettings) -> float:
     """Up to how many bytes of terms for one rank the library's reduce-scatter may stand for the sum in rank order; 0: never.
 
     Of two ranks it may: a + b has the bits of b + a. It rounds the sum to `combine_dtype`, where the promise is a float32 sum
@@ -364,7 +363,9 @@ def _most_reduced_bytes(settings: TransportSettings, result_dtype: torch.dtype) 
     exact sum once gives the bits of rounding it to float32 first, whose 24 bits are enough for that (2 * 11 + 2).
     """
     has_one_order = settings.group.size == 2
-    if settings.combine_order == "rank" and not (has_one_order and settings.combine_dtype in (torch.float32, result_dtype)):
+    if settings.combine_order == "rank" and not (
+        has_one_order and settings.combine_dtype in (torch.float32, settings.result_dtype)
+    ):
         return 0
     return REDUCED_BYTES_OF_TWO if has_one_order else math.inf
 
