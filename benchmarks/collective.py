@@ -61,6 +61,7 @@ class Forms:
         self.hidden = torch.randn(tokens, hidden_size, generator=generator).bfloat16().to(group.device)
         self.ids = torch.rand(tokens, NUM_EXPERTS, generator=generator).topk(TOPK).indices.to(group.device)
         self.weights = torch.rand(tokens, TOPK, generator=generator).to(group.device)
+        self.packed = torch.zeros(tokens, 2 * hidden_size + 12 * TOPK, dtype=torch.uint8, device=group.device)
         self.partials = {
             dtype: [terms_of(rank, group.size * tokens, hidden_size, dtype, group.device) for rank in range(group.size)]
             for dtype in (torch.float32, torch.bfloat16)
@@ -114,8 +115,6 @@ class Forms:
 
     def one_message(self) -> torch.Tensor:
         """As many bytes in one tensor: what packing could reach if it cost nothing."""
-        if not hasattr(self, "packed"):
-            self.packed = torch.zeros(self.T, 2 * self.H + 12 * TOPK, dtype=torch.uint8, device=self.hidden.device)
         out = self.gathered(self.packed)
         self.backend._allgather_base(out, self.packed).wait()
         return out
