@@ -97,6 +97,10 @@ class Bench:
     def ours_us(self, num_valid):
         return self.whole_us(megatron.fused_moe, num_valid, self.activation, scratch=self.scratch)
 
+    def skew(self, num_valid):
+        """From here on half of the valid rows choose the experts of one row, as in a replay that is padded by one token."""
+        self.routing[num_valid // 2 : num_valid] = self.routing[0]
+
     def touched(self, num_valid):
         counts = torch.bincount(self.routing[:num_valid].flatten(), minlength=E)[:L]
         return int((counts > 0).sum()), int(counts.max())
@@ -176,6 +180,21 @@ def compare(bench, facts, record):
         )
 
 
+def compare_skewed(bench, record):
+    theirs, kind = theirs_or_none()
+    has = theirs is not None and bench.activation.name == "squared_relu"
+    kept = bench.routing.clone()
+    for num_valid in TOKENS[2:]:
+        bench.skew(num_valid)
+        touched, most = bench.touched(num_valid)
+        megatron_us = bench.whole_us(theirs, num_valid, kind) if has else float("nan")
+        ours_us = bench.ours_us(num_valid)
+        record({"what": "skewed", "activation": bench.activation.name, "V": num_valid, "touched": touched, "most_rows": most,
+                "megatron_us": megatron_us, "ours_us": ours_us})  # fmt: skip
+        print(f"  {num_valid:5} skewed | {touched} {most} | {megatron_us:7.1f} | {ours_us:7.1f}", flush=True)
+        bench.routing.copy_(kept)
+
+
 def kernels(bench, num_valid):
     """Microseconds of each kernel of a call, theirs and ours."""
     theirs, kind = theirs_or_none()
@@ -237,6 +256,7 @@ def main():
     for activation in args.activations:
         bench = Bench(activation)
         compare(bench, facts, lines.append)
+        compare_skewed(bench, lines.append)
         for num_valid in TOKENS[1:4:2]:
             kernels(bench, num_valid)
         if args.cuts:

@@ -68,6 +68,14 @@ def with_valid(call: Call, valid: int) -> Call:
     return Call(hidden, probs, call.fc1, call.fc2, routing, torch.tensor([valid], dtype=torch.int32, device=call.hidden.device))
 
 
+def skewed(call: Call) -> Call:
+    """The same operands, but half of the valid rows choose the first two experts alone: some experts have many rows, some few."""
+    routing, half = call.routing.clone(), int(call.valid) // 2
+    routing[:half] = -1
+    routing[:half, 0], routing[:half, 1] = FIRST, FIRST + 1
+    return Call(call.hidden, call.probs, call.fc1, call.fc2, routing, call.valid)
+
+
 def in_float64(call: Call, kind: str) -> torch.Tensor:
     """[V, H]: no rounding anywhere."""
     valid = int(call.valid)

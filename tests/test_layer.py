@@ -241,6 +241,17 @@ def test_experts_of_another_rank_are_refused(open_workspace):
         MoELayer(open_workspace(), parts.router, others)
 
 
+def test_a_workspace_with_another_result_dtype_is_refused() -> None:
+    """The rows that a layer gives would have another dtype than those that it takes."""
+    parts = Parts.make(latent=False, dtype=torch.bfloat16)
+    shape = MoEConfig(hidden_size=H, num_experts=E, topk=K, dtype=torch.bfloat16)
+    with (
+        Workspace(shape, EPGroup(device="cpu"), max_tokens_per_rank=16, result_dtype=torch.float32) as workspace,
+        pytest.raises(ConfigError, match=r"workspace result_dtype is torch\.float32 but workspace dtype is torch\.bfloat16"),
+    ):
+        MoELayer(workspace, parts.router, parts.experts)
+
+
 def test_half_a_latent_projection_is_refused(open_workspace):
     parts = Parts.make(latent=True)
     with pytest.raises(ConfigError, match="give both or neither"):

@@ -13,6 +13,7 @@ from megatron_classes import fresh_classes
 from megatron_experts_work import Call, make_call
 from tokenferry.experts import ExpertScratch
 from tokenferry.integrations import megatron
+from tokenferry.integrations.megatron import expert_entries
 from tokenferry.integrations.megatron.expert_entries import reason_against
 from tokenferry.integrations.megatron.known_versions import EXPERT_ENTRIES, EXPERTS
 
@@ -148,7 +149,7 @@ def test_each_reason_is_said_once(fake_megatron, kernels_run_here, caplog: pytes
         modules[BATCH_INVARIANT].mode = True
         for _ in range(2):
             modules[EXPERTS].vllm_fused_moe(**call.arguments(kind.SQUARED_RELU))
-        said = [record.message for record in caplog.records if record.name.endswith("expert_entries")]
+        said = [record.getMessage() for record in caplog.records if record.name == expert_entries.__name__]
         assert said == installation.experts.decisions
     assert [text.split(": ")[1].split(", since")[0] for text in installation.experts.decisions] == [
         "Megatron's own vllm_fused_moe serves"

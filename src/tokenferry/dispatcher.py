@@ -161,7 +161,7 @@ class Dispatcher:
             dispatched: the dispatch that this answers, to have the pairing checked.
 
         Returns:
-            [T', H] in the configuration's dtype, the caller's own.
+            [T', H] in the workspace's `result_dtype`, the configuration's unless asked for; the caller's own.
 
         Raises:
             As `dispatch`; StateError also if `dispatched` is another dispatch's, or was combined already.

@@ -86,6 +86,7 @@ class MoELayer(nn.Module):
             ("experts num_experts", experts.num_experts, "workspace num_experts", config.num_experts),
             ("experts hidden_size", experts.hidden_size, "workspace hidden_size", config.hidden_size),
             ("experts dtype", self.experts.dtype, "workspace dtype", config.dtype),
+            ("workspace result_dtype", self.workspace.result_dtype, "workspace dtype", config.dtype),
         ]
         if self.latent_down is None:
             pairs.append(("router hidden_size", full_size, "workspace hidden_size", config.hidden_size))

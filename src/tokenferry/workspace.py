@@ -161,6 +161,11 @@ class Workspace(GraphCalls):
         return self._settings.combine_dtype
 
     @property
+    def result_dtype(self) -> torch.dtype:
+        """Of combined rows."""
+        return self._settings.result_dtype
+
+    @property
     def index_dtype(self) -> torch.dtype:
         """Of `Dispatched.topk_idx`."""
         return self._settings.index_dtype

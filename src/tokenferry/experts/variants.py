@@ -166,8 +166,8 @@ def specs(variant: Variant, device: torch.device) -> Specs:
         dtypes={"DTYPE": variant.dtype, "IDX": variant.index_dtype, "OUT": variant.out_dtype},
         aligned=variant.aligned,
     )
-    up = tuple(_gemm_spec(variant, tiles, True, pdl) for tiles in chosen.up)
-    down = tuple(_gemm_spec(variant, tiles, False, pdl) for tiles in chosen.down)
+    up = tuple(_gemm_spec(variant, tiles, True, pdl, overlaps=place > 0) for place, tiles in enumerate(chosen.up))
+    down = tuple(_gemm_spec(variant, tiles, False, pdl, overlaps=place > 0) for place, tiles in enumerate(chosen.down))
     quantize: tuple[KernelSpec, ...] = ()
     if _prequantizes(variant, chosen):
         quantize = tuple(_quantize_spec(variant, chosen, is_first_product, pdl) for is_first_product in (True, False))
@@ -206,7 +206,7 @@ def uses_tensor_map(variant: Variant, tiles: Tiles, is_first_product: bool, pdl:
     return is_there and variant.aligned and in_steps_of_16_bytes and strides[2] == 1
 
 
-def _gemm_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int) -> KernelSpec:
+def _gemm_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int, *, overlaps: bool) -> KernelSpec:
     strides = variant.up_strides if is_first_product else variant.down_strides
     sizes = (variant.hidden_size, variant.intermediate_size)
     depth, width = sizes if is_first_product else sizes[::-1]
@@ -236,6 +236,7 @@ def _gemm_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int)
         "BD": tiles.depth,
         "LANES": triton.next_power_of_2(variant.num_local_experts),
         "UPCAST": wire.INTERPRETED,
+        "OVERLAPS": overlaps,
         "PDL": pdl,
     }
     rows_dtype = variant.weight_dtype if scaled and tiles.prequantize else variant.dtype

@@ -44,6 +44,7 @@ SIGNATURE = {
     "BD": "constexpr",
     "LANES": "constexpr",
     "UPCAST": "constexpr",
+    "OVERLAPS": "constexpr",
     "PDL": "constexpr",
 }
 
@@ -230,6 +231,7 @@ def expert_gemm_kernel(
     BD: tl.constexpr,
     LANES: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Serves the experts with MIN_ROWS <= rows <= MAX_ROWS; MAX_ROWS 0 means no upper limit. Programs take tiles in turn, the
@@ -247,6 +249,9 @@ def expert_gemm_kernel(
         counts, offsets, pairs: written by `expert_table_kernel`.
         WIDTH: columns of `out`; a GATED product has twice as many.
         BM_FEW, BM: rows of a tile: BM_FEW where at most so many rows of an expert are left, else BM.
+        OVERLAPS: the launch before this one is of the same product, and serves other experts. That one has waited for all that
+            both read, so this one works beside it and waits for its end at its own: who waits for this one waits for both. A few
+            large tiles of an expert with many rows would else hold up all experts with few.
 
     Example:
         Experts [[1, 0], [0, 1]] and [[0, 2], [2, 0]], rows [1, 2] and [3, 4] at K = 1 that chose expert 1 and 0, no activation:
@@ -255,9 +260,11 @@ def expert_gemm_kernel(
     TILES_N: tl.constexpr = (WIDTH + BN - 1) // BN
     lanes = tl.arange(0, LANES)
     if IS_FIRST_PRODUCT:
-        wire.wait_for_previous_kernel(PDL)
+        if not OVERLAPS:
+            wire.wait_for_previous_kernel(PDL)
         wire.let_next_kernel_start(PDL)
-    # The second product may read the table before it waits: every kernel in between let it start only after its own wait.
+    # The second product may read the table before it waits: the kernels in between let it start only after the first of them had
+    # waited for the table.
     count = tl.load(counts + lanes, mask=lanes < L, other=0)
     offset = tl.load(offsets + lanes, mask=lanes < L, other=0)
     served = count >= MIN_ROWS
@@ -267,7 +274,8 @@ def expert_gemm_kernel(
     ends = tl.cumsum(tiles, 0)
     total = tl.sum(tiles)
     if not IS_FIRST_PRODUCT:
-        wire.wait_for_previous_kernel(PDL)
+        if not OVERLAPS:
+            wire.wait_for_previous_kernel(PDL)
         wire.let_next_kernel_start(PDL)
     for tile in range(tl.program_id(0), total, tl.num_programs(0)):
         expert = tl.sum((ends <= tile).to(tl.int32))
@@ -289,3 +297,5 @@ def expert_gemm_kernel(
                 first_column, K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, IS_FIRST_PRODUCT, GATED, INTERLEAVED, ACTIVATION,
                 BIAS, SCALED, QUANTIZED, TENSOR_MAP, BM, BN, BD, UPCAST,
             )  # fmt: skip
+    if OVERLAPS:
+        wire.wait_for_previous_kernel(PDL)

@@ -155,7 +155,7 @@ class Transport(ABC):
 
     @abstractmethod
     def combine_end(self) -> torch.Tensor:
-        """The combined [T', H], a new tensor."""
+        """The combined [T', H] in `result_dtype`, a new tensor."""
 
     def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
         """Both halves, with nothing between."""
