@@ -83,7 +83,6 @@ class OwnFaultError(Exception):
 def suffer(group: EPGroup, trial: Trial) -> Outcome:
     """Runs an engine without faults first, so that everything is compiled, then one request a rank with the fault."""
     from engine_harness import EngineOptions, Ranks, even
-
     from tokenferry.integrations import megatron
 
     ranks = Ranks(group)

@@ -4,9 +4,9 @@ dummy steps. Where the peer lives the engine is restarted, and its tokens are th
 from pathlib import Path
 
 import pytest
-from engine_harness import missing
 
 from engine_failures import Outcome, Trial, run_unsupervised
+from engine_harness import missing
 
 pytestmark = [pytest.mark.gpu(count=2), pytest.mark.timeout(200), pytest.mark.skipif(bool(missing()), reason=missing())]
 

@@ -4,10 +4,10 @@ interpreted kernels. Where the peer lives the engine is restarted and finishes w
 from pathlib import Path
 
 import pytest
-from engine_harness import ENVIRONMENT, missing
 
 import tokenferry as tf
 from engine_failures import Outcome, Trial, run_unsupervised
+from engine_harness import ENVIRONMENT, missing
 from tokenferry.integrations.megatron import engine_hook
 from tokenferry.testing import run_ranks
 
