@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest $(if $(SAMPLE),--sample=$(SAMPLE))
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long test-debug test-gpu coverage mutants lint clean
+.PHONY: demo test test-long test-debug test-gpu megatron coverage mutants lint clean
 
 demo: $(INSTALLED) ## a real MoE model generates text on 2 ranks that hold different work
 	$(BIN)/tokenferry generate --model demo --ranks 2
@@ -38,6 +38,15 @@ coverage: $(INSTALLED) ## which lines `make test` runs, in rank processes, inter
 LOGS ?= gpu-logs
 test-gpu: $(INSTALLED) ## the tests that need GPUs, a file at a time, logs and a table in the folder LOGS
 	$(BIN)/python tests/gpu/run_tier.py $(LOGS)
+
+# Its wheel is for Python 3.12 because of a compiled part that inference does not need: unpacked, it serves 3.11 too. Without
+# dependencies, of which most are for training; pytest finds the folder by itself.
+MEGATRON := .megatron
+megatron: $(INSTALLED) ## megatron-core and einops, unpacked into .megatron, for the tests of its engine, which are skipped without
+	rm -rf $(MEGATRON)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
+	  --dest $(MEGATRON) "megatron-core==0.19.*" einops
+	cd $(MEGATRON) && for wheel in *.whl; do $(abspath $(BIN))/python -m zipfile -e $$wheel . && rm $$wheel; done
 
 mutants: $(INSTALLED) ## seeded changes of kernels and host logic, each of which a test must notice: 10 minutes
 	$(BIN)/python -m verification.run_mutants

@@ -22,7 +22,7 @@ from tokenferry.transports.symmetric.layout import Layout
 CombineOrder = Literal["rank", "any"]
 Counts = Literal["uneven", "equal"]
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised when ranks of an older release could not understand this one; compared when a workspace opens."""
 
 
@@ -44,6 +44,8 @@ class TransportSettings:
     debug: bool = False
     index_dtype: torch.dtype = torch.int32
     """Of the gathered expert numbers."""
+    result_dtype: torch.dtype = torch.bfloat16
+    """Of combined rows: of each sum, rounded once."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from tokenferry.integrations.megatron.base import InferenceAllGatherDispatcherBa
 from tokenferry.integrations.megatron.buffers import Settings
 from tokenferry.integrations.megatron.engine_restart import delete_graphs, restart_engine
 from tokenferry.integrations.megatron.fused_moe import fused_moe
-from tokenferry.integrations.megatron.install import KNOWN_VERSIONS, Installation, install
+from tokenferry.integrations.megatron.install import Installation, install
+from tokenferry.integrations.megatron.known_versions import KNOWN_VERSIONS, TRIED_VERSIONS
 from tokenferry.integrations.megatron.nccl import NCCLAllGatherDispatcher
 from tokenferry.integrations.megatron.nvls import NVLSAllGatherVDispatcher
 from tokenferry.integrations.megatron.stand_ins import InferenceMoEConfig, ProcessGroups, StreamedSharedExperts
@@ -26,13 +27,13 @@ def configure(**changes: Any) -> Settings:
     """Changes how connections and buffers are opened from now on, equally on all ranks; those that are open stay.
 
     Args:
-        changes: fields of `Settings`: transport, combine_dtype, timeout_s, open_timeout_s, max_ctas.
+        changes: fields of `Settings`.
 
     Returns:
         The settings as they are now.
 
     Raises:
-        ConfigError: a combine dtype that is neither float32 nor bfloat16.
+        ConfigError: a combine dtype that is neither float32 nor bfloat16, or an order that is neither "rank" nor "any".
     """
     registry = InferenceAllGatherDispatcherBase._registry
     registry.configure(dataclasses.replace(registry.settings, **changes))
@@ -78,6 +79,7 @@ def close() -> None:
 
 __all__ = [
     "KNOWN_VERSIONS",
+    "TRIED_VERSIONS",
     "InferenceAllGatherDispatcherBase",
     "InferenceMoEConfig",
     "Installation",

@@ -193,10 +193,10 @@ class NVLSAllGatherVDispatcher(InferenceAllGatherDispatcherBase):
             hidden_states: [G, H] expert outputs, float32 or bfloat16, of which rows >= V are not read. May be the RSV buffer.
 
         Returns:
-            [T, H] bfloat16: terms added in float32 in rank order.
+            [T, H] bfloat16 (or float32: `configure(combine_output=...)`): terms added in float32 in rank order.
         """
         if self.ep_size == 1:
-            return hidden_states.to(OUTPUT_DTYPE)
+            return hidden_states.to(self._registry.settings.combine_output)
         buffers = self._under_way
         if buffers is None or buffers.rows is None:
             raise StateError("token_combine: no dispatch is under way on this dispatcher; call token_dispatch() first")
@@ -209,13 +209,13 @@ class NVLSAllGatherVDispatcher(InferenceAllGatherDispatcherBase):
 
     def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[T, H] -> the shape that `dispatch_preprocess` saw, plus the shared experts' output if that launched them."""
-        output = super().combine_postprocess(hidden_states)
+        output = hidden_states.view(self.hidden_shape)
         if self._shared_expert_output is not None:
             if self.shared_experts.stream is not None:
                 torch.cuda.current_stream().wait_stream(self.shared_experts.stream)
             output = output + self._shared_expert_output
             self._shared_expert_output = self._shared_expert_input = None
-        return output
+        return self._rounded(output)
 
     def _launch_shared_experts(self, hidden_states: torch.Tensor) -> None:
         stream = self.shared_experts.stream

@@ -1,0 +1,45 @@
+"""examples/megatron_engine.py under torchrun, on two CPU ranks."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine_harness import missing
+
+ROOT = Path(__file__).parents[2]
+LINE = re.compile(r"^rank (\d), (\w+) on (\w+): (\{.*\})$", re.MULTILINE)
+
+pytestmark = [pytest.mark.ranks, pytest.mark.skipif(bool(missing()), reason=missing())]
+
+
+def run_example(*options: str, timeout_s: float = 120.0) -> list[tuple[str, str, str, dict]]:
+    """(rank, type, transport, tokens by request) of each rank."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "examples" / "megatron_engine.py"), *options],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [(rank, kind, transport, ast.literal_eval(tokens)) for rank, kind, transport, tokens in LINE.findall(done.stdout)]
+
+
+def environment() -> dict[str, str]:
+    """As a user would have it: the packages that pytest was told of by its own settings are on the path."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "NO_VCS_VERSION": "1", "OMP_NUM_THREADS": "1"}
+
+
+def test_every_rank_gets_its_tokens_from_both_types() -> None:
+    nvls, nccl = (run_example("--cpu", "--dispatcher", kind) for kind in ("nvls", "nccl"))
+    assert [line[:3] for line in nvls] == [("0", "nvls", "collective"), ("1", "nvls", "collective")]
+    assert [line[:3] for line in nccl] == [("0", "nccl", "collective"), ("1", "nccl", "collective")]
+    assert [line[3] for line in nvls] == [line[3] for line in nccl]
+    assert [{number: len(tokens) for number, tokens in line[3].items()} for line in nvls] == [{0: 6, 1: 4, 2: 8}, {0: 3}]
