@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -167,16 +167,22 @@ class Steps:
             self.engine.controller._dynamic_step_sample_logits = raises
 
 
-def run_unsupervised(trial: Trial, folder: Path, backend: str, env: Mapping[str, str], timeout_s: float) -> list[Outcome | None]:
+@contextlib.contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Of the rank processes that are started inside. Not within `run_unsupervised`, which may run on several threads."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **variables}.items():
+            patch.setenv(name, value)
+        yield
+
+
+def run_unsupervised(trial: Trial, folder: Path, backend: str, timeout_s: float) -> list[Outcome | None]:
     """`suffer` on two ranks, in rank order; None for one that has said nothing, whose stacks are in a file then. No rank is ended
     because the other one is."""
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=bare_rank, args=(rank, str(folder), backend, trial, timeout_s)) for rank in range(2)]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **env}.items():
-            patch.setenv(name, value)
-        for process in ranks:
-            process.start()
+    for process in ranks:
+        process.start()
     deadline = time.monotonic() + timeout_s
     for process in ranks:
         process.join(max(0.0, deadline - time.monotonic()))

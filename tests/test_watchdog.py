@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def test_an_event_that_may_not_be_asked_during_a_capture_is_asked_again(watch: W
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch, watch: Watch) -> Callable[..., Watchdog]:
     """A watchdog beside an engine's step that has made no call. The stream answers to its events as `watch` says."""
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "the engine's stream")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(query=lambda: False))
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 

@@ -1,7 +1,7 @@
 """Where the ranks of a group wait, so that two that wait for one another in different workspaces are told so.
 
 Each would blame the other for being late otherwise, though both are alive. Nothing is sent while all goes well. Where a group
-serves several workspaces, a thread looks about once a second whether a call has been inside one of them since the last look,
+serves several workspaces, a thread looks about twice a second whether a call has been inside one of them since the last look,
 and posts that; on symmetric transports over CUDA the host does not wait inside a call, and posts only when it has given up.
 """
 
@@ -17,7 +17,8 @@ from typing import Any, Final
 from tokenferry.channel import RendezvousStore
 from tokenferry.errors import PeerError
 
-_LONGEST_TICK_S: Final = 1.0
+_LONGEST_TICK_S: Final = 0.5
+"""Short enough for an error to come within 2 s of the time-out, with the watchdog's own looks before it."""
 _TICKS_PER_TIMEOUT: Final = 8
 _TICKS_OF_GRACE: Final = 2.5
 _POLL_S: Final = 0.02
@@ -73,7 +74,7 @@ class WaitBoard:
         None where it does not, or where this rank has passed the point at which the other one waits: it waits for a third then.
 
         Args:
-            grace: look for some time, at most 2.5 seconds, since the other one posts once in a while.
+            grace: look for some time, at most 1.25 seconds, since the other one posts once in a while.
         """
         try:
             return self._who_waits_elsewhere(late, name, grace)

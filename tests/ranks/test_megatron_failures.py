@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import tokenferry as tf
-from engine_failures import Outcome, Trial, run_unsupervised
+from engine_failures import Outcome, Trial, environment, run_unsupervised
 from engine_harness import ENVIRONMENT, missing
 from tokenferry.integrations.megatron import engine_hook
 from tokenferry.testing import run_ranks
@@ -28,7 +28,8 @@ MENDED = [
 
 
 def run(trial: Trial, folder: Path) -> list[Outcome | None]:
-    return run_unsupervised(trial, folder, "gloo", ENVIRONMENT, RUN_S)
+    with environment(**ENVIRONMENT):
+        return run_unsupervised(trial, folder, "gloo", RUN_S)
 
 
 @pytest.fixture(scope="module")

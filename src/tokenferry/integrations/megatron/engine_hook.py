@@ -143,16 +143,19 @@ class EngineHook:
 def place_engine_hook() -> EngineHook:
     """Wraps the methods of Megatron's engine that `WRAPS` names, for engines that exist too. Where megatron-core has no such
     engine, or it cannot be imported, nothing is replaced and the log says so: dispatchers raise in their own calls as ever."""
-    patches = []
+    patches, missing = [], {}
     for (path, name), wrap in WRAPS.items():
         try:
             owner = _class_at(path)
             original = vars(owner)[name]
-        except (ImportError, AttributeError, KeyError) as problem:
-            _log.warning("a peer's failure is not looked for in %s.%s: %s: %s", path, name, type(problem).__name__, problem)
+        except Exception as problem:  # noqa: BLE001  # importing runs Megatron's code, which may raise anything
+            missing[f"{path.rpartition('.')[2]}.{name}"] = f"{type(problem).__name__}: {problem}"
             continue
         patches.append(_Patch(owner, name, original))
         setattr(owner, name, _wrapped(original, wrap))
+    if missing:
+        names, reason = ", ".join(missing), next(iter(missing.values()))
+        _log.warning("a peer's failure is not looked for in these parts of Megatron's engine: %s (%s)", names, reason)
     return EngineHook(patches)
 
 

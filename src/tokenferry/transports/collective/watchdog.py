@@ -118,6 +118,8 @@ class Watchdog(threading.Thread):
         if self._streams or torch.cuda.is_current_stream_capturing():
             return
         with contextlib.suppress(RuntimeError):  # a device that has failed says so in the engine's own next call
+            if stream.query():  # as a rule: the tokens are on the host
+                return
             event = torch.cuda.Event()
             event.record(stream)
             with self._lock:
