@@ -202,7 +202,9 @@ def main() -> int:
     parser.add_argument("--variants", default=",".join(VARIANTS), help="the first is what the others are compared with")
     parser.add_argument("--commit", default="", help="of the code measured, where there is no repository")
     parser.add_argument("--budget-s", type=float, default=200.0, help="begin no further variant after so many seconds")
-    parser.add_argument("--profile", type=int, default=0, help="record the kernels of a decode forward of so many rows, too")
+    parser.add_argument(
+        "--profile", type=int, default=0, help="record the kernels of a decode forward of so many rows; slows the next"
+    )
     parser.add_argument("--rehearse", action="store_true", help="on CPUs: every call and comparison, no times")
     options = parser.parse_args()
     if missing():

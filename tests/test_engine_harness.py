@@ -25,11 +25,8 @@ def test_first_differences(got: dict, places: dict) -> None:
 
 def run_of(*got: dict[int, list[int]]) -> Run:
     """One load of two ranks, on "ours" and as it is wanted."""
-    ranks = [
-        {("engine", "megatron"): {"load": Outcome(WANTED, [])}, ("engine", "ours"): {"load": Outcome(tokens, [])}}
-        for tokens in got
-    ]
-    return Run(ranks, "")
+    wanted = {("engine", "megatron"): {"load": Outcome(WANTED, [])}}
+    return Run([{**wanted, ("engine", "ours"): {"load": Outcome(tokens, [])}} for tokens in got], "")
 
 
 @pytest.mark.parametrize(
