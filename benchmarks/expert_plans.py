@@ -1,6 +1,7 @@
 """Which kernels `benchmarks/experts.py` tries: tile sizes for few and for many rows, and whole plans; compiled many at a time."""
 
 import dataclasses
+import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
 
@@ -74,7 +75,12 @@ def variant_of(preset, **changes):
     return dataclasses.replace(known, **changes)
 
 
-def compile_spec(spec):
+WANTED = []
+"""What the processes of `precompile` compile. They are forks, since a kernel cannot be pickled."""
+
+
+def compile_spec(number):
+    spec = WANTED[number]
     torch.set_num_threads(1)
     try:
         triton.compile(spec.source(), target=GPUTarget("cuda", 90, 32), options=spec.options())
@@ -89,14 +95,29 @@ def specs_of(variant):
 
 def precompile(wanted_variants):
     start = time.monotonic()
-    wanted = list(dict.fromkeys(spec for variant in wanted_variants for spec in specs_of(variant)))
-    with ProcessPoolExecutor(16) as pool:
-        failed = sum(bool(text) for text in pool.map(compile_spec, wanted))
-    print(f"{len(wanted)} kernels compiled in {time.monotonic() - start:.0f} s, {failed} failed", flush=True)
+    WANTED[:] = dict.fromkeys(spec for variant in wanted_variants for spec in specs_of(variant))
+    with ProcessPoolExecutor(16, mp_context=multiprocessing.get_context("fork")) as pool:
+        failed = sum(bool(text) for text in pool.map(compile_spec, range(len(WANTED))))
+    print(f"{len(WANTED)} kernels compiled in {time.monotonic() - start:.0f} s, {failed} failed", flush=True)
 
 
 def changed(launches, **changes):
     return tuple(dataclasses.replace(tiles, **changes) for tiles in launches)
+
+
+def few_plans(preset):
+    """The default, and other cuts for experts with few rows: rows of a tile, columns read, depth, stages."""
+    default = plan(torch.bfloat16, preset.hidden_size, preset.intermediate_size, gated=preset.activation.gated)
+
+    def cut(launches, halves, rows, read, depth, stages):
+        new = {"rows": rows, "columns": read // halves, "depth": depth, "num_stages": stages}
+        return tuple(dataclasses.replace(tiles, **new) if tiles.max_rows else tiles for tiles in launches)
+
+    def both(*sizes):
+        return Plan(up=cut(default.up, 2 if preset.activation.gated else 1, *sizes), down=cut(default.down, 1, *sizes))
+
+    candidates = ((64, 64, 128, 3), (32, 128, 128, 3), (32, 64, 128, 4), (32, 128, 64, 5), (32, 64, 64, 6), (64, 128, 64, 4))
+    return {"default": default, **{"/".join(map(str, sizes)): both(*sizes) for sizes in candidates}}
 
 
 def named_plans(preset):

@@ -3,6 +3,7 @@
     python benchmarks/experts.py measure --out experts.jsonl     # the whole path by tokens per rank, and its parts
     python benchmarks/experts.py sweep --out sweep.jsonl         # each product alone, over tile sizes
     python benchmarks/experts.py plans --out plans.jsonl         # the whole path, the chosen plan beside variations of it
+    python benchmarks/experts.py few --tokens 1 8 32 64 128      # the same over cuts for experts with few rows
 
 Floors: few rows: bytes of the touched experts' weights / measured read bandwidth; many rows: FLOP / measured rate of one dense
 bfloat16 product + one write and one read of each intermediate that the path keeps (activated rows, output rows). Weights
@@ -20,7 +21,7 @@ import torch
 import triton
 
 from expert_layers import ExpertBench
-from expert_plans import few_candidates, many_candidates, named_plans, plan_of, precompile, variant_of
+from expert_plans import few_candidates, few_plans, many_candidates, named_plans, plan_of, precompile, variant_of
 from tokenferry.benchmarking import PRESETS, device_rates
 
 PRESETS_BY_NAME = {preset.name: preset for preset in PRESETS}
@@ -159,8 +160,28 @@ def plans(args, facts, record):
         torch.cuda.empty_cache()
 
 
+def few(args, facts, record):
+    """The whole path over cuts for experts with few rows."""
+    deadline = time.monotonic() + args.seconds
+    for name in args.presets:
+        bench, trials = ExpertBench(PRESETS_BY_NAME[name]), few_plans(PRESETS_BY_NAME[name])
+        print(f"{name}: T | {' | '.join(trials)}", flush=True)
+        for tokens in args.tokens:
+            if time.monotonic() > deadline:
+                return
+            rows = bench.rows(tokens)
+            times = {label: bench.whole(rows, plan=trial) for label, trial in trials.items()}
+            record({"preset": name, "tokens": tokens, "whole_us_by_cut": times})
+            print(f"  {tokens:4} | " + " | ".join(f"{us:.1f}" for us in times.values()), flush=True)
+        del bench
+        torch.cuda.empty_cache()
+
+
 def variants_for(args):
     for name in args.presets:
+        if args.what == "few":
+            yield from (variant_of(PRESETS_BY_NAME[name], plan=trial) for trial in few_plans(PRESETS_BY_NAME[name]).values())
+            continue
         if args.what != "float8":
             yield variant_of(PRESETS_BY_NAME[name])
         if args.what == "plans":
@@ -181,7 +202,7 @@ def variants_for(args):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["sweep", "plans", "measure", "float8", "compile"])
+    parser.add_argument("what", choices=["sweep", "plans", "few", "measure", "float8", "compile"])
     parser.add_argument("--presets", nargs="+", default=list(PRESETS_BY_NAME))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 128, 512, 4096])
     parser.add_argument("--out", type=Path)
@@ -197,7 +218,7 @@ def main():
     print(head, facts, flush=True)
     lines = [head | facts]
     try:
-        {"sweep": sweep, "plans": plans, "measure": measure, "float8": float8}[args.what](args, facts, lines.append)
+        {"sweep": sweep, "plans": plans, "few": few, "measure": measure, "float8": float8}[args.what](args, facts, lines.append)
     finally:
         if args.out:
             args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -44,6 +44,23 @@ def run_bfloat16_wire(group: tf.EPGroup) -> None:
     same("combined", combine(layer, partial), want[group.rank])
 
 
+def run_memory(group: tf.EPGroup) -> None:
+    """The [G, *] buffers are counted in on the collective transport, which has none of its own: 28 bytes were reported."""
+    shape = Shape(2)
+    NVLS.allocate_buffers(W, shape.topk, shape.hidden_size, group)
+    shown = (NVLS._symm_agv_hidden, NVLS._symm_agv_routing, NVLS._symm_agv_probs, NVLS._symm_rsv)
+    workspace = NVLS._symm_rsv["handle"]
+    counts = tf.Workspace.required_bytes(workspace.config, 2, W, transport="collective")
+    assert workspace.transport == "collective"
+    assert workspace.nbytes == counts + sum(each["tensor"].nbytes for each in shown)
+
+
+def run_one_order_each(group: tf.EPGroup) -> None:
+    megatron.configure(combine_order="rank" if group.rank == 0 else "any")
+    with pytest.raises(ConfigError, match="combine_order"):
+        NVLS.allocate_buffers(W, 2, 16, group)
+
+
 # --- padding, multi-token prediction --------------------------------------------------------------------------------
 
 
@@ -347,6 +364,8 @@ def run_late_rank(group: tf.EPGroup) -> None:
 
 SCENARIOS = {
     "bfloat16-on-the-wire": (run_bfloat16_wire,),
+    "row-buffers-are-counted-in": (run_memory,),
+    "orders-of-sums-are-compared": (run_one_order_each,),
     **{f"padding-{name}": (run_padding, case) for name, case in PADDING.items()},
     "shared-experts-launched-by-the-dispatcher": (run_shared, False),
     "shared-experts-launched-by-the-layer": (run_shared, True),

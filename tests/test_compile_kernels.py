@@ -9,15 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from tokenferry.kernels import abort, combine, counts, dispatch, route, wire
+from tokenferry.kernels import abort, combine, counts, dispatch, own_routing, route, term_sum, wire
 from tokenferry.kernels.control_block import MAX_LAYERS, MAX_RANKS, PHASES, Record
-from tokenferry.kernels.launch import options, source
+from tokenferry.kernels.launch import options, source, specify
 
 pytestmark = pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
@@ -58,6 +59,13 @@ VARIANTS = {
         {**COMBINE, "PARTIAL": tl.float16, "WIRE": tl.float32},
         8,
     ),
+    "combine-unrounded": (
+        combine.combine_kernel,
+        combine.SIGNATURE,
+        {**COMBINE, "PARTIAL": tl.float32, "WIRE": tl.float32, "OUT": tl.float32},
+        8,
+    ),
+    "combine-unrounded-bf16-wire": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "OUT": tl.float32}, 8),
     "combine-half-packets": (
         combine.combine_kernel,
         combine.SIGNATURE,
@@ -125,6 +133,33 @@ def test_the_sum_in_the_switch_compiles(capability: int, tmp_path: Path) -> None
     assert "multimem.ld_reduce.relaxed.sys.global.add.v4.f32" in kernel.asm["ptx"]
     text = sass(kernel.asm["cubin"], tmp_path)
     assert "LDGMC" in text, sorted(set(re.findall(r"[A-Z][A-Z0-9]+(?:\.[A-Z0-9_]+)+", text)))
+
+
+COLLECTIVE = {
+    "own-routing": specify(
+        own_routing.own_routing_kernel,
+        own_routing.SIGNATURE,
+        {"K": 8, "BLOCK": 1024, "PDL": 1},
+        num_warps=4,
+        dtypes={"IDX": torch.int64, "WEIGHTS": torch.bfloat16, "OUT_IDX": torch.int64},
+    ),
+    "term-sum-EP8": specify(
+        term_sum.term_sum_kernel,
+        term_sum.SIGNATURE,
+        {"SIZE": 8, "H": 7168, "BLOCK": 1024, "PDL": 1},
+        num_warps=4,
+        dtypes={"TERM": torch.bfloat16, "OUT": torch.bfloat16},
+        aligned=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("name", COLLECTIVE)
+def test_kernels_of_the_collective_transport_compile(name: str, capability: int) -> None:
+    spec = COLLECTIVE[name]
+    kernel = triton.compile(spec.source(), target=GPUTarget("cuda", capability, 32), options=spec.options())
+    assert ("ld.global.v4" in kernel.asm["ptx"]) == spec.aligned, "rows at multiples of 16 bytes are read 16 bytes at a time"
 
 
 ROUTE = {

@@ -1,6 +1,7 @@
 """Megatron-Core's classes in a group of one, and what they say to wrong use."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -197,8 +198,9 @@ def test_config_of_another_implementation_is_not_judged() -> None:
     megatron.validate_config(config(transformer_impl="transformer_engine", moe_router_dtype=None))
 
 
-def test_settings_are_checked() -> None:
+@pytest.mark.parametrize("change", [{"combine_dtype": torch.float16}, {"combine_order": "random"}], ids="-".join)
+def test_settings_are_checked(change: dict[str, Any]) -> None:
     before = megatron.configure()
-    with pytest.raises(ConfigError, match="combine_dtype"):
-        megatron.configure(combine_dtype=torch.float16)
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        megatron.configure(**change)
     assert megatron.configure() == before

@@ -1,14 +1,19 @@
 """Megatron-Core's API by name: class attributes, methods and signatures."""
 
 import ast
+import importlib.util
 import inspect
 import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
 
+import tokenferry as tf
 from megatron_classes import BASE, NCCL, NVLS, config, fresh_classes
 from tokenferry.integrations import megatron
+from tokenferry.integrations.megatron.known_versions import DISPATCHERS, EXPERT_NAMES, NAMES, differences
+from tokenferry.testing import run_ranks
 
 __all__ = ["fresh_classes"]  # a fixture that every test here gets
 
@@ -124,6 +129,38 @@ def test_the_table_is_megatrons() -> None:
     assert {owner: row["attributes"] for owner, row in TABLE.items()} == listed["attribute"]
     assert {owner: row["class methods"] for owner, row in TABLE.items()} == listed["classmethod"]
     assert {owner: row["methods"] for owner, row in TABLE.items()} == listed["method"]
+
+
+def parameters_listed(rest: str) -> str:
+    """Of a line of `MEGATRON_SIGNATURES`: the names of its parameters."""
+    arguments = ast.parse(f"def f{rest[rest.index('(') :].split(') ->')[0].rstrip(')')}): ...").body[0].args
+    for each in (*arguments.args, *arguments.kwonlyargs):
+        each.annotation = None
+    arguments.defaults, arguments.kw_defaults = [], [None] * len(arguments.kwonlyargs)
+    return ast.unparse(arguments)
+
+
+@pytest.mark.parametrize(("kind", "owner", "name", "rest"), list(listed_entries()))
+def test_what_install_compares_is_megatrons(kind: str, owner: str, name: str | None, rest: str) -> None:
+    path = owner if name is None else f"{owner}.{name}"
+    assert NAMES[DISPATCHERS][path] == (None if kind == "attribute" else parameters_listed(rest))
+
+
+def test_install_compares_nothing_that_ours_lacks() -> None:
+    ours = SimpleNamespace(__name__="ours", **{owner: getattr(megatron, owner) for owner in (BASE, NCCL, NVLS)})
+    assert differences({DISPATCHERS: ours}, {DISPATCHERS: NAMES[DISPATCHERS]}) == []
+
+
+def run_comparison(group: tf.EPGroup) -> list[str]:
+    warnings.simplefilter("ignore")
+    modules = {name: importlib.import_module(name) for name in (*NAMES, *EXPERT_NAMES)}
+    classes = {owner: getattr(megatron, owner) for owner in (BASE, NCCL, NVLS)}
+    return differences(modules, {**NAMES, **EXPERT_NAMES}, classes)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed (it needs Python 3.12)")
+def test_the_tables_agree_with_megatron_core_itself() -> None:
+    assert run_ranks(run_comparison, 1, env={"NO_VCS_VERSION": "1"}, timeout_s=120.0) == [[]]
 
 
 @pytest.mark.parametrize(("owner", "name"), [(o, n) for o, row in TABLE.items() for n in row["attributes"]])

@@ -1,5 +1,6 @@
 """The NCCL watchdog without a GPU: stubs stand for CUDA's events and for NCCL. `tests/gpu/test_collective.py` has it on GPUs."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -23,7 +24,7 @@ class Event:
     def __init__(self) -> None:
         self.num_queries = 0
 
-    def record(self) -> None:
+    def record(self, stream: object = None) -> None:
         return
 
     def query(self) -> bool:
@@ -41,14 +42,21 @@ class Communicator:
 
     def __init__(self, store_error: Exception | None = None, abort_error: Exception | None = None) -> None:
         self.store_error, self.abort_error, self.num_aborts = store_error, abort_error, 0
+        self.said: CommunicationError | None = None
+        self.posted: list[int] = []
 
     def post_position(self, number: int) -> None:
+        self.posted.append(number)
         if self.store_error is not None:
             raise self.store_error
 
     def positions(self, number: int) -> list[bool]:
-        self.post_position(number)
+        if self.store_error is not None:
+            raise self.store_error
         return [False, True]
+
+    def what_peers_said(self, waited_s: float) -> CommunicationError | None:
+        return self.said
 
     def abort_backend(self) -> None:
         self.num_aborts += 1
@@ -131,3 +139,67 @@ def test_an_event_that_may_not_be_asked_during_a_capture_is_asked_again(watch: W
     watchdog = watch(communicator, *[IN_A_CAPTURE] * 5, True)
     time.sleep(2 * TIMEOUT_S)
     assert (watchdog.error, communicator.num_aborts, watchdog.is_alive()) == (None, 0, True)
+
+
+# --- an engine's steps, in which no call is seen --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch, watch: Watch) -> Callable[..., Watchdog]:
+    """A watchdog beside an engine's step that has made no call. The stream answers to its events as `watch` says."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "the engine's stream")
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def start(communicator: Communicator, *answers: bool | Exception) -> Watchdog:
+        watchdog = watch(communicator, *answers)
+        watchdog._calls.clear()
+        return watchdog
+
+    return start
+
+
+def test_a_stream_that_stands_still_within_an_engines_step_is_given_up(engine: Callable[..., Watchdog]) -> None:
+    communicator = Communicator()
+    watchdog = engine(communicator, False)
+    start = time.monotonic()
+    watchdog.enter_step()
+    error = found_by(watchdog)
+    assert (error.rank, error.reason, communicator.num_aborts, communicator.posted) == (0, "", 1, [-1])
+    assert TIMEOUT_S < time.monotonic() - start < TIMEOUT_S + 1
+
+
+def test_what_an_engines_step_has_launched_is_watched_after_it_too(engine: Callable[..., Watchdog]) -> None:
+    communicator = Communicator()
+    watchdog = engine(communicator, False)
+    watchdog.enter_step()
+    watchdog.leave_step()
+    assert found_by(watchdog).rank == 0
+
+
+def test_a_stream_that_goes_on_is_left_alone_however_long_the_step_takes(engine: Callable[..., Watchdog]) -> None:
+    communicator = Communicator()
+    watchdog = engine(communicator, True)
+    watchdog.enter_step()
+    time.sleep(3 * TIMEOUT_S)
+    watchdog.leave_step()
+    assert (watchdog.error, communicator.num_aborts, watchdog.is_alive()) == (None, 0, True)
+
+
+def test_a_nested_step_is_the_same_step(engine: Callable[..., Watchdog]) -> None:
+    watchdog = engine(Communicator(), True)
+    for _ in range(2):
+        watchdog.enter_step()
+        watchdog.enter_step()
+        watchdog.leave_step()
+        watchdog.leave_step()
+    assert (watchdog._step_number, watchdog._streams) == (-2, [])
+
+
+def test_a_peer_that_has_said_why_it_gave_up_is_not_waited_for(watch: Watch) -> None:
+    communicator = Communicator()
+    communicator.said = CommunicationError(0, 0.1, "out of memory")
+    start = time.monotonic()
+    error = found_by(watch(communicator, False))
+    assert (error.rank, error.reason, communicator.num_aborts) == (0, "out of memory", 1)
+    assert time.monotonic() - start < TIMEOUT_S

@@ -19,16 +19,16 @@ OF_HOST_LOGIC = (
     ),
     Mutant(
         "collective-sums-in-another-order",
-        f"{_TRANSPORTS}/collective/transport.py",
-        "terms = [term[: self._num_supplied] for term in combine.terms]",
-        "terms = [term[: self._num_supplied] for term in combine.terms[::-1]]",
+        f"{_TRANSPORTS}/collective/rows.py",
+        "sum_in_rank_order([term[:num_wanted] for term in terms])",
+        "sum_in_rank_order([term[:num_wanted] for term in terms[::-1]])",
         (f"{SUMS}[collective-order-T2]",),
     ),
     Mutant(
         "collective-drops-the-rounding-of-the-owners-term",
         f"{_TRANSPORTS}/collective/transport.py",
-        "outgoing[rank] if peer == rank else",
-        "partial.split(self._counts)[rank] if peer == rank else",
+        "self._combine = _Combine(pending, terms, outgoing[rank], rows)",
+        "self._combine = _Combine(pending, terms, partial.split(self._counts)[rank], rows)",
         (f"{GLOO}[EP2-fp32-partials-bf16-wire]",),
     ),
     Mutant(
@@ -41,8 +41,8 @@ OF_HOST_LOGIC = (
     Mutant(
         "collective-takes-equal-counts-for-granted",
         f"{_TRANSPORTS}/collective/transport.py",
-        "own_rows = self._counts[rank]",
-        "own_rows = self._counts[0]",
+        "own_rows, hidden_size = self._counts[rank], rows.shape[1]",
+        "own_rows, hidden_size = self._counts[0], rows.shape[1]",
         (f"{GLOO}[EP4-K1-E5-uneven-experts]",),
     ),
     Mutant(

@@ -103,6 +103,34 @@ class GraphCalls(PeerCalls):
             lifecycle.leave()
 
     @contextlib.contextmanager
+    def engine_step(self) -> Iterator[None]:
+        """Around one step of an engine: whatever it runs, eagerly or by replaying graphs, and, at its end, the synchronisation
+        that brings the step's tokens to the host. Then raises if a peer failed or was late.
+
+        It is for engines whose graphs replay without a call of ours. Steps and captures inside are made as ever; it may be
+        nested, and entered for several workspaces at once. It costs microseconds and waits for nothing. A step that ends before
+        its work has run is checked by the next one, or by `check(wait=False)` after the synchronisation.
+
+        On NCCL the current stream is watched: where the device waits for a peer longer than `timeout_s`, the communicator is
+        aborted, so that the stream goes on, with rows that nobody filled, and the host reaches the end of the step.
+
+        An exception inside leaves as it is, after the peers were told (as `fail`), and breaks the workspace: the engine's step
+        is broken off, and the peers would wait for the rest of it. Where a peer's failure lies behind it, that is raised.
+
+        Raises:
+            PeerTimeoutError, PeerFailedError: another rank is the cause; at the beginning too, until a reset.
+            StateError: the workspace is closed, or another thread closed it meanwhile.
+        """
+        self.check(wait=False)
+        try:
+            with self._transport.watching_step():
+                yield
+        except BaseException as error:
+            self.settle_engine_step(error)
+            raise
+        self.check(wait=False)
+
+    @contextlib.contextmanager
     def solo(self) -> Iterator[None]:
         """Within it, steps involve this rank alone: the same calls and shapes without communication, for warm-up and capture.
 

@@ -113,7 +113,7 @@ class Operators:
 
     def __init__(self, number: int, settings: TransportSettings, transport: Transport, counts: torch.Tensor) -> None:
         self._number, self._rows_per_token = number, transport.rows_per_token
-        self._dtype, self._index_dtype = settings.config.dtype, settings.index_dtype
+        self._dtype, self._index_dtype = settings.result_dtype, settings.index_dtype
         # All operators of a workspace change it, so that none overtakes another.
         self.order = torch.zeros(1, dtype=torch.int32, device="cpu")
         self.counts, self.counts_address = counts, counts.data_ptr()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from asyncio import CancelledError
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from tokenferry.errors import PeerError, PeerFailedError
+from tokenferry.errors import PeerError, PeerFailedError, StateError, TokenferryError
 from tokenferry.lifecycle import Lease, Lifecycle, Stage, WrongCallerError, logged
 from tokenferry.operators import Operators
 from tokenferry.step import Step, StepTensors
@@ -39,6 +40,11 @@ class PeerCalls:
     _step_index: int
     _num_step_writes: int | None
 
+    @property
+    def last_step(self) -> int:
+        """The number of the last step that was begun by a call, 0 before the first. Replayed ones are counted on the device."""
+        return self._step_index
+
     # --- what moves the rows ----------------------------------------------------------------------------------------
 
     @property
@@ -52,15 +58,25 @@ class PeerCalls:
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
-    def check(self) -> None:
+    def check(self, *, wait: bool = True) -> None:
         """Raises what a peer, or this rank, has failed with. Call it after your own synchronisation, before trusting results.
-        From any thread, also while another one is inside a call."""
+        From any thread, also while another one is inside a call.
+
+        Args:
+            wait: ask the device and the peers' store too. False: look at what lies in this host's memory alone, which waits for
+                nothing and takes microseconds. That is everything that has failed in work with which the caller has synchronised
+                before. It may lack what fails in work that still runs, and a failure that a peer has only just told of; the next
+                call or step of this rank that meets the peer finds that.
+        """
         self.lifecycle.require_usable("check")
         with self._lease as transport:
-            if self._settings.debug:
+            if wait and self._settings.debug:
                 self._check_step_unwritten()
             try:
-                transport.check()
+                if wait:
+                    transport.check()
+                else:
+                    transport.check_known()
             except PeerError as error:
                 if transport is self._transport:  # another thread may have reset the workspace meanwhile
                     self.record_failure(error)
@@ -89,6 +105,15 @@ class PeerCalls:
             finally:
                 self.record_failure(PeerFailedError(self._settings.group.rank, reason, self._step_index))
 
+    def give_up(self, error: PeerError) -> None:
+        """`fail` for a peer that was missed outside of this workspace's calls: this rank raises `error` from now on, and the
+        peers raise PeerFailedError for this rank, with the text of `error`."""
+        if self.lifecycle.closed or self.lifecycle.error is not None:
+            return
+        self.record_failure(error)
+        with logged("the peers could not be told why this rank gives up"), self._lease as transport:
+            transport.fail(str(error))
+
     def tell_peers(self, error: BaseException) -> None:
         """`fail` for an exception that is on its way to the caller: never raises one of its own in its place. A peer's error is
         known to the peers, and the misuse by a second thread or a forked child is none of their business."""
@@ -96,6 +121,23 @@ class PeerCalls:
             return
         with logged("the peers could not be told why this rank gives up"):
             self.fail(f"{type(error).__name__}: {error}")
+
+    def settle_engine_step(self, error: BaseException) -> None:
+        """Called as `error` leaves an engine's step. A peer's failure that lies behind it is raised in its place: rows that
+        nobody filled can make an engine raise anything. Any other error is told to the peers, who would wait in vain.
+
+        Neither happens in a forked child or a capture, nor where the step's task was cancelled: that is how servers stop.
+        """
+        if isinstance(error, CancelledError | GeneratorExit) or _is_capturing(self._settings.group.device):
+            return
+        if isinstance(error, Exception) and not isinstance(error, TokenferryError) and self.lifecycle.is_at_home:
+            try:
+                self.check(wait=False)
+            except PeerError as cause:
+                raise cause from error
+            except StateError:  # closed or broken by another thread: `error` says more
+                return
+        self.tell_peers(error)
 
     def record_failure(self, error: PeerError) -> None:
         """Breaks the workspace: every later call raises `error`, until a reset."""

@@ -109,9 +109,20 @@ class StepTensors:
         values = [sum(tokens_per_rank), offset, max(tokens_per_rank), *tokens_per_rank, *flags_per_rank]
         self.packed.copy_(torch.tensor(values, dtype=torch.int32, device="cpu"), non_blocking=True)
 
-    def publish_equal(self, num_tokens: int, flags: int) -> None:
-        """Writes equal counts by fills alone: nothing comes from host memory, so that a graph may capture it."""
+    def per_token(self) -> torch.Tensor:
+        """A new tensor with what `packed` holds when every rank brings one row and has no flags."""
         size = self._size
+        return torch.tensor([size, self._rank, 1, *[1] * size, *[0] * size], dtype=torch.int32, device=self.packed.device)
+
+    def publish_equal(self, num_tokens: int, flags: int, per_token: torch.Tensor | None = None) -> None:
+        """Writes equal counts. Nothing comes from host memory, so that a graph may capture it; with `per_token()`, made before,
+        it is one launch."""
+        size = self._size
+        if per_token is not None:
+            torch.mul(per_token, num_tokens, out=self.packed)
+            if flags:
+                self.packed[3 + size :].fill_(flags)
+            return
         self.packed[0].fill_(num_tokens * size)
         self.packed[1].fill_(num_tokens * self._rank)
         self.packed[2 : 3 + size].fill_(num_tokens)

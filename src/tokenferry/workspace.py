@@ -28,6 +28,9 @@ from tokenferry.transports.settings import check_dtypes, check_kinds, check_posi
 
 _log = logging.getLogger(__name__)
 
+COUNTED_IN = "counted in"
+"""Name in `attached` of the tensors that `count_in` was given."""
+
 
 class Workspace(GraphCalls):
     """Moves rows for all MoE layers of one shape. Opened by all ranks of the group together; a context manager.
@@ -50,6 +53,8 @@ class Workspace(GraphCalls):
         timeout_s: how long a peer may be late before it is given up; on symmetric transports 1800 at most.
         open_timeout_s: the same while opening, when ranks still load models and compile.
         max_ctas: bound on the thread blocks of a kernel, for workspaces that share a GPU; None: chosen from shape and group.
+        result_dtype: of combined rows. Default: `config.dtype`; float32 leaves the sums as they are, for a caller who adds to
+            them before they are rounded.
 
     Raises:
         ConfigError: a setting is wrong, differs between ranks, or there are fewer experts than ranks.
@@ -72,6 +77,7 @@ class Workspace(GraphCalls):
         timeout_s: float = 30.0,
         open_timeout_s: float = 300.0,
         max_ctas: int | None = None,
+        result_dtype: torch.dtype | None = None,
     ) -> None:
         check_kinds(config, group)
         self._settings = TransportSettings(
@@ -80,6 +86,7 @@ class Workspace(GraphCalls):
             max_tokens_per_rank=max_tokens_per_rank,
             combine_dtype=config.dtype if combine_dtype is None else combine_dtype,
             index_dtype=index_dtype,
+            result_dtype=config.dtype if result_dtype is None else result_dtype,
             combine_order=combine_order,
             counts=counts,
             timeout_s=timeout_s,
@@ -175,8 +182,15 @@ class Workspace(GraphCalls):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this rank holds while the workspace is open; on `local` and `collective` the rows of a call are extra."""
-        return self._transport.nbytes
+        """Bytes that this rank holds while the workspace is open, those of `count_in` included; on `local` and `collective` the
+        rows of a call are extra."""
+        counted: list[torch.Tensor] = self.attached.get(COUNTED_IN, [])
+        return self._transport.nbytes + sum(buffer.nbytes for buffer in counted)
+
+    def count_in(self, *buffers: torch.Tensor) -> None:
+        """Adds to `nbytes` what the code around the workspace keeps for its rows: buffers at fixed addresses, say, on a transport
+        that has none. They are let go of when the workspace closes."""
+        self.attached.setdefault(COUNTED_IN, []).extend(buffers)
 
     @staticmethod
     def required_bytes(
@@ -188,7 +202,7 @@ class Workspace(GraphCalls):
         combine_dtype: torch.dtype | None = None,
         index_dtype: torch.dtype = torch.int32,
     ) -> int:
-        """What `nbytes` would be, without opening anything. `transport` is a name, not "auto"."""
+        """What `nbytes` would be, without opening anything, and without what is counted in. `transport` is a name, not "auto"."""
         if not isinstance(transport, str) or transport not in selection.TRANSPORTS:
             raise ConfigError(f"transport must be one of {', '.join(selection.TRANSPORTS)}, got {transport!r}")
         if not isinstance(config, MoEConfig):

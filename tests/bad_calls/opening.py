@@ -94,6 +94,8 @@ OPENING: list[tuple[str, dict[str, Any], str]] = [
       for label, v in {"int8": torch.int8, "float64": torch.float64, "a-string": "bfloat16", "a-number": 2}.items()),
     *((f"index_dtype-is-{label}", {"index_dtype": v}, "index_dtype must be torch.int32 or torch.int64")
       for label, v in {"int16": torch.int16, "None": None, "a-string": "int32"}.items()),
+    *((f"result_dtype-is-{label}", {"result_dtype": v}, "result_dtype must be one of torch.bfloat16, torch")
+      for label, v in {"int8": torch.int8, "a-string": "float32"}.items()),
     *((f"combine_order-is-{label}", {"combine_order": v}, "combine_order must be 'rank' or 'any'")
       for label, v in {"unknown": "random", "None": None}.items()),
     *((f"counts-is-{label}", {"counts": v}, "counts must be 'uneven' or 'equal'")

@@ -22,7 +22,7 @@ from tokenferry.transports.symmetric.layout import Layout
 CombineOrder = Literal["rank", "any"]
 Counts = Literal["uneven", "equal"]
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised when ranks of an older release could not understand this one; compared when a workspace opens."""
 
 
@@ -44,6 +44,8 @@ class TransportSettings:
     debug: bool = False
     index_dtype: torch.dtype = torch.int32
     """Of the gathered expert numbers."""
+    result_dtype: torch.dtype = torch.bfloat16
+    """Of combined rows: of each sum, rounded once."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,11 @@ class Transport(ABC):
         that does not come is noticed as in an eager call."""
         return nullcontext()
 
+    def watching_step(self) -> AbstractContextManager[None]:
+        """Around a step of an engine, which may replay graphs captured with this transport and then wait for the device, with no
+        call of this transport: a peer that does not come is noticed, and the device is not left waiting for it."""
+        return nullcontext()
+
     @abstractmethod
     def solo(self) -> Transport:
         """One of the same shapes that communicates with nobody, for warm-up and capture. It lives on what this one holds."""
@@ -179,6 +186,11 @@ class Transport(ABC):
     @abstractmethod
     def check(self) -> None:
         """Raises the `PeerError` that has occurred, if any."""
+
+    def check_known(self) -> None:
+        """Raises the `PeerError` that lies in this host's memory already, if any. Where there is none it asks neither the device
+        nor a peer, and takes about a microsecond. From any thread."""
+        return
 
     @abstractmethod
     def fail(self, reason: str) -> None:

@@ -94,6 +94,10 @@ class DebugTransport(TransportWrapper):
         super().check()
         self._checks.report(wait=True)
 
+    def check_known(self) -> None:
+        super().check_known()
+        self._checks.report()  # what the device has copied to the host so far
+
     def close(self) -> None:
         self._checks.forget_memory()
         super().close()

@@ -70,7 +70,7 @@ class LocalTransport(Transport):
 
     def combine_begin(self, partial: torch.Tensor) -> None:
         term = partial[: self._num_supplied].to(self._settings.combine_dtype)
-        self._combined = sum_in_rank_order([term]).to(self._settings.config.dtype)
+        self._combined = sum_in_rank_order([term]).to(self._settings.result_dtype)
 
     def combine_end(self) -> torch.Tensor:
         self.launched = True

@@ -27,6 +27,8 @@ def check_settings(settings: TransportSettings, transport: object) -> None:
     check_transport(transport)
     check_positive_ints(max_tokens_per_rank=settings.max_tokens_per_rank)
     check_dtypes(settings.combine_dtype, settings.index_dtype)
+    if settings.result_dtype not in HIDDEN_DTYPES:
+        raise ConfigError(f"result_dtype must be one of {', '.join(map(str, HIDDEN_DTYPES))}, got {settings.result_dtype!r}")
     if settings.combine_order not in ("rank", "any"):
         raise ConfigError(f"combine_order must be 'rank' or 'any', got {settings.combine_order!r}")
     if settings.counts not in ("uneven", "equal"):

@@ -86,11 +86,17 @@ class TransportWrapper(Transport):
     def watching_replay(self) -> AbstractContextManager[None]:
         return self.inner.watching_replay()
 
+    def watching_step(self) -> AbstractContextManager[None]:
+        return self.inner.watching_step()
+
     def solo(self) -> Transport:
         return self.inner.solo()
 
     def check(self) -> None:
         self.inner.check()
+
+    def check_known(self) -> None:
+        self.inner.check_known()
 
     def fail(self, reason: str) -> None:
         self.inner.fail(reason)

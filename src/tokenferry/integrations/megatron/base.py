@@ -17,7 +17,7 @@ from tokenferry.integrations.megatron.registry import Registry
 from tokenferry.integrations.megatron.validation import Fields, validate_config
 
 OUTPUT_DTYPE = torch.bfloat16
-"""Of every combined row, whatever the experts' dtype."""
+"""Of every row that a layer gets back, whatever the experts' dtype."""
 
 
 class StandaloneBase:
@@ -157,8 +157,8 @@ class InferenceAllGatherDispatcherBase(StandaloneBase):
         return expert_output
 
     def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[T, H] -> the shape that `dispatch_preprocess` saw."""
-        return hidden_states.view(self.hidden_shape)
+        """[T, H] -> the shape that `dispatch_preprocess` saw; unrounded sums (`combine_output`) are rounded to bfloat16 here."""
+        return self._rounded(hidden_states.view(self.hidden_shape))
 
     def set_shared_experts(self, shared_experts: Any) -> None:
         """Keeps the shared expert: anything with `__call__` and `.stream` (a CUDA stream, or None).
@@ -176,6 +176,10 @@ class InferenceAllGatherDispatcherBase(StandaloneBase):
     def get_expert_zero_copy_buffers(self) -> tuple[None, None]:
         """(None, None): experts that write into the wire's buffer take `NVLSAllGatherVDispatcher._get_rsv_tensor()`."""
         return None, None
+
+    def _rounded(self, output: torch.Tensor) -> torch.Tensor:
+        """What a layer gets back, where `token_combine` left its sums unrounded."""
+        return output if self._registry.settings.combine_output == OUTPUT_DTYPE else output.to(OUTPUT_DTYPE)
 
     # --- for the concrete classes -----------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from tokenferry.config import MoEConfig
 from tokenferry.dispatcher import Dispatcher
 from tokenferry.errors import ConfigError, ShapeError, StateError
 from tokenferry.groups import EPGroup
-from tokenferry.transports.base import Counts
+from tokenferry.transports.base import CombineOrder, Counts
 from tokenferry.workspace import Workspace
 
 ANY_EXPERT: Final = 2**31 - 1
@@ -29,13 +29,20 @@ class Settings:
     """How workspaces are opened; see `Workspace`. `transport` is for the NVLS class, the NCCL class is always "collective".
 
     `combine_dtype` is that of the RSV buffer and of partial rows on the wire. bfloat16 halves the bytes; sums are float32 anyway.
+    `combine_order` "any" gives the sums the library's or the switch's own order, as Megatron's classes do.
+    `combine_output` is that of `token_combine`'s result. float32 leaves the sums unrounded: they are rounded to bfloat16 in
+    `combine_postprocess`, after the shared experts' output is added there. megatron-core 0.19 and 0.20 round in `token_combine`.
+    `expert_scratch_bytes` bounds the memory of the experts of `install(experts=True)`; None: what one chunk of all rows needs.
     """
 
     transport: str = "auto"
     combine_dtype: torch.dtype = torch.float32
+    combine_order: CombineOrder = "rank"
     timeout_s: float = 30.0
     open_timeout_s: float = 300.0
     max_ctas: int | None = None
+    combine_output: torch.dtype = torch.bfloat16
+    expert_scratch_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,7 @@ class PaddedRows:
                 torch.zeros((G, K), dtype=torch.float32, device=device),
             )
             self.rsv_GH = torch.zeros((G, H), dtype=workspace.combine_dtype, device=device)
+        workspace.count_in(self.gathered.hidden_GH, self.gathered.routing_GK, self.gathered.probs_GK, self.rsv_GH)
         self._num_valid = 0
 
     def dispatch(self, layer: Dispatcher, hidden: torch.Tensor, routing: torch.Tensor, probs: torch.Tensor) -> GatheredRows:
@@ -159,11 +167,21 @@ class GroupBuffers:
         else:
             config = MoEConfig(hidden_size=hidden_size, num_experts=ANY_EXPERT, topk=topk, dtype=torch.bfloat16)
             self.workspace = open_workspace(config, group, settings.transport, max_tokens_per_rank, settings)
-            step = self.workspace.begin_step(0)
-            self.step_metadata, self.tokens_per_rank = step.summary, step.tokens_per_rank
-            static = self.workspace.transport in STATIC_TRANSPORTS
-            self.rows = StaticRows(self.workspace) if static else PaddedRows(self.workspace)
+            self._look_into(self.workspace)
         self.valid_tokens = self.step_metadata[0:1]
+
+    def _look_into(self, workspace: Workspace) -> None:
+        """Takes the tensors of a workspace that was just opened, or reset."""
+        step = workspace.begin_step(0)
+        self.step_metadata, self.tokens_per_rank = step.summary, step.tokens_per_rank
+        self.valid_tokens = self.step_metadata[0:1]
+        self.rows = StaticRows(workspace) if workspace.transport in STATIC_TRANSPORTS else PaddedRows(workspace)
+
+    def reset(self, timeout_s: float | None) -> None:
+        """`Workspace.reset`, after which the tensors are others."""
+        if self.workspace is not None:
+            self.workspace.reset(timeout_s=timeout_s)
+            self._look_into(self.workspace)
 
     def begin_step(self, num_tokens: int, real_token_count: torch.Tensor | None, first_row: int) -> None:
         """Publishes the counts. This rank's rows are `real_token_count`'s from `first_row` on (sequence parallelism)."""
@@ -208,11 +226,13 @@ def open_workspace(
         max_tokens_per_rank=max_tokens_per_rank,
         transport=transport,
         combine_dtype=settings.combine_dtype,
+        combine_order=settings.combine_order,
         index_dtype=torch.int64,
         counts=counts,
         timeout_s=settings.timeout_s,
         open_timeout_s=settings.open_timeout_s,
         max_ctas=settings.max_ctas,
+        result_dtype=settings.combine_output,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from tokenferry.dispatcher import Dispatcher
 from tokenferry.errors import StateError
-from tokenferry.integrations.megatron.base import OUTPUT_DTYPE, InferenceAllGatherDispatcherBase
+from tokenferry.integrations.megatron.base import InferenceAllGatherDispatcherBase
 from tokenferry.integrations.megatron.process_groups import size_of
 from tokenferry.integrations.megatron.registry import CollectiveWorkspace
 from tokenferry.integrations.megatron.validation import Fields
@@ -106,13 +106,14 @@ class NCCLAllGatherDispatcher(InferenceAllGatherDispatcherBase):
             hidden_states: [V, H] expert outputs, float32 or bfloat16: for each row the sum over this rank's experts.
 
         Returns:
-            [T, H] bfloat16: terms added in float32 in rank order.
+            [T, H] bfloat16 (or float32: `configure(combine_output=...)`): terms added in float32 in rank order.
         """
+        result_dtype = self._registry.settings.combine_output
         if self._row_group_size == 1:
-            return hidden_states.to(OUTPUT_DTYPE)
+            return hidden_states.to(result_dtype)
         if self._under_way is None:
             raise StateError("token_combine: no dispatch is under way on this dispatcher; call token_dispatch() first")
-        combined = self._under_way.combine(hidden_states.contiguous()).to(OUTPUT_DTYPE)
+        combined = self._under_way.combine(hidden_states.contiguous()).to(result_dtype)
         self._under_way = None
         return combined
 

@@ -70,6 +70,16 @@ class NVLSAllGatherVDispatcher(InferenceAllGatherDispatcherBase):
         own._withholds_rsv = False
 
     @classmethod
+    def _reset(cls, timeout_s: float | None) -> None:
+        """Starts all connections and buffers of both classes anew, collectively, and shows what stands there then."""
+        registry = cls._registry
+        if registry.latest is not None:
+            _show(registry.latest)
+        registry.reset(timeout_s)
+        if registry.latest is not None:
+            _show(registry.latest)
+
+    @classmethod
     def allocate_buffers(cls, per_rank_worst_case_token_count: int, topk: int, hidden_size: int, ep_group: Any) -> None:
         """Makes the buffers of one group and shape. All its ranks call it together, before any CUDA-graph capture.
 
@@ -183,10 +193,10 @@ class NVLSAllGatherVDispatcher(InferenceAllGatherDispatcherBase):
             hidden_states: [G, H] expert outputs, float32 or bfloat16, of which rows >= V are not read. May be the RSV buffer.
 
         Returns:
-            [T, H] bfloat16: terms added in float32 in rank order.
+            [T, H] bfloat16 (or float32: `configure(combine_output=...)`): terms added in float32 in rank order.
         """
         if self.ep_size == 1:
-            return hidden_states.to(OUTPUT_DTYPE)
+            return hidden_states.to(self._registry.settings.combine_output)
         buffers = self._under_way
         if buffers is None or buffers.rows is None:
             raise StateError("token_combine: no dispatch is under way on this dispatcher; call token_dispatch() first")
@@ -199,13 +209,13 @@ class NVLSAllGatherVDispatcher(InferenceAllGatherDispatcherBase):
 
     def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[T, H] -> the shape that `dispatch_preprocess` saw, plus the shared experts' output if that launched them."""
-        output = super().combine_postprocess(hidden_states)
+        output = hidden_states.view(self.hidden_shape)
         if self._shared_expert_output is not None:
             if self.shared_experts.stream is not None:
                 torch.cuda.current_stream().wait_stream(self.shared_experts.stream)
             output = output + self._shared_expert_output
             self._shared_expert_output = self._shared_expert_input = None
-        return output
+        return self._rounded(output)
 
     def _launch_shared_experts(self, hidden_states: torch.Tensor) -> None:
         stream = self.shared_experts.stream

@@ -13,6 +13,7 @@ from tokenferry.config import MoEConfig
 from tokenferry.errors import ConfigError, StateError
 from tokenferry.groups import EPGroup
 from tokenferry.integrations.megatron.buffers import ANY_EXPERT, GroupBuffers, RealTokens, Settings, is_capturing, open_workspace
+from tokenferry.integrations.megatron.expert_entries import ExpertEntries
 from tokenferry.integrations.megatron.process_groups import ranks_of, size_of
 from tokenferry.transports.base import Counts
 from tokenferry.transports.selection import default_device
@@ -38,6 +39,7 @@ class Registry:
         shown: the buffers that the NVLS class's attributes show now.
         latest: the buffers allocated last, which they show outside a layer.
         scalar: [1] int32, the valid tokens of what has no buffers: NCCL dispatchers and groups of one.
+        installed_experts: who serves the expert kernels after `install(experts=True)`, else None.
     """
 
     def __init__(self) -> None:
@@ -45,6 +47,7 @@ class Registry:
         self.shown: GroupBuffers | None = None
         self.latest: GroupBuffers | None = None
         self.scalar: torch.Tensor | None = None
+        self.installed_experts: ExpertEntries | None = None
         # A process group is a key by identity. An EPGroup is made once for each, since it numbers the names in the group's store.
         self._ep_groups: dict[Any, EPGroup] = {}
         self._buffers: dict[tuple[Any, int, int], GroupBuffers] = {}
@@ -136,13 +139,23 @@ class Registry:
         return self.scalar
 
     def close(self) -> None:
-        """Closes everything of both classes."""
+        """Closes everything of both classes, and lets go of the installed experts' scratch."""
+        if self.installed_experts is not None:
+            self.installed_experts.free()
         opened = list(self._collective.values())
         self._collective.clear()
         try:
             self.delete_buffers()
         finally:
             _close_all([each.workspace for each in opened])
+
+    def reset(self, timeout_s: float | None) -> None:
+        """Starts all of them anew, in the order of their opening, which is that of every rank."""
+        self.shown = None  # its tensors become others
+        for buffers in self._buffers.values():
+            buffers.reset(timeout_s)
+        for each in self._collective.values():
+            each.workspace.reset(timeout_s=timeout_s)
 
     def workspaces(self) -> list[Workspace]:
         """All that are open."""
@@ -153,10 +166,14 @@ class Registry:
         """Takes new settings for what is opened from now on.
 
         Raises:
-            ConfigError: not a floating combine dtype that the wire has.
+            ConfigError: a combine dtype that the wire has not, an order of sums or a dtype of results that there is not.
         """
+        if settings.combine_output not in (torch.float32, torch.bfloat16):
+            raise ConfigError(f"combine_output must be torch.float32 or torch.bfloat16, got {settings.combine_output!r}")
         if settings.combine_dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"combine_dtype must be torch.float32 or torch.bfloat16, got {settings.combine_dtype!r}")
+        if settings.combine_order not in ("rank", "any"):
+            raise ConfigError(f"combine_order must be 'rank' or 'any', got {settings.combine_order!r}")
         self.settings = settings
 
 

@@ -83,13 +83,24 @@ class Communicator(ABC):
     def start(self, header: Header, outgoing: Rows, incoming: Rows) -> Pending:
         """Starts to send `outgoing[r]` to rank r and to receive `incoming[r]` from it. Finish it before the next start."""
 
-    def reduce_scatter(self, out: torch.Tensor, rows: torch.Tensor) -> Pending | None:
-        """Starts the library's own reduce-scatter, for equal counts and `combine_order="any"`. None, with nothing sent, where it
-        has none that is faster than the exchange in rank order."""
+    def all_gather(self, gathered: Sequence[torch.Tensor], rows: Sequence[torch.Tensor], *, overlaps: bool) -> Pending | None:
+        """Starts to gather each of `rows`, equally many on every rank, into the tensor of `gathered` at the same place: rank r's
+        are the r-th of equal parts, and `rows` may be this rank's part itself. `overlaps`: what is launched on the current stream
+        before `finish` need not wait. None, with nothing sent, where the library has nothing faster than `start`."""
+        return None
+
+    def reduce_scatter(self, out: torch.Tensor, rows: torch.Tensor, *, overlaps: bool) -> Pending | None:
+        """Starts the library's own reduce-scatter, for equal counts: one addition in the dtype of `rows` for each further rank,
+        in an order of its own. None, with nothing sent, where it has none that is faster than the exchange in rank order."""
         return None
 
     def watching_replay(self) -> AbstractContextManager[None]:
         """Around the launch of a graph that was captured with this communicator: a peer that does not come is noticed."""
+        return nullcontext()
+
+    def watching_step(self) -> AbstractContextManager[None]:
+        """Around a step of an engine that may replay such graphs and wait for them: the same, until what the step has launched is
+        done."""
         return nullcontext()
 
     def raise_if_broken(self) -> None:
@@ -100,17 +111,6 @@ class Communicator(ABC):
     def abort(self) -> None:
         """Drops all connections at once, from any thread; one that waits for a message leaves with an error. Never waits for a
         peer."""
-
-
-def pack_routing(topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-    """[T, K] int32 ids and [T, K] weights -> one int32 [T, 2K] message, the weights as the bits of float32."""
-    return torch.cat([topk_idx, topk_weights.to(torch.float32).view(torch.int32)], dim=1)
-
-
-def unpack_routing(routing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `pack_routing`, contiguous."""
-    idx, weights = routing.chunk(2, dim=1)
-    return idx.contiguous(), weights.contiguous().view(torch.float32)
 
 
 def leave_to_parent(backend: object, pid: int) -> None:

@@ -1,4 +1,5 @@
-"""The collective transport's messages over NCCL: grouped sends and receives, one launch for all peers and tensors."""
+"""The collective transport's messages over NCCL, one launch each: grouped sends and receives, and for equal counts all-gathers
+and the reduce-scatter."""
 
 from __future__ import annotations
 
@@ -8,15 +9,18 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import AllgatherOptions, ReduceScatterOptions
 
 from tokenferry import env
 from tokenferry.channel import RendezvousStore
+from tokenferry.errors import PeerFailedError
 from tokenferry.groups import EPGroup
+from tokenferry.transports.base import AbortRecord
 from tokenferry.transports.collective.messages import (
     HEADER_WORDS,
     CommunicationError,
@@ -32,11 +36,19 @@ _POLL_S = 0.00002
 
 
 class NcclCommunicator(Communicator):
-    """See `Communicator`. A watchdog looks after the calls."""
+    """See `Communicator`. A watchdog looks after the calls. `peers_record`: the abort record of the workspace, if a peer has
+    written one; the watchdog asks while a call waits, so that a peer that has given up is not waited for."""
 
-    def __init__(self, store: RendezvousStore, group: EPGroup, timeout_s: float, open_timeout_s: float) -> None:
+    def __init__(
+        self,
+        store: RendezvousStore,
+        group: EPGroup,
+        timeout_s: float,
+        open_timeout_s: float,
+        peers_record: Callable[[], AbortRecord | None] = lambda: None,
+    ) -> None:
         self.rank, self.size, self.device, self.timeout_s = group.rank, group.size, group.device, timeout_s
-        self._store = store
+        self._store, self._peers_record = store, peers_record
         self._pid = os.getpid()
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = _NO_TORCH_TIMEOUT
@@ -44,6 +56,9 @@ class NcclCommunicator(Communicator):
             self._backend: Any = dist.ProcessGroupNCCL(store.under("nccl").store, self.rank, self.size, options)
         self._pinned = torch.zeros(self.size * HEADER_WORDS, dtype=torch.int64, device="cpu").pin_memory()
         self._captured = False
+        # Without these calls run on a stream of the backend's, which costs the host two events and two waits.
+        self._gathers_here, self._reduces_here = AllgatherOptions(), ReduceScatterOptions()
+        self._gathers_here.asyncOp = self._reduces_here.asyncOp = False
         self._watchdog = Watchdog(self, open_timeout_s)
         self._watchdog.start()
         self._connect()
@@ -90,12 +105,32 @@ class NcclCommunicator(Communicator):
         self._launched(call)
         return NcclPending(self, works)
 
-    def reduce_scatter(self, out: torch.Tensor, rows: torch.Tensor) -> NcclPending:
+    def all_gather(self, gathered: Sequence[torch.Tensor], rows: Sequence[torch.Tensor], *, overlaps: bool) -> NcclPending:
+        """See `Communicator`."""
+        options = () if overlaps else (self._gathers_here,)
+
+        def gather() -> Any:
+            backend = self._backend
+            backend._start_coalescing()
+            for out, own in zip(gathered, rows, strict=True):
+                backend._allgather_base(out, own, *options)
+            return backend._end_coalescing()
+
+        return self._collectively(gather, overlaps=overlaps)
+
+    def reduce_scatter(self, out: torch.Tensor, rows: torch.Tensor, *, overlaps: bool) -> NcclPending:
+        """See `Communicator`."""
+        options = () if overlaps else (self._reduces_here,)
+        return self._collectively(lambda: self._backend._reduce_scatter_base(out, rows, *options), overlaps=overlaps)
+
+    def _collectively(self, launch: Callable[[], Any], *, overlaps: bool) -> NcclPending:
+        """Launches under the watchdog's eyes. What does not overlap stands on the current stream: nothing is left to finish."""
         self.raise_if_broken()
         call = self._watch()
-        work = self._backend._reduce_scatter_base(out, rows)
-        self._launched(call)
-        return NcclPending(self, [work])
+        work = launch()
+        if call is not None:
+            self._watchdog.launched(call, on_stream=not overlaps)
+        return NcclPending(self, [work] if overlaps else None)
 
     def finish(self, works: list[Any]) -> None:
         """Makes the current stream wait for `works`, under the watchdog's eyes."""
@@ -114,6 +149,15 @@ class NcclCommunicator(Communicator):
             yield
         finally:
             self._watchdog.launched(call)
+
+    @contextlib.contextmanager
+    def watching_step(self) -> Iterator[None]:
+        """See `Communicator`."""
+        self._watchdog.enter_step()
+        try:
+            yield
+        finally:
+            self._watchdog.leave_step()
 
     def _watch(self) -> Call | None:
         if torch.cuda.is_current_stream_capturing():
@@ -139,6 +183,16 @@ class NcclCommunicator(Communicator):
         """Which ranks have said that they wait in call `number`."""
         return [self._store.has(f"waits/{number}/{rank}") for rank in range(self.size)]
 
+    def what_peers_said(self, waited_s: float) -> CommunicationError | None:
+        """Why a peer gave up, if it has said so."""
+        try:
+            record = self._peers_record()
+        except PeerFailedError:  # the store is lost; after the time-out that is said
+            return None
+        if record is None:
+            return None
+        return CommunicationError(record.rank, waited_s, record.reason or f"rank {record.reporter} gave up ({record.phase})")
+
     def abort(self) -> None:
         if self._watchdog.error is None:  # for a thread that is inside: what its calls leave behind is nobody's rows
             self._watchdog.error = CommunicationError(-1, 0.0, "the communicator was closed")
@@ -163,9 +217,9 @@ class NcclCommunicator(Communicator):
 
 
 class NcclPending:
-    """See `Pending`. Waiting is the stream's, not the host's."""
+    """See `Pending`. Waiting is the stream's, not the host's. `works` is None for what stands on the current stream."""
 
-    def __init__(self, communicator: NcclCommunicator, works: list[Any]) -> None:
+    def __init__(self, communicator: NcclCommunicator, works: list[Any] | None) -> None:
         self._communicator, self._works = communicator, works
 
     def headers(self) -> None:
@@ -174,4 +228,7 @@ class NcclPending:
 
     def finish(self) -> None:
         """See `Pending`."""
-        self._communicator.finish(self._works)
+        if self._works is None:
+            self._communicator.raise_if_broken()
+        else:
+            self._communicator.finish(self._works)

@@ -3,6 +3,9 @@
 NCCL calls return before they have run, and one that waits for a dead peer never ends. The watchdog looks at the oldest unfinished
 call; after the time-out it aborts the communicator, which ends the kernel, and the next call of the workspace raises. Ranks that
 wait post in the store where they stand, so that the one that does not is known by number.
+
+In an engine's step graphs may be replayed, in which no call is seen. The watchdog then puts events of its own on the engine's
+stream, one after the other: one that is not reached within the time-out stands behind a kernel that waits.
 """
 
 from __future__ import annotations
@@ -23,6 +26,10 @@ from tokenferry.transports.collective.messages import CommunicationError
 
 _log = logging.getLogger(__name__)
 
+_LONGEST_TICK_S = 0.25
+"""Between two looks: an engine's step is given up two of them after the time-out, at most."""
+_QUICK_S = 0.1
+"""A call that is under way for less is no reason to ask the store what the peers say."""
 _CAPTURE_MODE_THREAD_LOCAL = 1
 """CU_STREAM_CAPTURE_MODE_THREAD_LOCAL of cuda.h."""
 
@@ -36,12 +43,14 @@ class _Watched(Protocol):
 
     def post_position(self, number: int) -> None: ...
     def positions(self, number: int) -> list[bool]: ...
+    def what_peers_said(self, waited_s: float) -> CommunicationError | None: ...
     def abort_backend(self) -> None: ...
 
 
 @dataclass
 class Call:
-    """An operation that may not have finished: its launch has not returned, or the stream has not reached `event` behind it."""
+    """An operation that may not have finished: its launch has not returned, or the stream has not reached `event` behind it.
+    Calls are numbered from 0 on, in the same order on all ranks, engine's steps from -1 downwards."""
 
     number: int
     started_s: float
@@ -68,7 +77,12 @@ class Watchdog(threading.Thread):
         self._calls: deque[Call] = deque()
         self._lock = threading.Lock()  # the calling thread and this one both drop finished calls
         self._number = 0
-        self._posted = -1
+        self._posted: int | None = None
+        self._streams: list[torch.cuda.Stream] = []
+        """Of the engine's steps that are under way, the innermost last."""
+        self._step_number = 0
+        self._mark: Call | None = None
+        """The last event that the thread itself put on a step's stream."""
         self._stopped = threading.Event()
         self.error: CommunicationError | None = None
 
@@ -92,6 +106,24 @@ class Watchdog(threading.Thread):
             call.ended = True
         self._oldest_unfinished()
 
+    def enter_step(self) -> None:
+        """An engine's step begins on the current stream."""
+        if not self._streams:
+            self._step_number -= 1
+        self._streams.append(torch.cuda.current_stream(self._communicator.device))
+
+    def leave_step(self) -> None:
+        """It is over. What it has launched may still run, and is watched until it ends."""
+        stream = self._streams.pop()
+        if self._streams or torch.cuda.is_current_stream_capturing():
+            return
+        with contextlib.suppress(RuntimeError):  # a device that has failed says so in the engine's own next call
+            event = torch.cuda.Event()
+            event.record(stream)
+            with self._lock:
+                self._calls.append(Call(self._step_number, time.monotonic(), event))
+            self._oldest_unfinished()
+
     def stop(self) -> None:
         """Ends the thread soon; does not wait for it."""
         self._stopped.set()
@@ -103,7 +135,7 @@ class Watchdog(threading.Thread):
         try:
             torch.cuda.set_device(self._communicator.device)
             _leave_captures_alone()
-            while self.error is None and not self._stopped.wait(min(1.0, self._communicator.timeout_s / 20)):
+            while self.error is None and not self._stopped.wait(min(_LONGEST_TICK_S, self._communicator.timeout_s / 20)):
                 self._look()
         except BaseException as problem:  # noqa: BLE001 - whatever it is, nobody would look after the calls any more
             told = f"its NCCL watchdog thread failed with {type(problem).__name__}: {problem}"
@@ -112,7 +144,7 @@ class Watchdog(threading.Thread):
 
     def _look(self) -> None:
         try:
-            call = self._oldest_unfinished()
+            call = self._oldest_unfinished() or self._marked()
         except RuntimeError as problem:
             if "captur" in str(problem):  # another thread captures a graph in a way that forbids the question: asked again later
                 return
@@ -126,6 +158,22 @@ class Watchdog(threading.Thread):
             self._posted = call.number
         if waited_s > self.timeout_s:
             self._give_up(self._late_rank(call, waited_s))
+        elif waited_s > _QUICK_S and (said := self._communicator.what_peers_said(waited_s)) is not None:
+            self._give_up(said)
+
+    def _marked(self) -> Call | None:
+        """What the stream of the engine's step has not done since an earlier look, with no call of ours under way. A new event is
+        put there otherwise, which would be in the way of a capture and says nothing about it."""
+        if self._mark is not None and not self._mark.finished():
+            return self._mark
+        self._mark = None
+        for stream in self._streams[-1:]:
+            with torch.cuda.stream(stream):
+                if not torch.cuda.is_current_stream_capturing():
+                    event = torch.cuda.Event()
+                    event.record(stream)
+                    self._mark = Call(self._step_number, time.monotonic(), event)
+        return self._mark
 
     def _oldest_unfinished(self) -> Call | None:
         with self._lock:

@@ -200,7 +200,7 @@ def _combine_constants(settings: TransportSettings, partial: torch.dtype, multic
         "H": settings.config.hidden_size,
         "PARTIAL": DTYPES[partial],
         "WIRE": DTYPES[settings.combine_dtype],
-        "OUT": DTYPES[settings.config.dtype],
+        "OUT": DTYPES[settings.result_dtype],
         "WORDS": 4 if wire_bytes % 16 == 0 else 2,
         "SWITCH_SUM": int(multicast and sums_in_the_switch(settings)),
     }

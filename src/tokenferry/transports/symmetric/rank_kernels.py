@@ -126,8 +126,7 @@ class RankKernels(Transport):
 
     def _combine(self, launches: dict[torch.dtype, BoundLaunch], partial: torch.Tensor) -> torch.Tensor:
         settings, num_rows = self._settings, self._num_supplied
-        config = settings.config
-        out = torch.empty((num_rows, config.hidden_size), dtype=config.dtype, device=settings.group.device)
+        out = torch.empty((num_rows, settings.config.hidden_size), dtype=settings.result_dtype, device=settings.group.device)
         in_place = self._is_in_place(partial)
         self.launched = True
         launches[partial.dtype](partial.data_ptr(), in_place, out.data_ptr(), num_rows, self._layer)

@@ -151,6 +151,11 @@ class SymmetricTransport(RankKernels):
         mine = AbortRecord(record.rank, record.reporter, phase, step, record.layer, settings.timeout_s, reason)
         return agree_on_record(settings, mine).error_for(settings.group.rank)
 
+    def check_known(self) -> None:
+        """The kernel that gives up, or that finds a record as it begins, copies the record to a word of the host before it ends:
+        who has synchronised with it sees the word."""
+        self._raise_known()
+
     def check(self) -> None:
         self._raise_known()
         if not self._is_cpu:

@@ -1,0 +1,146 @@
+"""What a rank does with its own rows before they leave, and with the ranks' terms once they are there.
+
+Legend: T rows of this rank, T' <= T of them wanted, K top-k, H hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from tokenferry.reference import sum_in_rank_order
+from tokenferry.transports.base import TransportSettings, mask_padding
+
+_log = logging.getLogger(__name__)
+
+_BLOCK = 1024
+_INDEX_DTYPES = (torch.int32, torch.int64)
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class RowWork:
+    """By operators of PyTorch, on any device."""
+
+    def __init__(self, settings: TransportSettings, result_dtype: torch.dtype) -> None:
+        self._rank, self._index_dtype, self._result_dtype = settings.group.rank, settings.index_dtype, result_dtype
+
+    def travels_as_it_is(
+        self, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor, num_real_tokens: int | torch.Tensor
+    ) -> bool:
+        """Whether the caller's own routing can be sent. int64 numbers cannot: some of them no int32 holds."""
+        return (
+            topk_idx_TK.dtype == self._index_dtype == torch.int32
+            and topk_weights_TK.dtype == torch.float32
+            and isinstance(num_real_tokens, int)
+            and num_real_tokens >= topk_idx_TK.shape[0]
+        )
+
+    def write_routing(
+        self,
+        idx_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        topk_idx_TK: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        num_real_tokens: int | torch.Tensor,
+    ) -> None:
+        """Writes the routing into `idx_TK` (of the gathered dtype) and `weights_TK` (float32) as it travels: padding rows, and a
+        number that no int32 holds, have id -1."""
+        idx_TK.copy_(mask_padding(topk_idx_TK, num_real_tokens))
+        weights_TK.copy_(topk_weights_TK)
+
+    def sum_terms(self, terms_RTH: torch.Tensor, own_TH: torch.Tensor, num_wanted: int) -> torch.Tensor:
+        """[T', H] of the result's dtype: the terms of all ranks, in rank order, in float32, rounded once. This rank's is
+        `own_TH`; its place in `terms_RTH` is not read."""
+        terms = [own_TH if rank == self._rank else term for rank, term in enumerate(terms_RTH.unbind())]
+        return sum_in_rank_order([term[:num_wanted] for term in terms]).to(self._result_dtype)
+
+
+class KernelRowWork(RowWork):
+    """By one launch each, on CUDA. The kernels are loaded here, once, while nobody waits for a peer."""
+
+    def __init__(self, settings: TransportSettings, result_dtype: torch.dtype) -> None:
+        super().__init__(settings, result_dtype)
+        from tokenferry.kernels import own_routing, term_sum  # imports Triton, which a CPU may do without
+        from tokenferry.kernels.launch import POINTER_ALIGNMENT, has_pdl, load, specify
+
+        group, config = settings.group, settings.config
+        self._device, self._alignment = group.device, POINTER_ALIGNMENT
+        common = {"BLOCK": _BLOCK, "PDL": int(has_pdl(group.device))}
+        self._routing, self._sum = {}, {}
+        for dtypes in ((idx, weights) for idx in _INDEX_DTYPES for weights in _WEIGHT_DTYPES):
+            spec = specify(
+                own_routing.own_routing_kernel,
+                own_routing.SIGNATURE,
+                {"K": config.topk, **common},
+                num_warps=4,
+                dtypes={"IDX": dtypes[0], "WEIGHTS": dtypes[1], "OUT_IDX": settings.index_dtype},
+            )
+            self._routing[dtypes] = load(spec, group.device).bind({}, tuple(spec.argument_types))
+        for aligned in (False, True):
+            spec = specify(
+                term_sum.term_sum_kernel,
+                term_sum.SIGNATURE,
+                {"SIZE": group.size, "H": config.hidden_size, **common},
+                num_warps=4,
+                dtypes={"TERM": settings.combine_dtype, "OUT": result_dtype},
+                aligned=aligned,
+            )
+            varying = tuple(name for name in spec.argument_types if name != "rank")
+            self._sum[aligned] = load(spec, group.device).bind({"rank": group.rank}, varying)
+
+    def write_routing(
+        self,
+        idx_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        topk_idx_TK: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        num_real_tokens: int | torch.Tensor,
+    ) -> None:
+        """See `RowWork`."""
+        num_rows = topk_idx_TK.shape[0]
+        if not num_rows:
+            return
+        launch = self._routing[topk_idx_TK.dtype, topk_weights_TK.dtype]
+        grid = -(-topk_idx_TK.numel() // _BLOCK)
+        if isinstance(num_real_tokens, int):  # the pointer is not followed then
+            launch(grid, topk_idx_TK, topk_weights_TK, topk_idx_TK, idx_TK, weights_TK, num_rows, num_real_tokens, 0)
+        else:
+            launch(grid, topk_idx_TK, topk_weights_TK, num_real_tokens, idx_TK, weights_TK, num_rows, num_rows, 1)
+
+    def sum_terms(self, terms_RTH: torch.Tensor, own_TH: torch.Tensor, num_wanted: int) -> torch.Tensor:
+        """See `RowWork`."""
+        num_rows, hidden_size = own_TH.shape
+        out = torch.empty((num_wanted, hidden_size), dtype=self._result_dtype, device=self._device)
+        if num_wanted:
+            launch = self._sum[not own_TH.data_ptr() % self._alignment]
+            launch(-(-out.numel() // _BLOCK), terms_RTH, own_TH, out, num_rows, num_wanted)
+        return out
+
+
+def row_work(settings: TransportSettings, result_dtype: torch.dtype) -> RowWork:
+    """The faster one that can be had here. Both give the same bits, so that ranks need not agree."""
+    if settings.group.device.type != "cuda":
+        return RowWork(settings, result_dtype)
+    try:
+        return KernelRowWork(settings, result_dtype)
+    except Exception as error:  # noqa: BLE001  # compilers raise anything; this transport serves where there is none
+        _log.warning(
+            "workspace %s: sums and routing take several launches each, since their kernels could not be loaded: %s: %s",
+            settings.name,
+            type(error).__name__,
+            error,
+        )
+        return RowWork(settings, result_dtype)
+
+
+def wire_rows(settings: TransportSettings, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """New gathered tensors of `num_rows` rows: hidden, ids, weights."""
+    config, device = settings.config, settings.group.device
+    arguments: dict[str, Any] = {"device": device}
+    return (
+        torch.empty((num_rows, config.hidden_size), dtype=config.dtype, **arguments),
+        torch.empty((num_rows, config.topk), dtype=settings.index_dtype, **arguments),
+        torch.empty((num_rows, config.topk), dtype=torch.float32, **arguments),
+    )
