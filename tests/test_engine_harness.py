@@ -35,7 +35,7 @@ def run_of(*got: dict[int, list[int]]) -> Run:
         (WANTED, WANTED, 0.0),
         ({0: [5, 9, 7, 8], 1: [1, 2]}, WANTED, 1 / 10),  # of 12 tokens two came behind the other choice
         ({0: [9, 9, 9, 9], 1: [9, 9]}, {0: [9, 9, 9, 9], 1: [9, 9]}, 1.0),
-        ({0: [5, 6, 7, 8]}, WANTED, 1.0),
+        ({0: [5, 6, 7, 8]}, WANTED, 1 / 10),
     ],
     ids=["equal", "one-other-choice", "all-others", "a-request-is-missing"],
 )
