@@ -230,9 +230,8 @@ def main() -> int:
     parser.add_argument("--variants", default=",".join(DEFAULT), help="the first is what the others are compared with")
     parser.add_argument("--commit", default="", help="of the code measured, where there is no repository")
     parser.add_argument("--budget-s", type=float, default=200.0, help="begin no further variant after so many seconds")
-    parser.add_argument(
-        "--profile", type=int, default=0, help="record the kernels of a decode forward of so many rows; slows the next"
-    )
+    parser.add_argument("--profile", type=int, default=0, help="only the kernels of a decode forward of so many rows, no times")
+    parser.add_argument("--host", action="store_true", help="record the host's functions in a step, too")
     parser.add_argument("--rehearse", action="store_true", help="on CPUs: every call and comparison, no times")
     options = parser.parse_args()
     if missing():
@@ -251,7 +250,7 @@ def main() -> int:
     print(", ".join(f"{name} {value}" for name, value in first.items() if name != "model"))
     if options.rehearse:
         parted = sum(record.get("parted", 0) for record in records)
-        print(f"{parted} requests got other tokens than Megatron's own dispatcher gives")
+        print("it failed" if code else f"{parted} requests got other tokens than Megatron's own dispatcher gives")
         return code or int(parted > 0)
     print(table(records))
     return code

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from tokenferry.integrations import megatron
 
 
@@ -32,7 +30,7 @@ MEGATRON = Variant(ours=False)
 
 
 @contextlib.contextmanager
-def installed(variant: Variant, device: torch.device, **settings: Any) -> Iterator[None]:
+def installed(variant: Variant, **settings: Any) -> Iterator[None]:
     """Puts what is ours in place until left, with these settings over the defaults. Engines are made and closed inside."""
     if not variant.ours:
         yield
