@@ -57,7 +57,7 @@ DEFAULT = [name for name in VARIANTS if name != "nvls-no-hook"]
 ROWS = (1, 8, 32, 64)
 LOADS = (1, 8, 32)
 RUNS = 3
-NEW_TOKENS = 96
+NEW_TOKENS = 64
 LAYERS = 16
 MODEL = {
     "num_layers": LAYERS, "hidden_size": 2048, "num_heads": 16, "num_query_groups": 4, "expert_size": 768, "num_experts": 64,

@@ -43,8 +43,8 @@ def main() -> None:
     logging.disable(logging.INFO)
     device = connect(options.cpu)
 
-    # 1. Our classes in the place of Megatron's, before the model is built. Everything below is Megatron's own.
-    installation = megatron.install()
+    # 1. Our dispatchers and experts in the place of Megatron's, before the model is built. Everything below is Megatron's own.
+    installation = megatron.install(experts=True)
     if dist.get_rank() == 0:
         print(installation)
 
