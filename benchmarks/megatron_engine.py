@@ -16,9 +16,12 @@ stand-in of tests/engine_harness where flash-attn is not installed; it costs eve
 """
 
 import argparse
+import cProfile
 import datetime
+import gc
 import importlib.util
 import json
+import pstats
 import statistics
 import subprocess
 import sys
@@ -34,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[1:1] = [str(ROOT), str(ROOT / "tests")]  # rank processes get them too
 
 import tokenferry as tf  # noqa: E402
-from engine_harness import ENVIRONMENT, GPU_ENVIRONMENT, Engine, EngineOptions, Outcome, Ranks, even, first_differences, missing  # noqa: E402
+from engine_harness import ENVIRONMENT, GPU_ENVIRONMENT, Engine, EngineOptions, Outcome, Ranks, even, missing, other_choices  # noqa: E402
 from engine_harness.replay import kernels_of_a_layer, microseconds_per_layer  # noqa: E402
 from engine_harness.variants import MEGATRON, Variant, installed  # noqa: E402
 from tokenferry.errors import RankFailedError  # noqa: E402
@@ -46,10 +49,15 @@ VARIANTS = {
     "nccl-any": Variant("nccl", combine_order="any"),
     "nvls": Variant("nvls"),
     "nvls-experts": Variant("nvls", experts=True),
+    "nvls-no-hook": Variant("nvls", hook=False),
+    "megatron-again": MEGATRON,
 }
+DEFAULT = [name for name in VARIANTS if name != "nvls-no-hook"]
+"""Megatron's own comes again at the end: what differs from the first is the order's, and the machine's."""
 ROWS = (1, 8, 32, 64)
 LOADS = (1, 8, 32)
 RUNS = 3
+NEW_TOKENS = 64
 LAYERS = 16
 MODEL = {
     "num_layers": LAYERS, "hidden_size": 2048, "num_heads": 16, "num_query_groups": 4, "expert_size": 768, "num_experts": 64,
@@ -73,55 +81,76 @@ class Records:
                 file.write(json.dumps(record) + "\n")
 
 
-def measure(engine: Engine, name: str, records: Records, wanted: dict[int, Outcome], rehearse: bool, profile: int) -> None:
-    """One variant. `wanted` gets the first variant's tokens, which the others' are compared with."""
+def timed_load(engine: Engine, name: str, requests: int, records: Records, wanted: dict[int, Outcome], rehearse: bool) -> None:
+    """Some runs of one load. `wanted` gets the first variant's tokens, which the others' are compared with."""
     ranks = engine.ranks
-    for requests in LOADS[:2] if rehearse else LOADS:
-        load = even(requests, 4 if rehearse else 48, 16 if rehearse else 64, ranks.size)
-        engine.run(load, asks_peers=False)  # kernels are loaded, caches are warm
-        runs = [engine.run(load, asks_peers=False) for _ in range(1 if rehearse else RUNS)]
-        first = wanted.setdefault(requests, runs[0])
-        parted = sum(ranks.gather(len(first_differences(first.tokens, runs[0].tokens))))
-        steps = [step for run in runs for step in run.steps if step.kind == "decode" and step.in_graph] or runs[0].steps
-        own = (
-            statistics.median(step.wall_ms for step in steps),
-            statistics.median(step.forward_ms or 0.0 for step in steps),
-            statistics.median(run.wall_s for run in runs),
-        )
-        slowest = [max(column) for column in zip(*ranks.gather(own), strict=True)]
-        tokens = sum(ranks.gather(runs[0].num_tokens))
-        records.add(
-            variant=name, load=f"even{requests}", tokens_per_s=tokens / slowest[2], step_ms=slowest[0], forward_ms=slowest[1],
-            decode_steps_in_graphs=sum(step.in_graph for run in runs for step in run.steps), requests=2 * requests,
-            requests_with_other_tokens=parted,
-        )  # fmt: skip
-    if rehearse:
+    load = even(requests, 4 if rehearse else NEW_TOKENS, 16 if rehearse else 64, ranks.size)
+    engine.run(load, asks_peers=False)  # kernels are loaded, caches are warm
+    gc.collect()
+    gc.freeze()  # what was built before is not looked through in the middle of a step
+    runs = [engine.run(load, asks_peers=False) for _ in range(1 if rehearse else RUNS)]
+    gc.unfreeze()
+    first = wanted.setdefault(requests, runs[0])
+    parted, alike = map(sum, zip(*ranks.gather(other_choices(first.tokens, runs[0].tokens)), strict=True))
+    steps = [step for run in runs for step in run.steps if step.kind == "decode" and step.in_graph] or runs[0].steps
+    own = (
+        statistics.median(step.wall_ms for step in steps),
+        statistics.median(step.forward_ms or 0.0 for step in steps),
+        statistics.median(run.wall_s for run in runs),
+    )
+    step_ms, forward_ms, wall_s = (max(column) for column in zip(*ranks.gather(own), strict=True))
+    tokens = sum(ranks.gather(runs[0].num_tokens))
+    records.add(
+        variant=name, load=f"even{requests}", tokens_per_s=tokens / wall_s, step_ms=step_ms, forward_ms=forward_ms,
+        walls_s=[run.wall_s for run in runs], decode_steps_in_graphs=sum(step.in_graph for run in runs for step in run.steps),
+        requests=2 * requests, parted=parted, other_choices=parted / max(alike, 1),
+    )  # fmt: skip
+
+
+def measure(engine: Engine, name: str, records: Records, wanted: dict[int, Outcome], options: argparse.Namespace) -> None:
+    """One variant. A profiler's hooks stay in the process and slow every later launch, so that nothing is timed beside it."""
+    if options.profile:
+        kernels = [(kernel[:90], us, count) for kernel, us, count in kernels_of_a_layer(engine, options.profile)]
+        records.add(variant=name, rows_profiled=options.profile, kernels=kernels[:40])
         return
-    for rows, layer_us in microseconds_per_layer(engine, ROWS).items():
+    for requests in LOADS[:2] if options.rehearse else LOADS:
+        timed_load(engine, name, requests, records, wanted, options.rehearse)
+    for rows, layer_us in microseconds_per_layer(engine, () if options.rehearse else ROWS).items():
         records.add(variant=name, rows=rows, layer_us=layer_us)
-    if profile:
-        kernels = kernels_of_a_layer(engine, profile)
-        records.add(variant=name, profiled_rows=profile, kernels=[(kernel[:90], us, count) for kernel, us, count in kernels[:40]])
+    if options.host:
+        records.add(variant=name, host=host_functions(engine))
 
 
-def run(group: tf.EPGroup, names: list[str], rehearse: bool, budget_s: float, out: Path, profile: int) -> None:
-    began_s, records, wanted = time.monotonic(), Records(out, group.rank == 0), {}
+def host_functions(engine: Engine) -> list[tuple[str, float, float]]:
+    """(function, own microseconds a step, calls a step) of a run of even8 on this rank, with what Python's profiler adds."""
+    profiler = cProfile.Profile()
+    profiler.enable()
+    outcome = engine.run(even(8, NEW_TOKENS, 64, engine.ranks.size), asks_peers=False)
+    profiler.disable()
+    found = []
+    for (file, line, function), (_, calls, own_s, *_) in pstats.Stats(profiler).stats.items():
+        found.append((f"{Path(file).name}:{line} {function}", 1e6 * own_s / len(outcome.steps), calls / len(outcome.steps)))
+    return sorted(found, key=lambda row: -row[1])[:60]
+
+
+def run(group: tf.EPGroup, options: argparse.Namespace) -> None:
+    began_s, records, wanted = time.monotonic(), Records(options.out, group.rank == 0), {}
     with Ranks(group) as ranks:
-        for name in names:
-            variant = VARIANTS[name]
-            if not variant.is_there or ranks.any(time.monotonic() - began_s > budget_s):
-                records.add(variant=name, left_out="no such setting" if not variant.is_there else f"{budget_s:g} s were over")
+        for name in options.variants.split(","):
+            if ranks.any(time.monotonic() - began_s > options.budget_s):
+                records.add(variant=name, left_out=f"{options.budget_s:g} s were over")
                 continue
+            variant = VARIANTS[name]
             start_s = time.monotonic()
             with (
-                installed(variant, ranks.device, timeout_s=20.0, open_timeout_s=60.0),
-                ranks.engine(REHEARSAL if rehearse else OPTIONS, dispatcher=variant.dispatcher) as engine,
+                installed(variant, timeout_s=20.0, open_timeout_s=60.0),
+                ranks.engine(REHEARSAL if options.rehearse else OPTIONS, dispatcher=variant.dispatcher) as engine,
             ):
                 records.add(
                     variant=name, dispatcher=type(engine.dispatchers[0]).__module__, capture_s=engine.capture_s,
                     host_messages=engine.has_host_messages, stand_in_attention=ranks.has_stand_in_attention,
                 )  # fmt: skip
-                measure(engine, name, records, wanted, rehearse, profile)
+                measure(engine, name, records, wanted, options)
             records.add(variant=name, seconds=time.monotonic() - start_s)
 
 
@@ -190,8 +219,7 @@ def load_cell(name: str, base: str, requests: int, loads: dict[tuple[str, str], 
     forward_ms, saved_ms = own_us * LAYERS / 1e3, (other_us - own_us) * LAYERS / 1e3
     text += f"; {own['step_ms']:.2f} = {forward_ms:.2f} + {own['step_ms'] - forward_ms:.2f}"
     text += f"; {(other['step_ms'] - own['step_ms']) / saved_ms:.2f}" if saved_ms else ""
-    parted = own["requests_with_other_tokens"]
-    return text + (f"; {parted} of {own['requests']} requests part" if parted else "")
+    return text + (f"; other tokens {100 * own['other_choices']:.1f} %" if own["parted"] else "")
 
 
 def main() -> int:
@@ -199,10 +227,11 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("megatron_engine.jsonl"), help="JSON lines: versions, then what is measured"
     )
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="the first is what the others are compared with")
+    parser.add_argument("--variants", default=",".join(DEFAULT), help="the first is what the others are compared with")
     parser.add_argument("--commit", default="", help="of the code measured, where there is no repository")
     parser.add_argument("--budget-s", type=float, default=200.0, help="begin no further variant after so many seconds")
-    parser.add_argument("--profile", type=int, default=0, help="record the kernels of a decode forward of so many rows, too")
+    parser.add_argument("--profile", type=int, default=0, help="only the kernels of a decode forward of so many rows, no times")
+    parser.add_argument("--host", action="store_true", help="record the host's functions in a step, too")
     parser.add_argument("--rehearse", action="store_true", help="on CPUs: every call and comparison, no times")
     options = parser.parse_args()
     if missing():
@@ -210,9 +239,9 @@ def main() -> int:
     options.out.write_text(json.dumps(head(options.commit, options.rehearse)) + "\n")
     environment = ENVIRONMENT if options.rehearse else GPU_ENVIRONMENT
     backend = "gloo" if options.rehearse else "nccl"
-    arguments = (options.variants.split(","), options.rehearse, options.budget_s, options.out.resolve(), options.profile)
+    options.out = options.out.resolve()
     try:
-        run_ranks(run, 2, *arguments, backend=backend, timeout_s=options.budget_s + 60.0, env=dict(environment))
+        run_ranks(run, 2, options, backend=backend, timeout_s=options.budget_s + 60.0, env=dict(environment))
         code = 0
     except RankFailedError as error:
         print(error, file=sys.stderr)
@@ -220,8 +249,8 @@ def main() -> int:
     first, *records = map(json.loads, options.out.read_text().splitlines())
     print(", ".join(f"{name} {value}" for name, value in first.items() if name != "model"))
     if options.rehearse:
-        parted = sum(record.get("requests_with_other_tokens", 0) for record in records)
-        print(f"{parted} requests got other tokens than Megatron's own dispatcher gives")
+        parted = sum(record.get("parted", 0) for record in records)
+        print("it failed" if code else f"{parted} requests got other tokens than Megatron's own dispatcher gives")
         return code or int(parted > 0)
     print(table(records))
     return code

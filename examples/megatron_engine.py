@@ -43,8 +43,10 @@ def main() -> None:
     logging.disable(logging.INFO)
     device = connect(options.cpu)
 
-    # 1. Our classes in the place of Megatron's, before the model is built. Everything below is Megatron's own.
-    undo = megatron.install()
+    # 1. Our dispatchers and experts in the place of Megatron's, before the model is built. Everything below is Megatron's own.
+    installation = megatron.install(experts=True)
+    if dist.get_rank() == 0:
+        print(installation)
 
     # 2. The model: any MoE GPTModel with transformer_impl="inference_optimized".
     from megatron_model import ModelSize, build_model, model_config
@@ -81,15 +83,14 @@ def main() -> None:
     for number, (prompt_tokens, new_tokens) in enumerate(REQUESTS.get(dist.get_rank(), ())):
         add_request(engine, number, prompt_tokens, new_tokens, size.vocab_size)
     tokens = generate(engine, controller)
-    transports = sorted({workspace.transport for workspace in megatron.InferenceAllGatherDispatcherBase._registry.workspaces()})
     for rank in range(dist.get_world_size()):
         dist.barrier()
         if rank == dist.get_rank():
-            print(f"rank {rank}, {options.dispatcher} on {', '.join(transports)}: {tokens}", flush=True)
+            print(f"rank {rank}: {tokens}", flush=True)
 
     # 6. The end: buffers and connections before the process groups.
     megatron.close()
-    undo()
+    installation()  # puts Megatron's own classes back
     dist.destroy_process_group()
 
 

@@ -20,7 +20,7 @@ from typing import Final
 
 from engine_harness.engine import Engine, EngineOptions
 from engine_harness.ranks import Ranks
-from engine_harness.requests import Load, Outcome, Request, Step, even, first_differences
+from engine_harness.requests import Load, Outcome, Request, Step, even, first_differences, other_choices
 
 ENVIRONMENT: Final = MappingProxyType({"NO_VCS_VERSION": "1", "TRITON_INTERPRET": "1"})
 """For rank processes on CPUs, where the transport p2p interprets its kernels."""
@@ -50,4 +50,5 @@ __all__ = [
     "even",
     "first_differences",
     "missing",
+    "other_choices",
 ]

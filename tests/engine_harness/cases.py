@@ -14,7 +14,7 @@ from typing import Any
 import tokenferry as tf
 from engine_harness.engine import Engine, EngineOptions
 from engine_harness.ranks import Ranks
-from engine_harness.requests import Load, Outcome, first_differences
+from engine_harness.requests import Load, Outcome, first_differences, other_choices
 from engine_harness.variants import Variant, installed
 from tokenferry.errors import RankFailedError
 from tokenferry.integrations import megatron
@@ -74,7 +74,7 @@ def run_cases(group: tf.EPGroup, cases: Mapping[str, EngineCase], folder: str, s
 
 
 def run_case(ranks: Ranks, case: EngineCase, variant: Variant, settings: Mapping[str, Any]) -> dict[str, Outcome]:
-    with installed(variant, ranks.device, **settings), ranks.engine(case.options, dispatcher=variant.dispatcher) as engine:
+    with installed(variant, **settings), ranks.engine(case.options, dispatcher=variant.dispatcher) as engine:
         is_ours = type(engine.dispatchers[0]).__module__.startswith("tokenferry")
         assert is_ours == variant.ours, type(engine.dispatchers[0])
         if case.equal_graphs:
@@ -117,19 +117,10 @@ class Run:
         }
 
     def share_of_other_choices(self, case: str, variant: str, load: str, wanted: tuple[str, str]) -> float:
-        """Of the tokens that both chose behind the same tokens, the share that differs.
-
-        A random model's best two tokens are often close, so that another rounding makes another choice now and then, and all
-        that follows differs. Experts that compute something else make other choices nearly always.
-        """
-        parted = self.differences(case, variant, load, wanted)
-        if -1 in parted.values():
-            return 1.0
-        alike = sum(outcome.num_tokens for outcome in self.outcomes(*wanted, load))
-        for name, place in parted.items():
-            rank, number = (int(word) for word in name.replace(",", "").split() if word.isdigit())
-            alike -= len(self.outcomes(*wanted, load)[rank].tokens[number]) - place - 1
-        return len(parted) / alike
+        """See `other_choices`, of both ranks."""
+        pairs = zip(self.outcomes(*wanted, load), self.outcomes(case, variant, load), strict=True)
+        parted, alike = map(sum, zip(*(other_choices(a.tokens, b.tokens) for a, b in pairs), strict=True))
+        return parted / max(alike, 1)
 
 
 def run_on_ranks(

@@ -28,8 +28,13 @@ def lines(run: Run) -> list[str]:
 
 def verdict(run: Run) -> str:
     """Whether uneven ranks' tokens are Megatron's once all ranks take graphs of one size."""
-    wanted = ("block-graphs", "megatron")
-    own, forced = (run.differences(case, "nvls", "uneven", wanted) for case in ("block-graphs", "equal-graphs"))
+    own: dict[str, int] = {}
+    forced: dict[str, int] = {}
+    for case, equal in (("block-graphs", "equal-graphs"), ("large", "large-equal-graphs")):
+        for load in run.ranks[0].get((equal, "nvls"), ()):
+            for found, name in ((own, case), (forced, equal)):
+                parted = run.differences(name, "nvls", load, (case, "megatron"))
+                found |= {f"{load}, {request}": place for request, place in parted.items()}
     cause = "no verdict"
     if own:
         cause = "equal graphs do not help: it is us" if forced else "the graphs' sizes part them"

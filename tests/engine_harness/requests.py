@@ -79,3 +79,15 @@ def first_differences(wanted: Mapping[int, list[int]], got: Mapping[int, list[in
             unequal = [place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y]
             places[number] = unequal[0] if unequal else min(len(a), len(b))
     return places
+
+
+def other_choices(wanted: Mapping[int, list[int]], got: Mapping[int, list[int]]) -> tuple[int, int]:
+    """(requests whose tokens differ, tokens that were chosen behind the same tokens in both, the first other one included).
+
+    A random model's best two tokens are often close, so that another rounding makes another choice now and then, and all that
+    follows differs. The first number's share of the second is how often that happened; experts that compute something else make
+    other choices nearly always.
+    """
+    places = first_differences(wanted, got)
+    alike = sum(places[number] + 1 if number in places else len(tokens) for number, tokens in wanted.items())
+    return len(places), alike

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine_harness import GPU_ENVIRONMENT, EngineOptions, Request, even, missing
+from engine_harness import GPU_ENVIRONMENT, EngineOptions, Outcome, Request, even, missing
 from engine_harness.attention_cases import EQUAL, MIXED, AttentionCase, check_equal, check_mixed
 from engine_harness.cases import EngineCase, Run, run_on_ranks
 from engine_harness.variants import MEGATRON, Variant
-from ranks.test_megatron_example import run_example
+from ranks.test_megatron_example import LENGTHS, lengths, run_example
 
 two_gpus = pytest.mark.gpu(count=2)
 with_megatron = pytest.mark.skipif(bool(missing()), reason=missing())
@@ -26,6 +26,14 @@ OTHER_CHOICES = 0.15
 
 UNEVEN = [[Request(37 + 61 * i, 24 - 2 * i, 2 * i) for i in range(7)], [Request(11 + 5 * i, 36 - i, 5 * i) for i in range(3)]]
 """Other lengths, numbers and ends on each rank; requests arrive while others are decoded; one rank is idle at the end."""
+MANY = {
+    f"uneven-{seed}": [
+        [Request(20 + 7 * seed + 9 * i, 60 - i, 2 * i) for i in range(18)],
+        [Request(11 + 5 * seed + 3 * i, 72 - 2 * i, 11 * i) for i in range(4)],
+    ]
+    for seed in range(3)
+}
+"""Loads that are long enough for the large model to choose between close tokens now and then."""
 EVEN = {"even-1": even(1), "even-8": even(8), "even-32": even(32)}
 IDLE = {"one-rank-idle": [[Request(50, 24), Request(70, 24)], []]}
 LONG = {"prompts-of-700": [[Request(700 - 64 * (i % 3) - 16 * rank, 6, i) for i in range(4)] for rank in range(2)]}
@@ -39,6 +47,10 @@ MODEL = {
     "num_layers": 4, "hidden_size": 256, "num_heads": 4, "num_query_groups": 2, "expert_size": 128, "num_experts": 16, "topk": 4,
     "vocab_size": 1024,
 }  # fmt: skip
+LARGE = {
+    "num_layers": 8, "hidden_size": 2048, "num_heads": 16, "num_query_groups": 4, "expert_size": 768, "num_experts": 64,
+    "topk": 8, "vocab_size": 32000,
+}  # fmt: skip
 SHARED = {**MODEL, "shared_expert_size": 128}
 OVERLAP = {"moe_shared_expert_overlap": True}
 
@@ -51,6 +63,8 @@ def options(**changes) -> EngineOptions:
 CASES = {
     "block-graphs": EngineCase(options(), {**EVEN, "uneven": UNEVEN, **IDLE, **LONG}, {**BARE, **EXPERTS}, suspends=True),
     "equal-graphs": EngineCase(options(), {"uneven": UNEVEN, **IDLE}, {"nvls": OURS["nvls"]}, equal_graphs=True),
+    "large": EngineCase(options(model=LARGE), MANY, {"megatron": MEGATRON, "nvls": OURS["nvls"]}),
+    "large-equal-graphs": EngineCase(options(model=LARGE), MANY, {"nvls": OURS["nvls"]}, equal_graphs=True),
     "no-graphs": EngineCase(options(graph_scope="none"), {"uneven": UNEVEN, **IDLE}, BARE),
     "layer-graphs": EngineCase(options(graph_scope="layer"), SHORT, BARE),
     "graphs-for-prefill-too": EngineCase(options(mixed_prefill_graphs=True, num_graphs=4), SHORT, {"nvls": OURS["nvls"]}),
@@ -61,8 +75,17 @@ CASES = {
     "overlap-layer-graphs": EngineCase(options(model=SHARED, config=OVERLAP, graph_scope="layer"), SHORT, BARE),
 }
 
-UNEVEN_GRAPHS = ("one-rank-idle", "uneven")
+UNEVEN_GRAPHS = ("one-rank-idle", "uneven", *MANY)
 """Loads in which ranks replay graphs of different sizes with the type "nvls"; with "nccl" all take the largest."""
+
+
+EQUAL_GRAPHS_OF = {"block-graphs": "equal-graphs", "large": "large-equal-graphs"}
+UNEVEN_CASES = [(case, load) for case, equal in EQUAL_GRAPHS_OF.items() for load in CASES[equal].loads]
+
+
+def rows_of_graphs(outcomes: list[Outcome]) -> list[list[int]]:
+    """Of each rank's steps in graphs, in their order."""
+    return [[step.padded_tokens for step in outcome.steps if step.in_graph] for outcome in outcomes]
 
 
 def combinations(variants: dict[str, Variant]) -> list[tuple[str, str, str]]:
@@ -111,15 +134,16 @@ def test_choices_are_nearly_megatrons(case: str, variant: str, load: str, reques
 
 @two_gpus
 @with_megatron
-@pytest.mark.parametrize("load", CASES["equal-graphs"].loads)
-def test_uneven_ranks_in_equal_graphs_give_megatrons_tokens(load: str, request: pytest.FixtureRequest) -> None:
-    """What parts them otherwise is the graph: with the type "nvls" a rank takes the smallest that holds its own rows, and the
-    products of attention and of the experts choose their tiles by the rows of the graph."""
+@pytest.mark.parametrize(("case", "load"), UNEVEN_CASES, ids=map("-".join, UNEVEN_CASES))
+def test_uneven_ranks_in_equal_graphs_give_megatrons_tokens(case: str, load: str, request: pytest.FixtureRequest) -> None:
+    """What parts them otherwise is the graph: with the type "nvls" a rank takes the smallest that holds its own rows, and
+    products of another number of rows sum in another order."""
     run: Run = request.getfixturevalue("run")
-    assert run.differences("equal-graphs", "nvls", load, ("block-graphs", "megatron")) == {}
-    own = [{step.padded_tokens for step in ours.steps if step.in_graph} for ours in run.outcomes("block-graphs", "nvls", load)]
-    forced = [{step.padded_tokens for step in ours.steps if step.in_graph} for ours in run.outcomes("equal-graphs", "nvls", load)]
-    assert own != forced, "the ranks took graphs of equal size anyway, so that nothing was shown"
+    equal = EQUAL_GRAPHS_OF[case]
+    assert run.differences(equal, "nvls", load, (case, "megatron")) == {}
+    if load != "one-rank-idle":  # where the only rank that has rows takes its own graph in any case
+        own, forced = (run.outcomes(name, "nvls", load) for name in (case, equal))
+        assert rows_of_graphs(own) != rows_of_graphs(forced), "the ranks took graphs of equal size anyway: nothing was shown"
 
 
 @two_gpus
@@ -156,9 +180,7 @@ def test_decode_steps_replay_graphs(variant: str, request: pytest.FixtureRequest
 @two_gpus
 @with_megatron
 def test_example() -> None:
-    lines = run_example()
-    assert [line[1] for line in lines] == ["nvls", "nvls"]
-    assert [{number: len(tokens) for number, tokens in line[3].items()} for line in lines] == [{0: 6, 1: 4, 2: 8}, {0: 3}]
+    assert lengths(run_example()) == LENGTHS
 
 
 # --- the stand-in for flash-attn ---------------------------------------------------------------------------------------
