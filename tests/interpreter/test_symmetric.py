@@ -16,15 +16,15 @@ import tokenferry as tf
 from cases import CASES, DTYPES, Case, StepCase, begin, run_case, run_layer, same
 from tokenferry.testing import run_ranks
 from tokenferry.testing.data import make_inputs
+from tokenferry.transports.symmetric.layout import SLOT_ROWS
 
 pytestmark = pytest.mark.interpreter
 
 INTERPRETER = {"TRITON_INTERPRET": "1"}
 SHARED = Path("/dev/shm")
 CARRIED = [name for name, (world_size, case) in CASES.items() if case.combine_order == "rank" and world_size <= 4]
-SLOT_ROWS = 192
-"""Steps with more rows than this go the bulk way in a workspace of `CAPACITY` rows or more."""
 CAPACITY = 1025
+"""So that steps of more than SLOT_ROWS rows go the bulk way."""
 
 
 def on_p2p(case: Case) -> Case:
