@@ -77,7 +77,7 @@ def _begin_step_and_dispatch(timer: GroupTimer, ws: Workspace, inputs: RankInput
     The exchange of counts lets slots be used again, as a combine would. It does so for slots alone: in bulk rounds flags hold the
     number of the round, which only a combine moves on.
     """
-    transport, request = ws.active_transport, StepRequest(1, count, count)
+    transport, request = ws.active_transport.innermost, StepRequest(1, count, count)
 
     def dispatches() -> None:
         for _ in range(chain):
