@@ -384,4 +384,6 @@ def combine_kernel(
                 s7 = tl.where(source == 0, h3, s7 + h3)
             kept = live & (packet < num_out * PER_ROW)
             store_sum(out_ptr, index * PER_PACKET, kept, s0, s1, s2, s3, s4, s5, s6, s7, WIRE, OUT, WORDS)
-        wire.end_round(buffer_ptr, counters_ptr, ticket, programs, round_number, num_valid)
+        wire.end_round(counters_ptr, ticket, programs, round_number)
+        if pid == 0:  # the next dispatch reads it
+            tl.store(wire.field(buffer_ptr, wire.DIRTY_ROWS_OFFSET, tl.int32), num_valid)
