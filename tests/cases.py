@@ -8,12 +8,15 @@ import torch
 import tokenferry as tf
 from tokenferry.testing.data import RankInputs, make_inputs
 from tokenferry.testing.numeric import first_difference
+from tokenferry.transports.symmetric.layout import SLOT_ROWS
 
 ON_GPUS = pytest.mark.parametrize(
     "world_size", [pytest.param(size, id=f"EP{size}", marks=pytest.mark.gpu(count=size)) for size in (2, 4, 8)]
 )
 """On as many GPUs as there are; the others say how many they need."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BULK_ROWS = SLOT_ROWS + 8
+"""More than a slot ever holds: in a workspace for so many, a step to which a rank brings them goes the bulk way."""
 
 
 @dataclass(frozen=True)

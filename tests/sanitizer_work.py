@@ -29,6 +29,7 @@ from tokenferry.experts import Experts, ExpertsConfig, ExpertScratch, torch_path
 from tokenferry.kernels import wire
 from tokenferry.testing.data import make_inputs
 from tokenferry.testing.ranks import run_virtual
+from tokenferry.transports.symmetric.layout import SLOT_ROWS
 
 DEVICE = torch.device("cpu") if wire.INTERPRETED else torch.device("cuda", 0)
 
@@ -49,8 +50,8 @@ class Shape:
 
 
 IN_SLOTS = ((0, 0), (5, 0), (0, 8), (8, 8), (7, 3), (8, 1))
-IN_BULK = ((0, 0), (40, 13), (192, 3), (193, 0), (0, 1025), (1025, 1025), (1, 700), (7, 2))
-"""Steps of more than 192 rows go the bulk way."""
+IN_BULK = ((0, 0), (40, 13), (SLOT_ROWS, 3), (SLOT_ROWS + 1, 0), (0, 1025), (1025, 1025), (1, 700), (7, 2))
+"""Steps of more than SLOT_ROWS rows go the bulk way."""
 SLOTS = (
     Shape(hidden_size=16, topk=2, counts=IN_SLOTS, capacity=8),
     Shape(hidden_size=6, topk=3, counts=IN_SLOTS, capacity=8, dtype=torch.float32, index_dtype=torch.int64),  # rows of 24 bytes

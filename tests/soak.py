@@ -24,14 +24,19 @@ import torch
 import tokenferry as tf
 from tokenferry.testing import run_ranks
 from tokenferry.testing.ranks import run_virtual
+from tokenferry.transports.symmetric.layout import SLOT_ROWS
 
 CAPACITY = 1025
-"""Here steps of more than 192 rows go the bulk way."""
+"""So that steps of more than SLOT_ROWS rows go the bulk way."""
 EXPERTS, TOPK = 11, 3
 HIDDEN, IDS, WEIGHTS, PARTIAL, REAL = range(5)
 STEPS_PER_BLOCK, LAYERS, GRAPHS = 10, 3, 8
-COUNTS = {"gpu": (0, 1, 5, 40, 190, 200, CAPACITY), "virtual": (0, 1, 5, 40, 200), "interpreter": (0, 0, 1, 2, 3, 5)}
-RARE = {"gpu": 0, "virtual": 0, "interpreter": 200}
+COUNTS = {
+    "gpu": (0, 1, 5, 40, 200, SLOT_ROWS, SLOT_ROWS + 8, CAPACITY),
+    "virtual": (0, 1, 5, 40, SLOT_ROWS + 8),
+    "interpreter": (0, 0, 1, 2, 3, 5),
+}
+RARE = {"gpu": 0, "virtual": 0, "interpreter": SLOT_ROWS + 8}
 """One block in 40 of the interpreter has a step as large as this."""
 VIRTUAL_ENV = {"CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 GROWTH_BYTES = 48 * 2**20

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import torch
 
 import tokenferry as tf
-from cases import Case, same, settle
+from cases import BULK_ROWS, Case, same, settle
 from tokenferry.testing.data import make_inputs
 from tokenferry.transports.base import TransportFactory
 
 
 @dataclass(frozen=True)
 class Solo:
-    """Rank `who` of `ranks` makes a step of `tokens` rows alone; 200 rows are more than a slot holds."""
+    """Rank `who` of `ranks` makes a step of `tokens` rows alone; BULK_ROWS are more than a slot holds."""
 
     transport: str
     ranks: int
@@ -31,7 +31,7 @@ def alone(group: tf.EPGroup, case: Solo, transport: str | TransportFactory | Non
     with tf.Workspace(
         config,
         group,
-        max_tokens_per_rank=1025 if case.tokens > 192 else 8,
+        max_tokens_per_rank=1025 if case.tokens >= BULK_ROWS else 8,
         transport=transport or case.transport,
         combine_order="any" if case.switch_sum else "rank",
         timeout_s=10,

@@ -163,7 +163,7 @@ def test_packets_are_sent_past_the_caches(name: str, capability: int) -> None:
 @CAPABILITIES
 @pytest.mark.parametrize("name", BULK)
 def test_a_packet_that_was_polled_leaves_the_sentinel_in_its_place(name: str, capability: int) -> None:
-    """Otherwise the next round but one would receive it once more."""
+    """Otherwise the next round would receive it once more."""
     lines = instructions(name, capability)
     polls = [
         (place, re.match(r"W: ld\.relaxed\.sys\.global\.v[24]\.b32 .*, (\[%\w+\])", line)) for place, line in enumerate(lines)

@@ -54,11 +54,28 @@ def test_a_large_workspace_takes_four_and_a_half_bytes_an_element_at_most(hidden
     assert num_bytes <= 4.5 * capacity * ep_size * hidden_size
 
 
-def test_slots_hold_no_more_rows_than_a_rank_may_bring() -> None:
-    assert plan(CONFIG, 2, 5, torch.bfloat16).slot_rows == 5
-    assert plan(CONFIG, 2, 512, torch.bfloat16).slot_rows == 512
-    assert plan(CONFIG, 72, 512, torch.bfloat16).slot_rows == symmetric_layout.SLOT_ROWS
-    assert plan(CONFIG, 2, 4096, torch.bfloat16).slot_rows == symmetric_layout.SLOT_ROWS
+@pytest.mark.parametrize(
+    ("ep_size", "capacity", "slot_rows"),
+    [
+        pytest.param(2, 5, 5, id="never-more-than-a-rank-may-bring"),
+        pytest.param(2, 512, 512, id="EP2-C512"),
+        pytest.param(2, 4096, 512, id="EP2-C4096"),
+        pytest.param(8, 4096, 512, id="EP8-C4096"),
+        pytest.param(9, 4096, 192, id="fewer-in-groups-of-more-than-eight"),
+        pytest.param(72, 100, 100, id="EP72-C100"),
+    ],
+)
+def test_rows_of_a_slot(ep_size: int, capacity: int, slot_rows: int) -> None:
+    assert plan(CONFIG, ep_size, capacity, torch.bfloat16).slot_rows == slot_rows
+
+
+@pytest.mark.parametrize("multicast", [False, True], ids=["p2p", "nvls"])
+def test_each_source_has_one_slot_for_dispatches_and_one_for_combines(multicast: bool) -> None:
+    layout = plan(CONFIG, 3, 7, torch.bfloat16, multicast=multicast)
+    row_bytes, routing_bytes = 7168 * 2, 8 * (4 + 4)
+    num_dispatch_slots = 3 if multicast else 2  # a multicast store reaches its own rank too
+    assert layout.dispatch_slots.num_bytes == num_dispatch_slots * 7 * (row_bytes + routing_bytes)
+    assert layout.combine_slots.num_bytes == 2 * 7 * row_bytes
 
 
 def test_rows_of_a_fraction_of_a_packet_are_refused_with_the_remedy() -> None:

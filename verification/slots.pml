@@ -1,4 +1,5 @@
-/* Sentinel slots and the exchange of counts that makes it safe to use them again.
+/* Sentinel slots and the exchange of counts that makes it safe to use them again. Each source has one slot at a rank for
+ * dispatches and one for combines, which every round uses.
  *
  * N ranks run steps for ever. Each step: one exchange of counts, then ROUNDS rounds of dispatch and combine. In every step
  * every rank chooses anew whether it brings rows (tokens 1) or none (0). One slot holds WORDS words.
@@ -18,10 +19,10 @@
  *   ONE_COUNT_PARITY   count packets of all steps share one place
  *   NO_COMBINE         a chain of dispatches without combines between them
  *   SKIP_ZERO_ROWS     a rank without a chosen expert sends no terms, and owners do not wait for it
- *   PER_CTA_COUNTERS   every CTA counts its own rounds; grids differ from launch to launch (WORDS 2: one word a CTA)
+ *   EARLY_COMBINE      a combine's sends do not wait until this rank has received, and restored, its dispatch
  *   UNORDERED_RESTORE  restores may still be on their way when the next launch sends
  *   TORN_POLL          a packet counts as arrived when its first word has arrived (WORDS 2, PACKET)
- * Other variants: ONE_SLOT_PARITY (see docs/reliability.md), PACKET (the words of a slot are one packet, polled together).
+ * Other variant: PACKET (the words of a slot are one packet, polled together).
  */
 #ifndef N
 #define N 2
@@ -38,7 +39,7 @@
 #define SENTINEL 0
 #define PAIRS (N * (N - 1))
 #define PAIR(dst, src) ((dst) * (N - 1) + (src) - ((src) > (dst) -> 1 : 0))
-#define SLOT(op, parity, dst, src, word) (((((op) * 2) + (parity)) * PAIRS + PAIR(dst, src)) * WORDS + (word))
+#define SLOT(op, dst, src, word) (((op) * PAIRS + PAIR(dst, src)) * WORDS + (word))
 #define OWNER(slot_number) ((((slot_number) / WORDS) % PAIRS) / (N - 1))
 #define COUNT(parity, dst, src) ((parity) * PAIRS + PAIR(dst, src))
 #define PEER(k) ((k) + ((k) >= me -> 1 : 0))
@@ -56,15 +57,10 @@
 #else
 #define COUNT_PARITY(step) ((step) & 1)
 #endif
-#ifdef ONE_SLOT_PARITY
-#define SLOT_PARITY(round) 0
-#else
-#define SLOT_PARITY(round) ((round) & 1)
-#endif
 
-byte slot[4 * PAIRS * WORDS];      /* what everyone sees: SENTINEL or the tag of a round */
-byte sent[4 * PAIRS * WORDS];      /* the sender's store that is not visible yet */
-bool restoring[4 * PAIRS * WORDS]; /* the receiver's store of the sentinel that is not performed yet */
+byte slot[2 * PAIRS * WORDS];      /* what everyone sees: SENTINEL or the tag of a round */
+byte sent[2 * PAIRS * WORDS];      /* the sender's store that is not visible yet */
+bool restoring[2 * PAIRS * WORDS]; /* the receiver's store of the sentinel that is not performed yet */
 byte restores[N];                  /* how many of those a rank has */
 byte count[2 * PAIRS];
 byte counted[2 * PAIRS];           /* the count packet that is not visible yet */
@@ -95,18 +91,18 @@ bool overwrote_unread_slot, overwrote_unread_count, read_stale_row;
 #else
 #define LANDS(i) SEND_LANDS(i) RESTORE_LANDS(i)
 #endif
-#define LANDS8(i) LANDS(i) LANDS(i + 1) LANDS(i + 2) LANDS(i + 3) LANDS(i + 4) LANDS(i + 5) LANDS(i + 6) LANDS(i + 7)
+#define LANDS4(i) LANDS(i) LANDS(i + 1) LANDS(i + 2) LANDS(i + 3)
 #define COUNTS_LAND4(i) COUNT_LANDS(i) COUNT_LANDS(i + 1) COUNT_LANDS(i + 2) COUNT_LANDS(i + 3)
 
 active proctype Wires() {
 end:
     do
-    LANDS8(0)
+    LANDS4(0)
 #if PAIRS * WORDS > 2
-    LANDS8(8)
+    LANDS4(4)
 #endif
 #if PAIRS * WORDS > 4
-    LANDS8(16)
+    LANDS4(8)
 #endif
     COUNTS_LAND4(0)
 #if N > 2
@@ -128,23 +124,13 @@ end:
 inline perform_restores() {
     place = 0;
     do
-    :: place < 4 * PAIRS * WORDS && OWNER(place) == me && restoring[place] ->
+    :: place < 2 * PAIRS * WORDS && OWNER(place) == me && restoring[place] ->
         slot[place] = SENTINEL; restoring[place] = false; place++
-    :: place < 4 * PAIRS * WORDS && !(OWNER(place) == me && restoring[place]) -> place++
-    :: place == 4 * PAIRS * WORDS -> break
+    :: place < 2 * PAIRS * WORDS && !(OWNER(place) == me && restoring[place]) -> place++
+    :: place == 2 * PAIRS * WORDS -> break
     od;
     place = 0; restores[me] = 0
 }
-
-#ifdef PER_CTA_COUNTERS
-#define PARITY_OF(word) (own_round[(word) % grid] & 1)
-#define CHOOSE_GRID if :: grid = 1 :: grid = 2 fi
-#define END_ROUND own_round[0] = (own_round[0] + 1) % EPOCHS; if :: grid == 2 -> own_round[1] = (own_round[1] + 1) % EPOCHS :: else fi
-#else
-#define PARITY_OF(word) SLOT_PARITY(round)
-#define CHOOSE_GRID skip
-#define END_ROUND skip
-#endif
 
 #ifdef SKIP_ZERO_ROWS
 #define HAS_EXPERTS(rank) ((rank) != N - 1)
@@ -166,7 +152,7 @@ inline send(op, dst) {
     word = 0;
     do
     :: word < WORDS ->
-        place = SLOT(op, PARITY_OF(word), dst, me, word);
+        place = SLOT(op, dst, me, word);
         overwrote_unread_slot = (sent[place] != SENTINEL);
         assert(!overwrote_unread_slot);
         sent[place] = TAG(round);
@@ -179,8 +165,8 @@ inline send(op, dst) {
 /* poll, and restore, which becomes visible later. A rank sees its own restore at once. */
 #define WANTS(k, w) (todo & (1 << ((k) * WORDS + (w))))
 #define POLL(op, k, w) \
-    :: atomic { WANTS(k, w) && HERE(SLOT(op, PARITY_OF(w), me, PEER(k), w)) && !restoring[SLOT(op, PARITY_OF(w), me, PEER(k), w)] -> \
-        place = SLOT(op, PARITY_OF(w), me, PEER(k), w); \
+    :: atomic { WANTS(k, w) && HERE(SLOT(op, me, PEER(k), w)) && !restoring[SLOT(op, me, PEER(k), w)] -> \
+        place = SLOT(op, me, PEER(k), w); \
         poll_word(); todo = todo & ~(1 << ((k) * WORDS + (w))); POLL_REST(k); place = 0 }
 #ifdef PACKET
 /* Both words are there, or the packet has not arrived. */
@@ -213,10 +199,6 @@ inline poll_all(op) {
 
 proctype Rank(byte me) {
     byte step, round, rounds_done, tokens, busy, todo, peer, word, place;
-#ifdef PER_CTA_COUNTERS
-    byte own_round[2];
-    byte grid = 1;
-#endif
     do
     :: true ->
         /* begin_step: count packets to every peer, then theirs. */
@@ -247,10 +229,13 @@ proctype Rank(byte me) {
         :: rounds_done < ROUNDS ->
             /* dispatch */
             atomic {
-                LAUNCH; CHOOSE_GRID; peer = 0; todo = 0;
+                LAUNCH; peer = 0; todo = 0;
                 do
                 :: peer < N && peer != me ->
                     if :: tokens -> send(DISPATCH, peer) :: else fi;
+#ifdef EARLY_COMBINE
+                    if :: busy & (1 << peer) -> send(COMBINE, peer) :: else fi;
+#endif
                     if :: busy & (1 << peer) -> todo = todo | (ALL_WORDS << ((peer - (peer > me -> 1 : 0)) * WORDS)) :: else fi;
                     peer++
                 :: peer == me -> peer++
@@ -262,10 +247,12 @@ proctype Rank(byte me) {
 #ifndef NO_COMBINE
             /* combine: all rows of every owner, to every owner that has rows */
             atomic {
-                LAUNCH; CHOOSE_GRID; peer = 0; todo = 0;
+                LAUNCH; peer = 0; todo = 0;
                 do
                 :: peer < N && peer != me ->
+#ifndef EARLY_COMBINE
                     if :: (busy & (1 << peer)) && HAS_EXPERTS(me) -> send(COMBINE, peer) :: else fi;
+#endif
                     if :: tokens && HAS_EXPERTS(peer) -> todo = todo | (ALL_WORDS << ((peer - (peer > me -> 1 : 0)) * WORDS)) :: else fi;
                     peer++
                 :: peer == me -> peer++
@@ -275,7 +262,7 @@ proctype Rank(byte me) {
             };
             poll_all(COMBINE);
 #endif
-            atomic { END_ROUND; round = (round + 1) % EPOCHS; rounds_done++ }
+            atomic { round = (round + 1) % EPOCHS; rounds_done++ }
         :: atomic { rounds_done == ROUNDS -> rounds_done = 0; break }
         od
     od

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import tokenferry as tf
-from cases import CASES, ON_GPUS, Case, StepCase, begin, run_case, run_layer, same
+from cases import BULK_ROWS, CASES, ON_GPUS, Case, StepCase, begin, run_case, run_layer, same
 from rank_pool import RankPools
 from solo_work import Solo, alone
 from tokenferry.testing.data import make_inputs
 from tokenferry.testing.ranks import run_virtual
+from tokenferry.transports.symmetric.layout import SLOT_ROWS
 from wide_work import WIDE, gathered
 
 two_gpus = pytest.mark.gpu(count=2)
@@ -22,14 +23,15 @@ one_gpu = pytest.mark.gpu(count=1)
 NAMED = ("EP2-T7+0-K3-odd", "EP2-fewer-rows-than-announced", "EP2-bf16-partials-fp32-wire")
 """Few shapes: each is compiled anew on a machine without a cache."""
 CAPACITY = 1025
-"""Here steps of more than 192 rows go the bulk way."""
+"""So that steps of more than SLOT_ROWS rows go the bulk way."""
 
 
 def random_steps(seed: int, count: int, world_size: int, layers: int = 2) -> tuple[StepCase, ...]:
     rng = random.Random(seed)
     steps = []
     for _ in range(count):
-        tokens = tuple(rng.choice((0, 1, rng.randint(0, 40), rng.randint(150, 240), CAPACITY)) for _ in range(world_size))
+        near = range(SLOT_ROWS - 40, SLOT_ROWS + 41)
+        tokens = tuple(rng.choice((0, 1, rng.randint(0, 40), rng.choice(near), CAPACITY)) for _ in range(world_size))
         steps.append(
             StepCase(
                 tokens,
@@ -93,7 +95,7 @@ def test_a_number_that_no_int32_holds_arrives_as_none(on_ranks: RankPools) -> No
 
 def alone_in_turn(group: tf.EPGroup, world_size: int) -> list[bool]:
     """The last rank alone, in slots and beyond them. It is the one whose rows would lie elsewhere among its peers."""
-    return [alone(group, Solo("p2p", world_size, world_size - 1, tokens)) for tokens in (3, 200)]
+    return [alone(group, Solo("p2p", world_size, world_size - 1, tokens)) for tokens in (3, BULK_ROWS)]
 
 
 def virtual_alone_in_turn(group: tf.EPGroup, world_size: int) -> list[list[bool]]:
@@ -118,7 +120,7 @@ def graphs(group: tf.EPGroup) -> None:
     """One graph per local count, replayed at any counts of the peer, mixed with eager steps, across the slot threshold."""
     config = tf.MoEConfig(hidden_size=64, num_experts=8, topk=2)
     rng = random.Random(3)
-    sizes = (0, 1, 5, 200)
+    sizes = (0, 1, 5, BULK_ROWS)
     with tf.Workspace(config, group, max_tokens_per_rank=CAPACITY, transport="p2p", timeout_s=20) as ws:
         layers = [ws.dispatcher() for _ in range(2)]
         static, captured = {}, {}
@@ -226,7 +228,7 @@ def late(group: tf.EPGroup) -> list[str]:
     config = tf.MoEConfig(hidden_size=64, num_experts=8, topk=2)
     said = []
     with tf.Workspace(config, group, max_tokens_per_rank=CAPACITY, transport="p2p", timeout_s=3) as ws:
-        for rows in (1, 200):
+        for rows in (1, BULK_ROWS):
             dispatcher = ws.dispatcher()
             ws.begin_step(rows)
             if group.rank == 1:

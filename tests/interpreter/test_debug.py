@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tokenferry as tf
-from cases import CASES, Case, StepCase, run_case
+from cases import BULK_ROWS, CASES, Case, StepCase, run_case
 from tokenferry.step import StepRequest
 from tokenferry.testing import run_ranks
 from tokenferry.transports.debug import DebugTransport
@@ -16,7 +16,8 @@ from tokenferry.transports.wrapper import TransportWrapper
 pytestmark = pytest.mark.interpreter
 
 DEBUG = {"TRITON_INTERPRET": "1", "TOKENFERRY_DEBUG": "1"}
-BULK = Case(capacity=1025, transport="p2p", steps=(StepCase((3, 200), layers=2), StepCase((1, 2), layers=2, own_buffer=True)))
+STEPS = (StepCase((3, BULK_ROWS), layers=2), StepCase((1, 2), layers=2, own_buffer=True))
+BULK = Case(capacity=1025, transport="p2p", steps=STEPS)
 
 
 def cases(group: tf.EPGroup) -> int:

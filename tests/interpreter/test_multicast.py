@@ -8,7 +8,7 @@ import triton.language as tl
 
 import switch
 import tokenferry as tf
-from cases import Case, StepCase, begin, run_layer
+from cases import BULK_ROWS, Case, StepCase, begin, run_layer
 from tokenferry.kernels import wire
 from tokenferry.kernels.control_block import GROUP_SIZE_OFFSET, PEER_TABLE_OFFSET
 from tokenferry.testing import run_ranks
@@ -36,7 +36,7 @@ def test_multicast_dispatch_gives_the_bits_of_the_reference() -> None:
     steps = [
         StepCase((3, 0, 5)),
         StepCase((0, 0, 0)),
-        StepCase((1, 195, 2), own_buffer=True),
+        StepCase((1, BULK_ROWS, 2), own_buffer=True),
         StepCase((4, 4, 4), real=(2, 0, 4)),
     ]
     assert run_ranks(over_multicast, 3, steps, env=INTERPRETER, timeout_s=90) == [2 * len(steps)] * 3
@@ -46,9 +46,9 @@ def test_the_switch_sums_float32_terms_in_any_order() -> None:
     """The interpreter's switch adds in rank order, so that even the bits are known."""
     steps = [
         StepCase((3, 0, 5)),
-        StepCase((0, 195, 2), own_buffer=True, layers=2),
-        StepCase((196, 0, 2), partial_dtype=torch.float32),
-        StepCase((1, 195, 3), partial_dtype=torch.float32, own_buffer=True),
+        StepCase((0, BULK_ROWS, 2), own_buffer=True, layers=2),
+        StepCase((BULK_ROWS + 1, 0, 2), partial_dtype=torch.float32),
+        StepCase((1, BULK_ROWS, 3), partial_dtype=torch.float32, own_buffer=True),
     ]
     any_order = {"combine_dtype": torch.float32, "combine_order": "any"}
     assert run_ranks(any_order_over_multicast, 3, steps, any_order, env=INTERPRETER, timeout_s=90) == [2 * len(steps)] * 3

@@ -8,7 +8,7 @@ import torch
 
 import switch
 import tokenferry as tf
-from cases import same
+from cases import BULK_ROWS, same
 from tokenferry.testing import run_ranks
 
 pytestmark = pytest.mark.interpreter
@@ -22,7 +22,7 @@ ROUNDING = torch.full((RANKS, COLUMNS), 1 + 2.0**-9)
 
 @dataclass(frozen=True)
 class Sum:
-    """Every rank brings `rows` rows, all alike; 200 are more than a slot holds."""
+    """Every rank brings `rows` rows, all alike; BULK_ROWS are more than a slot holds."""
 
     name: str
     transport: str
@@ -36,9 +36,9 @@ class Sum:
 
 CASES = (
     *(Sum("order", transport, ORDER, torch.float32) for transport in ("collective", "p2p", "nvls")),
-    Sum("order", "p2p", ORDER, torch.float32, rows=200),
+    Sum("order", "p2p", ORDER, torch.float32, rows=BULK_ROWS),
     *(Sum("rounding", transport, ROUNDING, torch.bfloat16) for transport in ("collective", "p2p", "nvls")),
-    Sum("rounding", "p2p", ROUNDING, torch.bfloat16, rows=200),
+    Sum("rounding", "p2p", ROUNDING, torch.bfloat16, rows=BULK_ROWS),
 )
 
 
@@ -46,7 +46,7 @@ def combined(group: tf.EPGroup, case: Sum) -> list[list[float]]:
     """The different rows of a rank's result: one."""
     config = tf.MoEConfig(hidden_size=COLUMNS, num_experts=RANKS, topk=1, dtype=torch.float32)
     settings = {"transport": switch.transport(case.transport), "combine_dtype": case.combine_dtype, "timeout_s": 20}
-    capacity = 1025 if case.rows > 192 else 8
+    capacity = 1025 if case.rows >= BULK_ROWS else 8
     with tf.Workspace(config, group, max_tokens_per_rank=capacity, **settings) as ws:
         layer, rows = ws.dispatcher(), case.rows
         ws.begin_step(rows)

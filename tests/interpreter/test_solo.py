@@ -6,6 +6,7 @@ import pytest
 
 import switch
 import tokenferry as tf
+from cases import BULK_ROWS
 from graph_work import Forward, Setup, check_steps, open_workspace
 from solo_work import Solo, alone
 from tokenferry.graphs import GraphRunner
@@ -18,11 +19,11 @@ INTERPRETER = {"TRITON_INTERPRET": "1"}
 
 CASES = (
     Solo("p2p", 2, 1, 3),
-    Solo("p2p", 3, 2, 200),
+    Solo("p2p", 3, 2, BULK_ROWS),
     Solo("nvls", 2, 0, 3),
-    Solo("nvls", 2, 1, 200),
+    Solo("nvls", 2, 1, BULK_ROWS),
     Solo("nvls", 3, 1, 3),
-    Solo("nvls", 2, 1, 200, switch_sum=True),
+    Solo("nvls", 2, 1, BULK_ROWS, switch_sum=True),
 )
 
 

@@ -14,17 +14,18 @@ import torch
 
 import tokenferry as tf
 from cases import CASES, DTYPES, Case, StepCase, begin, run_case, run_layer, same
+from tokenferry.step import StepRequest
 from tokenferry.testing import run_ranks
 from tokenferry.testing.data import make_inputs
+from tokenferry.transports.symmetric.layout import SLOT_ROWS
 
 pytestmark = pytest.mark.interpreter
 
 INTERPRETER = {"TRITON_INTERPRET": "1"}
 SHARED = Path("/dev/shm")
 CARRIED = [name for name, (world_size, case) in CASES.items() if case.combine_order == "rank" and world_size <= 4]
-SLOT_ROWS = 192
-"""Steps with more rows than this go the bulk way in a workspace of `CAPACITY` rows or more."""
 CAPACITY = 1025
+"""So that steps of more than SLOT_ROWS rows go the bulk way."""
 
 
 def on_p2p(case: Case) -> Case:
@@ -175,6 +176,28 @@ def test_packets_in_any_order_with_pauses_between_them() -> None:
     steps = [*random_steps(5, 12, 3, 4), StepCase((SLOT_ROWS + 1, 0, 3)), StepCase((2, 2, 2))]
     kinds = run_ranks(delayed, 3, steps, env=INTERPRETER, timeout_s=120)
     assert kinds == [["count", "poll", "restore", "send", "signal"]] * 3
+
+
+# --- slots are used again -------------------------------------------------------------------------------------------------
+
+
+def dispatches_without_combines(group: tf.EPGroup) -> int:
+    """What no workspace allows and a benchmark does: the next dispatch follows an exchange of counts, not a combine."""
+    config, delays, counts = Case().config, random.Random(group.rank), (3, 0, 8)
+    with tf.Workspace(config, group, max_tokens_per_rank=8, transport="p2p", timeout_s=20) as ws:
+        transport = ws.active_transport.innermost
+        for number in range(20):
+            inputs = make_inputs(config, counts, seed=number)
+            own, num_tokens = inputs[group.rank], counts[group.rank]
+            transport.begin_step(StepRequest(number, num_tokens, num_tokens), -1)
+            time.sleep(delays.choice((0, 0, 0.004)))
+            got = transport.dispatch(0, own.hidden, own.topk_idx, own.topk_weights)
+            same("hidden", got.hidden_RH[: sum(counts)], torch.cat([each.hidden for each in inputs]))
+    return number + 1
+
+
+def test_an_exchange_of_counts_lets_slots_be_used_again_as_a_combine_does() -> None:
+    assert run_ranks(dispatches_without_combines, 3, env=INTERPRETER, timeout_s=60) == [20] * 3
 
 
 # --- halves ---------------------------------------------------------------------------------------------------------

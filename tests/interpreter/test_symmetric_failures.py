@@ -5,10 +5,10 @@ import time
 import pytest
 
 import tokenferry as tf
-from cases import Case, StepCase, begin, run_layer
+from cases import BULK_ROWS, Case, StepCase, begin, run_layer
 from tokenferry.testing import run_ranks
 
-from .test_symmetric import CAPACITY, INTERPRETER, SLOT_ROWS
+from .test_symmetric import CAPACITY, INTERPRETER
 
 pytestmark = pytest.mark.interpreter
 
@@ -33,7 +33,7 @@ def late(group: tf.EPGroup, rows: int) -> list[str]:
         return [type(error).__name__, error.rank, error.phase, waited_s < 3.5]
 
 
-@pytest.mark.parametrize("rows", [1, SLOT_ROWS + 8], ids=["slots", "bulk"])
+@pytest.mark.parametrize("rows", [1, BULK_ROWS], ids=["slots", "bulk"])
 def test_a_late_rank_is_named_on_all_ranks_and_after_a_reset_all_is_right(rows: int) -> None:
     said = run_ranks(late, 3, rows, env=INTERPRETER)
     assert said[0] == said[2] == ["PeerTimeoutError", 1, "data-missing", True]

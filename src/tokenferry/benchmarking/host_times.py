@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
-from typing import Any, Final
+from typing import Final
 
 import torch
 
 from tokenferry.benchmarking.round_trip_data import NUM_EXPERTS, RankInputs, RoundTripPoint, inputs_of
 from tokenferry.benchmarking.timing import GroupTimer
 from tokenferry.config import MoEConfig
-from tokenferry.kernels.control_block import COUNTERS_OFFSET, ROUND_OFFSET
+from tokenferry.step import StepRequest
 from tokenferry.workspace import Workspace
 
 EAGER_STEPS: Final = 200
@@ -22,7 +21,8 @@ def begin_step_and_host_times(timer: GroupTimer, point: RoundTripPoint, chain: i
     """Times of a symmetric transport on GPUs, collective over the timer's group, all ranks with the same number of tokens.
 
     Returns:
-        `opened_s`: seconds that opening took. `begin_step_us`, `dispatch_us`: microseconds on the device, each call alone.
+        `opened_s`: seconds that opening took. `begin_step_us`: microseconds on the device in a chain of these calls alone.
+        `begin_step_and_dispatch_us`: in a chain of both, without combines.
         `host_*_us`: microseconds of the host in a call; `host_torch_add_us` is a small operation of torch, to compare with.
     """
     config = MoEConfig(hidden_size=point.hidden_size, num_experts=NUM_EXPERTS, topk=point.topk)
@@ -39,12 +39,12 @@ def begin_step_and_host_times(timer: GroupTimer, point: RoundTripPoint, chain: i
                 ws.begin_step(count)
 
         begin_step_us, _ = timer.time_graph(steps, chain)
-        dispatch_us = _dispatch_alone(timer, ws, inputs, count, chain)
+        both_us = _begin_step_and_dispatch(timer, ws, inputs, count, chain)
         timer.synchronize()
         ws.check()
         timer.meet()
     slowest = {f"host_{name}_us": round(timer.slowest(value_us), 1) for name, value_us in host.items()}
-    times = {"opened_s": opened_s, "begin_step_us": begin_step_us, "dispatch_us": dispatch_us}
+    times = {"opened_s": opened_s, "begin_step_us": begin_step_us, "begin_step_and_dispatch_us": both_us}
     return {name: round(value, 2) for name, value in times.items()} | slowest
 
 
@@ -71,21 +71,17 @@ def _host_times(ws: Workspace, inputs: RankInputs, count: int) -> dict[str, floa
     return {name: statistics.median(span) * 1e6 for name, span in spans.items()}
 
 
-def _dispatch_alone(timer: GroupTimer, ws: Workspace, inputs: RankInputs, count: int, chain: int) -> float:
-    """Microseconds of a dispatch without its combine.
+def _begin_step_and_dispatch(timer: GroupTimer, ws: Workspace, inputs: RankInputs, count: int, chain: int) -> float:
+    """Microseconds of a `begin_step` and a dispatch, without the combine that a workspace would insist on.
 
-    Only a combine moves on to the other parity's slots, so every second dispatch reads its round from a copy of the counters
-    that is one ahead. This is safe where every rank brings rows.
+    The exchange of counts lets slots be used again, as a combine would. It does so for slots alone: in bulk rounds flags hold the
+    number of the round, which only a combine moves on.
     """
-    ws.begin_step(count)
-    transport: Any = ws.active_transport
-    counters = transport.memory.buffer[COUNTERS_OFFSET : COUNTERS_OFFSET + 64].clone().view(torch.int64)
-    counters[ROUND_OFFSET // 8] += 1 << 32
-    second = transport.viewed_as(dataclasses.replace(transport.view, counters_ptr=counters.data_ptr()))
+    transport, request = ws.active_transport.innermost, StepRequest(1, count, count)
 
     def dispatches() -> None:
-        for number in range(chain):
-            sender = second if number % 2 else transport
-            sender.dispatch(0, inputs.hidden, inputs.topk_idx, inputs.topk_weights)
+        for _ in range(chain):
+            transport.begin_step(request, -1)
+            transport.dispatch(0, inputs.hidden, inputs.topk_idx, inputs.topk_weights)
 
     return timer.time_graph(dispatches, chain)[0]

@@ -233,7 +233,6 @@ def combine_kernel(
     if mode >= wire.MODE_RECEIVE:
         ticket = wire.take_ticket(counters_ptr)
     in_slots = largest <= slot_rows
-    parity_slots_offset = slots_offset + (round_number & 1) * (size - 1) * slot_bytes
     blamed = wire.blame(step, layer, rank, wire.DATA_MISSING)
     hints_ptr = buffer_ptr + counts_offset + ((step + 1) & 1) * size * wire.COUNT_PACKET_BYTES + wire.COUNT_PACKET_STEP_OFFSET
     num_own_packets = num_tokens * PER_ROW
@@ -248,7 +247,7 @@ def combine_kernel(
             owner = wire.add_mod(rank + i, size)
             num_packets = tl.load(step_counts + 2 + owner) * PER_ROW
             first_element = tl.load(step_counts + 2 + size + owner).to(tl.int64) * H
-            target_ptr = peer_ptr + parity_slots_offset + (rank - (rank > owner).to(tl.int32)) * slot_bytes
+            target_ptr = peer_ptr + slots_offset + (rank - (rank > owner).to(tl.int32)) * slot_bytes
             peer_ptr = tl.load(peer_table + wire.add_mod(owner + 1, size))
             blocks = (num_packets + BLOCK - 1) // BLOCK
             for b in range(begin, blocks, programs):
@@ -358,7 +357,7 @@ def combine_kernel(
                 w2 = o2
                 w3 = o3
                 if in_slots & (source != rank):
-                    slot_ptr = buffer_ptr + parity_slots_offset + (source - (source > rank).to(tl.int32)) * slot_bytes
+                    slot_ptr = buffer_ptr + slots_offset + (source - (source > rank).to(tl.int32)) * slot_bytes
                     blamed_source = wire.set_blamed_rank(blamed, source)
                     packet_ptr = slot_ptr + index * (WORDS * 4)
                     hint_ptr = hints_ptr + source * wire.COUNT_PACKET_BYTES
@@ -385,4 +384,6 @@ def combine_kernel(
                 s7 = tl.where(source == 0, h3, s7 + h3)
             kept = live & (packet < num_out * PER_ROW)
             store_sum(out_ptr, index * PER_PACKET, kept, s0, s1, s2, s3, s4, s5, s6, s7, WIRE, OUT, WORDS)
-        wire.end_round(buffer_ptr, counters_ptr, ticket, programs, round_number, num_valid)
+        wire.end_round(counters_ptr, ticket, programs, round_number)
+        if pid == 0:  # the next dispatch reads it
+            tl.store(wire.field(buffer_ptr, wire.DIRTY_ROWS_OFFSET, tl.int32), num_valid)

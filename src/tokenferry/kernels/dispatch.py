@@ -147,9 +147,10 @@ def dispatch_kernel(
 ):
     """Sends this rank's T rows to every rank and gathers everybody's, rank after rank. Rows from V on get id -1.
 
-    If no rank brings more than `slot_rows` rows, packets go to the receiver's slots [parity of the round][source]. The receiver
-    polls each packet, copies it to its place and puts the sentinel back. Otherwise rows are stored straight to their place, and
-    each CTA tells the CTA with the same index at every peer. All ranks decide alike, since all know the largest count.
+    If no rank brings more than `slot_rows` rows, packets go to the receiver's slots [source]. The receiver polls each packet,
+    copies it to its place and puts the sentinel back. It sends its terms in a later launch, and its peers send nothing into its
+    slots before they have received these. Otherwise rows are stored straight to their place, and each CTA tells the CTA with the
+    same index at every peer. All ranks decide alike, since all know the largest count.
 
     Args:
         buffer_ptr, peer_table_ptr: this rank's buffer; the table of all ranks' buffers.
@@ -213,10 +214,6 @@ def dispatch_kernel(
         m2 = load_routing(word + 2, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
         m3 = load_routing(word + 3, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
     in_slots = largest <= slot_rows
-    num_slots = size - 1
-    if MULTICAST:
-        num_slots = size
-    parity_slots_offset = slots_offset + (round_number & 1) * num_slots * slot_bytes
     routing_offset = (slot_rows.to(tl.int64) * ROW_BYTES + 15) // 16 * 16
     hidden_place_offset = out_hidden_offset + first_row.to(tl.int64) * ROW_BYTES
 
@@ -234,13 +231,13 @@ def dispatch_kernel(
         following = packet + programs * BLOCK
         n0, n1, n2, n3 = wire.load(hidden_ptr + following.to(tl.int64) * (WORDS * 4), following < supplied, WORDS)
         if MULTICAST:
-            target_offset = tl.where(in_slots, parity_slots_offset + rank * slot_bytes, hidden_place_offset)
+            target_offset = tl.where(in_slots, slots_offset + rank * slot_bytes, hidden_place_offset)
             wire.multicast(multicast_ptr + target_offset + offset, w0, w1, w2, w3, live, buffer_ptr, WORDS)
         else:
             peer_ptr = nearest_ptr
             for i in range(1, size):
                 peer = wire.add_mod(rank + i, size)
-                slot_offset = parity_slots_offset + (rank - (rank > peer).to(tl.int32)) * slot_bytes
+                slot_offset = slots_offset + (rank - (rank > peer).to(tl.int32)) * slot_bytes
                 target_ptr = peer_ptr + tl.where(in_slots, slot_offset, hidden_place_offset)
                 peer_ptr = tl.load(peer_table + wire.add_mod(peer + 1, size))
                 wire.send(target_ptr + offset, w0, w1, w2, w3, live, buffer_ptr, WORDS)
@@ -267,9 +264,9 @@ def dispatch_kernel(
             target_ptr = peer_ptr
             peer_ptr = tl.load(peer_table + wire.add_mod(peer + 1, size))
             if in_slots and i < size:
-                slot_offset = parity_slots_offset + (rank - (rank > peer).to(tl.int32)) * slot_bytes
+                slot_offset = slots_offset + (rank - (rank > peer).to(tl.int32)) * slot_bytes
                 if MULTICAST:
-                    slot_offset = parity_slots_offset + rank * slot_bytes
+                    slot_offset = slots_offset + rank * slot_bytes
                 offset = slot_offset + routing_offset + packet.to(tl.int64) * 16
                 wire.send(target_ptr + offset, r0, r1, r2, r3, packet < num_packets, buffer_ptr, 4)
             else:
@@ -307,9 +304,9 @@ def dispatch_kernel(
                 source = wire.add_mod(rank + i, size)
                 source_tokens = tl.load(step_counts + 2 + source)
                 source_row = tl.load(step_counts + 2 + size + source)
-                slot_ptr = buffer_ptr + parity_slots_offset + (source - (source > rank).to(tl.int32)) * slot_bytes
+                slot_ptr = buffer_ptr + slots_offset + (source - (source > rank).to(tl.int32)) * slot_bytes
                 if MULTICAST:
-                    slot_ptr = buffer_ptr + parity_slots_offset + source * slot_bytes
+                    slot_ptr = buffer_ptr + slots_offset + source * slot_bytes
                 blamed_source = wire.set_blamed_rank(blamed, source)
                 hint_ptr = hints_ptr + source * wire.COUNT_PACKET_BYTES
                 num_packets = source_tokens * PER_ROW

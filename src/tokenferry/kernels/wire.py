@@ -251,17 +251,10 @@ if not INTERPRETED:
         return tl.inline_asm_elementwise(_TAKE_TICKET, "=&l,l", [counters_ptr], dtype=tl.int64, is_pure=False, pack=1)
 
     @triton.jit
-    def end_round(control_ptr, counters_ptr, ticket, programs, current, valid):
-        """The holder of the last ticket alone takes all tickets back, ends the round, and notes that the gathered rows from
-        `valid` on have id -1."""
-        dirty = control_ptr + DIRTY_ROWS_OFFSET
+    def end_round(counters_ptr, ticket, programs, current):
+        """The holder of the last ticket alone takes all tickets back and ends the round."""
         tl.inline_asm_elementwise(
-            _END_ROUND,
-            "=r,l,l,r,r,l,r",
-            [counters_ptr, ticket, programs, current, dirty, valid],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
+            _END_ROUND, "=r,l,l,r,r", [counters_ptr, ticket, programs, current], dtype=tl.int32, is_pure=False, pack=1
         )
 
     @triton.jit

@@ -16,7 +16,6 @@ import triton.language as tl
 from tokenferry.kernels.control_block import (
     COUNTERS_OFFSET,
     COUNTS_DISAGREE,
-    DIRTY_ROWS_OFFSET,
     GROUP_SIZE_OFFSET,
     OBSERVER_OFFSET,
     PEER_TABLE_OFFSET,
@@ -224,9 +223,8 @@ def take_ticket(counters_ptr):
     return tl.full([], 0, tl.int64)  # of the one program
 
 
-def end_round(control_ptr, counters_ptr, ticket, programs, current, valid):
+def end_round(counters_ptr, ticket, programs, current):
     _int64(_scalar(counters_ptr) + ROUND_OFFSET)[0] = (_scalar(current) + 1) << 32
-    _int32(_scalar(control_ptr) + DIRTY_ROWS_OFFSET)[0] = _scalar(valid)
 
 
 def send_count(address, num_tokens, flags, step, generation, mask, control_ptr):

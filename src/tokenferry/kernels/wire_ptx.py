@@ -135,7 +135,7 @@ TAKE_TICKET = f"""{{ .reg .pred %p0; .reg .u32 %t; mov.u32 %t, %tid.x; setp.eq.u
 END_ROUND = f"""{{ .reg .pred %p0; .reg .u32 %t; .reg .u64 %w; mov.u32 %t, %tid.x; setp.eq.u32 %p0, %t, 0;
       cvt.u32.u64 %t, $2; add.u32 %t, %t, 1; setp.eq.and.u32 %p0, %t, $3, %p0;
       add.u32 %t, $4, 1; cvt.u64.u32 %w, %t; shl.b64 %w, %w, 32;
-      @%p0 st.global.u64 [$1 + {ROUND_OFFSET}], %w; @%p0 st.global.u32 [$5], $6; mov.u32 $0, 0; }}"""
+      @%p0 st.global.u64 [$1 + {ROUND_OFFSET}], %w; mov.u32 $0, 0; }}"""
 
 MULTICAST_SUM = (
     f"{{ .reg .pred %p0; {_ZERO} setp.ne.u32 %p0, $5, 0; "

@@ -13,15 +13,14 @@ from tokenferry.kernels.control_block import CONTROL_BYTES, COUNT_PACKET_BYTES, 
 ALIGNMENT = 256
 CANARY_BYTES = 16
 """Behind each region at least; nobody writes there, which debug mode checks."""
-SLOT_ROWS = 192
-"""Largest step, in rows of its largest rank, that goes through sentinel slots of a large workspace: at C = 4096 the slots take
-less than a tenth of the buffer."""
+SLOT_ROWS = 512
+"""Largest step, in rows of its largest rank, that goes through sentinel slots. A round trip of T = 512, H = 7168 took 52.4 µs
+through slots and 55.9 in bulk on 2 x H100; H = 2048 took 17.9 and 23.6 (2026-11-22)."""
 
-SLOT_ROWS_SMALL = 512
-SMALL_CAPACITY = 1024
-SMALL_GROUP = 8
-"""The same for workspaces of up to 1024 rows a rank and 8 ranks, where there is room. A round trip of T = 512, H = 7168 took
-52.4 µs through slots and 55.9 in bulk on 2 x H100; H = 2048 took 17.9 and 23.6 (2026-11-22)."""
+SLOT_ROWS_OF_MANY = 192
+MOST_WITH_ALL_SLOT_ROWS = 8
+"""The same for groups of more than 8 ranks, where a slot for each of them would make C = 4096 larger than 4.5 bytes for each
+gathered bfloat16 element."""
 
 MAX_PROGRAMS = 512
 """Most programs of a launch: each has a flag of its own for each peer, in bulk rounds."""
@@ -51,12 +50,11 @@ class Layout:
         counts: count packets, [2 parities][source rank].
         arrived, ready: flags of bulk rounds, [source rank][program]: dispatch rows are there; combine terms may be fetched.
         step_counts, solo_step_counts: the step's counts, for the kernels.
-        dispatch_slots, combine_slots: [2 parities][source, this rank left out], of `slot_rows` rows each.
+        dispatch_slots, combine_slots: [source, this rank left out], of `slot_rows` rows each.
         hidden, topk_idx, topk_weights: the gathered rows. terms: the combine input.
     """
 
     slot_rows: int
-    num_slots: int
     dispatch_slot_bytes: int
     combine_slot_bytes: int
     counts: Region
@@ -125,10 +123,9 @@ def plan(
     if max(num_packets, rows * config.topk * 2) > 2**31 - 2**20:
         raise ConfigError(f"{rows} gathered rows make {num_packets} packets, more than 2**31; lower max_tokens_per_rank")
     if slot_rows is None:
-        is_small = max_tokens_per_rank <= SMALL_CAPACITY and ep_size <= SMALL_GROUP
-        slot_rows = SLOT_ROWS_SMALL if is_small else SLOT_ROWS
+        slot_rows = SLOT_ROWS if ep_size <= MOST_WITH_ALL_SLOT_ROWS else SLOT_ROWS_OF_MANY
     slot_rows = min(max_tokens_per_rank, slot_rows)
-    num_slots = ep_size if multicast and ep_size > 1 else ep_size - 1
+    num_dispatch_slots = ep_size if multicast and ep_size > 1 else ep_size - 1
     dispatch_slot_bytes = _round_up(slot_rows * row_bytes, 16) + _round_up(slot_rows * 2 * config.topk * 4, 16)
     combine_slot_bytes = _round_up(slot_rows * wire_row_bytes, 16)
     is_ever_bulk = max_tokens_per_rank > slot_rows
@@ -139,8 +136,8 @@ def plan(
         "ready": flag_bytes,
         "step_counts": (2 + 2 * ep_size) * 4,
         "solo_step_counts": 4 * 4,
-        "dispatch_slots": 2 * num_slots * dispatch_slot_bytes,
-        "combine_slots": 2 * (ep_size - 1) * combine_slot_bytes,
+        "dispatch_slots": num_dispatch_slots * dispatch_slot_bytes,
+        "combine_slots": (ep_size - 1) * combine_slot_bytes,
         "hidden": rows * row_bytes,
         "topk_idx": rows * config.topk * index_dtype.itemsize,
         "topk_weights": rows * config.topk * 4,
@@ -153,7 +150,6 @@ def plan(
         offset = _round_up(offset + num_bytes + CANARY_BYTES, ALIGNMENT)
     return Layout(
         slot_rows=slot_rows,
-        num_slots=num_slots,
         dispatch_slot_bytes=dispatch_slot_bytes,
         combine_slot_bytes=combine_slot_bytes,
         **regions,

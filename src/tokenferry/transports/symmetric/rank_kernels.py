@@ -37,10 +37,6 @@ class RankKernels(Transport):
         self._launches = bind_launches(resources, view)
         self._rows = self._launches.rows
 
-    def viewed_as(self, view: RankView) -> RankKernels:
-        """The same buffer and kernels, run as somebody else. For measurements."""
-        return RankKernels(self._resources, view, self._regions)
-
     @property
     def nbytes(self) -> int:
         return self._buffer.nbytes + self._resources.step_tensors.nbytes
