@@ -56,6 +56,19 @@ def test_compiles_to_a_cubin(name, capability) -> None:
 
 
 @pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+@pytest.mark.parametrize("product", ["up", "down"])
+def test_the_second_launch_of_a_product_waits_after_its_tiles(product) -> None:
+    """It runs beside the first. Who waits for it alone must find the first one's rows too, so it waits for that at its end."""
+    first, second = getattr(variants.specs(VARIANTS["qwen3-30b-a3b"], torch.device("cpu")), product)
+    for spec, waits_first in ((first, True), (second, False)):
+        ptx = triton.compile(spec.source(), target=GPUTarget("cuda", 90, 32), options=spec.options()).asm["ptx"]
+        last_product = max(ptx.rfind("wgmma"), ptx.rfind("mma.sync"))
+        assert ptx.count("griddepcontrol.wait") == ptx.count("griddepcontrol.launch_dependents") == 1
+        assert (ptx.index("griddepcontrol.wait") < ptx.index("mma")) == waits_first
+        assert (ptx.index("griddepcontrol.wait") > last_product) != waits_first
+
+
+@pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 def test_rows_are_quantized_by_rounded_divisions() -> None:
     """bfloat16 rows often lie exactly between two float8 numbers, where a division that misses goes the other way."""
     specs = variants.specs(VARIANTS["deepseek-v3-float8"], torch.device("cpu")).quantize
