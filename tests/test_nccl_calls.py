@@ -145,3 +145,20 @@ def test_what_the_watchdog_found_is_raised(communicator: NcclCommunicator, start
     with pytest.raises(CommunicationError):
         start(communicator, overlaps=overlaps)
     assert communicator._backend.calls == launched
+
+
+def test_closing_lets_what_was_launched_end(communicator: NcclCommunicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([False, False, True])
+    monkeypatch.setattr(Event, "query", lambda _: next(answers))
+    gather(communicator, overlaps=False)
+    communicator.let_launched_end()
+    assert next(answers, "all asked") == "all asked"
+
+
+def test_closing_does_not_wait_for_what_the_watchdog_gave_up(
+    communicator: NcclCommunicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Event, "query", lambda _: False)
+    gather(communicator, overlaps=False)
+    communicator._watchdog.error = CommunicationError(1, 5.0)
+    communicator.let_launched_end()  # the test's time limit is the assertion

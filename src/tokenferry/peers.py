@@ -154,7 +154,8 @@ class PeerCalls:
     # --- leaving ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Releases everything. Never waits for a peer; calling it again does nothing, nor does it in a forked child.
+        """Releases everything. On GPUs what this rank has launched ends first, which a late peer puts off by `timeout_s` at
+        most; nothing else waits for a peer. Calling it again does nothing, nor does it in a forked child.
 
         From any thread. A call that another thread is inside of ends, by StateError where it waited for a peer, and what it
         uses is released as it ends; the peers get PeerFailedError then.

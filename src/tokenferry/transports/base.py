@@ -203,7 +203,8 @@ class Transport(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Releases everything; never waits for a peer. No thread is inside, unless within this very call."""
+        """Releases everything, once what this rank has launched has ended; waits for nothing else of a peer. No thread is inside,
+        unless within this very call."""
 
 
 class TransportFactory(Protocol):

@@ -72,7 +72,7 @@ def reset(timeout_s: float | None = None) -> None:
 
 
 def close() -> None:
-    """Closes all buffers and connections of both classes, before the process groups are destroyed. Never waits for a peer."""
+    """Closes all buffers and connections of both classes, before the process groups are destroyed. See `Workspace.close`."""
     NVLSAllGatherVDispatcher._delete_buffers()
     InferenceAllGatherDispatcherBase._registry.close()
 

@@ -207,7 +207,7 @@ class GroupBuffers:
         return None if tensor is None else {"tensor": tensor, "handle": self.workspace}
 
     def close(self) -> None:
-        """Releases everything; never waits for a peer."""
+        """Releases everything; see `Workspace.close`."""
         if self.workspace is not None:
             self.workspace.close()
 

@@ -107,6 +107,11 @@ class Communicator(ABC):
         """Raises what was found outside the calls, by a thread that watches them, say."""
         return
 
+    def let_launched_end(self) -> None:
+        """Waits until what this rank has launched on the device has ended, which a late peer puts off by the time-out at most.
+        Raises nothing: what is broken is not waited for."""
+        return
+
     @abstractmethod
     def abort(self) -> None:
         """Drops all connections at once, from any thread; one that waits for a message leaves with an error. Never waits for a

@@ -193,6 +193,14 @@ class NcclCommunicator(Communicator):
             return None
         return CommunicationError(record.rank, waited_s, record.reason or f"rank {record.reporter} gave up ({record.phase})")
 
+    def let_launched_end(self) -> None:
+        """See `Communicator`. Aborting amid a reduce-scatter left rows in the caller's tensor that nobody had summed, and a peer
+        that waited for ours. The watchdog bounds the wait: it aborts for a peer that does not come."""
+        started_s = time.monotonic()
+        with contextlib.suppress(RuntimeError):  # a device that has failed says so in the caller's own next call
+            while self._backend is not None and self._watchdog.error is None and not self._watchdog.is_idle():
+                time.sleep(_POLL_S if time.monotonic() - started_s < 0.01 else 0.001)
+
     def abort(self) -> None:
         if self._watchdog.error is None:  # for a thread that is inside: what its calls leave behind is nobody's rows
             self._watchdog.error = CommunicationError(-1, 0.0, "the communicator was closed")

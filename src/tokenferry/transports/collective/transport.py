@@ -351,6 +351,8 @@ class CollectiveTransport(Transport):
         self._communicator.abort()
 
     def close(self) -> None:
+        if not self._aborted:
+            self._communicator.let_launched_end()
         self._communicator.abort()
         self._dispatch = self._combine = self._combine_input = None
 

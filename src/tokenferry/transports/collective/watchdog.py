@@ -126,6 +126,10 @@ class Watchdog(threading.Thread):
                 self._calls.append(Call(self._step_number, time.monotonic(), event))
             self._oldest_unfinished()
 
+    def is_idle(self) -> bool:
+        """Whether all calls whose launch has returned are over, on the device too. Raises what CUDA says."""
+        return self._oldest_unfinished() is None
+
     def stop(self) -> None:
         """Ends the thread soon; does not wait for it."""
         self._stopped.set()
