@@ -58,6 +58,13 @@ class ExpertBench:
                 weights, up_proj=up, up_scale=up_scale, down_proj=down, down_scale=down_scale
             )
 
+    def transpose(self):
+        """Weights as gpt-oss checkpoints have them, [L, H, N] and [L, I, H], used as views."""
+        for number, weights in enumerate(self.layers):
+            up, down = (matrices.transpose(1, 2).contiguous() for matrices in (weights.up_proj, weights.down_proj))
+            biases = {"up_bias": weights.up_bias, "down_bias": weights.down_bias}
+            self.layers[number] = ExpertWeights.view(up, down, transposed=True, **biases)
+
     def rows(self, tokens, seed=0):
         """EP ranks of `tokens` each; every row's experts are distinct and uniform."""
         generator = torch.Generator("cuda").manual_seed(seed)

@@ -103,7 +103,7 @@ def small(out, scales, columns, GATED: tl.constexpr, INTERLEAVED: tl.constexpr):
     tl.store(scales + lanes, scale)
     tl.store(scales + 4 + lanes, tl.max(quantized.to(tl.float32), 1))
     WIDE: tl.constexpr = 4 if GATED else 2
-    tl.store(columns + tl.arange(0, WIDE), expert_gemm.columns_of(4, 6, GATED, INTERLEAVED, 2))
+    tl.store(columns + tl.arange(0, WIDE), expert_gemm.columns_of(4, 6, GATED, INTERLEAVED, True, 2))
 
 
 def helpers_example(group: tf.EPGroup) -> list[list[float]]:
@@ -121,4 +121,4 @@ def test_activations_scales_and_columns() -> None:
     assert gated == [-1.0]
     assert clamped[:3] == [-2.0, 1.0, 2.0] and clamped[3] != clamped[3]
     assert scales == [1.0, 0.5, 1.0, 1.0, 224.0, 224.0, 0.0, 0.0]
-    assert columns == [[4, 5], [4, 5, 10, 11], [8, 10, 9, 11]]
+    assert columns == [[4, 5], [4, 5, 10, 11], [8, 9, 10, 11]]

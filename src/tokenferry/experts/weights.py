@@ -7,6 +7,7 @@ else I), L experts of this rank (`e` elsewhere).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -65,6 +66,50 @@ class ExpertWeights:
     down_bias: torch.Tensor | None = None
     up_scale: torch.Tensor | None = None
     down_scale: torch.Tensor | None = None
+
+    @classmethod
+    def view(
+        cls,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        *,
+        transposed: bool = False,
+        up_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
+        up_scale: torch.Tensor | None = None,
+        down_scale: torch.Tensor | None = None,
+    ) -> ExpertWeights:
+        """Another library's stacked parameters as they lie, without a copy: what they hold is read anew by each call.
+
+        Args:
+            up, down: [L, N, H] and [L, H, I]; `transposed`: [L, H, N] and [L, I, H]. Any strides: at full speed where either the
+                depth or the columns of a matrix lie side by side.
+            up_bias, down_bias, up_scale, down_scale: as attributes. The scales too are of the matrices as they are stored.
+
+        Raises:
+            ShapeError: not three-dimensional.
+
+        Example:
+            gpt-oss of transformers: view(gate_up_proj, down_proj, transposed=True, up_bias=gate_up_proj_bias,
+            down_bias=down_proj_bias) with Activation("clamped_swiglu", interleaved=True).
+        """
+
+        def turned(name: str, tensor: torch.Tensor | None) -> Any:
+            if tensor is None:
+                return None
+            check_kind(name, tensor, torch.Tensor)
+            if tensor.dim() != 3:
+                raise ShapeError(f"{name} must be [experts, rows, columns], got {list(tensor.shape)}; stack the matrices")
+            return tensor.detach().transpose(1, 2) if transposed else tensor.detach()
+
+        return cls(
+            up_proj=turned("up", up),
+            down_proj=turned("down", down),
+            up_bias=up_bias,
+            down_bias=down_bias,
+            up_scale=turned("up_scale", up_scale),
+            down_scale=turned("down_scale", down_scale),
+        )
 
 
 def check_operands(hidden_RH: torch.Tensor, weights: ExpertWeights, activation: Activation) -> None:
