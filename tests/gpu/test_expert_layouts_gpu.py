@@ -82,8 +82,9 @@ def test_each_layout_equals_float64_eager_and_in_a_graph(name) -> None:
 
 
 def test_offsets_beyond_an_int32() -> None:
-    """6.4 GB: weights that lie [depth, expert, column], 2^26 numbers from one depth to the next, with 48 depths."""
-    depth, far = 48, 1 << 26
+    """9.7 GB: weights that lie [depth, expert, column], 2^25 numbers from one depth to the next. A tile has at most 128 depths, so
+    that both the last depth within the first tile and the step to the second one are beyond 2^31."""
+    depth, far = 144, 1 << 25
     shape = ExpertsConfig(hidden_size=depth, intermediate_size=depth, num_experts=NUM_EXPERTS, activation=Activation("relu"))
     torch.manual_seed(4)
     experts, rows = Experts(shape, LOCAL, dtype=torch.bfloat16), rows_for(depth, torch.bfloat16, CAPACITY)
