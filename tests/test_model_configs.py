@@ -1,6 +1,7 @@
 """Configurations by name and by file, and the random weights that are made for them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tokenferry.testing.tiny_models import tiny_config
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers warns of its own affairs
 
+PAGE = Path(__file__).parent.parent / "docs" / "transformers.md"
 CPU = torch.device("cpu")
 
 
@@ -65,3 +67,8 @@ def test_random_weights_have_a_dtype_of_checkpoints() -> None:
 
     with pytest.raises(ConfigError, match=r"random weights are torch\.float32"):
         random_state(MixtralForCausalLM, tiny_config("mixtral"), torch.int8, CPU)
+
+
+def test_the_example_of_the_page_runs_as_it_stands() -> None:
+    [example] = [text for text in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "from_config" in text]
+    exec(compile(example, "docs/transformers.md", "exec"), {})
