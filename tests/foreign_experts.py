@@ -16,6 +16,18 @@ def softcapped(module: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tenso
     return torch.tanh(gate / 5) * 5 * torch.sigmoid(gate) * up
 
 
+class ScaledNorm(nn.Module):
+    """As muse_spark's: scaled first, then divided by the root of the mean square."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.randn(size) * 0.3), eps
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        scaled = (rows.float() * (1.0 + self.weight).float()).type_as(rows).float()
+        return (scaled * torch.rsqrt(scaled.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(rows)
+
+
 GATES: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "clamped": lambda m, gate, up: (
         (up.clamp(-m.limit, m.limit) + 1) * gate.clamp(max=m.limit) * torch.sigmoid(m.alpha * gate.clamp(max=m.limit))
@@ -37,7 +49,7 @@ class Family:
     transposed: bool = False
     bias: bool = False
     gated: bool = True
-    norm: bool = False
+    norm: type[nn.Module] | None = None
 
     def make(self, dtype: torch.dtype = torch.float32, implementation: str = "grouped_mm") -> Any:
         from transformers.activations import ACT2FN
@@ -58,7 +70,7 @@ class Family:
                     if family.bias:
                         self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(NUM_EXPERTS, shape[0])))
                 if family.norm:
-                    self.post_expert_norm = nn.RMSNorm(HIDDEN)
+                    self.post_expert_norm = family.norm(HIDDEN, eps=1e-5)
 
             def forward(self, *args: Any) -> torch.Tensor:
                 raise AssertionError("the decorator's function runs")
@@ -79,7 +91,7 @@ class Family:
         torch.manual_seed(6)
         module = decorate(Experts)(SimpleNamespace(_experts_implementation=implementation)).to(dtype)
         module._is_expert_parallel = True
-        module.has_post_expert_norm = self.norm  # the decorator of transformers 5.17 does not take it
+        module.has_post_expert_norm = self.norm is not None  # the decorator of transformers 5.17 does not take it
         return module.requires_grad_(False)
 
 
@@ -92,6 +104,7 @@ FAMILIES = {
     "as-gemma4": Family(act="gelu_pytorch_tanh"),
     "gelu": Family(act="gelu"),
     "as-nemotron_h": Family(act="relu2", gated=False),
+    "as-muse_spark": Family(norm=ScaledNorm),
     "no-gate-bias-transposed": Family(act="gelu", gated=False, bias=True, transposed=True),
 }
 """Those that our kernels serve."""
@@ -99,7 +112,7 @@ FAMILIES = {
 NOT_SERVED = {
     "softcapped": (Family("softcapped"), "none of ours"),
     "clamped-behind": (Family("clamped-behind"), "none of ours"),
-    "a-norm-of-its-own": (Family(norm=True), "a norm follows each expert"),
+    "a-norm-of-another-kind": (Family(norm=nn.LayerNorm), "the norm behind each expert"),
     "tanh": (Family(act="tanh"), "none of ours"),
 }
 

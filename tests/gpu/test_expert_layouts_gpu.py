@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from expert_layouts import Layout, rows_for
+from foreign_experts import FAMILIES, TOPK, some_choices
+from foreign_experts import NUM_EXPERTS as ALL_EXPERTS
 from test_experts import LOCAL, NUM_EXPERTS, TOLERANCE, loop_in_float64
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched
@@ -82,8 +84,8 @@ def test_each_layout_equals_float64_eager_and_in_a_graph(name) -> None:
 
 
 def test_offsets_beyond_an_int32() -> None:
-    """9.7 GB: weights that lie [depth, expert, column], 2^25 numbers from one depth to the next. A tile has at most 128 depths, so
-    that both the last depth within the first tile and the step to the second one are beyond 2^31."""
+    """9.7 GB: weights that lie [depth, expert, column], 2^25 numbers from one depth to the next. A tile has at most 128 depths:
+    both the last depth within the first tile and the step to the second one are beyond 2^31."""
     depth, far = 144, 1 << 25
     shape = ExpertsConfig(hidden_size=depth, intermediate_size=depth, num_experts=NUM_EXPERTS, activation=Activation("relu"))
     torch.manual_seed(4)
@@ -103,3 +105,19 @@ def test_offsets_beyond_an_int32() -> None:
         )
         error = ((on_device(some).cpu().double() - expected[:valid]).abs().max() / expected.abs().max()).item()
         assert error <= TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.filterwarnings("default")  # transformers warns of its own affairs
+@pytest.mark.parametrize("name", FAMILIES)
+def test_experts_of_transformers_give_the_sums_of_their_own_function(name) -> None:
+    pytest.importorskip("transformers")
+    from tokenferry.integrations.transformers.kernel_experts import KernelExperts
+
+    module = FAMILIES[name].make().cuda()
+    kernels = KernelExperts(module, range(ALL_EXPERTS), torch.float32)
+    hidden, idx, weights = (part.cuda() for part in some_choices())
+    kernels.borrowed.prepare(ExpertScratch("cuda"), topk=TOPK, max_rows=len(hidden), out_dtypes=[torch.float32])
+    valid = torch.tensor([len(hidden)], dtype=torch.int32, device="cuda")
+    rows = Dispatched(hidden=hidden, topk_idx=idx.int(), topk_weights=weights, valid_tokens=valid)
+    expected = module(hidden, idx, weights)
+    assert (kernels(rows, torch.empty_like(hidden)) - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -54,12 +54,17 @@ def sum_example(group: tf.EPGroup) -> list[list[float]]:
     weights = torch.tensor([[2.0, torch.nan, 512.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
     out = torch.full((3, 1), 7.0)
     valid = torch.tensor([2], dtype=torch.int32)
-    expert_sum.expert_sum_kernel[(2,)](outputs, idx, weights, valid, out, 0, 3, 0, L=2, K=3, H=1, BLOCK=2, PDL=0)
-    return out.tolist()
+    scale = torch.tensor([2.0])
+    constants = {"L": 2, "H": 1, "BLOCK": 2, "PDL": 0}
+    expert_sum.expert_sum_kernel[(2,)](outputs, idx, weights, valid, out, 0, 3, 0, scale, 0.0, K=3, NORM=False, **constants)
+    one, seven, normed = torch.tensor([[2.0]]), torch.tensor([[7.0]]), torch.zeros(1, 1)
+    first = idx[:1, :1].contiguous()
+    expert_sum.expert_sum_kernel[(1,)](one, first, seven, valid, normed, 0, 1, 0, scale, 48.0, K=1, NORM=True, **constants)
+    return out.tolist() + normed.tolist()
 
 
 def test_sum_kernel() -> None:
-    assert run_ranks(sum_example, 1, env=INTERPRETER) == [[[3.0], [0.0], [7.0]]]
+    assert run_ranks(sum_example, 1, env=INTERPRETER) == [[[3.0], [0.0], [7.0], [3.5]]]
 
 
 def gemm_example(group: tf.EPGroup) -> list[list[list[float]]]:

@@ -33,7 +33,10 @@ QUANTIZE_ARGUMENTS = ("rows", "counts", "valid_tokens", "out", "scales", "first_
 PRODUCT_ARGUMENTS = (
     "rows", "row_scales", "weights", "scales", "bias", "out", "counts", "offsets", "pairs", "first_row", "alpha", "limit",
 )  # fmt: skip
-SUM_ARGUMENTS = ("outputs", "topk_idx", "topk_weights", "valid_tokens", "out", "first_row", "num_rows", "first_expert")
+SUM_ARGUMENTS = (
+    "outputs", "topk_idx", "topk_weights", "valid_tokens", "out", "first_row", "num_rows", "first_expert", "norm_scale",
+    "norm_epsilon",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +149,7 @@ def run(
     dtype = hidden_RH.dtype
     up = (_or(weights.up_scale, valid), valid if weights.up_bias is None else weights.up_bias.to(dtype).contiguous())
     down = (_or(weights.down_scale, valid), valid if weights.down_bias is None else weights.down_bias.to(dtype).contiguous())
+    norm = (_or(weights.norm_scale, valid), weights.norm_epsilon)
     for first_row in range(0, idx_RK.shape[0], buffers.num_rows):
         loaded.table(idx_RK, valid, *table, first_row, buffers.num_rows, first_expert)
         settings = (*table, first_row, activation.alpha, activation.limit)
@@ -158,7 +162,7 @@ def run(
         for product in loaded.down:
             matrices = weights_argument(weights.down_proj, None, product)
             product.launch(*rows[product.prequantized], matrices, *down, buffers.outputs_PH, *settings)
-        loaded.sum(buffers.outputs_PH, idx_RK, weights_RK, valid, target, *bounds, first_expert)
+        loaded.sum(buffers.outputs_PH, idx_RK, weights_RK, valid, target, *bounds, first_expert, *norm)
     return out if target is out else out.copy_(target)
 
 

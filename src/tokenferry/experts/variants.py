@@ -54,6 +54,7 @@ class Variant:
     max_rows: int | None
     plan: Plan | None = None
     """None: the default for these shapes."""
+    norm: bool = False
 
     @property
     def has_float8_weights(self) -> bool:
@@ -82,7 +83,15 @@ def variant_of(
 ) -> Variant:
     """The variant that such operands ask for. `aligned`: operands that are not given here begin at multiples of 16 bytes."""
     L, H, I = weights.down_proj.shape
-    parts = (weights.up_proj, weights.down_proj, weights.up_bias, weights.down_bias, weights.up_scale, weights.down_scale)
+    parts = (
+        weights.up_proj,
+        weights.down_proj,
+        weights.up_bias,
+        weights.down_bias,
+        weights.up_scale,
+        weights.down_scale,
+        weights.norm_scale,
+    )
     aligned = aligned and all(part is None or part.data_ptr() % POINTER_ALIGNMENT == 0 for part in parts)
     return Variant(
         num_local_experts=L,
@@ -104,6 +113,7 @@ def variant_of(
         batch_invariant=batch_invariant,
         max_rows=max_rows,
         plan=plan,
+        norm=weights.norm_scale is not None,
     )
 
 
@@ -159,6 +169,7 @@ def specs(variant: Variant, device: torch.device) -> Specs:
             "K": variant.topk,
             "H": variant.hidden_size,
             "BLOCK": min(SUM_BLOCK, triton.next_power_of_2(variant.hidden_size)),
+            "NORM": variant.norm,
             "PDL": pdl,
         },
         num_warps=4,

@@ -52,7 +52,8 @@ class KernelExperts:
         self._names = _parameter_names(module)
         self._parameters = {role: module._parameters[name] for role, name in self._names.items()}
         try:
-            weights = ExpertWeights.view(**self._parameters, transposed=bool(module.is_transposed))  # type: ignore[arg-type]
+            norm = known_norm(module)
+            weights = ExpertWeights.view(**self._parameters, **norm, transposed=bool(module.is_transposed))  # type: ignore[arg-type]
             self.borrowed = BorrowedExperts(weights, owned, known_activation(module), dtype=dtype)
         except UsageError as error:
             raise NotServed(str(error)) from error
@@ -83,13 +84,11 @@ def prepare_together(kernels: Sequence[KernelExperts], group: EPGroup, options: 
 
 def _parameter_names(module: Any) -> dict[str, str]:
     """Names of the module's parameters by the arguments of `ExpertWeights.view`."""
-    if getattr(module, "has_post_expert_norm", False):
-        raise NotServed("a norm follows each expert")
     up = "gate_up_proj" if module.has_gate else "up_proj"
     roles = {"up": up, "down": "down_proj"}
     if module.has_bias:
         roles |= {"up_bias": f"{up}_bias", "down_bias": "down_proj_bias"}
-    found = {name for name, _ in module.named_parameters()}
+    found = {name for name, _ in module.named_parameters() if not name.startswith("post_expert_norm.")}
     if {f"{up}_scale_inv", "down_proj_scale_inv"} <= found:
         roles |= {"up_scale": f"{up}_scale_inv", "down_scale": "down_proj_scale_inv"}
         if getattr(module, "activation_scheme", None) != "dynamic" or tuple(module.block_size or ()) != _BLOCK:
@@ -120,6 +119,32 @@ def known_activation(module: Any) -> Activation:
         if torch.allclose(activation(numbers), expected, rtol=1e-4, atol=1e-6):
             return activation
     raise NotServed(f"its activation ({type(module.act_fn).__name__ if hasattr(module, 'act_fn') else 'a gate'}) is none of ours")
+
+
+def known_norm(module: Any) -> dict[str, Any]:
+    """What `ExpertWeights.view` is to know of the norm behind each expert, recognised by its results; nothing if there is none.
+
+    Raises:
+        NotServed: it does something else than scaling, then dividing by the root of the mean square.
+    """
+    if not getattr(module, "has_post_expert_norm", False):
+        return {}
+    norm = module.post_expert_norm
+    weights = [parameter.detach().float() for parameter in norm.parameters()]
+    epsilon = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None)
+    if len(weights) == 1 and weights[0].dim() == 1 and isinstance(epsilon, float):
+        [weight_H] = weights
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(8, len(weight_H), generator=generator, device="cpu").to(weight_H.device)
+        with torch.no_grad():
+            expected = norm(rows)
+        for scale_H in (1.0 + weight_H, weight_H.clone()):
+            scaled = rows * scale_H
+            if torch.allclose(
+                scaled * torch.rsqrt(scaled.square().mean(1, keepdim=True) + epsilon), expected, rtol=1e-4, atol=1e-6
+            ):
+                return {"norm_scale": scale_H, "norm_epsilon": epsilon}
+    raise NotServed(f"the norm behind each expert ({type(norm).__name__}) is none of ours")
 
 
 def _candidates(gated: bool, limits: list[float], alphas: list[float]) -> Iterator[Activation]:
