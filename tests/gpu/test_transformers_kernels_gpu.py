@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tokenferry as tf
+from float8_checkpoint import make_float8
 from rank_pool import RankPools
 from tokenferry.testing.tiny_models import make_tiny, tiny_config
 from transformers_work import CAPACITY, load, quiet, unmodified
@@ -38,6 +39,13 @@ def test_a_graph_of_a_step_gives_the_tokens_of_eager_steps(on_ranks: RankPools, 
 def test_from_config_has_the_weights_of_one_process(on_ranks: RankPools) -> None:
     for differences in on_ranks(random_weights, 2, backend="nccl", timeout_s=240):
         assert max(differences) < 1e-4
+
+
+def test_a_float8_checkpoint_runs_in_float8(on_ranks: RankPools, tmp_path: Path) -> None:
+    """Rows are rounded to float8 on their way into each product; the weights' own rounding is in the reference too."""
+    for is_float8, difference in on_ranks(float8_logits, 2, *make_float8(tmp_path), backend="nccl", timeout_s=240):
+        assert is_float8
+        assert difference < 0.1
 
 
 def decode_all(group: tf.EPGroup, paths: list[Path], dtype: torch.dtype) -> dict[str, tuple[float, float]]:
@@ -108,6 +116,25 @@ def leave_garbage(parallel: Any) -> None:
     got.topk_idx.fill_(parallel.owned_experts(shape.num_experts).start)
     dispatcher.combine(dispatcher.combine_input().zero_(), got)
     torch.cuda.synchronize()
+
+
+def float8_logits(group: tf.EPGroup, float8: Path, plain: Path) -> tuple[bool, float]:
+    """Whether all experts are float8, and the largest difference to the logits of the same weights, by the largest logit."""
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+    quiet()
+    # it asks for the package accelerate, which nothing here needs
+    FineGrainedFP8HfQuantizer.validate_environment = lambda *_, **__: None  # type: ignore[method-assign]
+    model = load(float8, group, transport="p2p")
+    kernels = [layer.kernels for layer in model.expert_parallel.layers]
+    is_float8 = all(each is not None and each.borrowed.weights.up_proj.dtype == torch.float8_e4m3fn for each in kernels)
+    ids = torch.tensor([[5, 6, 7 + group.rank, 9]], device=group.device)
+    with torch.no_grad():
+        got = model(ids).logits.float()
+        expected = unmodified(plain, dtype=torch.float32).to(group.device).eval()(ids).logits
+    model.expert_parallel.finish()
+    model.expert_parallel.close()
+    return is_float8, ((got - expected).abs().max() / expected.abs().max()).item()
 
 
 def random_weights(group: tf.EPGroup) -> list[float]:

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import tokenferry as tf
+from float8_checkpoint import dequantized, make_float8
 from foreign_experts import FAMILIES, NUM_EXPERTS, TOPK, some_choices
 from test_experts import gathered
 from tokenferry.experts import ExpertScratch
 from tokenferry.testing import run_ranks
 from tokenferry.testing.tiny_models import make_tiny
-from transformers_work import load, quiet
+from transformers_work import load, quiet, unmodified
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("default")]  # transformers warns of its own affairs
 
@@ -88,3 +89,37 @@ def test_the_log_says_once_why_the_models_own_function_runs(tmp_path: Path) -> N
     num_layers, [line] = found["llama4"]
     assert num_layers == 0
     assert "2 of 2 MoE layers run by transformers' own expert function: its experts take no choices" in line
+
+
+# --- float8 checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def float8_layers(group: tf.EPGroup, float8: Path, plain: Path) -> dict[str, bool]:
+    """What a rank holds of a float8 checkpoint. (Sums are compared on GPUs: the interpreter rounds float8 wrongly.)"""
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+    quiet()
+    # without a GPU it would unpack the checkpoint
+    FineGrainedFP8HfQuantizer.validate_environment = lambda *_, **__: None  # type: ignore[method-assign]
+    model = load(float8, group, max_tokens_per_rank=8, transport="p2p")
+    whole = unmodified(plain).model.layers
+    owned = group.expert_range(4)
+    held = {}
+    for number, layer in enumerate(model.expert_parallel.layers):
+        experts = whole[number].mlp.experts
+        held[f"layer {number} by our kernels"] = layer.kernels is not None
+        if layer.kernels is None:
+            continue
+        weights = layer.kernels.borrowed.weights
+        held[f"layer {number} is float8"] = weights.up_proj.dtype == weights.down_proj.dtype == torch.float8_e4m3fn
+        for which, expected in (("up", experts.gate_up_proj), ("down", experts.down_proj)):
+            held[f"layer {number}, {which}"] = torch.equal(dequantized(weights, which), expected[owned.start : owned.stop])
+    held["it runs"] = bool(model(torch.tensor([[5, 6, 7]])).logits.isfinite().all())
+    model.expert_parallel.finish()
+    model.expert_parallel.close()
+    return held
+
+
+def test_experts_of_a_float8_checkpoint_stay_float8(tmp_path: Path) -> None:
+    for held in run_ranks(float8_layers, 2, *make_float8(tmp_path), env=INTERPRETER, timeout_s=120):
+        assert all(held.values()), held
