@@ -8,7 +8,7 @@ import torch
 
 import tokenferry as tf
 from float8_checkpoint import dequantized, make_float8
-from foreign_experts import FAMILIES, NUM_EXPERTS, TOPK, some_choices
+from foreign_experts import FAMILIES, NUM_EXPERTS, TOPK, skip_what_is_newer, some_choices
 from test_experts import gathered
 from tokenferry.experts import ExpertScratch
 from tokenferry.testing import run_ranks
@@ -50,6 +50,7 @@ def found() -> dict[str, float]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_kernels_give_the_sums_of_the_models_own_function(name: str, found: dict[str, float]) -> None:
+    skip_what_is_newer(name)
     assert found[name] < 1e-5
 
 
