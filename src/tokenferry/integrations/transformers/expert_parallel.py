@@ -357,7 +357,7 @@ class ExpertParallel:
             ) from error
 
     def _take_kernels(self, layer: ExpertLayer, shape: LayerShape) -> None:
-        """Where they run at all; not on CPUs, where the model's own function is as fast."""
+        """Where they run at all, which on CPUs is the interpreter alone."""
         if not self.options.own_kernels or not ExpertScratch.serves(self.group.device):
             return
         try:
