@@ -7,8 +7,8 @@
     model.expert_parallel.finish()    # takes part in the others' steps until every rank is here
 
 `model.py` loads, `loading.py` reads this rank's experts only and `random_init.py` makes them up, `kernel_experts.py` and
-`local_experts.py` run them, `layer.py` puts a MoE layer between its router and its experts, `expert_parallel.py` keeps the steps of all
-layers together.
+`local_experts.py` run them, `layer.py` puts a MoE layer between its router and its experts, `expert_parallel.py` keeps the steps
+of all layers together.
 """
 
 import importlib.util
