@@ -9,6 +9,7 @@ H hidden size, I intermediate size, E experts, e experts of this rank.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -159,4 +160,4 @@ def _candidates(gated: bool, limits: list[float], alphas: list[float]) -> Iterat
 
 def _floats(module: Any, names: tuple[str, ...]) -> list[float]:
     values = (getattr(module, name, None) for name in names)
-    return sorted({float(value) for value in values if isinstance(value, (int, float)) and value > 0})
+    return sorted({float(value) for value in values if isinstance(value, (int, float)) and 0 < value < math.inf})
