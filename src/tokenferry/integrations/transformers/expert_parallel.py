@@ -252,8 +252,11 @@ class ExpertParallel:
             raise error
 
     def close(self) -> None:
-        """Closes the workspace. The model cannot run any more."""
+        """Closes the workspace, and lets go of what our kernels work in. The model cannot run any more."""
         self.workspace.close()
+        self._scratch = None
+        for layer in self._installed:
+            layer.kernels = None
 
     def _run_next(self, layer: ExpertLayer, rows: Rows, step: Step) -> torch.Tensor:
         number = self._next_layer
