@@ -76,8 +76,10 @@ def ways(group: tf.EPGroup, folder: Path) -> dict[str, tuple[int, list[str]]]:
         logger.addHandler(handler)
         model = load(folder / name.split()[0], group, max_tokens_per_rank=8, **kwargs)
         logger.removeHandler(handler)
-        found[name] = (sum(layer.kernels is not None for layer in model.expert_parallel.layers), said)
+        layers = model.expert_parallel.layers
+        found[name] = (sum(layer.kernels is not None for layer in layers), said)
         model.expert_parallel.close()
+        assert all(layer.kernels is None for layer in layers), "a closed model keeps the scratch of its experts"
     return found
 
 
