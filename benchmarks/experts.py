@@ -2,7 +2,6 @@
 
     python benchmarks/experts.py measure --out experts.jsonl     # the whole path by tokens per rank, and its parts
     python benchmarks/experts.py sweep --out sweep.jsonl         # each product alone, over tile sizes
-    python benchmarks/experts.py layouts --out layouts.jsonl     # the whole path, weights as `nn.Linear` has them and transposed
     python benchmarks/experts.py plans --out plans.jsonl         # the whole path, the chosen plan beside variations of it
 
 Floors: few rows: bytes of the touched experts' weights / measured read bandwidth; many rows: FLOP / measured rate of one dense
@@ -119,25 +118,6 @@ def float8(args, facts, record):
         torch.cuda.empty_cache()
 
 
-def layouts(args, facts, record):
-    """The whole path with weights as `nn.Linear` has them, and transposed, read as views."""
-    for name in args.presets:
-        bench, found = ExpertBench(PRESETS_BY_NAME[name]), {}
-        for layout in ("as linear", "transposed"):
-            if layout == "transposed":
-                bench.transpose()
-            for tokens in args.tokens:
-                rows = bench.rows(tokens)
-                found[layout, tokens] = whole = bench.whole(rows)
-                error = bench.error(rows)
-                record({"preset": name, "tokens": tokens, "layout": layout, "whole": whole, "error": error})
-        for tokens in args.tokens:
-            plain, turned = found["as linear", tokens], found["transposed", tokens]
-            print(f"  {name} T={tokens}: {plain:.1f}, transposed {turned:.1f} ({turned / plain:.2f}x)", flush=True)
-        del bench
-        torch.cuda.empty_cache()
-
-
 def library_float8():
     """What the library says to a grouped product with a scale per 128 x 128 and 1 x 128."""
     from torch.nn.functional import ScalingType, scaled_grouped_mm
@@ -201,15 +181,14 @@ def variants_for(args):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["sweep", "plans", "measure", "float8", "layouts", "compile"])
+    parser.add_argument("what", choices=["sweep", "plans", "measure", "float8", "compile"])
     parser.add_argument("--presets", nargs="+", default=list(PRESETS_BY_NAME))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 128, 512, 4096])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=100)
     parser.add_argument("--commit", default="")
     args = parser.parse_args()
-    if args.what != "layouts":
-        precompile(list(variants_for(args)))
+    precompile(list(variants_for(args)))
     if args.what == "compile":
         return
     facts = device_rates(torch.device("cuda"))
@@ -218,8 +197,7 @@ def main():
     print(head, facts, flush=True)
     lines = [head | facts]
     try:
-        whats = {"sweep": sweep, "plans": plans, "measure": measure, "float8": float8, "layouts": layouts}
-        whats[args.what](args, facts, lines.append)
+        {"sweep": sweep, "plans": plans, "measure": measure, "float8": float8}[args.what](args, facts, lines.append)
     finally:
         if args.out:
             args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
