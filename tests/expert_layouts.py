@@ -44,7 +44,7 @@ class Layout:
         """As the other library's parameter has them, NaNs behind them: nothing may read beyond."""
         order = (2, 0, 1) if self.depth_first else (0, 2, 1) if self.transposed else (0, 1, 2)
         parameter = matrices.permute(order).contiguous()
-        with_tail = torch.full((parameter.numel() + 4096,), torch.nan, dtype=parameter.dtype)
+        with_tail = torch.full((parameter.numel() + 4096,), torch.nan, dtype=parameter.dtype, device=parameter.device)
         with_tail[: parameter.numel()] = parameter.flatten()
         return with_tail[: parameter.numel()].view(parameter.shape)
 
