@@ -58,6 +58,13 @@ class ExpertBench:
                 weights, up_proj=up, up_scale=up_scale, down_proj=down, down_scale=down_scale
             )
 
+    def transpose(self):
+        """Weights as gpt-oss checkpoints have them, [L, H, N] and [L, I, H], used as views."""
+        for number, weights in enumerate(self.layers):
+            up, down = (matrices.transpose(1, 2).contiguous() for matrices in (weights.up_proj, weights.down_proj))
+            biases = {"up_bias": weights.up_bias, "down_bias": weights.down_bias}
+            self.layers[number] = ExpertWeights.view(up, down, transposed=True, **biases)
+
     def rows(self, tokens, seed=0):
         """EP ranks of `tokens` each; every row's experts are distinct and uniform."""
         generator = torch.Generator("cuda").manual_seed(seed)
@@ -123,7 +130,7 @@ class ExpertBench:
             loaded.table(rows.topk_idx, count, *table, 0, num, 0)
 
         def make_sum():
-            loaded.sum(buffers.outputs_PH, rows.topk_idx, rows.topk_weights, count, out, 0, buffers.num_rows, 0)
+            loaded.sum(buffers.outputs_PH, rows.topk_idx, rows.topk_weights, count, out, 0, buffers.num_rows, 0, count, 0.0)
 
         done = {which: self.time_us(lambda which=which: products(which), 2) / len(self.layers) for which in ("up", "down")}
         return done if products_only else done | {"table": self.time_us(make_table, 10), "sum": self.time_us(make_sum, 10)}

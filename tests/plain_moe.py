@@ -53,12 +53,17 @@ def _sigmoid(values):
 
 def plain_activation(activation: Activation, product):
     """One row of a first product, [N] float64 -> [I]."""
-    if activation.name in ("swiglu", "clamped_swiglu"):
+    if activation.name in ("geglu", "geglu_tanh"):
+        gate, up = product.chunk(2)
+        return plain_activation(Activation("gelu" if activation.name == "geglu" else "gelu_tanh"), gate) * up
+    if activation.name in ("swiglu", "clamped_swiglu", "limited_swiglu"):
         half = len(product) // 2
         gate, up = (product[0::2], product[1::2]) if activation.interleaved else (product[:half], product[half:])
         if activation.name == "swiglu":
             return gate / (1 + torch.exp(-gate)) * up
         gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+        if activation.name == "limited_swiglu":
+            return up * gate / (1 + torch.exp(-gate))
         return (up + 1) * gate / (1 + torch.exp(-activation.alpha * gate))
     positive = product * (product > 0)
     return {

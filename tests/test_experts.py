@@ -99,6 +99,9 @@ CASES = {
     "swiglu-interleaved": Case(Activation("swiglu", interleaved=True)),
     "clamped": Case(Activation("clamped_swiglu", limit=0.5), bias=True),
     "clamped-interleaved": Case(Activation("clamped_swiglu", interleaved=True, limit=0.5), bias=True),
+    "limited-interleaved": Case(Activation("limited_swiglu", interleaved=True, limit=0.5)),
+    "geglu": Case(Activation("geglu"), bias=True),
+    "geglu-tanh": Case(Activation("geglu_tanh")),
     "squared-relu": Case(Activation("squared_relu")),
     "gelu": Case(Activation("gelu"), bias=True),
     "gelu-tanh": Case(Activation("gelu_tanh")),
@@ -322,8 +325,11 @@ def test_float8_experts_refuse_float32_rows():
 PAGE = Path(__file__).parent.parent / "docs" / "experts.md"
 
 
-def test_the_example_of_the_page_runs_as_it_stands():
-    [example] = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+@pytest.mark.parametrize("number", [0, 1], ids=["own-weights", "borrowed-weights"])
+def test_the_examples_of_the_page_run_as_they_stand(number):
+    examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(examples) == 2
+    example = examples[number]
     exec(compile(example, "docs/experts.md", "exec"), {})
 
 

@@ -1,5 +1,7 @@
 """Experts' kernels compile for Hopper and Blackwell without a GPU, and keep to what was planned for them."""
 
+import re
+
 import pytest
 import torch
 
@@ -31,6 +33,13 @@ def variant(H=2048, I=768, L=64, K=8, **changes) -> variants.Variant:
 VARIANTS = {
     "qwen3-30b-a3b": variant(),
     "gpt-oss-20b": variant(2880, 2880, 16, 4, activation="clamped_swiglu", interleaved=True, up_bias=True, down_bias=True),
+    "gpt-oss-20b-transposed": variant(
+        2880, 2880, 16, 4, activation="clamped_swiglu", interleaved=True, up_bias=True, down_bias=True,
+        up_strides=(2 * 2880 * 2880, 1, 2 * 2880), down_strides=(2880 * 2880, 1, 2880),
+    ),
+    "stacked-transposed-norm": variant(
+        512, 384, 8, 2, activation="geglu_tanh", norm=True, up_strides=(768 * 512, 1, 768), down_strides=(384 * 512, 1, 512),
+    ),
     "deepseek-v3-float8": variant(7168, 2048, 32, 8, weight_dtype=torch.float8_e4m3fn),
     "one-cut-int64-ids": variant(batch_invariant=True, index_dtype=torch.int64, out_dtype=torch.float32),
     "squared-relu-fp16-odd": variant(
@@ -76,6 +85,20 @@ def test_rows_are_quantized_by_rounded_divisions() -> None:
     for spec in specs:
         ptx = triton.compile(spec.source(), target=GPUTarget("cuda", 90, 32), options=spec.options()).asm["ptx"]
         assert "div.rn.f32" in ptx and "div.full.f32" not in ptx
+
+
+@pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "gpt-oss-20b", "gpt-oss-20b-transposed", "stacked-transposed-norm"])
+def test_weights_come_in_the_widest_accesses(name, monkeypatch) -> None:
+    """By tensor maps for many rows, and 16 bytes at a time for few, whichever of depth and columns lies side by side."""
+    monkeypatch.setattr(variants, "has_pdl", lambda _: True)  # as on Hopper: there are tensor maps
+    specs = variants.specs(VARIANTS[name], torch.device("cpu"))
+    for spec in (*specs.up, *specs.down):
+        ptx = triton.compile(spec.source(), target=GPUTarget("cuda", 90, 32), options=spec.options()).asm["ptx"]
+        constants = dict(spec.constants)
+        assert constants["TENSOR_MAP"] == (constants["MIN_ROWS"] > 1)
+        assert ("cp.async.bulk.tensor" in ptx) == constants["TENSOR_MAP"]
+        assert set(re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?, (0x\w+)", ptx)) == {"0x10"}, spec
 
 
 def test_what_serves_an_expert_depends_on_its_rows_alone() -> None:

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 
 from tokenferry.errors import ConfigError
 
-ActivationName = Literal["swiglu", "clamped_swiglu", "squared_relu", "gelu", "gelu_tanh", "relu", "silu"]
-"""`swiglu` and `clamped_swiglu` take a gate and an up half; the others take one row of numbers and no gate."""
+ActivationName = Literal[
+    "swiglu", "clamped_swiglu", "limited_swiglu", "geglu", "geglu_tanh", "squared_relu", "gelu", "gelu_tanh", "relu", "silu"
+]
+"""Those named after a gated linear unit (glu) take a gate and an up half; the others take one row of numbers and no gate."""
 
-GATED = frozenset({"swiglu", "clamped_swiglu"})
+GATED = frozenset({"swiglu", "clamped_swiglu", "limited_swiglu", "geglu", "geglu_tanh"})
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class Activation:
         name: one of `ActivationName`.
         interleaved: False: the columns are all gates, then all ups. True: gate 0, up 0, gate 1, up 1, ... (gpt-oss checkpoints).
         alpha: of `clamped_swiglu`, the steepness of its sigmoid (gpt-oss: 1.702). Others do not read it.
-        limit: of `clamped_swiglu`: the gate is clamped from above, the up half on both sides (gpt-oss: 7.0); likewise.
+        limit: of `clamped_swiglu` and `limited_swiglu`: the gate is clamped from above, the up half on both sides (gpt-oss: 7.0);
+            likewise. `clamped_swiglu` then adds 1 to the up half, as gpt-oss does; `limited_swiglu` is `swiglu` behind the clamp,
+            as deepseek-v4 has it.
 
     Raises:
         ConfigError: an unknown name, `interleaved` without a gate, or a limit that is not positive.
@@ -72,8 +76,12 @@ class Activation:
         gate_I, up_I = self._halves(product_N)
         if self.name == "swiglu":
             return F.silu(gate_I.float()).mul_(up_I).to(product_N.dtype)
+        if self.name in ("geglu", "geglu_tanh"):
+            return F.gelu(gate_I.float(), approximate="none" if self.name == "geglu" else "tanh").mul_(up_I).to(product_N.dtype)
         gate_I = gate_I.float().clamp(max=self.limit)
         up_I = up_I.float().clamp(min=-self.limit, max=self.limit)
+        if self.name == "limited_swiglu":
+            return F.silu(gate_I).mul_(up_I).to(product_N.dtype)
         return gate_I.mul(torch.sigmoid(gate_I * self.alpha)).mul_(up_I.add_(1.0)).to(product_N.dtype)
 
     def _halves(self, product_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

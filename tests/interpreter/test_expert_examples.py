@@ -54,12 +54,17 @@ def sum_example(group: tf.EPGroup) -> list[list[float]]:
     weights = torch.tensor([[2.0, torch.nan, 512.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
     out = torch.full((3, 1), 7.0)
     valid = torch.tensor([2], dtype=torch.int32)
-    expert_sum.expert_sum_kernel[(2,)](outputs, idx, weights, valid, out, 0, 3, 0, L=2, K=3, H=1, BLOCK=2, PDL=0)
-    return out.tolist()
+    scale = torch.tensor([2.0])
+    constants = {"L": 2, "H": 1, "BLOCK": 2, "PDL": 0}
+    expert_sum.expert_sum_kernel[(2,)](outputs, idx, weights, valid, out, 0, 3, 0, scale, 0.0, K=3, NORM=False, **constants)
+    one, seven, normed = torch.tensor([[2.0]]), torch.tensor([[7.0]]), torch.zeros(1, 1)
+    first = idx[:1, :1].contiguous()
+    expert_sum.expert_sum_kernel[(1,)](one, first, seven, valid, normed, 0, 1, 0, scale, 48.0, K=1, NORM=True, **constants)
+    return out.tolist() + normed.tolist()
 
 
 def test_sum_kernel() -> None:
-    assert run_ranks(sum_example, 1, env=INTERPRETER) == [[[3.0], [0.0], [7.0]]]
+    assert run_ranks(sum_example, 1, env=INTERPRETER) == [[[3.0], [0.0], [7.0], [3.5]]]
 
 
 def gemm_example(group: tf.EPGroup) -> list[list[list[float]]]:
@@ -103,7 +108,7 @@ def small(out, scales, columns, GATED: tl.constexpr, INTERLEAVED: tl.constexpr):
     tl.store(scales + lanes, scale)
     tl.store(scales + 4 + lanes, tl.max(quantized.to(tl.float32), 1))
     WIDE: tl.constexpr = 4 if GATED else 2
-    tl.store(columns + tl.arange(0, WIDE), expert_gemm.columns_of(4, 6, GATED, INTERLEAVED, 2))
+    tl.store(columns + tl.arange(0, WIDE), expert_gemm.columns_of(4, 6, GATED, INTERLEAVED, True, 2))
 
 
 def helpers_example(group: tf.EPGroup) -> list[list[float]]:
@@ -121,4 +126,4 @@ def test_activations_scales_and_columns() -> None:
     assert gated == [-1.0]
     assert clamped[:3] == [-2.0, 1.0, 2.0] and clamped[3] != clamped[3]
     assert scales == [1.0, 0.5, 1.0, 1.0, 224.0, 224.0, 0.0, 0.0]
-    assert columns == [[4, 5], [4, 5, 10, 11], [8, 10, 9, 11]]
+    assert columns == [[4, 5], [4, 5, 10, 11], [8, 9, 10, 11]]

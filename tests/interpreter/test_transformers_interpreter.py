@@ -1,4 +1,5 @@
-"""A transformers model over the symmetric transport: its kernels, interpreted, give the tokens of the unmodified model."""
+"""A transformers model over the symmetric transport: its kernels and the experts', interpreted, give the tokens of the unmodified
+model."""
 
 from pathlib import Path
 
@@ -13,35 +14,49 @@ from transformers_work import Work, generate, load, quiet, unmodified
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("default")]  # transformers warns of its own affairs
 
 WORK = (Work((5, 3), 4), Work((6,), 6))
-RUNS = [(family, exact) for family, exact in (("qwen3_moe", False), ("llama4", True))]
+RUNS = [
+    ("qwen3_moe", False),
+    ("gpt_oss", False),
+    ("nemotron_h", False),
+    ("deepseek_v3", False),
+    ("llama4", False),
+    ("llama4", True),
+]
 
 
 @pytest.fixture(scope="module")
-def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], list[float]]:
-    """The largest difference of logits on each rank; NaN where the tokens differ."""
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], list[tuple[float, int]]]:
+    """On each rank the largest difference of logits, NaN where the tokens differ; and how many layers our kernels ran."""
     folder = tmp_path_factory.mktemp("models")
-    for family, _ in RUNS:
+    for family in {family for family, _ in RUNS}:
         make_tiny(family, folder / family)
     by_rank = run_ranks(run_all, 2, folder, timeout_s=240, env={"TRITON_INTERPRET": "1"})
     return {run: [rank[number] for rank in by_rank] for number, run in enumerate(RUNS)}
 
 
 @pytest.mark.parametrize(("family", "exact"), RUNS, ids=[f"{family}{'-exact' * exact}" for family, exact in RUNS])
-def test_tokens_of_the_unmodified_model(family: str, exact: bool, differences: dict[tuple[str, bool], list[float]]) -> None:
-    assert all(difference <= (0.0 if exact else 1e-4) for difference in differences[family, exact])
+def test_tokens_of_the_unmodified_model(family: str, exact: bool, found: dict[tuple[str, bool], list[tuple[float, int]]]) -> None:
+    assert all(difference <= (0.0 if exact else 1e-4) for difference, _ in found[family, exact])
 
 
-def run_all(group: tf.EPGroup, folder: Path) -> list[float]:
+@pytest.mark.parametrize(("family", "exact"), RUNS, ids=[f"{family}{'-exact' * exact}" for family, exact in RUNS])
+def test_whose_kernels_run_the_experts(family: str, exact: bool, found: dict[tuple[str, bool], list[tuple[float, int]]]) -> None:
+    assert all((num_layers > 0) == (family != "llama4" and not exact) for _, num_layers in found[family, exact])
+
+
+def run_all(group: tf.EPGroup, folder: Path) -> list[tuple[float, int]]:
     quiet()
-    return [_difference(group, folder / family, exact) for family, exact in RUNS]
+    return [_run(group, folder / family, exact) for family, exact in RUNS]
 
 
-def _difference(group: tf.EPGroup, path: Path, exact: bool) -> float:
-    model = load(path, group, exact=exact, transport="p2p", max_tokens_per_rank=12, dtype=torch.float32)
+def _run(group: tf.EPGroup, path: Path, exact: bool) -> tuple[float, int]:
+    kwargs = {"attn_implementation": "eager"} if path.name == "gpt_oss" else {}
+    model = load(path, group, exact=exact, transport="p2p", max_tokens_per_rank=12, dtype=torch.float32, **kwargs)
     assert model.expert_parallel.workspace.transport == "p2p"
+    num_by_kernels = sum(layer.kernels is not None for layer in model.expert_parallel.layers)
     tokens, logits = generate(model, WORK[group.rank], group.rank)
     model.expert_parallel.finish()
     model.expert_parallel.close()
-    expected, expected_logits = generate(unmodified(path), WORK[group.rank], group.rank)
+    expected, expected_logits = generate(unmodified(path, **kwargs), WORK[group.rank], group.rank)
     difference = max(float((a - b).abs().max()) for a, b in zip(logits, expected_logits, strict=True))
-    return difference if tokens == expected else float("nan")
+    return difference if tokens == expected else float("nan"), num_by_kernels

@@ -14,6 +14,7 @@ import pytest
 
 from tokenferry.demo import model as demo_model
 from tokenferry.errors import ConfigError
+from tokenferry.testing.tiny_models import tiny_config
 
 pytest.importorskip("transformers", reason="the command line generates with transformers")
 pytestmark = pytest.mark.ranks
@@ -53,6 +54,16 @@ def test_generate_answers_uneven_prompts_and_prints_one_json_object(environment,
     assert all(rank["num_layers"] == 2 and 0 < rank["communication_share"] <= 1 for rank in document["ranks"])
     assert "rank 0: 1 prompt " in outcome.stderr
     assert "rank 1: 3 prompts" in outcome.stderr
+
+
+def test_generate_with_random_weights_for_a_configuration(environment, tmp_path):
+    (tmp_path / "config.json").write_text(tiny_config("mixtral").to_json_string())
+    arguments = ["--random-init", str(tmp_path / "config.json"), "--ranks", "2", "--max-new-tokens", "3", "--json"]
+    outcome = run([*CLI, "generate", *arguments], environment)
+    assert outcome.returncode == 0, outcome.stderr
+    ranks = json.loads(outcome.stdout)["ranks"]
+    assert [rank["experts"] for rank in ranks] == [[0, 1], [2, 3]]
+    assert sum(rank["num_new_tokens"] for rank in ranks) == 3 * sum(rank["num_prompts"] for rank in ranks) > 0
 
 
 @pytest.mark.long

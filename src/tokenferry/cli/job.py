@@ -12,11 +12,11 @@ class Job:
     """What all ranks are to do. Every rank gets the same job.
 
     Attributes:
-        model: a folder, or `tiny:FAMILY`.
+        model: a folder, `tiny:FAMILY`, or `random:` and a configuration.
         prompts: those of all ranks. Each rank finds its own among them (see `spread`).
         dtype: a torch dtype's name, or "auto" (see `work.torch_dtype`).
         device: "cpu" or "cuda".
-        seed: for the random weights of `tiny:FAMILY`. Decoding is greedy and needs none.
+        seed: for random weights. Decoding is greedy and needs none.
         exact: whether experts are called once for each rank that the rows come from; see `from_pretrained`.
         keep_logits: whether answers carry the logits of every new token.
     """

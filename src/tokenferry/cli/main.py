@@ -32,6 +32,7 @@ app = typer.Typer(
 def generate(
     ranks: options.Ranks = None,
     model: options.Model = "demo",
+    random_init: options.RandomInit = None,
     prompts: options.Prompts = None,
     max_new_tokens: options.MaxNewTokens = 64,
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -44,7 +45,19 @@ def generate(
     with one_line_errors():
         from tokenferry.cli import run
 
-        request = options.request("generate", ranks, model, prompts, max_new_tokens, dtype, device, transport, seed, json)
+        request = options.request(
+            "generate",
+            ranks,
+            model,
+            prompts,
+            max_new_tokens,
+            dtype,
+            device,
+            transport,
+            seed,
+            json,
+            random_init=random_init,
+        )
         raise typer.Exit(run.generate(request))
 
 

@@ -18,9 +18,10 @@ from tokenferry.cli.job import Job
 from tokenferry.cli.prompts import DEFAULT_PROMPTS, read_prompts
 from tokenferry.cli.run import Request
 from tokenferry.cli.start import torchrun_place
-from tokenferry.cli.work import TINY
+from tokenferry.cli.work import RANDOM, TINY
 from tokenferry.demo.model import demo_checkpoint
 from tokenferry.errors import ConfigError
+from tokenferry.testing.model_configs import MODEL_CONFIGS, config_values
 from tokenferry.testing.tiny_models import COMMON, FAMILIES
 from tokenferry.transports.selection import TRANSPORTS
 
@@ -50,6 +51,14 @@ Ranks = Annotated[
     int | None, typer.Option("--ranks", min=1, help=f"Rank processes to start.  [default: {DEFAULT_RANKS}, or torchrun's]")
 ]
 Model = Annotated[str, typer.Option("--model", help="demo, tiny:FAMILY (random weights) or a checkpoint's folder.")]
+RandomInit = Annotated[
+    str | None,
+    typer.Option(
+        "--random-init",
+        metavar="CONFIG.json|NAME[:LAYERS]",
+        help=f"Random weights for a configuration, in the place of --model: a file, or {', '.join(MODEL_CONFIGS)}.",
+    ),
+]
 Prompts = Annotated[
     Path | None,
     typer.Option(
@@ -60,7 +69,7 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the weights. auto: as stored on GPUs, float32 on CPUs.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="auto: GPUs if there is one for each rank.")]
 Transport = Annotated[str, typer.Option("--transport", help=f"auto, {', '.join(TRANSPORTS)}; see `tokenferry doctor`.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the random weights of tiny:FAMILY. Decoding is greedy.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of random weights. Decoding is greedy.")]
 Exact = Annotated[bool, typer.Option("--exact", help="One expert call for each rank that rows come from: equal in every dtype.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of texts and tables.")]
 
@@ -87,6 +96,11 @@ def choose_model(model: str, num_ranks: int, max_new_tokens: int, report: Callab
             raise ConfigError(f"no tiny model of family {family!r}; there are: {', '.join(sorted(FAMILIES))}")
         check_experts(FAMILIES[family][1], model, num_ranks)
         check_new_tokens({**COMMON, **FAMILIES[family][1]}, max_new_tokens)
+        return model
+    if model.startswith(RANDOM):
+        values = config_values(model.removeprefix(RANDOM))
+        check_experts(values, model.removeprefix(RANDOM), num_ranks)
+        check_new_tokens(values, max_new_tokens)
         return model
     folder = demo_checkpoint(report) if model == "demo" else Path(model)
     try:
@@ -138,6 +152,7 @@ def request(
     seed: int,
     as_json: bool,
     exact: bool = False,
+    random_init: str | None = None,
 ) -> Request:
     """The options, checked, with their defaults found. Makes the demo checkpoint if need be.
 
@@ -146,6 +161,10 @@ def request(
     """
     if transport not in ("auto", *TRANSPORTS):
         raise ConfigError(f"--transport must be auto or one of {', '.join(TRANSPORTS)}, got {transport!r}")
+    if random_init is not None:
+        if model != "demo":
+            raise ConfigError(f"--random-init makes a model of its own, but --model is {model}; leave one of them out")
+        model = f"{RANDOM}{random_init}"
     place = torchrun_place(ranks)
     num_ranks = place.world_size if place is not None and place.world_size is not None else ranks or DEFAULT_RANKS
     job = Job(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import resource
 import sys
 import tempfile
@@ -19,10 +20,14 @@ from tokenferry.cli.spread import batches, capacity, spread
 from tokenferry.cli.tokens import cut_after_stop, load_tokenizer, stop_token_ids, tokenize
 from tokenferry.demo.quiet import quiet_transformers
 from tokenferry.groups import EPGroup
+from tokenferry.testing.model_configs import config_values, model_config
+from tokenferry.testing.tiny_models import byte_tokenizer
 from tokenferry.transports.opening import telling_the_others
 
 Send = Callable[[dict[str, Any]], None]
 TINY: Final = "tiny:"
+RANDOM: Final = "random:"
+"""Before a configuration whose weights every rank makes up; see `tokenferry.testing.model_configs`."""
 LOADING_TIMEOUT_S: Final = 600.0
 
 
@@ -32,7 +37,7 @@ def answer_as_rank(job: Job, group: EPGroup, send: Send, scratch: Path | None = 
     `send` gets `{"total": ..., "prompts": ...}` once the rank is loaded, `{"new": ...}` as tokens come, and `{"done": true}`.
     `scratch` is a folder that somebody else removes, also if this process is killed.
     """
-    from tokenferry.integrations.transformers import from_pretrained
+    from tokenferry.integrations.transformers import from_config, from_pretrained
 
     quiet_transformers()
     with model_folder(job, scratch) as folder:
@@ -41,15 +46,18 @@ def answer_as_rank(job: Job, group: EPGroup, send: Send, scratch: Path | None = 
             token_ids = tokenize(tokenizer, job.prompts)
         lengths = [len(ids) for ids in token_ids]
         check_prompts(folder, lengths, job.max_new_tokens)
-        model = from_pretrained(
-            str(folder),
-            group=group,
-            max_tokens_per_rank=capacity(lengths, group.size),
-            transport=job.transport,
-            dtype=torch_dtype(job),
-            exact=job.exact,
-            timeout_s=job.timeout_s,
-        )
+        settings: dict[str, Any] = {
+            "group": group,
+            "max_tokens_per_rank": capacity(lengths, group.size),
+            "transport": job.transport,
+            "dtype": torch_dtype(job),
+            "exact": job.exact,
+            "timeout_s": job.timeout_s,
+        }
+        if job.model.startswith(RANDOM):
+            model = from_config(model_config(str(folder)), seed=job.seed, **settings)
+        else:
+            model = from_pretrained(str(folder), **settings)
     parallel = model.expert_parallel
     prompts = spread(lengths, group.size)[group.rank]
     send({"prompts": len(prompts), "total": len(prompts) * job.max_new_tokens})
@@ -123,7 +131,14 @@ def answer_batch(
 
 @contextlib.contextmanager
 def model_folder(job: Job, scratch: Path | None) -> Iterator[Path]:
-    """The job's model as a folder; a tiny one is made in `scratch` (None: the system's) for as long as it is needed."""
+    """The job's model as a folder; a tiny one is made in `scratch` (None: the system's) for as long as it is needed. Of one with
+    random weights the folder has the configuration alone, and a tokenizer of bytes."""
+    if job.model.startswith(RANDOM):
+        with tempfile.TemporaryDirectory(prefix="tokenferry-random-", dir=scratch) as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(config_values(job.model.removeprefix(RANDOM))))
+            byte_tokenizer().save_pretrained(folder)
+            yield Path(folder)
+        return
     if not job.model.startswith(TINY):
         yield Path(job.model)
         return

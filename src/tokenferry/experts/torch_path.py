@@ -46,6 +46,8 @@ def run(
         output_PH, position_RK = _every_expert_on_every_row(hidden_RH, local_RK, weights, activation)
     else:
         output_PH, position_RK = _experts_on_sorted_pairs(hidden_RH, local_RK, weights, activation, trim=path == "trimmed")
+    if weights.norm_scale is not None:
+        output_PH = _norm(output_PH, weights.norm_scale, weights.norm_epsilon)
     return _weighted_sum(output_PH, position_RK, local_RK < num_local_experts, dispatched.topk_weights, out)
 
 
@@ -133,6 +135,12 @@ def _scaled_grouped_linear(
             output_PY[begin:end] = float8.rounded_rows(rows_PX[begin:end]) @ weight_YX.t()
         begin = end
     return output_PY
+
+
+def _norm(output_PH: torch.Tensor, scale_H: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """A norm behind each expert: scaled, then divided by the root of the mean square, rounded after both."""
+    scaled_PH = (output_PH.float() * scale_H).to(output_PH.dtype).float()
+    return (scaled_PH * torch.rsqrt(scaled_PH.square().mean(1, keepdim=True) + epsilon)).to(output_PH.dtype)
 
 
 def _weighted_sum(

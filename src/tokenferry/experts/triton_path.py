@@ -18,7 +18,7 @@ from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched
 from tokenferry.experts.plan import Plan, Tiles
 from tokenferry.experts.scratch import Buffers, ExpertScratch
-from tokenferry.experts.variants import Variant, chosen_plan, row_shape, specs, variant_of
+from tokenferry.experts.variants import Variant, chosen_plan, descriptor_block, row_shape, specs, variant_of
 from tokenferry.experts.weights import ExpertWeights
 from tokenferry.kernels import wire
 from tokenferry.kernels.launch import POINTER_ALIGNMENT, BoundLaunch, KernelSpec, KernelStore
@@ -33,7 +33,10 @@ QUANTIZE_ARGUMENTS = ("rows", "counts", "valid_tokens", "out", "scales", "first_
 PRODUCT_ARGUMENTS = (
     "rows", "row_scales", "weights", "scales", "bias", "out", "counts", "offsets", "pairs", "first_row", "alpha", "limit",
 )  # fmt: skip
-SUM_ARGUMENTS = ("outputs", "topk_idx", "topk_weights", "valid_tokens", "out", "first_row", "num_rows", "first_expert")
+SUM_ARGUMENTS = (
+    "outputs", "topk_idx", "topk_weights", "valid_tokens", "out", "first_row", "num_rows", "first_expert", "norm_scale",
+    "norm_epsilon",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +149,7 @@ def run(
     dtype = hidden_RH.dtype
     up = (_or(weights.up_scale, valid), valid if weights.up_bias is None else weights.up_bias.to(dtype).contiguous())
     down = (_or(weights.down_scale, valid), valid if weights.down_bias is None else weights.down_bias.to(dtype).contiguous())
+    norm = (_or(weights.norm_scale, valid), weights.norm_epsilon)
     for first_row in range(0, idx_RK.shape[0], buffers.num_rows):
         loaded.table(idx_RK, valid, *table, first_row, buffers.num_rows, first_expert)
         settings = (*table, first_row, activation.alpha, activation.limit)
@@ -158,7 +162,7 @@ def run(
         for product in loaded.down:
             matrices = weights_argument(weights.down_proj, None, product)
             product.launch(*rows[product.prequantized], matrices, *down, buffers.outputs_PH, *settings)
-        loaded.sum(buffers.outputs_PH, idx_RK, weights_RK, valid, target, *bounds, first_expert)
+        loaded.sum(buffers.outputs_PH, idx_RK, weights_RK, valid, target, *bounds, first_expert, *norm)
     return out if target is out else out.copy_(target)
 
 
@@ -174,14 +178,19 @@ def _quantized(
 
 
 def weights_argument(matrices: torch.Tensor, activation: Activation | None, product: Product) -> torch.Tensor | TensorDescriptor:
-    """Stacked matrices as a launch takes them: as a pointer, or for the tensor memory accelerator as a descriptor of [experts,
-    gate or up, columns, depth]. `activation`: None for the second product."""
+    """Stacked matrices as a launch takes them: as a pointer, or for the tensor memory accelerator as a descriptor (see
+    `expert_gemm_kernel`). `activation`: None for the second product."""
     if not product.descriptor_block:
         return matrices
     L, N, D = matrices.shape
-    stride_e, stride_n, _ = matrices.stride()
+    stride_e, stride_n, stride_d = matrices.stride()
     block = list(product.descriptor_block)
-    if activation is None or not activation.gated:
+    is_transposed, is_gated = stride_d != 1, activation is not None and activation.gated
+    if is_transposed and (not is_gated or (activation is not None and activation.interleaved)):
+        return TensorDescriptor(matrices, [L, 1, D, N], [stride_e, stride_e, stride_d, 1], block)
+    if is_transposed:
+        return TensorDescriptor(matrices, [L, 2, D, N // 2], [stride_e, N // 2, stride_d, 1], block)
+    if activation is None or not is_gated:
         return TensorDescriptor(matrices, [L, 1, N, D], [stride_e, stride_e, stride_n, 1], block)
     half, column = (stride_n, 2 * stride_n) if activation.interleaved else (N // 2 * stride_n, stride_n)
     return TensorDescriptor(matrices, [L, 2, N // 2, D], [stride_e, half, column, 1], block)
@@ -210,7 +219,7 @@ def _load(variant: Variant, scratch: ExpertScratch) -> LoadedExperts:
 
     def products(pieces: tuple[KernelSpec, ...], tiles: tuple[Tiles, ...], width: int) -> tuple[Product, ...]:
         return tuple(
-            _product(spec, bind(spec, PRODUCT_ARGUMENTS, _programs(tile, width, variant, num_sms)), tile)
+            _product(spec, bind(spec, PRODUCT_ARGUMENTS, _programs(tile, width, variant, num_sms)), variant, tile)
             for spec, tile in zip(pieces, tiles, strict=True)
         )
 
@@ -224,9 +233,9 @@ def _load(variant: Variant, scratch: ExpertScratch) -> LoadedExperts:
     )
 
 
-def _product(spec: KernelSpec, launch: BoundLaunch, tiles: Tiles) -> Product:
+def _product(spec: KernelSpec, launch: BoundLaunch, variant: Variant, tiles: Tiles) -> Product:
     constants = dict(spec.constants)
-    block = (1, 1, tiles.columns, tiles.depth) if constants["TENSOR_MAP"] else ()
+    block = descriptor_block(variant, tiles, constants["IS_FIRST_PRODUCT"]) if constants["TENSOR_MAP"] else ()
     return Product(launch, block, constants["QUANTIZED"])
 
 

@@ -54,6 +54,7 @@ class Variant:
     max_rows: int | None
     plan: Plan | None = None
     """None: the default for these shapes."""
+    norm: bool = False
 
     @property
     def has_float8_weights(self) -> bool:
@@ -82,7 +83,15 @@ def variant_of(
 ) -> Variant:
     """The variant that such operands ask for. `aligned`: operands that are not given here begin at multiples of 16 bytes."""
     L, H, I = weights.down_proj.shape
-    parts = (weights.up_proj, weights.down_proj, weights.up_bias, weights.down_bias, weights.up_scale, weights.down_scale)
+    parts = (
+        weights.up_proj,
+        weights.down_proj,
+        weights.up_bias,
+        weights.down_bias,
+        weights.up_scale,
+        weights.down_scale,
+        weights.norm_scale,
+    )
     aligned = aligned and all(part is None or part.data_ptr() % POINTER_ALIGNMENT == 0 for part in parts)
     return Variant(
         num_local_experts=L,
@@ -104,6 +113,7 @@ def variant_of(
         batch_invariant=batch_invariant,
         max_rows=max_rows,
         plan=plan,
+        norm=weights.norm_scale is not None,
     )
 
 
@@ -159,6 +169,7 @@ def specs(variant: Variant, device: torch.device) -> Specs:
             "K": variant.topk,
             "H": variant.hidden_size,
             "BLOCK": min(SUM_BLOCK, triton.next_power_of_2(variant.hidden_size)),
+            "NORM": variant.norm,
             "PDL": pdl,
         },
         num_warps=4,
@@ -200,10 +211,25 @@ def _quantize_spec(variant: Variant, chosen: Plan, is_first_product: bool, pdl: 
 
 def uses_tensor_map(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int) -> bool:
     """Whether weights come by the tensor memory accelerator: where the tiles ask for it, and the layout allows it."""
-    strides = variant.up_strides if is_first_product else variant.down_strides
-    in_steps_of_16_bytes = all(stride * variant.weight_dtype.itemsize % POINTER_ALIGNMENT == 0 for stride in strides[:2])
+    strides = list(variant.up_strides if is_first_product else variant.down_strides)
+    if 1 not in strides[1:]:
+        return False
+    is_transposed = strides[2] != 1
+    strides.remove(1)
+    if is_first_product and variant.gated and is_transposed and not variant.interleaved:
+        strides.append(variant.intermediate_size)  # from a gate to its up
+    in_steps_of_16_bytes = all(stride * variant.weight_dtype.itemsize % POINTER_ALIGNMENT == 0 for stride in strides)
     is_there = bool(pdl or wire.INTERPRETED) and tiles.tensor_map and not variant.has_float8_weights
-    return is_there and variant.aligned and in_steps_of_16_bytes and strides[2] == 1
+    return is_there and variant.aligned and in_steps_of_16_bytes
+
+
+def descriptor_block(variant: Variant, tiles: Tiles, is_first_product: bool) -> tuple[int, int, int, int]:
+    """Of the descriptor by which weights come: see `expert_gemm_kernel`."""
+    strides = variant.up_strides if is_first_product else variant.down_strides
+    if strides[2] == 1:
+        return (1, 1, tiles.columns, tiles.depth)
+    is_paired = is_first_product and variant.gated and variant.interleaved
+    return (1, 1, tiles.depth, tiles.columns * (2 if is_paired else 1))
 
 
 def _gemm_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int, *, overlaps: bool) -> KernelSpec:
@@ -247,6 +273,6 @@ def _gemm_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         dtypes={"DTYPE": variant.dtype, "ROWS": rows_dtype, "WEIGHT": variant.weight_dtype},
-        descriptors={"weights": (1, 1, tiles.columns, tiles.depth)} if has_map else None,
+        descriptors={"weights": descriptor_block(variant, tiles, is_first_product)} if has_map else None,
         aligned=variant.aligned,
     )

@@ -7,6 +7,7 @@ else I), L experts of this rank (`e` elsewhere).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -57,6 +58,8 @@ class ExpertWeights:
         down_bias: [L, H] or None.
         up_scale, down_scale: of float8_e4m3fn weights: [L, ceil(N / 128), ceil(H / 128)] and [L, ceil(H / 128), ceil(I / 128)]
             float32, what each 128 x 128 block is to be multiplied by; see `quantize_weights`. None for other dtypes.
+        norm_scale, norm_epsilon: of a norm behind each expert: [H] float32, by which an output is multiplied before it is divided
+            by the root of the mean of its squares and `norm_epsilon`. None: there is no norm.
     """
 
     up_proj: torch.Tensor
@@ -65,6 +68,57 @@ class ExpertWeights:
     down_bias: torch.Tensor | None = None
     up_scale: torch.Tensor | None = None
     down_scale: torch.Tensor | None = None
+    norm_scale: torch.Tensor | None = None
+    norm_epsilon: float = 0.0
+
+    @classmethod
+    def view(
+        cls,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        *,
+        transposed: bool = False,
+        up_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
+        up_scale: torch.Tensor | None = None,
+        down_scale: torch.Tensor | None = None,
+        norm_scale: torch.Tensor | None = None,
+        norm_epsilon: float = 0.0,
+    ) -> ExpertWeights:
+        """Another library's stacked parameters as they lie, without a copy: what they hold is read anew by each call.
+
+        Args:
+            up, down: [L, N, H] and [L, H, I]; `transposed`: [L, H, N] and [L, I, H]. Any strides: at full speed where either the
+                depth or the columns of a matrix lie side by side.
+            up_bias, down_bias, up_scale, down_scale, norm_scale, norm_epsilon: as attributes. up_scale and down_scale too are of
+                the matrices as they are stored.
+
+        Raises:
+            ShapeError: not three-dimensional.
+
+        Example:
+            gpt-oss of transformers: view(gate_up_proj, down_proj, transposed=True, up_bias=gate_up_proj_bias,
+            down_bias=down_proj_bias) with Activation("clamped_swiglu", interleaved=True).
+        """
+
+        def turned(name: str, tensor: torch.Tensor | None) -> Any:
+            if tensor is None:
+                return None
+            check_kind(name, tensor, torch.Tensor)
+            if tensor.dim() != 3:
+                raise ShapeError(f"{name} must be [experts, rows, columns], got {list(tensor.shape)}; stack the matrices")
+            return tensor.detach().transpose(1, 2) if transposed else tensor.detach()
+
+        return cls(
+            up_proj=turned("up", up),
+            down_proj=turned("down", down),
+            up_bias=up_bias,
+            down_bias=down_bias,
+            up_scale=turned("up_scale", up_scale),
+            down_scale=turned("down_scale", down_scale),
+            norm_scale=norm_scale,
+            norm_epsilon=norm_epsilon,
+        )
 
 
 def check_operands(hidden_RH: torch.Tensor, weights: ExpertWeights, activation: Activation) -> None:
@@ -79,6 +133,11 @@ def check_operands(hidden_RH: torch.Tensor, weights: ExpertWeights, activation: 
         )
     _check_biases(weights)
     _check_scales(weights)
+    scale = weights.norm_scale
+    if scale is not None and (scale.shape != (H,) or scale.dtype != torch.float32 or scale.device != hidden_RH.device):
+        raise ShapeError(
+            f"norm_scale must be float32 [{H}] on {hidden_RH.device}, got {scale.dtype} {list(scale.shape)} on {scale.device}"
+        )
     if weights.up_scale is not None:
         if hidden_RH.dtype not in (torch.bfloat16, torch.float16):
             raise DtypeError(f"hidden is {hidden_RH.dtype} but float8 experts take bfloat16 or float16; convert it")

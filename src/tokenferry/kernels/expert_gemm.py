@@ -50,25 +50,85 @@ SIGNATURE = {
 
 
 @triton.jit
-def columns_of(first_column, WIDTH: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BN: tl.constexpr):
-    """Columns of the product that BN columns of `out` are made of: with a gate first the gates, then the ups. Columns beyond
-    WIDTH are replaced by the last one.
+def columns_of(
+    first_column, WIDTH: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr, BN: tl.constexpr
+):
+    """Columns of the product that BN columns of `out` are made of: with a gate first the gates, then the ups, or both as they lie
+    if they are interleaved. With CLAMP, columns beyond the last are replaced by it.
 
     Example:
-        WIDTH 6 from column 4, BN 2: 4, 5; with a gate 4, 5, 10, 11; interleaved 8, 10, 9, 11.
+        WIDTH 6 from column 4, BN 2: 4, 5; with a gate 4, 5, 10, 11; interleaved 8, 9, 10, 11.
     """
-    if GATED:
+    if GATED and INTERLEAVED:
+        column = 2 * first_column + tl.arange(0, 2 * BN)
+        if CLAMP:
+            column = tl.minimum(column, 2 * WIDTH - 1)
+    elif GATED:
         within = tl.arange(0, 2 * BN)
         column = first_column + within % BN
-        if WIDTH % BN != 0:
+        if CLAMP:
             column = tl.minimum(column, WIDTH - 1)
-        half = within // BN
-        column = 2 * column + half if INTERLEAVED else column + half * WIDTH
+        column = column + within // BN * WIDTH
     else:
         column = first_column + tl.arange(0, BN)
-        if WIDTH % BN != 0:
+        if CLAMP:
             column = tl.minimum(column, WIDTH - 1)
     return column
+
+
+@triton.jit
+def weights_tile(
+    pointers,
+    column,
+    depth,
+    d,
+    DEPTH: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
+    STRIDE_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """The weights [BD, columns] at depth d, zeros beyond the last depth. `pointers` point at depth 0. MASKED: some columns may be
+    beyond the last.
+
+    Example:
+        DEPTH 6, BD 4, d 4: two rows of weights and two of zeros.
+    """
+    # Stacks that lie [depth, expert, column] may be longer than an int32 counts, along the depth alone.
+    step = tl.cast(d, tl.int64) * STRIDE_D if DEPTH * STRIDE_D >= 2**31 else d * STRIDE_D
+    if DEPTH % BD == 0 and not MASKED:
+        return tl.load(pointers + step)
+    elif not MASKED:
+        return tl.load(pointers + step, mask=(d + depth < DEPTH)[:, None], other=0.0)
+    elif DEPTH % BD == 0:
+        return tl.load(pointers + step, mask=(column < NUM_COLUMNS)[None, :], other=0.0)
+    else:
+        return tl.load(pointers + step, mask=(d + depth < DEPTH)[:, None] & (column < NUM_COLUMNS)[None, :], other=0.0)
+
+
+@triton.jit
+def mapped_tile(
+    weights,
+    expert,
+    half,
+    first_column,
+    d,
+    STRIDE_D: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """The weights [BD, BN] of gates (half 0) or ups (half 1), by a descriptor whose last dimension is the one that lies side by
+    side: the depth, or else the columns.
+
+    Example:
+        A descriptor of blocks [1, 1, BD, BN], with STRIDE_D 96: the block at [expert, half, d, first_column].
+    """
+    if STRIDE_D == 1:
+        w = tl.trans(tl.reshape(weights.load([expert, half, first_column, d]), [BN, BD]))
+    else:
+        w = tl.reshape(weights.load([expert, half, d, first_column]), [BD, BN])
+    return w.to(tl.float32) if UPCAST else w
 
 
 @triton.jit
@@ -116,10 +176,26 @@ def product_tile(
         source = (pair // K if QUANTIZED else first_row + pair // K).to(tl.int64)
     else:
         source = position.to(tl.int64)
-    column = columns_of(first_column, WIDTH, GATED, INTERLEAVED, BN)
+    # Where columns are what lies side by side, clamping them would part what one access loads.
+    MASKED: tl.constexpr = STRIDE_N == 1 and STRIDE_D != 1 and WIDTH % BN != 0
+    column = columns_of(first_column, WIDTH, GATED, INTERLEAVED, WIDTH % BN != 0 and not MASKED, BN)
     depth = tl.arange(0, BD)
     a = rows + source[:, None] * DEPTH + depth[None, :]
-    if TENSOR_MAP:
+    PAIRED: tl.constexpr = GATED and INTERLEAVED and (STRIDE_D != 1 or not TENSOR_MAP)
+    if TENSOR_MAP and PAIRED:
+        # Gates and ups lie side by side: one tile, one product, whose columns come in pairs.
+        total = tl.zeros([BM, BB], tl.float32)
+        for d in range(0, DEPTH, BD):
+            if DEPTH % BD == 0:
+                x = tl.load(a + d)
+            else:
+                x = tl.load(a + d, mask=(d + depth < DEPTH)[None, :], other=0.0)
+            w = tl.reshape(weights.load([expert, 0, d, 2 * first_column]), [BD, BB])
+            if UPCAST:
+                x = x.to(tl.float32)
+                w = w.to(tl.float32)
+            total = tl.dot(x, w, total, input_precision="ieee")
+    elif TENSOR_MAP:
         # One thread requests a whole tile. Gates and ups are two tiles and two products: one product would need a copy of both.
         total = tl.zeros([BM, BN], tl.float32)
         second = tl.zeros([BM, BN], tl.float32)
@@ -130,27 +206,26 @@ def product_tile(
                 x = tl.load(a + d, mask=(d + depth < DEPTH)[None, :], other=0.0)
             if UPCAST:
                 x = x.to(tl.float32)
-            w = tl.reshape(weights.load([expert, 0, first_column, d]), [BN, BD])
-            w = w.to(tl.float32) if UPCAST else w
-            total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
+            w = mapped_tile(weights, expert, 0, first_column, d, STRIDE_D, BN, BD, UPCAST)
+            total = tl.dot(x, w, total, input_precision="ieee")
             if GATED:
-                w = tl.reshape(weights.load([expert, 1, first_column, d]), [BN, BD])
-                w = w.to(tl.float32) if UPCAST else w
-                second = tl.dot(x, tl.trans(w), second, input_precision="ieee")
+                w = mapped_tile(weights, expert, 1, first_column, d, STRIDE_D, BN, BD, UPCAST)
+                second = tl.dot(x, w, second, input_precision="ieee")
     elif SCALED:
         total = tl.zeros([BM, BB], tl.float32)
         tl.static_assert(BD == SCALE_BLOCK, "a step along the depth is one block of scales")
-        b = weights + expert.to(tl.int64) * STRIDE_E + column[None, :].to(tl.int64) * STRIDE_N + depth[:, None] * STRIDE_D
+        b = weights + expert.to(tl.int64) * STRIDE_E + column[None, :].to(tl.int64) * STRIDE_N
+        b += depth[:, None].to(tl.int64) * STRIDE_D
         DEPTH_BLOCKS: tl.constexpr = (DEPTH + SCALE_BLOCK - 1) // SCALE_BLOCK
         COLUMN_BLOCKS: tl.constexpr = (NUM_COLUMNS + SCALE_BLOCK - 1) // SCALE_BLOCK
-        scale_of_column = scales + (expert * COLUMN_BLOCKS + column // SCALE_BLOCK) * DEPTH_BLOCKS
+        column_block = tl.minimum(column, NUM_COLUMNS - 1) // SCALE_BLOCK
+        scale_of_column = scales + (expert * COLUMN_BLOCKS + column_block) * DEPTH_BLOCKS
         for d in range(0, DEPTH, BD):
             if DEPTH % BD == 0:
                 x = tl.load(a + d)
-                w = tl.load(b + d * STRIDE_D)
             else:
                 x = tl.load(a + d, mask=(d + depth < DEPTH)[None, :], other=0.0)
-                w = tl.load(b + d * STRIDE_D, mask=(d + depth < DEPTH)[:, None], other=0.0)
+            w = weights_tile(b, column, depth, d, DEPTH, NUM_COLUMNS, STRIDE_D, MASKED, BD)
             if QUANTIZED:
                 q = x
                 row_scale = tl.load(row_scales + source * DEPTH_BLOCKS + d // SCALE_BLOCK)
@@ -160,21 +235,23 @@ def product_tile(
             total += tl.dot(q, w, out_dtype=tl.float32) * (row_scale[:, None] * column_scale[None, :])
     else:
         total = tl.zeros([BM, BB], tl.float32)
-        b = weights + expert.to(tl.int64) * STRIDE_E + column[None, :].to(tl.int64) * STRIDE_N + depth[:, None] * STRIDE_D
+        b = weights + expert.to(tl.int64) * STRIDE_E + column[None, :].to(tl.int64) * STRIDE_N
+        b += depth[:, None].to(tl.int64) * STRIDE_D
         for d in range(0, DEPTH, BD):
             if DEPTH % BD == 0:
                 x = tl.load(a + d)
-                w = tl.load(b + d * STRIDE_D)
             else:
                 x = tl.load(a + d, mask=(d + depth < DEPTH)[None, :], other=0.0)
-                w = tl.load(b + d * STRIDE_D, mask=(d + depth < DEPTH)[:, None], other=0.0)
+            w = weights_tile(b, column, depth, d, DEPTH, NUM_COLUMNS, STRIDE_D, MASKED, BD)
             if UPCAST:  # Triton's interpreter multiplies bfloat16 as if it were integers
                 x = x.to(tl.float32)
                 w = w.to(tl.float32)
             total = tl.dot(x, w, total, input_precision="ieee")
     own_column = first_column + tl.arange(0, BN)
     if GATED:
-        if TENSOR_MAP:
+        if PAIRED:
+            gate, up = tl.split(tl.reshape(total, [BM, BN, 2]))
+        elif TENSOR_MAP:
             gate = total
             up = second
         else:
@@ -242,7 +319,9 @@ def expert_gemm_kernel(
             of `pairs`. QUANTIZED: `quantize_rows_kernel` has written the rows of this chunk as float8, with `row_scales`; the
             bits of `out` are the same as when a tile quantizes them itself.
         weights: element (expert, column, depth) lies at expert * STRIDE_E + column * STRIDE_N + depth * STRIDE_D; with TENSOR_MAP
-            a descriptor of [experts, gate or up, WIDTH, DEPTH] in blocks of [1, 1, BN, BD].
+            a descriptor of [experts, gate or up, WIDTH, DEPTH] in blocks of [1, 1, BN, BD]; where columns and not depths lie side
+            by side, of [experts, gate or up, DEPTH, WIDTH] in blocks of [1, 1, BD, BN], and if gates and ups are interleaved
+            there, of [experts, 1, DEPTH, 2 * WIDTH] in blocks of [1, 1, BD, 2 * BN].
         scales: of float8 weights [L, columns / 128, DEPTH / 128], read if SCALED. bias: [L, columns], read if BIAS.
         out: of the first product the activated rows [pairs, WIDTH] in the order of `pairs`; of the second [R * K, WIDTH], where
             the output for the k-th choice of row r is row r * K + k.

@@ -64,6 +64,13 @@ def activate_gated(gate, up, alpha, limit, NAME: tl.constexpr):
     """
     if NAME == "swiglu":
         return gate * sigmoid(gate) * up
+    elif NAME == "geglu":
+        return activate(gate, "gelu") * up
+    elif NAME == "geglu_tanh":
+        return activate(gate, "gelu_tanh") * up
+    elif NAME == "limited_swiglu":
+        gate = clamp(gate, -float("inf"), limit)
+        return gate * sigmoid(gate) * clamp(up, -limit, limit)
     else:
         tl.static_assert(NAME == "clamped_swiglu", "unknown activation")
         gate = clamp(gate, -float("inf"), limit)

@@ -16,12 +16,27 @@ SIGNATURE = {
     "first_row": "i32",
     "num_rows": "i32",
     "first_expert": "i32",
+    "norm_scale": "*fp32",
+    "norm_epsilon": "fp32",
     "L": "constexpr",
     "K": "constexpr",
     "H": "constexpr",
     "BLOCK": "constexpr",
+    "NORM": "constexpr",
     "PDL": "constexpr",
 }
+
+
+@triton.jit
+def scaled_outputs(source, norm_scale, column, size):
+    """An output's columns times the norm's scale, rounded to the outputs' dtype; zeros from `size` on.
+
+    Example:
+        1, 2, 3 and scales 5, 5, 5 with size 2: 5, 10, 0.
+    """
+    scale = tl.load(norm_scale + column, mask=column < size, other=0.0)
+    value = tl.load(source + column, mask=column < size, other=0.0).to(tl.float32) * scale
+    return value.to(source.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -34,10 +49,13 @@ def expert_sum_kernel(
     first_row,
     num_rows,
     first_expert,
+    norm_scale,
+    norm_epsilon,
     L: tl.constexpr,
     K: tl.constexpr,
     H: tl.constexpr,
     BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Programs take rows in turn. Choices of experts elsewhere are left out by selection, not by a weight of zero, since what
@@ -47,8 +65,11 @@ def expert_sum_kernel(
         outputs: [num_rows * K, H]; row r * K + k is the output for choice k of row first_row + r, if its expert is here.
         topk_weights: [R, K]; read for local choices only.
         out: [R, H]. Rows >= V are not written; a row without a local expert becomes +0.0.
+        norm_scale: [H], read if NORM: each output is first multiplied by it, and divided by the root of the mean of its squares
+            and `norm_epsilon`; rounded after both, as a model's own code does.
 
     Example:
+        Output 2 with NORM, scale 2, epsilon 48 and weight 7: 4 / sqrt(16 + 48) * 7 = 3.5.
         Outputs 1 and 2^-9 for choices 0 and 2 with weights 2 and 512, choice 1 elsewhere and NaN: 2 * 1 + 512 * 2^-9 = 3.
     """
     CHUNKS: tl.constexpr = (H + BLOCK - 1) // BLOCK
@@ -66,6 +87,15 @@ def expert_sum_kernel(
             weight = tl.load(topk_weights + choices + k, mask=is_local, other=0.0)
             source = outputs + (row * K + k).to(tl.int64) * H
             value = tl.load(source + column, mask=column < tl.where(is_local, H, 0), other=0.0).to(tl.float32)
+            if NORM:
+                squares = tl.zeros([BLOCK], tl.float32)
+                for first in range(0, H, BLOCK):
+                    here = first + tl.arange(0, BLOCK)
+                    part = scaled_outputs(source, norm_scale, here, tl.where(is_local, H, 0))
+                    squares += part * part
+                inverse = tl.div_rn(tl.full([], 1.0, tl.float32), tl.sqrt_rn(tl.sum(squares) / H + norm_epsilon))
+                value = scaled_outputs(source, norm_scale, column, tl.where(is_local, H, 0)) * inverse
+                value = value.to(outputs.dtype.element_ty).to(tl.float32)
             total = tl.where(is_local, total + value * weight, total)
         target = out + (first_row + row).to(tl.int64) * H
         tl.store(target + column, total.to(out.dtype.element_ty), mask=column < H)

@@ -5,7 +5,7 @@ T this rank's rows, R gathered rows, H hidden size, K top-k.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,9 @@ from tokenferry.dispatched import Dispatched
 from tokenferry.dispatcher import Dispatcher
 from tokenferry.integrations.transformers.local_experts import LocalExperts
 from tokenferry.integrations.transformers.stopwatch import Stopwatch
+
+Kernels = Callable[[Dispatched, torch.Tensor], torch.Tensor]
+"""Writes this rank's partial rows of what was gathered into the tensor, and returns it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +65,19 @@ def exchange_sums(
     with stopwatch.running():
         if num_rows not in (0, num_gathered):
             partial_RH = _to_gathered(dispatcher, partial_RH)
+        return dispatcher.combine(partial_RH, got)
+
+
+def exchange_partials(dispatcher: Dispatcher, kernels: Kernels, rows: Rows, stopwatch: Stopwatch) -> torch.Tensor:
+    """As `exchange_sums` by our own kernels, for which the device's count of gathered rows is enough.
+
+    Returns:
+        [T, H]
+    """
+    with stopwatch.running():
+        got = dispatcher.dispatch(rows.hidden_TH, rows.topk_idx_TK, rows.topk_weights_TK)
+    partial_RH = kernels(got, dispatcher.combine_input())
+    with stopwatch.running():
         return dispatcher.combine(partial_RH, got)
 
 

@@ -5,8 +5,9 @@ T this rank's rows, R gathered rows, H hidden size, K top-k.
 
 from __future__ import annotations
 
+import logging
 import sys
-from dataclasses import dataclass
+from collections import Counter
 from typing import Any, Final
 
 import torch
@@ -15,50 +16,28 @@ from torch import nn
 from tokenferry.config import MoEConfig
 from tokenferry.dispatcher import Dispatcher
 from tokenferry.errors import CapacityError, ConfigError, StateError
+from tokenferry.experts import ExpertScratch
+from tokenferry.experts.module import SCRATCH_NAME
 from tokenferry.groups import EPGroup
-from tokenferry.integrations.transformers.exchange import Rows, exchange_choices, exchange_sums
+from tokenferry.integrations.transformers.exchange import Rows, exchange_choices, exchange_partials, exchange_sums
+from tokenferry.integrations.transformers.kernel_experts import NotServed, prepare_together
 from tokenferry.integrations.transformers.layer import ExpertLayer
 from tokenferry.integrations.transformers.loading import Shard
 from tokenferry.integrations.transformers.one_thread import OneThread
+from tokenferry.integrations.transformers.settings import LayerShape, Options
 from tokenferry.integrations.transformers.stopwatch import Stopwatch
 from tokenferry.step import Step
 from tokenferry.workspace import Workspace
 
+_log = logging.getLogger(__name__)
+
+_BY_THE_LIBRARY: Final = (
+    "%d of %d MoE layers run by transformers' own expert function: %s. It takes more time, and in a CUDA graph it works on "
+    "max_tokens_per_rank rows of each rank"
+)
 _CUT_SHORT: Final = (
     "a forward ended before its last MoE layer; with expert parallelism each forward runs all layers in order, on all ranks alike"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What `from_pretrained` was asked for."""
-
-    max_tokens_per_rank: int
-    transport: str
-    combine_dtype: torch.dtype | None
-    exact: bool
-    serialize: bool
-    timeout_s: float
-    open_timeout_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerShape:
-    """What a layer's experts are called with. A rank without requests sends empty tensors of just this kind."""
-
-    hidden_size: int
-    num_experts: int
-    topk: int
-    hidden_dtype: torch.dtype
-    weight_dtype: torch.dtype
-
-    def empty_rows(self, device: torch.device) -> Rows:
-        """What a rank without tokens sends."""
-        return Rows(
-            torch.empty(0, self.hidden_size, dtype=self.hidden_dtype, device=device),
-            torch.empty(0, self.topk, dtype=torch.int64, device=device),
-            torch.empty(0, self.topk, dtype=self.weight_dtype, device=device),
-        )
 
 
 class ExpertParallel:
@@ -80,6 +59,9 @@ class ExpertParallel:
         self.thread = OneThread(waits=options.serialize)
         self._installed: list[ExpertLayer] = []
         self._probed: list[tuple[ExpertLayer, LayerShape]] | None = None
+        self._not_served: dict[ExpertLayer, str] = {}
+        self._all_by_kernels = False
+        self._scratch: ExpertScratch | None = None
         self._workspace: Workspace | None = None
         self._dispatchers: tuple[Dispatcher, ...] = ()
         self._layer_shape: LayerShape | None = None
@@ -133,6 +115,16 @@ class ExpertParallel:
             raise ConfigError(f"the MoE layers of {type(model).__name__} differ, and one workspace serves them all: {shapes}")
         shape = self._layer_shape = shapes.pop()
         self.num_local_experts = len(self.owned_experts(shape.num_experts))
+        self._prepare_kernels(shape)
+
+    def _prepare_kernels(self, shape: LayerShape) -> None:
+        """Loads what our own kernels need, before any rank waits for another in a step."""
+        kernels = [layer.kernels for layer in self.layers if layer.kernels is not None]
+        self._all_by_kernels = len(kernels) == len(self.layers)
+        for reason, count in Counter(self._not_served.values()).items():
+            _log.warning(_BY_THE_LIBRARY, count, len(self.layers), reason)
+        if kernels:
+            self._scratch = prepare_together(kernels, self.group, self.options, shape)
 
     def open(self, model: Any) -> None:
         """Opens the workspace for what `probe` has learnt, collectively.
@@ -141,6 +133,8 @@ class ExpertParallel:
             As `Workspace`.
         """
         self._workspace = self._open_workspace(self.shape)
+        if self._scratch is not None:
+            self._workspace.attached.setdefault(SCRATCH_NAME, self._scratch)
         self._dispatchers = tuple(self._workspace.dispatcher() for _ in self.layers)
         model.base_model.register_forward_hook(self._after_forward, always_call=True)
 
@@ -258,8 +252,11 @@ class ExpertParallel:
             raise error
 
     def close(self) -> None:
-        """Closes the workspace. The model cannot run any more."""
+        """Closes the workspace, and lets go of what our kernels work in. The model cannot run any more."""
         self.workspace.close()
+        self._scratch = None
+        for layer in self._installed:
+            layer.kernels = None
 
     def _run_next(self, layer: ExpertLayer, rows: Rows, step: Step) -> torch.Tensor:
         number = self._next_layer
@@ -271,6 +268,8 @@ class ExpertParallel:
         if self.options.exact:
             tokens_per_rank = step.tokens_per_rank.tolist()
             return exchange_choices(self._dispatchers[number], layer.experts, rows, tokens_per_rank, self._stopwatch)
+        if layer.kernels is not None and layer.kernels.holds:
+            return exchange_partials(self._dispatchers[number], layer.kernels, rows, self._stopwatch)
         return exchange_sums(
             self._dispatchers[number], layer.experts, rows, self._num_valid_rows, self._partial_dtype, self._stopwatch
         )
@@ -311,7 +310,7 @@ class ExpertParallel:
     def _read_valid_rows(self, step: Step) -> int | None:
         """V, where the gathered tensors are longer than that: it costs one wait for the device a step, and saves experts that
         would look at C * EP rows. A graph cannot wait, and there they do."""
-        if self.workspace.active_transport.fixed_rows is None:
+        if self._all_by_kernels or self.workspace.active_transport.fixed_rows is None:
             return None
         if self.group.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None
@@ -349,6 +348,9 @@ class ExpertParallel:
             weight_dtype=rows.topk_weights_TK.dtype,
         )
         probed.append((layer, shape))
+        self._take_kernels(layer, shape)
+        if layer.kernels is not None:
+            return torch.zeros_like(rows.hidden_TH)
         try:
             return layer.experts.partial(rows.hidden_TH, rows.topk_idx_TK, rows.topk_weights_TK, rows.hidden_TH.dtype)
         except RuntimeError as error:
@@ -356,3 +358,12 @@ class ExpertParallel:
                 f"{type(layer.module).__name__} failed on one row, with {len(layer.experts.owned)} of {layer.num_experts} "
                 f"experts on this rank: {type(error).__name__}: {error}; leave experts_implementation out, or choose another"
             ) from error
+
+    def _take_kernels(self, layer: ExpertLayer, shape: LayerShape) -> None:
+        """Where they run at all, which on CPUs is the interpreter alone."""
+        if not self.options.own_kernels or not ExpertScratch.serves(self.group.device):
+            return
+        try:
+            layer.take_kernels(shape.hidden_dtype)
+        except NotServed as reason:
+            self._not_served[layer] = str(reason)

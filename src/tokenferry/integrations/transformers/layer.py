@@ -16,6 +16,7 @@ from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tokenferry.errors import ConfigError
+from tokenferry.integrations.transformers.kernel_experts import KernelExperts, NotServed
 from tokenferry.integrations.transformers.loading import Shard, keep_rows
 from tokenferry.integrations.transformers.local_experts import Llama4Experts, LocalExperts, RoutedExperts, experts_forward
 
@@ -50,7 +51,8 @@ class ExpertLayer:
     Attributes:
         module: the experts module, cut to this rank's experts.
         num_experts: E.
-        experts: this rank's, as `LocalExperts`.
+        experts: this rank's, as `LocalExperts`: by the model's own code.
+        kernels: this rank's by our own kernels, or None.
         shards: the parameters that were cut, by their names within the module.
     """
 
@@ -66,11 +68,25 @@ class ExpertLayer:
         owned = self._host.owned_experts(self.num_experts)
         kind = RoutedExperts if is_decorated(experts) else Llama4Experts
         self.experts: LocalExperts = kind(experts, self.num_experts, owned)
+        self.kernels: KernelExperts | None = None
         self.shards: dict[str, Shard] = keep_rows(experts, owned)
         self._host.add_layer(self)
 
     def __call__(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         return self._host.run_layer(self, hidden_states, top_k_index, top_k_weights)
+
+    def take_kernels(self, dtype: torch.dtype) -> None:
+        """From here on our own kernels run this rank's experts, on rows of `dtype`. The weights are loaded by now.
+
+        Raises:
+            NotServed: they cannot, with the reason.
+        """
+        if not is_decorated(self.module):
+            raise NotServed("its experts take no choices")
+        implementation = getattr(self.module.config, "_experts_implementation", None)
+        if implementation not in (LOCAL_EXPERTS, "grouped_mm"):
+            raise NotServed(f"experts_implementation is {implementation!r}")
+        self.kernels = KernelExperts(self.module, self.experts.owned, dtype)
 
 
 class Llama4MoE:

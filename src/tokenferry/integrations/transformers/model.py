@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig
 from tokenferry.errors import CapacityError, ConfigError, StateError
 from tokenferry.groups import EPGroup
 from tokenferry.integrations.transformers.checkpoint import check_files
-from tokenferry.integrations.transformers.expert_parallel import ExpertParallel, Options
+from tokenferry.integrations.transformers.expert_parallel import ExpertParallel
 from tokenferry.integrations.transformers.layer import LOCAL_EXPERTS, install_layers, register
 from tokenferry.integrations.transformers.loading import open_tensors, own_tensors
+from tokenferry.integrations.transformers.random_init import random_state
+from tokenferry.integrations.transformers.settings import Options
 from tokenferry.precision import refuse_conversion
 from tokenferry.transports.opening import telling_the_others
 
@@ -71,41 +73,112 @@ def from_pretrained(
         PeerFailedError: another rank could not load its part.
         TransportUnavailableError, PeerTimeoutError: as `Workspace`.
     """
-    for name in _NOT_OURS:
-        if kwargs.get(name) is not None:
-            raise ConfigError(f"{name} and expert parallelism by tokenferry exclude one another; leave {name} out")
-    if not isinstance(group, EPGroup):
-        raise ConfigError(f"group must be an EPGroup, got {type(group).__name__}; make one with EPGroup(process_group)")
-    if max_tokens_per_rank < 1:
-        raise ConfigError(f"max_tokens_per_rank must be at least 1, got {max_tokens_per_rank!r}")
     options = Options(
         max_tokens_per_rank=max_tokens_per_rank,
         transport=transport,
         combine_dtype=combine_dtype,
         exact=exact,
         serialize=serialize,
+        own_kernels=not exact and kwargs.get("experts_implementation") in (None, LOCAL_EXPERTS),
         timeout_s=timeout_s,
         open_timeout_s=open_timeout_s,
     )
-    register()
-    expert_parallel = ExpertParallel(group, options)
-    auto: Any = type(
-        auto_class.__name__, (auto_class,), {"_model_mapping": _OwnClasses(auto_class._model_mapping, expert_parallel)}
-    )
-    loads_to_device = group.device.type != "cpu" and importlib.util.find_spec("accelerate") is not None
-    if loads_to_device:
-        kwargs["device_map"] = {"": group.device}
-    with telling_the_others(group):
+
+    def read(classes: Any, placement: dict[str, Any]) -> Any:
         check_files(Path(path_or_id, kwargs.get("subfolder") or ""))
+        auto: Any = type(auto_class.__name__, (auto_class,), {"_model_mapping": classes})
         try:
-            model = auto.from_pretrained(path_or_id, dtype=dtype, **kwargs)
+            return auto.from_pretrained(path_or_id, dtype=dtype, **kwargs, **placement)
         except SafetensorError as error:  # a file that transformers opened for itself
             raise ConfigError(f"a file of the checkpoint {path_or_id} cannot be read: {error}") from error
+
+    return _make(read, group, options, auto_class, kwargs)
+
+
+def from_config(
+    config: Any,
+    *,
+    group: EPGroup,
+    max_tokens_per_rank: int,
+    seed: int = 0,
+    transport: str = "auto",
+    dtype: torch.dtype | str = "auto",
+    exact: bool = False,
+    serialize: bool = False,
+    combine_dtype: torch.dtype | None = torch.float32,
+    timeout_s: float = 30.0,
+    open_timeout_s: float = 300.0,
+    auto_class: Any = AutoModelForCausalLM,
+    **kwargs: Any,
+) -> Any:
+    """A model with random weights, for benchmarks and tests, otherwise as `from_pretrained`. Collective.
+
+    Each rank makes its own experts, and everything that is no expert, directly on its device. The same seed gives the same
+    weights on any number of ranks; CPUs and GPUs make different ones of it. They are normal numbers with the configuration's
+    `initializer_range` (0.02 if it has none); weights of norms are 1, biases 0. `random_state` gives the same weights to an
+    unmodified model: `Model.from_pretrained(None, config=config, state_dict=random_state(Model, config, dtype, device, seed))`.
+
+    Args:
+        config: a configuration of transformers. A quantization in it is left out: the weights are of `dtype`.
+        seed: of the weights.
+        dtype: "auto" = the configuration's, else bfloat16.
+        group, max_tokens_per_rank, transport, exact, serialize, combine_dtype, timeout_s, open_timeout_s, auto_class, kwargs: as
+            for `from_pretrained`.
+
+    Raises:
+        As `from_pretrained`; ConfigError also if `auto_class` has no model for such a configuration.
+    """
+    options = Options(
+        max_tokens_per_rank=max_tokens_per_rank,
+        transport=transport,
+        combine_dtype=combine_dtype,
+        exact=exact,
+        serialize=serialize,
+        own_kernels=not exact and kwargs.get("experts_implementation") in (None, LOCAL_EXPERTS),
+        timeout_s=timeout_s,
+        open_timeout_s=open_timeout_s,
+    )
+
+    def read(classes: Any, placement: dict[str, Any]) -> Any:
+        if type(config) not in classes:
+            raise ConfigError(f"{auto_class.__name__} has no model for a {type(config).__name__}; give another auto_class")
+        plain = copy.deepcopy(config)
+        if hasattr(plain, "quantization_config"):
+            del plain.quantization_config
+        known = dtype if isinstance(dtype, torch.dtype) else getattr(plain, "dtype", None) or torch.bfloat16
+        model_class, base = (_first(table[type(config)]) for table in (classes, auto_class._model_mapping))
+        state = random_state(base, plain, known, group.device, seed)
+        return model_class.from_pretrained(None, config=plain, state_dict=state, dtype=known, **kwargs, **placement)
+
+    return _make(read, group, options, auto_class, kwargs)
+
+
+def _make(
+    read: Callable[[Any, dict[str, Any]], Any], group: EPGroup, options: Options, auto_class: Any, kwargs: Mapping[str, Any]
+) -> Any:
+    """What `read` makes of the model classes and of where the model is to go, under expert parallelism. Collective."""
+    for name in _NOT_OURS:
+        if kwargs.get(name) is not None:
+            raise ConfigError(f"{name} and expert parallelism by tokenferry exclude one another; leave {name} out")
+    if not isinstance(group, EPGroup):
+        raise ConfigError(f"group must be an EPGroup, got {type(group).__name__}; make one with EPGroup(process_group)")
+    if options.max_tokens_per_rank < 1:
+        raise ConfigError(f"max_tokens_per_rank must be at least 1, got {options.max_tokens_per_rank!r}")
+    register()
+    expert_parallel = ExpertParallel(group, options)
+    loads_to_device = group.device.type != "cpu" and importlib.util.find_spec("accelerate") is not None
+    with telling_the_others(group):
+        classes = _OwnClasses(auto_class._model_mapping, expert_parallel)
+        model = read(classes, {"device_map": {"": group.device}} if loads_to_device else {})
         if not loads_to_device:
             model.to(group.device)
         expert_parallel.probe(model)
     expert_parallel.open(model)
     return model
+
+
+def _first(classes: Any) -> Any:
+    return classes[0] if isinstance(classes, (list, tuple)) else classes
 
 
 class ExpertParallelModel:
