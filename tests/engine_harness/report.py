@@ -35,7 +35,7 @@ def verdict(run: Run) -> str:
             for found, name in ((own, case), (forced, equal)):
                 parted = run.differences(name, "nvls", load, (case, "megatron"))
                 found |= {f"{load}, {request}": place for request, place in parted.items()}
-    cause = "no verdict"
+    cause = "equal graphs part them: it is us" if forced else "none part, so that nothing shows the cause"
     if own:
         cause = "equal graphs do not help: it is us" if forced else "the graphs' sizes part them"
     return f"uneven ranks in graphs: {len(own)} requests part with own graphs, {len(forced)} with equal graphs: {cause}"
