@@ -127,8 +127,9 @@ class Watchdog(threading.Thread):
             self._oldest_unfinished()
 
     def is_idle(self) -> bool:
-        """Whether all calls whose launch has returned are over, on the device too. Raises what CUDA says."""
-        return self._oldest_unfinished() is None
+        """Whether all calls are over, on the device too. Raises what CUDA says. Takes no lock: a signal handler may close what
+        its own thread is using."""
+        return all(call.finished() for call in tuple(self._calls))
 
     def stop(self) -> None:
         """Ends the thread soon; does not wait for it."""
