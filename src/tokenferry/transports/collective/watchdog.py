@@ -115,10 +115,10 @@ class Watchdog(threading.Thread):
     def leave_step(self) -> None:
         """It is over. What it has launched may still run, and is watched until it ends."""
         stream = self._streams.pop()
-        if self._streams or torch.cuda.is_current_stream_capturing():
+        if self._streams:
             return
         with contextlib.suppress(RuntimeError):  # a device that has failed says so in the engine's own next call
-            if stream.query():  # as a rule: the tokens are on the host
+            if torch.cuda.is_current_stream_capturing() or stream.query():  # as a rule: the tokens are on the host
                 return
             event = torch.cuda.Event()
             event.record(stream)
