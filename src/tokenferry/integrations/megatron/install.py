@@ -126,8 +126,8 @@ def install(*, experts: bool = False, allow_unknown_version: bool = False, **set
     modules = {name: _import(name) for name in names}
     version = _version()
     differences = known_versions.differences(modules, names, CLASSES)
-    _check_constructors(modules, version)
     _check_version(version, differences, allow_unknown_version)
+    _check_constructors(modules, version)
     found = _expert_entries(modules, version) if experts else {}
     registry = InferenceAllGatherDispatcherBase._registry
     before = registry.settings
