@@ -252,6 +252,12 @@ def test_what_the_cpu_backend_has_already_stays(fake_vllm: None) -> None:
     assert sys.modules[CPU_EXPERTS].CPUUnquantizedExperts.apply is applied
 
 
+def test_a_cpu_backend_without_these_classes_is_refused(fake_vllm: None) -> None:
+    del sys.modules[CPU_EXPERTS].CPUUnquantizedExperts
+    with pytest.raises(tf.ConfigError, match="CPUUnquantizedExperts is not there"):
+        cpu.bring_what_is_missing()
+
+
 @pytest.mark.parametrize("by_name", [False, True], ids=["by-position", "by-name"])
 def test_cpu_experts_get_local_numbers(fake_vllm: None, by_name: bool) -> None:
     cpu.bring_what_is_missing()

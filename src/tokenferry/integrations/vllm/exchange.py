@@ -18,10 +18,10 @@ from tokenferry.dispatched import Dispatched
 from tokenferry.dispatcher import INDEX_DTYPES, WEIGHT_DTYPES, Dispatcher
 from tokenferry.errors import StateError
 from tokenferry.groups import EPGroup
-from tokenferry.integrations.vllm.settings import PluginSettings
+from tokenferry.integrations.vllm.settings import LOGGER, PluginSettings
 from tokenferry.workspace import Workspace
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger(LOGGER)
 
 MARK: Final = "tokenferry"
 """Key under which a forward's own dict holds how far it is."""

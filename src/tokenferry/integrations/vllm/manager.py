@@ -11,9 +11,9 @@ from tokenferry.errors import ConfigError
 from tokenferry.groups import EPGroup
 from tokenferry.integrations.vllm import cpu, known_versions
 from tokenferry.integrations.vllm.exchange import Exchange
-from tokenferry.integrations.vllm.settings import PluginSettings, settings_from
+from tokenferry.integrations.vllm.settings import LOGGER, PluginSettings, settings_from
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger(LOGGER)
 
 ORIGINAL: Final = "original_of_tokenferry"
 """Attribute of our class that holds vLLM's own."""

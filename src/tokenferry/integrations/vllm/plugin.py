@@ -9,8 +9,9 @@ from typing import Final
 from tokenferry import env
 from tokenferry.errors import ConfigError
 from tokenferry.integrations.vllm.manager import ORIGINAL, manager_class
+from tokenferry.integrations.vllm.settings import LOGGER
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger(LOGGER)
 
 MODULE: Final = "vllm.distributed.device_communicators.all2all"
 NAME: Final = "AgRsAll2AllManager"

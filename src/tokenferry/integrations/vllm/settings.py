@@ -15,6 +15,10 @@ KEY: Final = "tokenferry"
 """Of our settings within vLLM's `additional_config`."""
 
 
+LOGGER: Final = "vllm.tokenferry"
+"""Below vLLM's own logger, whose handlers and level it has: what is logged elsewhere does not show in a vLLM server."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PluginSettings:
     """How workspaces are opened inside vLLM. All ranks need the same.
