@@ -90,8 +90,11 @@ class CPUUnquantizedExperts:
 
 CPU_WORKER_SOURCE = """
 class CPUWorker:
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, vllm_config=None):
+        self.step, self.vllm_config = step, vllm_config
+
+    def init_device(self):
+        pass
 
     def execute_model(self, scheduler_output):
         return self.step(scheduler_output)

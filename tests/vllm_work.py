@@ -1,5 +1,6 @@
 """What rank processes do with our manager in the place of a small vLLM's."""
 
+import logging
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import torch.distributed as dist
 import tokenferry as tf
 from fake_vllm import ALL2ALL, CPU_COMMUNICATOR, PARALLEL_STATE, current, fake_config, forward, place_fake_vllm
 from tokenferry.integrations.vllm import cpu, plugin
+from tokenferry.integrations.vllm.settings import LOGGER
 from tokenferry.testing import same_bits
 
 HIDDEN, TOPK, EXPERTS, LAYERS = 64, 2, 8, 2
@@ -172,6 +174,25 @@ def run_idle_worker(group: tf.EPGroup) -> dict[str, Any]:
         else:
             worker.execute_dummy_batch()
     return {"ids": seen, "idle afterwards": ours.exchange.is_idle}
+
+
+def run_worker_beside_other_managers(group: tf.EPGroup) -> dict[str, list[str]]:
+    """What a worker logs as it starts, by the manager that vLLM has made, and by whether tokenferry is on."""
+    stock, ours = managers(group, {})
+    from tokenferry.integrations.vllm import Worker
+
+    communicator = sys.modules[PARALLEL_STATE].groups["ep"].device_communicator
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger(LOGGER).addHandler(handler)
+    outcome = {}
+    for name, manager, settings in (("ours", ours, {}), ("another", stock, {}), ("another, off", stock, False)):
+        communicator.all2all_manager = manager
+        Worker(None, fake_config(settings)).init_device()
+        outcome[name] = lines.copy()
+        lines.clear()
+    return outcome
 
 
 def run_failing_step(group: tf.EPGroup) -> str:

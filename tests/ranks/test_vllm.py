@@ -12,6 +12,7 @@ from vllm_work import (
     run_idle_worker,
     run_logits,
     run_other_counts_in_a_forward,
+    run_worker_beside_other_managers,
 )
 
 pytestmark = pytest.mark.ranks
@@ -60,6 +61,13 @@ def test_an_idle_ranks_rows_reach_no_expert() -> None:
             assert ids[2] == [-1, -1], "the dummy row of rank 1"
             assert all(number >= 0 for row in ids[:2] for number in row), "the rows of rank 0 are requests'"
         assert outcome["idle afterwards"] is False
+
+
+def test_a_worker_warns_if_tokenferry_is_on_and_not_used() -> None:
+    (outcome,) = run_ranks(run_worker_beside_other_managers, 1)
+    assert outcome["ours"] == outcome["another, off"] == []
+    (line,) = outcome["another"]
+    assert line.startswith("tokenferry is switched on, but nothing goes through it")
 
 
 def test_a_rank_whose_step_fails_is_named_by_the_others() -> None:

@@ -6,17 +6,21 @@ Imported when vLLM asks for the class: it derives from vLLM's worker of the plat
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 from vllm.platforms import current_platform
 
 from tokenferry.integrations.vllm.exchange import Exchange
+from tokenferry.integrations.vllm.settings import LOGGER, settings_from
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
 else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+
+_log = logging.getLogger(LOGGER)
 
 
 class Worker(PlatformWorker):  # type: ignore[misc]
@@ -25,6 +29,14 @@ class Worker(PlatformWorker):  # type: ignore[misc]
     A rank without requests runs dummy forwards to keep the others company: their rows are masked, so that no expert computes
     them. A graph that vLLM replays for a dummy forward was captured with real rows and computes them.
     """
+
+    def init_device(self) -> None:
+        super().init_device()
+        if settings_from(self.vllm_config.additional_config) is not None and current_exchange() is None:
+            _log.warning(
+                "tokenferry is switched on, but nothing goes through it: it serves --data-parallel-size 2 or more with "
+                "--enable-expert-parallel and --all2all-backend allgather_reducescatter, vLLM's default"
+            )
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         with _engine_step():
