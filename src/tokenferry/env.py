@@ -95,8 +95,17 @@ class RankProcessSettings:
     nccl_interface: str | None = _variable("NCCL_SOCKET_IFNAME", "network interface of NCCL; launch sets the loopback", str)
 
 
-Settings = TypeVar("Settings", DebugSettings, CacheSettings, TorchrunSettings, TritonSettings, RankProcessSettings)
-CONCERNS: Final = (DebugSettings, CacheSettings, TorchrunSettings, TritonSettings, RankProcessSettings)
+@dataclass(frozen=True, kw_only=True)
+class VllmSettings:
+    """Whether tokenferry serves the vLLM that runs in this process."""
+
+    enabled: bool | None = _variable(
+        "TOKENFERRY_VLLM", "1: on in vLLM where its additional_config does not say; 0: off whatever that says", _flag
+    )
+
+
+Settings = TypeVar("Settings", DebugSettings, CacheSettings, TorchrunSettings, TritonSettings, RankProcessSettings, VllmSettings)
+CONCERNS: Final = (DebugSettings, CacheSettings, TorchrunSettings, TritonSettings, RankProcessSettings, VllmSettings)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from rich.text import Text
 from tokenferry import env
 from tokenferry.cli.terminal import print_json
 from tokenferry.groups import EPGroup
+from tokenferry.integrations.vllm import known_versions
 from tokenferry.topology import Topology, topology
 from tokenferry.transports.selection import Accepted, Decision, decide
 
@@ -66,6 +67,7 @@ def machine_table(facts: Topology) -> Table:
     table.add_row("GPUs", str(len(facts.gpus)))
     for name, version in facts.versions:
         table.add_row(name, version)
+    table.add_row("vLLM", known_versions.summary())
     return table
 
 
@@ -102,6 +104,7 @@ def report_json(facts: Topology, trials: list[Trial]) -> str:
     document = {
         "schema": 1,
         "topology": {**dataclasses.asdict(facts), "versions": dict(facts.versions)},
+        "vllm": known_versions.summary(),
         "environment": {variable.name: variable.value for variable in env.table()},
         "transports": [
             {

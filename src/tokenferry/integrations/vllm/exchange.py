@@ -1,0 +1,193 @@
+"""The workspaces behind vLLM's expert-parallel group, and the step of each forward. Knows nothing of vLLM's classes.
+
+Shape suffixes: T rows of this rank, V rows of all ranks, H hidden, K top-k.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+
+from tokenferry.config import HIDDEN_DTYPES, MoEConfig
+from tokenferry.dispatched import Dispatched
+from tokenferry.dispatcher import INDEX_DTYPES, WEIGHT_DTYPES, Dispatcher
+from tokenferry.errors import StateError
+from tokenferry.groups import EPGroup
+from tokenferry.integrations.vllm.settings import LOGGER, PluginSettings
+from tokenferry.workspace import Workspace
+
+_log = logging.getLogger(LOGGER)
+
+MARK: Final = "tokenferry"
+"""Key under which a forward's own dict holds how far it is."""
+
+Key = tuple[int, int, torch.dtype]
+
+
+@dataclass
+class _Forward:
+    """What has happened in one forward: the counts of the step that each workspace has begun, and the layers that have passed."""
+
+    counts: dict[Key, tuple[int, ...]] = field(default_factory=dict)
+    num_layers: dict[Key, int] = field(default_factory=dict)
+
+
+class Exchange:
+    """Carries rows for all MoE layers of the models that one vLLM worker runs.
+
+    A workspace is opened for each (H, K, dtype) when the first rows of that kind come. All ranks come to that together: in
+    vLLM's profile run on GPUs, before it counts the memory that is left for the KV cache, and in the first batch on CPUs.
+
+    Args:
+        group: the ranks that the experts are spread over.
+        settings: how workspaces are opened.
+        max_tokens_per_rank: the most rows that vLLM gives to a forward.
+        num_experts: of the model with the most, redundant ones included.
+
+    Attributes:
+        is_idle: the rows of forwards that begin now are no requests' but fill up a rank that has none: no expert computes them.
+    """
+
+    def __init__(self, group: EPGroup, settings: PluginSettings, max_tokens_per_rank: int, num_experts: int) -> None:
+        self._group, self._settings = group, settings
+        self._max_tokens_per_rank, self._num_experts = max_tokens_per_rank, num_experts
+        self._workspaces: dict[Key, Workspace] = {}
+        self._pending: tuple[Dispatcher, Dispatched, int] | None = None
+        self.is_idle = False
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a dispatch waits for its combine."""
+        return self._pending is not None
+
+    def workspaces(self) -> list[Workspace]:
+        """All that are open."""
+        return list(self._workspaces.values())
+
+    def refusal(self, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor | None) -> str | None:
+        """Why rows of these kinds cannot be carried, equally on all ranks; None if they can."""
+        if hidden.dim() != 2 or hidden.dtype not in HIDDEN_DTYPES:
+            return (
+                f"hidden rows of {hidden.dtype} with {hidden.dim()} dimensions: only [rows, H] of 16-bit floats or float32 travel"
+            )
+        if weights.dim() != 2 or weights.dtype not in WEIGHT_DTYPES:
+            return f"weights or logits of {weights.dtype} with {weights.dim()} dimensions"
+        if ids is not None and ids.dtype not in INDEX_DTYPES:
+            return f"expert numbers of {ids.dtype}"
+        if weights.shape[1] > self._num_experts:
+            return f"{weights.shape[1]} weights or logits a row, with {self._num_experts} experts"
+        return None
+
+    def dispatch(
+        self,
+        forward: MutableMapping[str, Any],
+        counts: Sequence[int],
+        hidden_TH: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows of all ranks, in rank order: hidden [V, H], ids and weights [V, K], in the dtypes that were given.
+
+        Args:
+            forward: a dict that is fresh in each forward: the first dispatch of a forward begins a step. So does one with other
+                counts than the last, which all ranks see alike.
+            counts: rows of each rank.
+        """
+        key = hidden_TH.shape[1], ids_TK.shape[1], hidden_TH.dtype
+        workspace = self._workspaces.get(key) or self._open(key)
+        state = forward.setdefault(MARK, _Forward())
+        if state.counts.get(key) != tuple(counts):
+            num_tokens = hidden_TH.shape[0]
+            workspace.begin_step(num_tokens, 0 if self.is_idle else num_tokens)
+            state.counts[key] = tuple(counts)
+        layer = workspace.dispatcher_at(state.num_layers.get(key, 0))  # names the layer in errors
+        state.num_layers[key] = layer.layer + 1
+        got = layer.dispatch(hidden_TH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous())
+        # The host knows how many rows are real: experts that choose their tiles by the number of rows then see the true one,
+        # and not the static bound of the symmetric transports.
+        num_rows = sum(counts)
+        self._pending = layer, got, num_rows
+        ids_VK, weights_VK = got.topk_idx[:num_rows].to(ids_TK.dtype), got.topk_weights[:num_rows].to(weights_TK.dtype)
+        return got.hidden[:num_rows], ids_VK, weights_VK
+
+    def combine_input(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
+        """Where the experts may write the rows for the combine to come, which saves a copy; None where they have to bring their
+        own."""
+        layer, got, num_rows = self._taken()
+        if got.hidden.shape[0] == num_rows:
+            return None  # no fixed buffer: the caller's own rows go out as they are
+        terms_RH = layer.combine_input()
+        fits = terms_RH.dtype == dtype and tuple(shape) == (num_rows, terms_RH.shape[1])
+        return terms_RH[:num_rows] if fits else None
+
+    def combine(self, partial_VH: torch.Tensor) -> torch.Tensor:
+        """This rank's rows, each the sum of all ranks' terms. Answers the last dispatch."""
+        layer, got, num_rows = self._taken()
+        self._pending = None
+        if partial_VH.shape[0] != num_rows:
+            raise StateError(
+                f"vLLM's experts returned {partial_VH.shape[0]} rows for the {num_rows} that were dispatched; tokenferry needs "
+                "one for each, so switch it off for this model"
+            )
+        return layer.combine(_all_rows(layer, got, partial_VH), got)
+
+    @contextlib.contextmanager
+    def engine_step(self) -> Iterator[None]:
+        """`Workspace.engine_step` of all workspaces that are open."""
+        with contextlib.ExitStack() as steps:
+            for workspace in self.workspaces():
+                steps.enter_context(workspace.engine_step())
+            yield
+
+    @contextlib.contextmanager
+    def idle(self) -> Iterator[None]:
+        """Around a forward that only keeps the others company."""
+        before, self.is_idle = self.is_idle, True
+        try:
+            yield
+        finally:
+            self.is_idle = before
+
+    def close(self) -> None:
+        """Closes all workspaces. Calling it again does nothing."""
+        opened, self._workspaces, self._pending = self._workspaces, {}, None
+        with contextlib.ExitStack() as closing:
+            for workspace in opened.values():
+                closing.callback(workspace.close)
+
+    def _open(self, key: Key) -> Workspace:
+        hidden_size, topk, dtype = key
+        workspace = self._workspaces[key] = Workspace(
+            MoEConfig(hidden_size=hidden_size, num_experts=self._num_experts, topk=topk, dtype=dtype),
+            self._group,
+            max_tokens_per_rank=self._max_tokens_per_rank,
+            transport=self._settings.transport,
+            combine_order=self._settings.combine_order,
+            timeout_s=self._settings.timeout_s,
+        )
+        _log.info(
+            "tokenferry carries rows of %d x %s with %d numbers each, up to %d from each of %d ranks: transport %s, %.1f MiB",
+            hidden_size, dtype, topk, self._max_tokens_per_rank, self._group.size, workspace.transport, workspace.nbytes / 2**20,
+        )  # fmt: skip
+        return workspace
+
+    def _taken(self) -> tuple[Dispatcher, Dispatched, int]:
+        if self._pending is None:
+            raise StateError("combine: no dispatch waits for it")
+        return self._pending
+
+
+def _all_rows(layer: Dispatcher, got: Dispatched, partial_VH: torch.Tensor) -> torch.Tensor:
+    """The partial rows as a combine takes them: on symmetric transports it wants the static number of rows, of which it reads the
+    first V."""
+    if partial_VH.shape[0] == got.hidden.shape[0]:
+        return partial_VH.contiguous()
+    terms_RH = layer.combine_input()
+    if partial_VH.data_ptr() != terms_RH.data_ptr():
+        terms_RH[: partial_VH.shape[0]].copy_(partial_VH)
+    return terms_RH

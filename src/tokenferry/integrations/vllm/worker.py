@@ -1,0 +1,74 @@
+"""A worker for vLLM's `--worker-cls`: failures of peers come out of every step, also where graphs replay without a call of ours.
+
+Imported when vLLM asks for the class: it derives from vLLM's worker of the platform.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from vllm.platforms import current_platform
+
+from tokenferry.integrations.vllm.exchange import Exchange
+from tokenferry.integrations.vllm.settings import LOGGER, settings_from
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+
+_log = logging.getLogger(LOGGER)
+
+
+class Worker(PlatformWorker):  # type: ignore[misc]
+    """vLLM's own worker, with `Workspace.engine_step()` around each step. Where tokenferry is off it does nothing.
+
+    A rank without requests runs dummy forwards to keep the others company: their rows are masked, so that no expert computes
+    them. A graph that vLLM replays for a dummy forward was captured with real rows and computes them.
+    """
+
+    def init_device(self) -> None:
+        super().init_device()
+        if settings_from(self.vllm_config.additional_config) is not None and current_exchange() is None:
+            _log.warning(
+                "tokenferry is switched on, but nothing goes through it: it serves --data-parallel-size 2 or more with "
+                "--enable-expert-parallel and --all2all-backend allgather_reducescatter, vLLM's default"
+            )
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        with _engine_step():
+            return super().execute_model(*args, **kwargs)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        with _engine_step():
+            return super().sample_tokens(*args, **kwargs)
+
+    def execute_dummy_batch(self) -> None:
+        exchange = current_exchange()
+        with _engine_step(), exchange.idle() if exchange is not None else contextlib.nullcontext():
+            super().execute_dummy_batch()
+
+
+@contextlib.contextmanager
+def _engine_step() -> Iterator[None]:
+    exchange = current_exchange()
+    if exchange is None:
+        yield
+        return
+    with exchange.engine_step():
+        yield
+
+
+def current_exchange() -> Exchange | None:
+    """That of the expert-parallel group as it is now, which elastic scaling replaces; None where tokenferry is off."""
+    from vllm.distributed.parallel_state import get_ep_group
+
+    try:
+        communicator = get_ep_group().device_communicator
+    except AssertionError:  # a model without experts has no such group
+        return None
+    exchange = getattr(getattr(communicator, "all2all_manager", None), "exchange", None)
+    return exchange if isinstance(exchange, Exchange) else None

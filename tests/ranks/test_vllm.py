@@ -1,0 +1,76 @@
+"""The manager for vLLM between rank processes on gloo, in a small vLLM: the bits of plain gathers."""
+
+import pytest
+import torch
+
+from tokenferry.testing import run_ranks
+from vllm_work import (
+    run_against_plain_gathers,
+    run_draft_model,
+    run_failing_step,
+    run_fallbacks,
+    run_idle_worker,
+    run_logits,
+    run_other_counts_in_a_forward,
+    run_worker_beside_other_managers,
+)
+
+pytestmark = pytest.mark.ranks
+
+
+@pytest.mark.parametrize("into_output", [False, True], ids=["combine", "combine-into-output"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("ep", [2, 3])
+def test_same_bits_as_plain_gathers(ep: int, dtype: torch.dtype, into_output: bool) -> None:
+    """One step a forward of two layers, with ranks that have no rows."""
+    for transport, steps, forwards in run_ranks(run_against_plain_gathers, ep, "auto", dtype, into_output):
+        assert (transport, steps) == ("collective", forwards)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("into_output", [False, True], ids=["combine", "combine-into-output"])
+def test_same_bits_on_the_symmetric_kernels(into_output: bool) -> None:
+    environment = {"TRITON_INTERPRET": "1"}
+    outcomes = run_ranks(run_against_plain_gathers, 2, "p2p", torch.bfloat16, into_output, env=environment, timeout_s=120.0)
+    assert [outcome[0] for outcome in outcomes] == ["p2p", "p2p"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+def test_router_logits_arrive_unchanged(dtype: torch.dtype) -> None:
+    run_ranks(run_logits, 2, dtype)
+
+
+def test_what_cannot_be_carried_goes_to_vllms_own_gathers() -> None:
+    for calls in run_ranks(run_fallbacks, 2):
+        logits = calls.pop("logits with extra tensors")
+        assert logits == ["dispatch_router_logits", "combine"]
+        assert set(map(tuple, calls.values())) == {("dispatch", "combine")} and len(calls) == 4
+
+
+def test_a_draft_models_forwards_are_steps_of_their_own() -> None:
+    assert run_ranks(run_draft_model, 2) == [[1, 2, 3, 4]] * 2
+
+
+def test_other_counts_within_a_forward_begin_another_step() -> None:
+    assert run_ranks(run_other_counts_in_a_forward, 2) == [2, 2]
+
+
+def test_an_idle_ranks_rows_reach_no_expert() -> None:
+    for outcome in run_ranks(run_idle_worker, 2):
+        for ids in outcome["ids"]:
+            assert ids[2] == [-1, -1], "the dummy row of rank 1"
+            assert all(number >= 0 for row in ids[:2] for number in row), "the rows of rank 0 are requests'"
+        assert outcome["idle afterwards"] is False
+
+
+def test_a_worker_warns_if_tokenferry_is_on_and_not_used() -> None:
+    (outcome,) = run_ranks(run_worker_beside_other_managers, 1)
+    assert outcome["ours"] == outcome["another, off"] == []
+    (line,) = outcome["another"]
+    assert line.startswith("tokenferry is switched on, but nothing goes through it")
+
+
+def test_a_rank_whose_step_fails_is_named_by_the_others() -> None:
+    first, second = run_ranks(run_failing_step, 2)
+    assert second == "ValueError: out of pages"
+    assert first.startswith("PeerFailedError") and "rank 1" in first and "out of pages" in first, first
