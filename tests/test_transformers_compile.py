@@ -136,6 +136,26 @@ def test_layers_that_are_compiled_one_by_one_share_two_graphs(deep: Any) -> None
     assert len(graphs.kept) <= 2
 
 
+def test_a_model_that_breaks_the_graph_in_each_layer_passes_the_limit_and_is_still_right(
+    deep: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without `fullgraph`: dynamo then runs layers eagerly, and must not look into what the host does in them."""
+
+    def breaking(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(hidden: torch.Tensor) -> Any:
+            torch._dynamo.graph_break()
+            return forward(hidden)
+
+        return call
+
+    expected = logits(deep)
+    for layer in deep.model.layers:
+        monkeypatch.setattr(layer.mlp.gate, "forward", breaking(layer.mlp.gate.forward))
+    counters.clear()
+    assert torch.equal(logits(torch.compile(deep, backend="eager")), expected)
+    assert counters["stats"]["unique_graphs"] > torch._dynamo.config.recompile_limit
+
+
 def test_a_reset_compiles_nothing_anew(model: Any) -> None:
     graphs = Graphs()
     compiled = torch.compile(model, fullgraph=True, backend=graphs)

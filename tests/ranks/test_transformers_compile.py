@@ -31,7 +31,8 @@ TIMEOUT_S = 60.0
 """A rank compiles meanwhile."""
 NO_COMPILED_CACHE = ("llama4",)
 """transformers says of its cache that it cannot be compiled: whole forwards without one are, instead."""
-SHORT = ("qwen3_moe", "gpt_oss", "llama4")
+SHORT = ("qwen3_moe", "llama4")
+"""The two kinds of layers; the other families are in the long tests."""
 
 
 @dataclass(frozen=True)
