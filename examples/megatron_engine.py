@@ -3,10 +3,11 @@
     torchrun --nproc-per-node 2 examples/megatron_engine.py          # a GPU for each rank; decode steps in CUDA graphs
     torchrun --nproc-per-node 2 examples/megatron_engine.py --cpu    # no GPU: the eager path, see below
 
-It needs megatron-core 0.19 and einops; pyzmq helps (without it the type "nccl" agrees on graphs by an all-reduce a step). The
-variable NO_VCS_VERSION=1 lets an unpacked wheel of megatron-core be imported. There is no Transformer Engine: megatron_model.py
-says what stands in its place. Megatron's dynamic batching also wants flash-attn; where that is not installed, the example takes a
-slower stand-in from tests/engine_harness of this repository, and says so.
+It needs megatron-core 0.19 and einops. Where `make megatron` has unpacked them, set PYTHONPATH=.megatron, and NO_VCS_VERSION=1,
+which lets an unpacked wheel be imported. There is no Transformer Engine: megatron_model.py says what stands in its place.
+Megatron's dynamic batching also wants flash-attn; where that is not installed, the example takes a slower stand-in from
+tests/engine_harness of this repository, and says so. With the type "nccl" the ranks agree on graphs by an all-reduce a step: the
+messages of zmq come with Megatron's coordinator, which is not used here.
 
 With --cpu the engine's scheduling, attention metadata, router and sampling run, and tokenferry's dispatchers between the ranks.
 It ends where Megatron wants CUDA itself: there are no CUDA graphs and no streams, nothing is compiled, and torch's operations

@@ -52,7 +52,10 @@ def run_memory(group: tf.EPGroup) -> None:
     workspace = NVLS._symm_rsv["handle"]
     counts = tf.Workspace.required_bytes(workspace.config, 2, W, transport="collective")
     assert workspace.transport == "collective"
-    assert workspace.nbytes == counts + sum(each["tensor"].nbytes for each in shown)
+    num_bytes = workspace.nbytes
+    assert num_bytes == counts + sum(each["tensor"].nbytes for each in shown)
+    megatron.reset()
+    assert workspace.nbytes == num_bytes, "the buffers from before the reset are kept"
 
 
 def run_one_order_each(group: tf.EPGroup) -> None:

@@ -221,3 +221,20 @@ def test_a_second_thread_in_a_graph_runner_is_refused_alone_and_the_peers_hear_n
     assert [type(error) for error in said] == [WrongCallerError]
     assert "another thread" in str(said[0])
     assert between.said == []
+
+
+def test_a_close_that_is_interrupted_while_it_waits_drops_the_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would: a second `close` does nothing."""
+    scene = scene_of("collective")
+    communicator, calls = exchangeable(scene.ws).inner._communicator, []
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(communicator, "let_launched_end", interrupted)
+    monkeypatch.setattr(communicator, "abort", lambda: calls.append("abort"))
+    with pytest.raises(KeyboardInterrupt):
+        scene.ws.close()
+    assert calls == ["abort"]
+    monkeypatch.undo()
+    communicator.abort()

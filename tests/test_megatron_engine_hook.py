@@ -46,7 +46,9 @@ class TextGenerationController:
 
 class InferenceBatchDimensions:
     @staticmethod
-    def adjust_batch_dims_for_expert_parallelism(dims: Any, ep_group: Any = None, ep_zmq_communicator: Any = None) -> Any:
+    def adjust_batch_dims_for_expert_parallelism(
+        local_batch_dims: Any, ep_group: Any = None, ep_zmq_communicator: Any = None
+    ) -> Any:
         return ep_zmq_communicator
 
 
@@ -179,6 +181,21 @@ def test_a_megatron_without_an_engine_is_served_without_the_hook(
     monkeypatch.setitem(sys.modules, "megatron", None)
     assert place_engine_hook().replaced == ()
     assert "a peer's failure is not looked for" in caplog.text
+
+
+def test_an_agreement_with_other_parameters_is_left_alone(
+    hooked: engine_hook.EngineHook, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in releases before 0.19. Wrapped, each step of a graph raised TypeError."""
+    hooked()
+    before = staticmethod(lambda local_batch_dims, ep_group=None: "agreed")
+    monkeypatch.setattr(InferenceBatchDimensions, "adjust_batch_dims_for_expert_parallelism", before)
+    hook = place_engine_hook()
+    assert len(hook.replaced) == len(WRAPS) - 1
+    assert InferenceBatchDimensions.adjust_batch_dims_for_expert_parallelism(None, ep_group=None) == "agreed"
+    assert "it takes (local_batch_dims, ep_group), not (local_batch_dims, ep_group, ep_zmq_communicator)" in caplog.text
+    hook()
+    monkeypatch.undo()
 
 
 def test_the_names_that_the_errors_tell_users_to_call_exist() -> None:

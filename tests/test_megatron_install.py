@@ -87,9 +87,9 @@ def test_install_takes_the_settings_and_undo_brings_the_former_ones_back(fake_me
 
 
 def test_undo_leaves_settings_that_were_configured_since(fake_megatron: dict[str, ModuleType]) -> None:
-    with megatron.install(timeout_s=2.0):
-        changed = megatron.configure(timeout_s=3.0)
-    assert megatron.configure() == changed
+    with megatron.install(timeout_s=2.0, combine_output=torch.float32):
+        megatron.configure(timeout_s=3.0)
+    assert megatron.configure() == dataclasses.replace(DEFAULTS, timeout_s=3.0)
     megatron.configure(**dataclasses.asdict(DEFAULTS))
 
 
@@ -98,9 +98,10 @@ def test_undo_leaves_settings_that_were_configured_since(fake_megatron: dict[str
     [
         ({"combine_dtype": torch.float64}, ConfigError, "combine_dtype"),
         ({"combine_output": torch.float16}, ConfigError, r"combine_output must be torch\.float32 or torch\.bfloat16"),
+        ({"expert_scratch_bytes": -1}, ConfigError, "expert_scratch_bytes must be None or at least 1, got -1"),
         ({"combine_dytpe": torch.float32}, TypeError, "combine_dytpe"),
     ],
-    ids=["combine_dtype", "combine_output", "misspelt"],
+    ids=["combine_dtype", "combine_output", "expert_scratch_bytes", "misspelt"],
 )
 def test_a_bad_setting_installs_nothing(fake_megatron, settings: dict, error: type, text: str) -> None:
     with pytest.raises(error, match=text):

@@ -1,6 +1,7 @@
 """What the NCCL communicator asks of PyTorch's backend, and when, without a GPU: a stub stands for the backend, and notes its
 calls. tests/gpu has the real one."""
 
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -162,3 +163,24 @@ def test_closing_does_not_wait_for_what_the_watchdog_gave_up(
     gather(communicator, overlaps=False)
     communicator._watchdog.error = CommunicationError(1, 5.0)
     communicator.let_launched_end()  # the test's time limit is the assertion
+
+
+def test_closing_ends_also_where_the_watchdog_itself_waits(
+    communicator: NcclCommunicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a store whose host is stopped: nobody would say that the peer is late."""
+    communicator._watchdog.stop()
+    communicator._watchdog.join()
+    monkeypatch.setattr(Event, "query", lambda _: False)
+    gather(communicator, overlaps=False)
+    communicator.timeout_s = 0.1
+    start_s = time.monotonic()
+    communicator.let_launched_end()
+    assert time.monotonic() - start_s < 5.0
+
+
+def test_closing_amid_the_watchdogs_work_does_not_wait_for_its_own_thread(communicator: NcclCommunicator) -> None:
+    """A signal handler closes what its thread is using."""
+    gather(communicator, overlaps=False)
+    with communicator._watchdog._lock:
+        communicator.let_launched_end()  # the test's time limit is the assertion

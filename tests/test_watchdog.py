@@ -197,6 +197,22 @@ def test_a_nested_step_is_the_same_step(engine: Callable[..., Watchdog]) -> None
     assert (watchdog._step_number, watchdog._streams) == (-2, [])
 
 
+def test_leaving_a_step_says_nothing_of_a_device_that_has_failed(
+    engine: Callable[..., Watchdog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error would stand in the place of the engine's own."""
+
+    def failed() -> bool:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    watchdog = engine(Communicator(), True)
+    watchdog.enter_step()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_current_stream_capturing", failed)
+        watchdog.leave_step()
+    assert watchdog._streams == []
+
+
 def test_a_peer_that_has_said_why_it_gave_up_is_not_waited_for(watch: Watch) -> None:
     communicator = Communicator()
     communicator.said = CommunicationError(0, 0.1, "out of memory")

@@ -194,7 +194,7 @@ class Workspace(GraphCalls):
 
     def count_in(self, *buffers: torch.Tensor) -> None:
         """Adds to `nbytes` what the code around the workspace keeps for its rows: buffers at fixed addresses, say, on a transport
-        that has none. They are let go of when the workspace closes."""
+        that has none. They are let go of when the workspace closes or is reset."""
         self.attached.setdefault(COUNTED_IN, []).extend(buffers)
 
     @staticmethod
@@ -337,6 +337,7 @@ class Workspace(GraphCalls):
         settings = self._settings
         self._step, self._step_index = None, 0
         self.lifecycle.restart()
+        self.attached.pop(COUNTED_IN, None)
         try:
             self.operators.release()
             self._lease.end()

@@ -9,7 +9,7 @@ from engine_harness import ENVIRONMENT, EngineOptions, Request, even, missing
 from engine_harness.cases import EngineCase, Run, run_on_ranks
 from engine_harness.variants import MEGATRON, Variant
 
-pytestmark = [pytest.mark.ranks, pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = [pytest.mark.ranks, pytest.mark.long, pytest.mark.skipif(bool(missing()), reason=missing())]
 
 LOADS = {
     "even": even(2, new_tokens=4, prompt_tokens=16),

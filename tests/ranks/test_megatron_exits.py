@@ -8,7 +8,12 @@ from engine_exits import STAGES, End, Run, ends_of
 from engine_failures import environment
 from engine_harness import ENVIRONMENT, missing
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(150), pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.long,
+    pytest.mark.timeout(150),
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+]
 
 
 def test_the_process_ends(tmp_path: Path) -> None:

@@ -11,7 +11,12 @@ from engine_harness import ENVIRONMENT, missing
 from tokenferry.integrations.megatron import engine_hook
 from tokenferry.testing import run_ranks
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(150), pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.long,
+    pytest.mark.timeout(150),
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+]
 
 SLACK_S = 2.0
 RUN_S = 120.0

@@ -60,6 +60,20 @@ def test_sums_stay_float32_on_the_symmetric_kernels() -> None:
     assert run_ranks(run_unrounded, 2, "p2p", env={"TRITON_INTERPRET": "1"}) == [list(CASES)] * 2
 
 
+def run_settings_changed_since(group: tf.EPGroup) -> list[torch.dtype]:
+    """As undoing `install(combine_output=torch.float32)` does, with layers and buffers that go on."""
+    megatron.configure(combine_output=torch.float32)
+    layer, own = layer_of(group, NVLS), SHAPE.inputs(TOKENS)[group.rank]
+    megatron.configure(combine_output=torch.bfloat16)
+    hidden, _ = dispatch(layer, own)
+    combined = layer.token_combine(torch.zeros(hidden.shape[0], SHAPE.hidden_size))
+    return [combined.dtype, layer.combine_postprocess(combined).dtype]
+
+
+def test_rows_are_rounded_also_where_the_setting_was_taken_back_since() -> None:
+    assert run_ranks(run_settings_changed_since, 2) == [[torch.float32, torch.bfloat16]] * 2
+
+
 def run_alone(group: tf.EPGroup) -> list[torch.dtype]:
     megatron.configure(combine_output=torch.float32)
     dtypes = []

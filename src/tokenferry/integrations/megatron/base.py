@@ -178,8 +178,9 @@ class InferenceAllGatherDispatcherBase(StandaloneBase):
         return None, None
 
     def _rounded(self, output: torch.Tensor) -> torch.Tensor:
-        """What a layer gets back, where `token_combine` left its sums unrounded."""
-        return output if self._registry.settings.combine_output == OUTPUT_DTYPE else output.to(OUTPUT_DTYPE)
+        """What a layer gets back, also where `token_combine` left its sums unrounded. The settings may have changed since its
+        buffers were opened, and are not asked."""
+        return output.to(OUTPUT_DTYPE)
 
     # --- for the concrete classes -----------------------------------------------------------------------------------
 

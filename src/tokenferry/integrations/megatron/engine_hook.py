@@ -18,6 +18,7 @@ from typing import Any, Final
 from tokenferry.errors import PeerError
 from tokenferry.integrations.megatron.base import InferenceAllGatherDispatcherBase
 from tokenferry.integrations.megatron.engine_agreement import with_limit
+from tokenferry.integrations.megatron.known_versions import parameters_of
 from tokenferry.workspace import Workspace
 
 _log = logging.getLogger(__name__)
@@ -114,6 +115,10 @@ WRAPS: Final = MappingProxyType(
 )
 """What is wrapped, and how. The first two are what counts; a release without one of the others is served without it."""
 
+_TAKES: Final = MappingProxyType({"adjust_batch_dims_for_expert_parallelism": "local_batch_dims, ep_group, ep_zmq_communicator"})
+"""Parameters that a wrapper relies on by name; a release whose method has other ones is served without it. Earlier releases than
+0.19 agree without `ep_zmq_communicator`."""
+
 
 @dataclass(frozen=True)
 class _Patch:
@@ -148,6 +153,7 @@ def place_engine_hook() -> EngineHook:
         try:
             owner = _class_at(path)
             original = vars(owner)[name]
+            _check_parameters(name, original)
         except Exception as problem:  # noqa: BLE001  # importing runs Megatron's code, which may raise anything
             missing[f"{path.rpartition('.')[2]}.{name}"] = f"{type(problem).__name__}: {problem}"
             continue
@@ -163,6 +169,12 @@ def _class_at(path: str) -> type:
     module, _, name = path.rpartition(".")
     found: type = getattr(importlib.import_module(module), name)
     return found
+
+
+def _check_parameters(name: str, original: Any) -> None:
+    found, expected = parameters_of(original), _TAKES.get(name)
+    if expected is not None and found != expected:
+        raise TypeError(f"it takes ({found}), not ({expected})")
 
 
 def _wrapped(original: Any, wrap: Wrap) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tokenferry.integrations.megatron.base import InferenceAllGatherDispatcherBase
 from tokenferry.integrations.megatron.engine_agreement import drop_words
 from tokenferry.integrations.megatron.nvls import NVLSAllGatherVDispatcher
 
@@ -42,6 +43,7 @@ def restart_engine(engine: Any, timeout_s: float | None = None) -> None:
     delete_graphs()
     NVLSAllGatherVDispatcher._reset(timeout_s)
     drop_words(getattr(engine.context, "_ep_zmq_communicator", None))
+    _meet(timeout_s)
     waiting = list(engine.waiting_request_ids)
     under_way = [number for number in engine.requests if number not in (*waiting, *engine.failed_request_ids)]
     for number in under_way:
@@ -56,3 +58,12 @@ def restart_engine(engine: Any, timeout_s: float | None = None) -> None:
     engine.create_cuda_graphs()
     for number in (*under_way, *waiting):
         engine._add_request(engine.get_request(number))
+
+
+def _meet(timeout_s: float | None) -> None:
+    """Returns when all ranks have dropped the old words of Megatron's agreement: a new word that a fast rank sent before a slow
+    one dropped its own would be lost with them, and the slow one would wait for it."""
+    for workspace in InferenceAllGatherDispatcherBase._registry.workspaces()[:1]:
+        name = f"megatron/restarted/{workspace.number}/{workspace.generation}"
+        limit_s = workspace.timeout_s if timeout_s is None else timeout_s
+        workspace.group.channel.barrier(name, limit_s, phase="reset")

@@ -109,7 +109,8 @@ def install(*, experts: bool = False, allow_unknown_version: bool = False, **set
             models that run at the same time, on two streams of one process, must leave it off.
         allow_unknown_version: go on with a megatron-core that is not known, or whose names or parameters differ. Constructors
             must agree in any case.
-        settings: fields of `Settings`, as `configure` takes them; undoing brings the former ones back.
+        settings: fields of `Settings`, as `configure` takes them; undoing brings the former ones back, unless `configure` has
+            changed them since.
 
     Returns:
         A callable that undoes it, also a context manager.
@@ -125,8 +126,8 @@ def install(*, experts: bool = False, allow_unknown_version: bool = False, **set
     modules = {name: _import(name) for name in names}
     version = _version()
     differences = known_versions.differences(modules, names, CLASSES)
-    _check_constructors(modules, version)
     _check_version(version, differences, allow_unknown_version)
+    _check_constructors(modules, version)
     found = _expert_entries(modules, version) if experts else {}
     registry = InferenceAllGatherDispatcherBase._registry
     before = registry.settings
@@ -134,8 +135,9 @@ def install(*, experts: bool = False, allow_unknown_version: bool = False, **set
     installed = registry.settings
 
     def undo_settings() -> None:
-        if registry.settings == installed:  # else configure() has changed them since
-            registry.settings = before
+        now = registry.settings
+        former = {name: getattr(before, name) for name in settings if getattr(now, name) == getattr(installed, name)}
+        registry.settings = dataclasses.replace(now, **former)  # what configure() has changed since stays
 
     originals: dict[str, Any] = {name: getattr(modules[known_versions.DISPATCHERS], name) for name in CLASSES}
     replacements: dict[str, Any] = dict(CLASSES)

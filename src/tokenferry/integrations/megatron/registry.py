@@ -166,7 +166,8 @@ class Registry:
         """Takes new settings for what is opened from now on.
 
         Raises:
-            ConfigError: a combine dtype that the wire has not, an order of sums or a dtype of results that there is not.
+            ConfigError: a combine dtype that the wire has not, an order of sums or a dtype of results that there is not, a bound
+                of the experts' scratch that is not positive.
         """
         if settings.combine_output not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"combine_output must be torch.float32 or torch.bfloat16, got {settings.combine_output!r}")
@@ -174,6 +175,9 @@ class Registry:
             raise ConfigError(f"combine_dtype must be torch.float32 or torch.bfloat16, got {settings.combine_dtype!r}")
         if settings.combine_order not in ("rank", "any"):
             raise ConfigError(f"combine_order must be 'rank' or 'any', got {settings.combine_order!r}")
+        num_bytes = settings.expert_scratch_bytes
+        if num_bytes is not None and (not isinstance(num_bytes, int) or isinstance(num_bytes, bool) or num_bytes < 1):
+            raise ConfigError(f"expert_scratch_bytes must be None or at least 1, got {num_bytes!r}")
         self.settings = settings
 
 

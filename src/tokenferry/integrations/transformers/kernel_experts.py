@@ -108,8 +108,12 @@ def known_activation(module: Any) -> Activation:
     device = module.down_proj.device
     generator = torch.Generator().manual_seed(0)
     limits = _floats(module, _LIMITS)
-    numbers = torch.randn(2, _NUM_PROBES, generator=generator, device="cpu") * max([6.0, *(2 * limit for limit in limits)])
-    numbers = torch.cat([numbers, torch.randn(2, _NUM_PROBES, generator=generator, device="cpu")], dim=1).to(device)
+    numbers = torch.randn(2, _NUM_PROBES, generator=generator, dtype=torch.float32, device="cpu") * max(
+        [6.0, *(2 * limit for limit in limits)]
+    )
+    numbers = torch.cat([numbers, torch.randn(2, _NUM_PROBES, generator=generator, dtype=torch.float32, device="cpu")], dim=1).to(
+        device
+    )
     compute = module._apply_gate if module.has_gate else module.act_fn
     try:
         with torch.no_grad():
@@ -136,7 +140,7 @@ def known_norm(module: Any) -> dict[str, Any]:
     if len(weights) == 1 and weights[0].dim() == 1 and isinstance(epsilon, float):
         [weight_H] = weights
         generator = torch.Generator().manual_seed(0)
-        rows = torch.randn(8, len(weight_H), generator=generator, device="cpu").to(weight_H.device)
+        rows = torch.randn(8, len(weight_H), generator=generator, dtype=torch.float32, device="cpu").to(weight_H.device)
         with torch.no_grad():
             expected = norm(rows)
         for scale_H in (1.0 + weight_H, weight_H.clone()):

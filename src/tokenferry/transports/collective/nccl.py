@@ -33,6 +33,8 @@ from tokenferry.transports.collective.watchdog import Call, Watchdog
 
 _NO_TORCH_TIMEOUT = datetime.timedelta(days=30)
 _POLL_S = 0.00002
+_GRACE_S = 1.0
+"""For the watchdog's own looks, after the time-out."""
 
 
 class NcclCommunicator(Communicator):
@@ -195,11 +197,15 @@ class NcclCommunicator(Communicator):
 
     def let_launched_end(self) -> None:
         """See `Communicator`. Aborting amid a reduce-scatter left rows in the caller's tensor that nobody had summed, and a peer
-        that waited for ours. The watchdog bounds the wait: it aborts for a peer that does not come."""
+        that waited for ours. The watchdog bounds the wait: it aborts for a peer that does not come. The limit here is for a
+        watchdog that waits itself, for a store whose host is stopped."""
         started_s = time.monotonic()
         with contextlib.suppress(RuntimeError):  # a device that has failed says so in the caller's own next call
             while self._backend is not None and self._watchdog.error is None and not self._watchdog.is_idle():
-                time.sleep(_POLL_S if time.monotonic() - started_s < 0.01 else 0.001)
+                waited_s = time.monotonic() - started_s
+                if waited_s > self.timeout_s + _GRACE_S:
+                    return
+                time.sleep(_POLL_S if waited_s < 0.01 else 0.001)
 
     def abort(self) -> None:
         if self._watchdog.error is None:  # for a thread that is inside: what its calls leave behind is nobody's rows

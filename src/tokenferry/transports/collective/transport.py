@@ -351,10 +351,12 @@ class CollectiveTransport(Transport):
         self._communicator.abort()
 
     def close(self) -> None:
-        if not self._aborted:
-            self._communicator.let_launched_end()
-        self._communicator.abort()
-        self._dispatch = self._combine = self._combine_input = None
+        try:
+            if not self._aborted:
+                self._communicator.let_launched_end()
+        finally:  # whoever interrupts the wait has closed it all the same
+            self._communicator.abort()
+            self._dispatch = self._combine = self._combine_input = None
 
 
 def _most_reduced_bytes(settings: TransportSettings) -> float:

@@ -115,10 +115,10 @@ class Watchdog(threading.Thread):
     def leave_step(self) -> None:
         """It is over. What it has launched may still run, and is watched until it ends."""
         stream = self._streams.pop()
-        if self._streams or torch.cuda.is_current_stream_capturing():
+        if self._streams:
             return
         with contextlib.suppress(RuntimeError):  # a device that has failed says so in the engine's own next call
-            if stream.query():  # as a rule: the tokens are on the host
+            if torch.cuda.is_current_stream_capturing() or stream.query():  # as a rule: the tokens are on the host
                 return
             event = torch.cuda.Event()
             event.record(stream)
@@ -127,8 +127,9 @@ class Watchdog(threading.Thread):
             self._oldest_unfinished()
 
     def is_idle(self) -> bool:
-        """Whether all calls whose launch has returned are over, on the device too. Raises what CUDA says."""
-        return self._oldest_unfinished() is None
+        """Whether all calls are over, on the device too. Raises what CUDA says. Takes no lock: a signal handler may close what
+        its own thread is using."""
+        return all(call.finished() for call in tuple(self._calls))
 
     def stop(self) -> None:
         """Ends the thread soon; does not wait for it."""
