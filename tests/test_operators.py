@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from torch._library.simple_registry import singleton
 
 import tokenferry as tf
+from tokenferry.layer_operator import moe, serve_layers
 from tokenferry.testing import run_ranks
 from tokenferry.testing.ranks import run_virtual
 
@@ -186,6 +188,31 @@ def test_a_refused_workspace_takes_no_number() -> None:
             tf.Workspace(CONFIG, tf.EPGroup(device="cpu"), max_tokens_per_rank=0)
         with opened() as second:
             assert second.number == first.number + 1
+
+
+# --- a whole layer as one operator ----------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs" / "compile.md").read_text()
+
+
+def test_the_example_of_the_page_runs_as_it_stands() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(compile(example, "docs/compile.md", "exec"), {})
+
+
+def test_a_layer_operator_returns_what_the_compiler_is_told() -> None:
+    """Also of rows that are not contiguous: the result is."""
+    with opened() as ws:
+        serve_layers(ws, lambda layer, hidden, *_: hidden.contiguous() * (layer + 2))
+        hidden = torch.ones(8, ROWS).t()
+        arguments = ws.number, 1, hidden, *GIVEN[1:]
+        torch.library.opcheck(torch.ops.tokenferry.moe, arguments, test_utils=("test_schema", "test_faketensor"))
+        assert torch.equal(moe(*arguments), torch.full((ROWS, 8), 3.0))
+
+
+def test_a_layer_operator_without_layers_says_what_to_call() -> None:
+    with opened() as ws, pytest.raises(tf.StateError, match=r"call serve_layers\(\) once it is open"):
+        moe(ws.number, 0, *GIVEN)
 
 
 # --- what stays -----------------------------------------------------------------------------------------------------------

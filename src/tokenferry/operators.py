@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 import torch
@@ -49,6 +49,7 @@ class Callee(Protocol):
 
     lifecycle: Lifecycle
     operators: Operators
+    attached: dict[str, Any]
 
     def begin_step(self, num_tokens: int, num_real_tokens: int | torch.Tensor, *, done: bool) -> object: ...
     def forget_step_writes(self) -> None: ...
@@ -97,6 +98,11 @@ def take_number(group: EPGroup) -> int:
     numbers are distinct, but no longer the same from run to run.
     """
     return _WORKSPACES.take_number(group)
+
+
+def find_workspace(number: int) -> Callee:
+    """The open workspace with this number. Raises StateError if it is gone."""
+    return _WORKSPACES.find(number)
 
 
 # --- as compiled code calls them ----------------------------------------------------------------------------------------
@@ -332,39 +338,41 @@ def _with_rows(operation: str, tensor: torch.Tensor, num_rows: int) -> torch.Ten
 _LIBRARY: Final = torch.library.Library(NAMESPACE, "DEF")  # its operators are there for as long as it is
 
 
-def _define(schema: str, implementation: Callable[..., object], shapes: Callable[..., object]) -> Any:
+def define(
+    schema: str, implementation: Callable[..., object], shapes: Callable[..., object], tags: Sequence[torch.Tag] = ()
+) -> Any:
     """Not by `torch.library.custom_op`, which takes 21 microseconds a call."""
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
+    _LIBRARY.define(schema, tags=tuple(tags))
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-_BEGIN_STEP: Final = _define(
+_BEGIN_STEP: Final = define(
     "begin_step(Tensor(a!) order, Tensor(b!) counts, Tensor? real, SymInt workspace, SymInt num_tokens, SymInt num_real, "
     "bool done) -> ()",
     _begin_step,
     _returns_nothing,
 )
-_DISPATCH_FIXED: Final = _define(
+_DISPATCH_FIXED: Final = define(
     f"dispatch_fixed(Tensor(a!) order, {_ROWS}, {_GIVEN}, SymInt workspace, SymInt layer) -> ()",
     _dispatch_fixed,
     _returns_nothing,
 )
-_DISPATCH_FRESH: Final = _define(
+_DISPATCH_FRESH: Final = define(
     f"dispatch_fresh(Tensor(a!) order, {_GIVEN}, SymInt workspace, SymInt layer, SymInt? num_rows, ScalarType index_dtype) "
     "-> (Tensor, Tensor, Tensor)",
     _dispatch_fresh,
     _dispatch_fresh_shapes,
 )
-_COMBINE_FIXED: Final = _define(
+_COMBINE_FIXED: Final = define(
     f"combine_fixed(Tensor(a!) order, {_ROWS}, Tensor partial, SymInt workspace, SymInt layer, SymInt num_rows, "
     "ScalarType dtype) -> Tensor",
     _combine_fixed,
     _combine_fixed_shapes,
 )
-_COMBINE_FRESH: Final = _define(
+_COMBINE_FRESH: Final = define(
     "combine_fresh(Tensor(a!) order, Tensor partial, SymInt workspace, SymInt layer, SymInt num_rows, ScalarType dtype) "
     "-> Tensor",
     _combine_fresh,

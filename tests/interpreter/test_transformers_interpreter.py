@@ -60,3 +60,27 @@ def _run(group: tf.EPGroup, path: Path, exact: bool) -> tuple[float, int]:
     expected, expected_logits = generate(unmodified(path, **kwargs), WORK[group.rank], group.rank)
     difference = max(float((a - b).abs().max()) for a, b in zip(logits, expected_logits, strict=True))
     return difference if tokens == expected else float("nan"), num_by_kernels
+
+
+def compiled_as_eager(group: tf.EPGroup, path: Path) -> tuple[int, bool]:
+    """How many layers our kernels run, and whether a compiled forward gives the logits of an eager one, before and after a
+    reset, on a backend that works on copies of whatever an operator changes."""
+    quiet()
+    model = load(path, group, transport="p2p", max_tokens_per_rank=12, dtype=torch.float32)
+    parallel = model.expert_parallel
+    num_by_kernels = sum(layer.kernels is not None for layer in parallel.layers)
+    ids = torch.arange(5, 5 + 3 * (group.rank + 1)).view(1, -1)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        equal = torch.equal(compiled(ids, use_cache=False).logits, expected)
+        parallel.reset()
+        equal = equal and torch.equal(compiled(ids, use_cache=False).logits, expected)
+    parallel.close()
+    return num_by_kernels, equal
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's compiler uses what PyTorch deprecates
+def test_compiled_it_is_the_same(tmp_path: Path) -> None:
+    path = make_tiny("qwen3_moe", tmp_path)
+    assert run_ranks(compiled_as_eager, 2, path, timeout_s=240, env={"TRITON_INTERPRET": "1"}) == [(2, True)] * 2

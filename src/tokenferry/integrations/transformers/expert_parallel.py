@@ -26,6 +26,7 @@ from tokenferry.integrations.transformers.loading import Shard
 from tokenferry.integrations.transformers.one_thread import OneThread
 from tokenferry.integrations.transformers.settings import LayerShape, Options
 from tokenferry.integrations.transformers.stopwatch import Stopwatch
+from tokenferry.layer_operator import moe, serve_layers
 from tokenferry.step import Step
 from tokenferry.workspace import Workspace
 
@@ -78,9 +79,10 @@ class ExpertParallel:
         """This rank's experts of a layer. Raises ConfigError if there are fewer experts than ranks."""
         return self.group.expert_range(num_experts)
 
-    def add_layer(self, layer: ExpertLayer) -> None:
-        """Called by each layer as it is installed."""
+    def add_layer(self, layer: ExpertLayer) -> int:
+        """Called by each layer as it is installed. Returns its number."""
         self._installed.append(layer)
+        return len(self._installed) - 1
 
     def shards(self, model: nn.Module) -> dict[str, Shard]:
         """The parameters that were cut to this rank's experts, by their names in the model."""
@@ -136,6 +138,7 @@ class ExpertParallel:
         if self._scratch is not None:
             self._workspace.attached.setdefault(SCRATCH_NAME, self._scratch)
         self._dispatchers = tuple(self._workspace.dispatcher() for _ in self.layers)
+        serve_layers(self._workspace, lambda number, *rows: self._run_eagerly(self._installed[number], *rows))
         model.base_model.register_forward_hook(self._after_forward, always_call=True)
 
     def _open_workspace(self, shape: LayerShape) -> Workspace:
@@ -182,12 +185,11 @@ class ExpertParallel:
         On CUDA it waits for what was launched, and leaves replayed graphs out."""
         return self._stopwatch.total_s
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
     def run_layer(
         self, layer: ExpertLayer, hidden_TH: torch.Tensor, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor
     ) -> torch.Tensor:
         """A layer's forward: gather, this rank's experts, sum. The first layer of a forward begins the step.
+        In code that is being compiled all of this is one operator.
 
         Raises:
             CapacityError: more rows than `max_tokens_per_rank`; nothing was sent, and the other ranks wait.
@@ -195,6 +197,15 @@ class ExpertParallel:
             StateError: the layers are called in another order than in the first forward; or another thread is in the middle of a
                 call on the model, which then goes on as if nothing had happened.
         """
+        if torch.compiler.is_compiling():
+            return moe(self.workspace.number, layer.number, hidden_TH, topk_idx_TK, topk_weights_TK)
+        return self._run_eagerly(layer, hidden_TH, topk_idx_TK, topk_weights_TK)  # type: ignore[no-any-return]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # where the compiler gave up on a caller, it would try this
+    @torch.no_grad()
+    def _run_eagerly(
+        self, layer: ExpertLayer, hidden_TH: torch.Tensor, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor
+    ) -> torch.Tensor:
         rows = Rows(hidden_TH.contiguous(), topk_idx_TK.contiguous(), topk_weights_TK.contiguous())
         if self._probed is not None:
             return self._probe(self._probed, layer, rows)
@@ -240,6 +251,18 @@ class ExpertParallel:
             self.workspace.reset()
             self._end_step()
             self._last_error = None
+
+    def settle_forward(self, error: BaseException | None) -> None:
+        """Called when the calling thread's forwards are over, by `error` or because all are done. A compiled one may have stopped
+        between two layers: the other ranks are told.
+
+        Raises:
+            StateError: one has, and `error` is None.
+        """
+        if self._step is not None and self.thread.is_mine():
+            self._abandon_step(error or StateError(_CUT_SHORT))
+            if error is None:
+                raise StateError(_CUT_SHORT)
 
     def forget_swallowed(self) -> None:
         """Forgets errors of forwards so far; see `raise_swallowed`."""
@@ -328,14 +351,14 @@ class ExpertParallel:
         self.workspace.tell_peers(error)
 
     def _after_forward(self, _module: nn.Module, _args: object, output: object) -> None:
-        """Runs after every forward of the model; after one that raised, with no output and within its `except`."""
+        """Runs after every forward of the model; after one that raised, with no output and within its `except`. Not in compiled
+        code, which cannot ask what was raised: `settle_forward` looks after that."""
+        if torch.compiler.is_compiling():
+            return
         error = sys.exc_info()[1] if output is None else None
-        if self._step is not None and self.thread.is_mine():
-            self._abandon_step(error or StateError(_CUT_SHORT))
-            if error is None:
-                raise StateError(_CUT_SHORT)
-        elif error is not None:
+        if error is not None:
             self._last_error = error
+        self.settle_forward(error)
 
     def _probe(self, probed: list[tuple[ExpertLayer, LayerShape]], layer: ExpertLayer, rows: Rows) -> torch.Tensor:
         """Notes what the layer is called with, and runs this rank's experts on it, so that a forward that cannot leave out the

@@ -35,7 +35,7 @@ _DECORATED: Final = ("has_gate", "has_bias", "is_transposed", "num_experts")
 class LayerHost(Protocol):
     """Moves the rows of a model's layers; `ExpertParallel` is the one there is."""
 
-    def add_layer(self, layer: ExpertLayer) -> None: ...
+    def add_layer(self, layer: ExpertLayer) -> int: ...
     def owned_experts(self, num_experts: int) -> range: ...
     def run_layer(
         self, layer: ExpertLayer, hidden_TH: torch.Tensor, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor
@@ -54,6 +54,7 @@ class ExpertLayer:
         experts: this rank's, as `LocalExperts`: by the model's own code.
         kernels: this rank's by our own kernels, or None.
         shards: the parameters that were cut, by their names within the module.
+        number: its place among the model's MoE modules, by which compiled code knows it.
     """
 
     def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any = None) -> None:
@@ -70,7 +71,7 @@ class ExpertLayer:
         self.experts: LocalExperts = kind(experts, self.num_experts, owned)
         self.kernels: KernelExperts | None = None
         self.shards: dict[str, Shard] = keep_rows(experts, owned)
-        self._host.add_layer(self)
+        self.number: int = self._host.add_layer(self)
 
     def __call__(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         return self._host.run_layer(self, hidden_states, top_k_index, top_k_weights)

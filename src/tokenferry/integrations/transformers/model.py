@@ -234,9 +234,15 @@ class ExpertParallelModel:
         Raises:
             StateError: another thread is in the middle of a call on this model (see `serialize`); that one goes on.
         """
-        with self.expert_parallel.thread.inside("generate"):
-            generated = super().generate(*args, **kwargs)  # type: ignore[misc]
-            self.expert_parallel.check()
+        parallel = self.expert_parallel
+        with parallel.thread.inside("generate"):
+            try:
+                generated = super().generate(*args, **kwargs)  # type: ignore[misc]
+            except BaseException as error:
+                parallel.settle_forward(error)
+                raise
+            parallel.settle_forward(None)
+            parallel.check()
             return generated
 
     def init_continuous_batching(
