@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import os
 import subprocess
 import sys
 import tomllib
@@ -130,16 +131,37 @@ def test_switched_on_vllm_gets_ours(one_rank: dist.ProcessGroup) -> None:
     assert made.destroyed
 
 
-@pytest.mark.parametrize("switch", [None, "1"])
-def test_without_vllms_class(monkeypatch: pytest.MonkeyPatch, fake_vllm: None, switch: str | None) -> None:
-    """Nothing happens unless the environment says that tokenferry is wanted."""
+def test_without_vllms_class_the_log_says_so(fake_vllm: None, caplog: pytest.LogCaptureFixture) -> None:
     del sys.modules[ALL2ALL].AgRsAll2AllManager
-    if switch is None:
-        plugin.register()
-        return
-    monkeypatch.setenv("TOKENFERRY_VLLM", switch)
+    plugin.register()
+    assert "AgRsAll2AllManager is not there" in caplog.text
+
+
+def test_asked_for_without_vllms_class_it_is_an_error(monkeypatch: pytest.MonkeyPatch, fake_vllm: None) -> None:
+    del sys.modules[ALL2ALL].AgRsAll2AllManager
+    monkeypatch.setenv("TOKENFERRY_VLLM", "1")
     with pytest.raises(tf.ConfigError, match="AgRsAll2AllManager is not there"):
         plugin.register()
+
+
+def test_vllms_module_is_not_imported_but_waited_for(tmp_path: Path) -> None:
+    """In a process of its own, with a package of files: the class is replaced when somebody else imports the module."""
+    folder = tmp_path.joinpath(*plugin.MODULE.split(".")[:-1])
+    folder.mkdir(parents=True)
+    for parent in [folder, *folder.parents][: plugin.MODULE.count(".")]:
+        (parent / "__init__.py").touch()
+    (folder / "all2all.py").write_text("class AgRsAll2AllManager: pass\n")
+    code = (
+        "import importlib, sys\n"
+        "from tokenferry.integrations.vllm import manager, plugin\n"
+        "before = len(sys.meta_path)\n"
+        "plugin.register(); plugin.register()\n"
+        "assert plugin.MODULE not in sys.modules and len(sys.meta_path) == before + 1\n"
+        "module = importlib.import_module(plugin.MODULE)\n"
+        "assert hasattr(module.AgRsAll2AllManager, manager.ORIGINAL) and len(sys.meta_path) == before\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=environment).returncode == 0
 
 
 def test_a_compiled_model_on_cpus_is_refused(one_rank: dist.ProcessGroup) -> None:

@@ -20,6 +20,9 @@ from tokenferry.errors import ConfigError
 COMMUNICATOR: Final = "vllm.distributed.device_communicators.cpu_communicator"
 EXPERTS: Final = "vllm.model_executor.layers.fused_moe.experts.cpu_moe"
 
+_MARK: Final = "takes_local_experts_of_tokenferry"
+"""Attribute of the `apply` that is ours."""
+
 
 def bring_what_is_missing() -> None:
     """Adds the gathers to `CpuCommunicator`, and the map of experts to `CPUUnquantizedExperts`. What is there already stays.
@@ -32,7 +35,7 @@ def bring_what_is_missing() -> None:
         if name not in vars(communicator):
             setattr(communicator, name, function)
     original = vars(experts)["apply"]
-    if not hasattr(original, "__wrapped__"):
+    if not hasattr(original, _MARK):
         setattr(experts, "apply", with_local_experts(original))  # noqa: B010 - a class that mypy does not know
 
 
@@ -78,6 +81,7 @@ def with_local_experts(original: Callable[..., None]) -> Callable[..., None]:
             given.update(topk_ids=ids, topk_weights=weights, expert_map=None)  # so that nobody maps them once more
         original(*bound.args, **bound.kwargs)
 
+    setattr(apply, _MARK, True)
     return apply
 
 

@@ -50,7 +50,8 @@ class Exchange:
         num_experts: of the model with the most, redundant ones included.
 
     Attributes:
-        is_idle: the rows of forwards that begin now are no requests' but fill up a rank that has none: no expert computes them.
+        is_idle: the rows of forwards that begin now are no requests' but fill up a rank that has none: on CPUs no expert computes
+            them.
     """
 
     def __init__(self, group: EPGroup, settings: PluginSettings, max_tokens_per_rank: int, num_experts: int) -> None:
@@ -59,6 +60,12 @@ class Exchange:
         self._workspaces: dict[Key, Workspace] = {}
         self._pending: tuple[Dispatcher, Dispatched, int] | None = None
         self.is_idle = False
+
+    @property
+    def _masks_rows(self) -> bool:
+        """Whether this forward's rows are said to be no requests'. On GPUs they are not: that vLLM's expert kernels all skip rows
+        without an expert was not tried."""
+        return self.is_idle and self._group.device.type == "cpu"
 
     @property
     def is_pending(self) -> bool:
@@ -103,7 +110,12 @@ class Exchange:
         state = forward.setdefault(MARK, _Forward())
         if state.counts.get(key) != tuple(counts):
             num_tokens = hidden_TH.shape[0]
-            workspace.begin_step(num_tokens, 0 if self.is_idle else num_tokens)
+            if counts[self._group.rank] != num_tokens:
+                raise StateError(f"vLLM has announced {counts[self._group.rank]} rows for this rank, and brings {num_tokens}")
+            # All ranks see the same counts. Equal ones need no exchange, so that graphs can be captured over NCCL too.
+            promise = workspace.equal_counts() if len(set(counts)) == 1 else contextlib.nullcontext()
+            with promise:
+                workspace.begin_step(num_tokens, 0 if self._masks_rows else num_tokens)
             state.counts[key] = tuple(counts)
         layer = workspace.dispatcher_at(state.num_layers.get(key, 0))  # names the layer in errors
         state.num_layers[key] = layer.layer + 1

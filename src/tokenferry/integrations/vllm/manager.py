@@ -35,15 +35,16 @@ def manager_class(original: type) -> type:
         ranks, since they follow from the model and its configuration.
         """
 
-        def __new__(cls, cpu_group: Any, tcp_store_group: Any = None) -> Any:
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
             from vllm.config import get_current_vllm_config
 
+            # Arguments pass as they are: switched off, a later vLLM must find its own constructor.
             if settings_from(get_current_vllm_config().additional_config) is None:
-                return base(cpu_group, tcp_store_group)
+                return base(*args, **kwargs)
             return super().__new__(cls)
 
-        def __init__(self, cpu_group: Any, tcp_store_group: Any = None) -> None:
-            super().__init__(cpu_group, tcp_store_group)
+        def __init__(self, cpu_group: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(cpu_group, *args, **kwargs)
             from vllm.config import get_current_vllm_config
             from vllm.distributed.parallel_state import get_dp_group
             from vllm.platforms import current_platform

@@ -26,8 +26,8 @@ _log = logging.getLogger(LOGGER)
 class Worker(PlatformWorker):  # type: ignore[misc]
     """vLLM's own worker, with `Workspace.engine_step()` around each step. Where tokenferry is off it does nothing.
 
-    A rank without requests runs dummy forwards to keep the others company: their rows are masked, so that no expert computes
-    them. A graph that vLLM replays for a dummy forward was captured with real rows and computes them.
+    A rank without requests runs dummy forwards to keep the others company: on CPUs their rows are masked, so that no expert
+    computes them.
     """
 
     def init_device(self) -> None:
