@@ -16,6 +16,7 @@ import torch.distributed as dist
 import tokenferry as tf
 from fake_vllm import ALL2ALL, CPU_COMMUNICATOR, CPU_EXPERTS, PARALLEL_STATE, current, fake_config, fake_vllm
 from tokenferry.integrations.vllm import cpu, known_versions, manager, plugin
+from tokenferry.integrations.vllm.exchange import Exchange
 from tokenferry.integrations.vllm.settings import PluginSettings, settings_from
 
 __all__ = ["fake_vllm"]
@@ -120,6 +121,27 @@ def test_not_switched_on_vllm_gets_its_own_object(one_rank: dist.ProcessGroup) -
         made = sys.modules[ALL2ALL].AgRsAll2AllManager(one_rank)
     assert type(made) is original and made.world_size == 1
     assert not hasattr(sys.modules[CPU_COMMUNICATOR].CpuCommunicator, "all_gatherv")
+
+
+def test_not_switched_on_a_later_constructor_gets_its_arguments(one_rank: dist.ProcessGroup) -> None:
+    class Later(sys.modules[ALL2ALL].AgRsAll2AllManager):
+        def __init__(self, cpu_group: dist.ProcessGroup, tcp_store_group: object = None, *, device_group: object) -> None:
+            super().__init__(cpu_group, tcp_store_group)
+            self.device_group = device_group
+
+    sys.modules[ALL2ALL].AgRsAll2AllManager = Later
+    plugin.register()
+    with current(fake_config()):
+        made = sys.modules[ALL2ALL].AgRsAll2AllManager(one_rank, device_group="theirs")
+    assert (type(made), made.device_group) == (Later, "theirs")
+
+
+def test_rows_that_were_not_announced_are_refused() -> None:
+    exchange = Exchange(tf.EPGroup(), PluginSettings(), max_tokens_per_rank=8, num_experts=4)
+    hidden, ids, weights = torch.zeros(2, 8), torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1)
+    with pytest.raises(tf.StateError, match="announced 3 rows for this rank, and brings 2"):
+        exchange.dispatch({}, [3], hidden, ids, weights)
+    exchange.close()
 
 
 def test_switched_on_vllm_gets_ours(one_rank: dist.ProcessGroup) -> None:
