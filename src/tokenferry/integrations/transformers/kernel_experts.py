@@ -133,9 +133,9 @@ class _Source:
     def __init__(self, parameters: Any, name: str) -> None:
         self._parameters, self._name = parameters, name
         self.parameter = parameters[name]
-        if type(self.parameter) is not nn.Parameter or type(self.parameter.data) is not torch.Tensor:
-            kind = type(self.parameter.data if type(self.parameter) is nn.Parameter else self.parameter).__name__
-            raise NotServed(f"its {name} is a {kind}, which may keep its numbers elsewhere")
+        kind = type(self.parameter)
+        if kind is not nn.Parameter:  # of a subclass's tensor, nn.Parameter() makes one of that subclass
+            raise NotServed(f"its {name} is a {kind.__name__}, which may keep its numbers elsewhere")
         self._facts = _facts(self.parameter)
 
     def is_same(self) -> bool:
