@@ -36,6 +36,8 @@ GATES: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]] = {
     ),
     "limited": lambda m, gate, up: F.silu(gate.clamp(max=m.swiglu_limit)) * up.clamp(-m.swiglu_limit, m.swiglu_limit),
     "softcapped": softcapped,
+    "clamped-far": lambda m, gate, up: F.silu(gate.clamp(max=60.0)) * up,
+    "clamped-far-up": lambda m, gate, up: F.silu(gate) * up.clamp(-60.0, 60.0),
     "clamped-behind": lambda m, gate, up: F.silu(gate).clamp(max=m.limit) * up.clamp(-m.limit, m.limit),
 }
 
@@ -114,6 +116,9 @@ FAMILIES = {
 NOT_SERVED = {
     "softcapped": (Family("softcapped"), "none of ours"),
     "clamped-behind": (Family("clamped-behind"), "none of ours"),
+    "clamped-far": (Family("clamped-far"), "none of ours"),
+    "clamped-far-up": (Family("clamped-far-up"), "none of ours"),
+    "a-norm-that-scales-behind": (Family(norm=nn.RMSNorm), "the norm behind each expert"),
     "a-norm-of-another-kind": (Family(norm=nn.LayerNorm), "the norm behind each expert"),
     "tanh": (Family(act="tanh"), "none of ours"),
 }

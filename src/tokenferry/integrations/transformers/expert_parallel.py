@@ -5,9 +5,7 @@ T this rank's rows, R gathered rows, H hidden size, K top-k.
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections import Counter
 from typing import Any, Final
 
 import torch
@@ -20,6 +18,7 @@ from tokenferry.experts import ExpertScratch
 from tokenferry.experts.module import SCRATCH_NAME
 from tokenferry.groups import EPGroup
 from tokenferry.integrations.transformers.exchange import Rows, exchange_choices, exchange_partials, exchange_sums
+from tokenferry.integrations.transformers.fallbacks import Fallbacks
 from tokenferry.integrations.transformers.kernel_experts import NotServed, prepare_together
 from tokenferry.integrations.transformers.layer import ExpertLayer
 from tokenferry.integrations.transformers.loading import Shard
@@ -30,12 +29,6 @@ from tokenferry.layer_operator import moe, serve_layers
 from tokenferry.step import Step
 from tokenferry.workspace import Workspace
 
-_log = logging.getLogger(__name__)
-
-_BY_THE_LIBRARY: Final = (
-    "%d of %d MoE layers run by transformers' own expert function: %s. It takes more time, and in a CUDA graph it works on "
-    "max_tokens_per_rank rows of each rank"
-)
 _CUT_SHORT: Final = (
     "a forward ended before its last MoE layer; with expert parallelism each forward runs all layers in order, on all ranks alike"
 )
@@ -60,8 +53,7 @@ class ExpertParallel:
         self.thread = OneThread(waits=options.serialize)
         self._installed: list[ExpertLayer] = []
         self._probed: list[tuple[ExpertLayer, LayerShape]] | None = None
-        self._not_served: dict[ExpertLayer, str] = {}
-        self._all_by_kernels = False
+        self._fallbacks = Fallbacks()
         self._scratch: ExpertScratch | None = None
         self._workspace: Workspace | None = None
         self._dispatchers: tuple[Dispatcher, ...] = ()
@@ -70,6 +62,7 @@ class ExpertParallel:
         """The step under way: from the first layer of a forward to its last."""
         self._next_layer = 0
         self._num_valid_rows: int | None = None
+        self._knows_valid_rows = False
         self._last_error: BaseException | None = None
         self._stopwatch = Stopwatch(group.device)
 
@@ -122,11 +115,14 @@ class ExpertParallel:
     def _prepare_kernels(self, shape: LayerShape) -> None:
         """Loads what our own kernels need, before any rank waits for another in a step."""
         kernels = [layer.kernels for layer in self.layers if layer.kernels is not None]
-        self._all_by_kernels = len(kernels) == len(self.layers)
-        for reason, count in Counter(self._not_served.values()).items():
-            _log.warning(_BY_THE_LIBRARY, count, len(self.layers), reason)
         if kernels:
-            self._scratch = prepare_together(kernels, self.group, self.options, shape)
+            self._scratch, failed = prepare_together(kernels, self.group, self.options, shape)
+            for layer in self.layers:
+                if layer.kernels in failed:
+                    self._fallbacks.refuse(layer, failed[layer.kernels])
+            if len(failed) == len(set(kernels)):
+                self._scratch = None
+        self._fallbacks.log_refused(len(self.layers))
 
     def open(self, model: Any) -> None:
         """Opens the workspace for what `probe` has learnt, collectively.
@@ -291,11 +287,13 @@ class ExpertParallel:
         if self.options.exact:
             tokens_per_rank = step.tokens_per_rank.tolist()
             return exchange_choices(self._dispatchers[number], layer.experts, rows, tokens_per_rank, self._stopwatch)
-        if layer.kernels is not None and layer.kernels.holds:
-            return exchange_partials(self._dispatchers[number], layer.kernels, rows, self._stopwatch)
-        return exchange_sums(
-            self._dispatchers[number], layer.experts, rows, self._num_valid_rows, self._partial_dtype, self._stopwatch
-        )
+        if layer.kernels is not None:
+            reason = layer.kernels.what_changed()
+            if reason is None:
+                return exchange_partials(self._dispatchers[number], layer.kernels, rows, self._stopwatch)
+            self._fallbacks.log_change(number, len(self.layers), reason)
+        num_valid_rows = self._valid_rows(step)
+        return exchange_sums(self._dispatchers[number], layer.experts, rows, num_valid_rows, self._partial_dtype, self._stopwatch)
 
     @property
     def _partial_dtype(self) -> torch.dtype:
@@ -327,13 +325,19 @@ class ExpertParallel:
             raise self._last_error
         with self._stopwatch.running():
             step = self.workspace.begin_step(num_tokens, done=done)
-        self._num_valid_rows = self._read_valid_rows(step)
+        self._knows_valid_rows = False
         return step
+
+    def _valid_rows(self, step: Step) -> int | None:
+        """V as `_read_valid_rows` knows it, read when the first layer of a step needs it. Our kernels never do."""
+        if not self._knows_valid_rows:
+            self._num_valid_rows, self._knows_valid_rows = self._read_valid_rows(step), True
+        return self._num_valid_rows
 
     def _read_valid_rows(self, step: Step) -> int | None:
         """V, where the gathered tensors are longer than that: it costs one wait for the device a step, and saves experts that
         would look at C * EP rows. A graph cannot wait, and there they do."""
-        if self._all_by_kernels or self.workspace.active_transport.fixed_rows is None:
+        if self.workspace.active_transport.fixed_rows is None:
             return None
         if self.group.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None
@@ -389,4 +393,4 @@ class ExpertParallel:
         try:
             layer.take_kernels(shape.hidden_dtype)
         except NotServed as reason:
-            self._not_served[layer] = str(reason)
+            self._fallbacks.refuse(layer, str(reason))

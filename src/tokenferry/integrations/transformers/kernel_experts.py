@@ -8,9 +8,10 @@ H hidden size, I intermediate size, E experts, e experts of this rank.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -30,6 +31,8 @@ _ALPHAS: Final = ("alpha", "swiglu_alpha")
 """Names under which modules keep what their clamped activations need. What they are good for is tried out."""
 _BLOCK: Final = (128, 128)
 _NUM_PROBES: Final = 512
+_FAR: Final = 1e3
+"""Times normal numbers: a clamp that no attribute tells of shows itself there, and the square of a square is still finite."""
 
 
 class NotServed(Exception):
@@ -50,37 +53,103 @@ class KernelExperts:
 
     def __init__(self, module: nn.Module, owned: range, dtype: torch.dtype) -> None:
         self._module = module
-        self._names = _parameter_names(module)
-        self._parameters = {role: module._parameters[name] for role, name in self._names.items()}
+        names = _parameter_names(module)
+        parameters: dict[str, Any] = {role: module._parameters[name] for role, name in names.items()}
+        self._borrowed_from = [_Source(module._parameters, name) for name in names.values()]
+        self._implementation = implementation_of(module)
+        self._copied_from: tuple[_Source, int] | None = None
         try:
             norm = known_norm(module)
-            weights = ExpertWeights.view(**self._parameters, **norm, transposed=bool(module.is_transposed))  # type: ignore[arg-type]
+            if norm:
+                [(name, weight)] = module.post_expert_norm.named_parameters()  # type: ignore[union-attr]
+                holder = module.post_expert_norm.get_submodule(name.rpartition(".")[0])  # type: ignore[union-attr]
+                self._copied_from = _Source(holder._parameters, name.rpartition(".")[2]), _version_of(weight)
+            weights = ExpertWeights.view(**parameters, **norm, transposed=bool(module.is_transposed))
             self.borrowed = BorrowedExperts(weights, owned, known_activation(module), dtype=dtype)
         except UsageError as error:
             raise NotServed(str(error)) from error
 
     @property
     def holds(self) -> bool:
-        """Whether the module still has the parameters that were borrowed: an adapter may have put others in their place."""
-        parameters = self._module._parameters
-        return all(parameters.get(name) is self._parameters[role] for role, name in self._names.items())
+        """Whether our kernels still compute what the module would. See `what_changed`."""
+        return self.what_changed() is None
+
+    def what_changed(self) -> str | None:
+        """Why our kernels no longer compute what the module would, or None. Each eager call of a layer asks, so it is cheap.
+
+        The parameters are borrowed as views, which follow what is written to them, but not what is put in their place: an
+        adapter, another `.data`, a copy in another dtype. The scale of a norm is a copy, which follows nothing.
+        """
+        for source in self._borrowed_from:
+            if not source.is_same():
+                return "its parameters are no longer those that were borrowed"
+        if self._copied_from is not None:
+            source, version = self._copied_from
+            if not source.is_same() or _version_of(source.parameter) != version:
+                return "the norm behind each expert was changed"
+        if implementation_of(self._module) != self._implementation:
+            return "another experts_implementation was set"
+        return None
 
     def __call__(self, dispatched: Dispatched, out: torch.Tensor) -> torch.Tensor:
         """The partial rows, in `out`. Rows >= V are neither read nor written."""
         return self.borrowed(dispatched, out=out)
 
 
-def prepare_together(kernels: Sequence[KernelExperts], group: EPGroup, options: Options, shape: LayerShape) -> ExpertScratch:
-    """Loads the kernels of all layers, which run one after another and so share a scratch."""
+def prepare_together(
+    kernels: Sequence[KernelExperts], group: EPGroup, options: Options, shape: LayerShape
+) -> tuple[ExpertScratch, dict[KernelExperts, str]]:
+    """Loads the kernels of all layers, which run one after another and so share a scratch.
+
+    Returns:
+        The scratch; and why some could not be loaded, for want of a compiler, of shared memory or of anything else. Those must
+        not be called. Each rank decides alone: what a layer sends does not depend on whose function computed it.
+    """
     scratch = ExpertScratch(group.device)
+    failed: dict[KernelExperts, str] = {}
     for each in kernels:
-        each.borrowed.prepare(
-            scratch,
-            topk=shape.topk,
-            max_rows=options.max_tokens_per_rank * group.size,
-            out_dtypes=[options.combine_dtype or shape.hidden_dtype],
-        )
-    return scratch
+        try:
+            each.borrowed.prepare(
+                scratch,
+                topk=shape.topk,
+                max_rows=options.max_tokens_per_rank * group.size,
+                out_dtypes=[options.combine_dtype or shape.hidden_dtype],
+            )
+        except Exception as error:  # noqa: BLE001  # Triton, its compilers and the driver have no error in common
+            failed[each] = f"its kernels could not be loaded: {type(error).__name__}: {' '.join(str(error).split())}"
+    return scratch, failed
+
+
+def implementation_of(module: Any) -> str | None:
+    """The `experts_implementation` that the module's own function goes by."""
+    return getattr(getattr(module, "config", None), "_experts_implementation", None)
+
+
+class _Source:
+    """A parameter and where its numbers were when it was borrowed."""
+
+    __slots__ = ("_facts", "_name", "_parameters", "parameter")
+
+    def __init__(self, parameters: Any, name: str) -> None:
+        self._parameters, self._name = parameters, name
+        self.parameter = parameters[name]
+        kind = type(self.parameter)
+        if kind is not nn.Parameter:  # of a subclass's tensor, nn.Parameter() makes one of that subclass
+            raise NotServed(f"its {name} is a {kind.__name__}, which may keep its numbers elsewhere")
+        self._facts = _facts(self.parameter)
+
+    def is_same(self) -> bool:
+        """Whether the module still has this parameter, and its numbers lie where they lay."""
+        return self._parameters.get(self._name) is self.parameter and _facts(self.parameter) == self._facts
+
+
+def _facts(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.stride()
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    """Tensors made in inference mode count no versions."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _parameter_names(module: Any) -> dict[str, str]:
@@ -108,12 +177,9 @@ def known_activation(module: Any) -> Activation:
     device = module.down_proj.device
     generator = torch.Generator().manual_seed(0)
     limits = _floats(module, _LIMITS)
-    numbers = torch.randn(2, _NUM_PROBES, generator=generator, dtype=torch.float32, device="cpu") * max(
-        [6.0, *(2 * limit for limit in limits)]
-    )
-    numbers = torch.cat([numbers, torch.randn(2, _NUM_PROBES, generator=generator, dtype=torch.float32, device="cpu")], dim=1).to(
-        device
-    )
+    normal = torch.randn(6, _NUM_PROBES, generator=generator, dtype=torch.float32, device="cpu")
+    sizes = torch.tensor([max([6.0, *(2 * limit for limit in limits)]), 1.0, _FAR], dtype=torch.float32, device="cpu")
+    numbers = (normal * sizes.repeat(2).unsqueeze(1)).to(device)
     compute = module._apply_gate if module.has_gate else module.act_fn
     try:
         with torch.no_grad():
@@ -135,21 +201,40 @@ def known_norm(module: Any) -> dict[str, Any]:
     if not getattr(module, "has_post_expert_norm", False):
         return {}
     norm = module.post_expert_norm
-    weights = [parameter.detach().float() for parameter in norm.parameters()]
+    weights = list(norm.parameters())
     epsilon = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None)
     if len(weights) == 1 and weights[0].dim() == 1 and isinstance(epsilon, float):
-        [weight_H] = weights
         generator = torch.Generator().manual_seed(0)
-        rows = torch.randn(8, len(weight_H), generator=generator, dtype=torch.float32, device="cpu").to(weight_H.device)
-        with torch.no_grad():
-            expected = norm(rows)
-        for scale_H in (1.0 + weight_H, weight_H.clone()):
-            scaled = rows * scale_H
+        rows = torch.randn(8, len(weights[0]), generator=generator, dtype=torch.float32, device="cpu").to(weights[0].device)
+        expected, weight_H = _try_norm(norm, rows, generator)
+        for scale_of in _SCALES:
+            scaled = rows * scale_of(weight_H)
             if torch.allclose(
                 scaled * torch.rsqrt(scaled.square().mean(1, keepdim=True) + epsilon), expected, rtol=1e-4, atol=1e-6
             ):
-                return {"norm_scale": scale_H, "norm_epsilon": epsilon}
+                return {"norm_scale": scale_of(weights[0].detach()), "norm_epsilon": epsilon}
     raise NotServed(f"the norm behind each expert ({type(norm).__name__}) is none of ours")
+
+
+_SCALES: Final[tuple[Callable[[torch.Tensor], torch.Tensor], ...]] = (
+    lambda weight: (1.0 + weight).float(),
+    lambda weight: 1.0 + weight.float(),
+    lambda weight: weight.float().clone(),
+)
+"""What a norm makes of its weight. The first two differ in 16 bits."""
+
+
+def _try_norm(norm: nn.Module, rows: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a copy of the norm makes of rows, and the random weight that it was given: with ones, or zeros, norms of other kinds
+    would give the same results."""
+    try:
+        with torch.no_grad():
+            copied = copy.deepcopy(norm)
+            [weight_H] = copied.parameters()
+            weight_H.copy_(torch.randn(len(weight_H), generator=generator, dtype=torch.float32, device="cpu"))
+            return copied(rows), weight_H.detach()
+    except Exception as error:
+        raise NotServed(f"the norm behind each expert could not be tried out: {error}") from error
 
 
 def _candidates(gated: bool, limits: list[float], alphas: list[float]) -> Iterator[Activation]:

@@ -16,7 +16,7 @@ from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tokenferry.errors import ConfigError
-from tokenferry.integrations.transformers.kernel_experts import KernelExperts, NotServed
+from tokenferry.integrations.transformers.kernel_experts import KernelExperts, NotServed, implementation_of
 from tokenferry.integrations.transformers.loading import Shard, keep_rows
 from tokenferry.integrations.transformers.local_experts import Llama4Experts, LocalExperts, RoutedExperts, experts_forward
 
@@ -84,7 +84,7 @@ class ExpertLayer:
         """
         if not is_decorated(self.module):
             raise NotServed("its experts take no choices")
-        implementation = getattr(self.module.config, "_experts_implementation", None)
+        implementation = implementation_of(self.module)
         if implementation not in (LOCAL_EXPERTS, "grouped_mm"):
             raise NotServed(f"experts_implementation is {implementation!r}")
         self.kernels = KernelExperts(self.module, self.experts.owned, dtype)

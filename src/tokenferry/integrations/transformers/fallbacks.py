@@ -1,0 +1,44 @@
+"""Which MoE layers transformers' own expert function runs in the place of our kernels, and why. The log says it once a reason."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Final
+
+from tokenferry.integrations.transformers.layer import ExpertLayer
+
+_log = logging.getLogger(__name__)
+
+_BY_THE_LIBRARY: Final = (
+    "%d of %d MoE layers run by transformers' own expert function: %s. It takes more time, and in a CUDA graph it works on "
+    "max_tokens_per_rank rows of each rank"
+)
+_LEFT: Final = (
+    "MoE layer %d of %d (the first is 0), and perhaps others, from now on run by transformers' own expert function: %s. It takes "
+    "more time; CUDA graphs that were captured before go on as they were captured"
+)
+
+
+class Fallbacks:
+    """The layers of one model that our kernels do not run."""
+
+    def __init__(self) -> None:
+        self._from_the_start: dict[ExpertLayer, str] = {}
+        self._said_later: set[str] = set()
+
+    def refuse(self, layer: ExpertLayer, reason: str) -> None:
+        """Notes while loading that our kernels do not run the layer."""
+        layer.kernels = None
+        self._from_the_start[layer] = reason
+
+    def log_refused(self, num_layers: int) -> None:
+        """Says what was noted while loading."""
+        for reason, count in Counter(self._from_the_start.values()).items():
+            _log.warning(_BY_THE_LIBRARY, count, num_layers, reason)
+
+    def log_change(self, number: int, num_layers: int, reason: str) -> None:
+        """Says that a layer no longer runs by our kernels, at the first layer for which there is this reason."""
+        if reason not in self._said_later:
+            self._said_later.add(reason)
+            _log.warning(_LEFT, number, num_layers, reason)
