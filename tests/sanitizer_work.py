@@ -251,9 +251,13 @@ def rows_of(case: ExpertsCase, valid: int, routing: str) -> Dispatched:
 def on_cpu(experts: Experts, rows: Dispatched, valid: int) -> torch.Tensor:
     """By the library's operators, in float32."""
     weights = experts.weights
-    weights = dataclasses.replace(weights, **{name: each.cpu() for name, each in vars(weights).items() if each is not None})
+    weights = dataclasses.replace(
+        weights, **{name: each.cpu() for name, each in vars(weights).items() if isinstance(each, torch.Tensor)}
+    )
     if weights.up_scale is None:
-        weights = dataclasses.replace(weights, **{name: each.float() for name, each in vars(weights).items() if each is not None})
+        weights = dataclasses.replace(
+            weights, **{name: each.float() for name, each in vars(weights).items() if isinstance(each, torch.Tensor)}
+        )
     hidden = rows.hidden[:valid].cpu()
     given = Dispatched(
         hidden=hidden if weights.up_scale is not None else hidden.float(),
