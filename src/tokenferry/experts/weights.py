@@ -13,8 +13,8 @@ import torch
 
 from tokenferry.activations import Activation
 from tokenferry.config import HIDDEN_DTYPES
+from tokenferry.dispatched import FLOAT8, SCALE_BLOCK
 from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, check_kind
-from tokenferry.experts.float8 import BLOCK, FLOAT8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +166,7 @@ def _check_scales(weights: ExpertWeights) -> None:
                 f"{name}_proj is {matrices.dtype} but there is {has}{name}_scale; use quantize_weights, for both products"
             )
         L, Y, X = matrices.shape
-        expected = (L, -(-Y // BLOCK), -(-X // BLOCK))
+        expected = (L, -(-Y // SCALE_BLOCK), -(-X // SCALE_BLOCK))
         if scale is not None and (scale.shape != expected or scale.dtype != torch.float32 or not scale.is_contiguous()):
             raise ShapeError(
                 f"{name}_scale must be contiguous float32 {list(expected)} for {name}_proj {[L, Y, X]}, "
