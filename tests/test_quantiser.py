@@ -54,6 +54,11 @@ def test_dequantized_rows_are_within_a_sixteenth_of_what_they_stand_for() -> Non
     assert bool(((got - rows).abs() <= rows.abs() / 16 + smallest / 16).all())
 
 
+def test_no_rows_have_no_scales() -> None:
+    got = reference.quantize(torch.empty(0, 130))
+    assert got.shape == (0, 130) and got.scales.shape == (0, 2) and got.dequantize().shape == (0, 130)
+
+
 def test_a_part_of_the_rows_is_a_view() -> None:
     rows = reference.quantize(torch.ones(4, 130))
     part = rows[1:3]

@@ -43,6 +43,10 @@ class QuantizedRows:
         """Some of the rows, as views."""
         return QuantizedRows(self.values[rows], self.scales[rows])
 
+    def clone(self) -> QuantizedRows:
+        """A copy."""
+        return QuantizedRows(self.values.clone(), self.scales.clone())
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[R, H] of `dtype`: the products in float32, each rounded once. A new tensor."""
         spread = self.scales.repeat_interleave(SCALE_BLOCK, 1)[:, : self.values.shape[1]]
@@ -138,6 +142,9 @@ class RowFormat:
                 f"dispatch_format {self.name!r} needs hidden_size to be a multiple of 16, got {config.hidden_size}; pad it, or "
                 "use dispatch_format='same'"
             )
+
+
+SAME: Final = RowFormat()
 
 
 def num_scales(hidden_size: int) -> int:

@@ -43,7 +43,9 @@ def quantize(rows: torch.Tensor, *, power_of_two_scales: bool = False) -> Quanti
         224, -448, 1 and zeros: scale 1. Zeros: scale 1e-4 / 448, values 0. With powers of two, 300 and zeros: scale 1, value 288.
     """
     num_rows, size = rows.shape
-    padded = torch.nn.functional.pad(rows.to(torch.float32), (0, -size % SCALE_BLOCK)).view(num_rows, -(-size // SCALE_BLOCK), -1)
+    padded = torch.nn.functional.pad(rows.to(torch.float32), (0, -size % SCALE_BLOCK)).view(
+        num_rows, -(-size // SCALE_BLOCK), SCALE_BLOCK
+    )
     largest = padded.abs().amax(2)
     scales = largest.clamp(min=SMALLEST_AMAX) / FLOAT8_MAX
     if power_of_two_scales:
@@ -51,7 +53,7 @@ def quantize(rows: torch.Tensor, *, power_of_two_scales: bool = False) -> Quanti
         scales = torch.ldexp(torch.ones_like(scales), torch.where(mantissa == 0.5, exponent - 1, exponent))
     scales = torch.where(largest.isfinite(), scales, torch.nan)
     values = (padded / scales.unsqueeze(2)).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8).view(torch.uint8)
-    values = values.masked_fill(scales.isnan().unsqueeze(2), 0x7F).view(num_rows, -1)[:, :size]
+    values = values.masked_fill(scales.isnan().unsqueeze(2), 0x7F).flatten(1)[:, :size]
     return QuantizedRows(values.contiguous().view(FLOAT8), scales)
 
 

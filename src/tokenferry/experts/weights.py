@@ -14,7 +14,7 @@ import torch
 from tokenferry.activations import Activation
 from tokenferry.config import HIDDEN_DTYPES
 from tokenferry.dispatched import FLOAT8, SCALE_BLOCK
-from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, check_kind
+from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, UsageError, check_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,8 @@ class ExpertWeights:
 def check_operands(hidden_RH: torch.Tensor, weights: ExpertWeights, activation: Activation) -> None:
     """Raises where hidden rows, weights and activation do not fit one another."""
     L, H, I = weights.down_proj.shape
+    if not isinstance(hidden_RH, torch.Tensor):
+        raise UsageError("experts do not take QuantizedRows yet; give them dispatched.hidden.dequantize() as hidden rows")
     if hidden_RH.dim() != 2 or hidden_RH.shape[1] != H:
         raise ShapeError(f"hidden must be [R, {H}] (down_proj is {[L, H, I]}), got {list(hidden_RH.shape)}")
     if weights.up_proj.shape != (L, activation.num_columns(I), H):
