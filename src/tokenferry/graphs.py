@@ -28,6 +28,7 @@ from tokenferry.errors import (
     check_kind,
     refuse_pickling,
 )
+from tokenferry.graph_capture import captured
 from tokenferry.lifecycle import WrongCallerError
 from tokenferry.step import Announced, Step
 from tokenferry.workspace import Workspace
@@ -170,22 +171,8 @@ class GraphRunner:
                 self._warm_up(bucket, done)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        failure: BaseException | None = None
-        try:
-            with (
-                workspace.capturing() as steps,
-                workspace.equal_counts(),
-                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-            ):
-                try:
-                    step, outputs = self._forward(bucket, done)
-                except BaseException as error:
-                    failure = error  # ending a broken capture raises an error of its own, which would hide this one
-                    raise
-        except BaseException:
-            if failure is not None:
-                raise failure from None
-            raise
+        with workspace.capturing() as steps, workspace.equal_counts(), captured(graph, stream=stream, pool=pool):
+            step, outputs = self._forward(bucket, done)
         return _Captured(graph, outputs, step, steps())
 
     def _warm_up(self, bucket: int, done: bool) -> None:
