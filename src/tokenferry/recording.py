@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tokenferry.graph_capture import captured
 from tokenferry.workspace import Workspace
 
 
@@ -46,24 +47,16 @@ class Recorder:
         """Records `call`; nothing of it runs on the device, and the workspace counts none of its steps.
 
         Raises:
-            Whatever `call` raises, and the driver's error where something in it cannot be recorded.
+            Whatever `call` raises, such as the driver's error where something in it cannot be recorded. No peer hears of it, and
+            the process can go on recording.
         """
-        graph = torch.cuda.CUDAGraph()
-        failure: BaseException | None = None
-        self.stream.wait_stream(torch.cuda.current_stream(self._workspace.device))
+        graph, device = torch.cuda.CUDAGraph(), self._workspace.device
+        self.stream.wait_stream(torch.cuda.current_stream(device))
         try:
-            with (
-                self._workspace.capturing() as num_steps,
-                torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"),
-            ):
-                try:
-                    result = call()
-                except BaseException as error:
-                    failure = error  # ending a broken capture raises an error of its own, which would hide this one
-                    raise
+            with self._workspace.capturing() as num_steps, captured(graph, stream=self.stream, pool=self._pool):
+                result = call()
         except BaseException:
-            if failure is not None:
-                raise failure from None
+            self._pool = torch.cuda.graph_pool_handle()
             raise
-        torch.cuda.current_stream(self._workspace.device).wait_stream(self.stream)
+        torch.cuda.current_stream(device).wait_stream(self.stream)
         return Recorded(graph, result, num_steps())
