@@ -1,7 +1,7 @@
 """A stand-in for CUDA graphs on CPUs: what a call does on its tensors is recorded and done anew at each replay.
 
-As in a capture, nothing that changes a tensor is done while recording, and asking for a value is an error; a replay runs no Python
-of the call, reads and writes the recorded tensors, and leaves what was returned with new numbers.
+As in a capture, nothing that changes a tensor is done while recording, and asking for a value is an error. A replay runs no
+Python of the call; it reads and writes the recorded tensors, and leaves new numbers in what was returned.
 """
 
 from collections.abc import Callable

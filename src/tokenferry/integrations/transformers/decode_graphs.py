@@ -1,8 +1,8 @@
 """Decode steps of `generate()` as CUDA graphs: a forward of one new token for each sequence is recorded once and then replayed.
 
 What is replayed is right for one cache, one shape of each argument, and one phase of the cache (`cache_state.py`). The first such
-forward runs eagerly, and loads what a recording must not load; the second is recorded. A later cache of the same shapes is
-recorded in its first decode step.
+forward is not recorded: it loads, or compiles, what a recording must not. The second is, unless the first has compiled
+something; what the compiler takes for a number of this step, it may take for any number in the next.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import dataclasses
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import counters
 from transformers import StaticCache
 from transformers.utils.generic import ModelOutput
 
@@ -42,6 +44,8 @@ MOST_GRAPHS: Final = 8
 they compute with is shared."""
 _MOST_SHAPES: Final = 32
 """Sets of fixed inputs, of kilobytes each."""
+_LONGEST: Final = 500
+"""Of a reason in the log. A compiler's may have pages."""
 
 
 class MakesRecorder(Protocol):
@@ -62,25 +66,45 @@ class _Graph:
         return self.cache() is cache and self.state.holds()
 
 
+class Forward(NamedTuple):
+    """A way to compute a model's forward.
+
+    Attributes:
+        name: distinguishes it from the model's others, in the log too.
+        compiles: calling it may compile something, which a recording must not meet.
+        is_one_graph: where compiling it fails, nothing of it has run.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    compiles: bool = False
+    is_one_graph: bool = False
+
+
 class DecodeGraphs:
     """The graphs of one model, and the caches that they are of.
 
     Attributes:
         caches: for calls that name none.
         returns_cache: whether the call under way hands its cache to the caller, who may keep it.
-        stopped: why nothing is recorded any more, or None.
+        wants_compiled: whether the call under way may compile.
+        stopped: whether no forward of the model can be recorded, so that nothing is tried any more.
+
+    Args:
+        forget_step: called where a recording failed, which may have begun a step in vain.
     """
 
-    def __init__(self, workspace: Workspace, make_recorder: MakesRecorder = Recorder) -> None:
+    def __init__(self, workspace: Workspace, forget_step: Callable[[], None], make_recorder: MakesRecorder = Recorder) -> None:
         self.caches = StaticCaches()
-        self.returns_cache = False
-        self.stopped: str | None = None
+        self.returns_cache = self.wants_compiled = False
+        self.stopped = False
         self._workspace = workspace
-        self._make_recorder = make_recorder
+        self._forget_step, self._make_recorder = forget_step, make_recorder
         self._recorder: Recorder | None = None
         self._inputs: OrderedDict[Hashable, FixedInputs] = OrderedDict()
-        self._warm: set[Hashable] = set()
-        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._warm: dict[tuple[Any, ...], weakref.ref[StaticCache]] = {}
+        self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
+        self._given_up: set[str] = set()
         self._said: set[str] = set()
         self._model_facts: Hashable = None
         self._depth = 0
@@ -92,7 +116,7 @@ class DecodeGraphs:
 
     def takes(self, cache: object) -> bool:
         """Whether decode forwards on this cache come here."""
-        return self.stopped is None and type(cache) is StaticCache
+        return not self.stopped and type(cache) is StaticCache
 
     def say_once(self, text: str, *, level: int = logging.WARNING) -> None:
         """Logs a line that has not been logged for this model."""
@@ -100,31 +124,56 @@ class DecodeGraphs:
             self._said.add(text)
             _log.log(level, "%s", text)
 
-    def run(self, form: Hashable, forward: Callable[..., Any], otherwise: Callable[..., Any], **inputs: Any) -> Any:
-        """`forward(**inputs)`, from a graph where it can be recorded.
+    def run(self, forwards: Sequence[Forward], otherwise: Callable[..., Any], **inputs: Any) -> Any:
+        """One forward, from a graph where it can be recorded.
 
         Args:
-            form: what distinguishes this `forward` from others of the same model.
-            otherwise: in its place for what is no decode forward, such as parts of a prompt.
+            forwards: the first one is recorded; where it cannot be, from then on the next one.
+            otherwise: what runs where none can be, and in their place for what is no decode forward, such as parts of a prompt.
 
         Returns:
-            As `forward`. Its logits are overwritten by the next call.
+            As the forwards. Its logits are overwritten by the next call.
 
         Raises:
-            As `forward`; PeerTimeoutError, PeerFailedError also for an earlier step.
+            As the forwards; PeerTimeoutError, PeerFailedError also for an earlier step.
         """
         if not _is_decode(inputs):
             return otherwise(**inputs)
         try:
             cache = check_kind(inputs["past_key_values"])
-            key = form, _ambient_of(self._workspace.device), shape_key(inputs)
+            HostState(cache)
+            key = _ambient_of(self._workspace.device), shape_key(inputs)
         except NotRecordable as reason:
             self.say_once(f"generate() runs decode steps eagerly: {reason}")
-            return forward(**inputs)
+            return otherwise(**inputs)
         fixed = self._fixed_inputs(key, inputs)
         arguments = fixed.arguments(inputs)
-        graph = self._graph_for(key, cache, lambda: forward(**arguments))
-        return forward(**arguments) if graph is None else self._replay(graph)
+        for forward in forwards:
+            if forward.name not in self._given_up:
+                outputs = self._run_form(forward, (forward.name, key, id(cache), phase_of(cache)), cache, arguments)
+                if outputs is not None:
+                    return outputs
+        self.stopped = True
+        return otherwise(**inputs)
+
+    def _run_form(self, forward: Forward, name: tuple[Any, ...], cache: StaticCache, arguments: Mapping[str, Any]) -> Any:
+        """One forward: replayed; recorded and replayed; or to warm up. None: it is given up, and nothing of it has run."""
+        graph = self._graphs.get(name)
+        if graph is not None and graph.fits(cache):
+            self._graphs.move_to_end(name)
+            return self._replay(graph)
+        before = HostState(cache)
+        warm = self._warm.get(name)
+        if warm is None or warm() is not cache:
+            return self._warm_up(forward, name, cache, before, arguments)
+        graph = self._record(forward, cache, before, arguments)
+        if graph is None:
+            return None
+        self._drop_dead()
+        while len(self._graphs) >= MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+        self._graphs[name] = graph
+        return self._replay(graph)
 
     @contextlib.contextmanager
     def call(self, model: Any) -> Iterator[None]:
@@ -154,60 +203,52 @@ class DecodeGraphs:
 
     def close(self) -> None:
         """Lets go of graphs, fixed inputs and caches, for good."""
-        self.stopped = "the model was closed"
+        self.stopped = True
         self.drop()
         self._inputs.clear()
         self.caches.clear()
 
     def _fixed_inputs(self, key: Hashable, inputs: Mapping[str, Any]) -> FixedInputs:
         fixed = self._inputs.get(key)
-        if fixed is None:
-            while len(self._inputs) >= _MOST_SHAPES:
-                oldest, _ = self._inputs.popitem(last=False)
-                for name in [name for name in self._graphs if name[0] == oldest]:  # type: ignore[index]
-                    del self._graphs[name]
-            fixed = self._inputs[key] = FixedInputs(inputs, self._workspace.device)
-        else:
+        if fixed is not None:
+            self._inputs.move_to_end(key)
             fixed.fill(inputs)
-        self._inputs.move_to_end(key)
+            return fixed
+        if len(self._inputs) >= _MOST_SHAPES:  # graphs read them, so that these go too
+            self.drop()
+            self._inputs.clear()
+        fixed = self._inputs[key] = FixedInputs(inputs, self._workspace.device)
         return fixed
 
-    def _graph_for(self, key: Hashable, cache: StaticCache, call: Callable[[], Any]) -> _Graph | None:
-        """The graph of this forward, recorded if it is due. None: it runs eagerly."""
-        phase = phase_of(cache)
-        name = key, id(cache), phase
-        graph = self._graphs.get(name)
-        if graph is not None and graph.fits(cache):
-            self._graphs.move_to_end(name)
-            return graph
-        if self.stopped is not None:
+    def _warm_up(
+        self, forward: Forward, name: tuple[Any, ...], cache: StaticCache, before: HostState, arguments: Mapping[str, Any]
+    ) -> Any:
+        """The forward itself, until it meets nothing that is new to it."""
+        num_compiled = _num_compiled()
+        try:
+            outputs = forward.call(**arguments)
+        except TorchDynamoException as error:
+            if not forward.is_one_graph:
+                raise
+            before.restore()
+            self._give_up(forward, error)
             return None
-        if (key, phase) not in self._warm:
-            self._warm.add((key, phase))
-            return None
-        self._graphs.pop(name, None)
-        self._drop_dead()
-        while len(self._graphs) >= MOST_GRAPHS:
-            self._graphs.popitem(last=False)
-        graph = self._record(cache, call)
-        if graph is not None:
-            self._graphs[name] = graph
-        return graph
+        if not forward.compiles or _num_compiled() == num_compiled:
+            self._warm[name] = weakref.ref(cache)
+        return outputs
 
-    def _record(self, cache: StaticCache, call: Callable[[], Any]) -> _Graph | None:
-        before: HostState | None = None
+    def _record(self, forward: Forward, cache: StaticCache, before: HostState, arguments: Mapping[str, Any]) -> _Graph | None:
         if self._recorder is None:
             self._recorder = self._make_recorder(self._workspace)
         try:
-            before = HostState(cache)
-            recorded = self._recorder.record(call)
+            recorded = self._recorder.record(lambda: forward.call(**arguments))
             return _Graph(recorded, weakref.ref(cache), before.replays(HostState(cache)))
         except BaseException as error:
-            if before is not None:
-                before.restore()
+            self._forget_step()
+            before.restore()
             if isinstance(error, PeerError | WrongCallerError) or not isinstance(error, Exception):
                 raise
-            self._stop(str(error) if isinstance(error, NotRecordable) else f"{type(error).__name__}: {error}")
+            self._give_up(forward, error)
             return None
 
     def _replay(self, graph: _Graph) -> Any:
@@ -220,11 +261,13 @@ class DecodeGraphs:
         self._workspace.check(wait=False)  # of earlier steps, with which generate() has synchronised
         return _handed_out(graph.recorded.result)
 
-    def _stop(self, reason: str) -> None:
-        """Nothing is recorded any more: what fails for one shape would fail for the next, and each failure costs memory."""
-        self.stopped = " ".join(reason.split())
-        self.drop()
-        self.say_once(f"generate() goes on without CUDA graphs, since a decode step could not be recorded: {self.stopped}")
+    def _give_up(self, forward: Forward, error: Exception) -> None:
+        """It is not tried any more: what fails for one shape would fail for the next, and each failure costs memory."""
+        self._given_up.add(forward.name)
+        for name in [name for name in self._graphs if name[0] == forward.name]:
+            del self._graphs[name]
+        reason = " ".join((str(error) if isinstance(error, NotRecordable) else f"{type(error).__name__}: {error}").split())
+        self.say_once(f"decode steps of generate() go on without CUDA graphs of the {forward.name} forward: {reason[:_LONGEST]}")
 
     def _drop_dead(self) -> None:
         for name in [name for name, graph in self._graphs.items() if graph.cache() is None]:
@@ -238,6 +281,11 @@ def _is_decode(inputs: Mapping[str, Any]) -> bool:
         isinstance(token_ids, torch.Tensor) and token_ids.dim() == 2 and token_ids.shape[1] == 1
         and getattr(cache, "is_initialized", False)
     )  # fmt: skip
+
+
+def _num_compiled() -> int:
+    """Graphs that the compiler has made in this process."""
+    return int(counters["stats"]["unique_graphs"])
 
 
 def _ambient_of(device: torch.device) -> Hashable:

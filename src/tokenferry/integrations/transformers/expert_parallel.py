@@ -139,7 +139,7 @@ class ExpertParallel:
         serve_layers(self._workspace, lambda number, *rows: self._run_eagerly(self._installed[number], *rows))
         model.base_model.register_forward_hook(self._after_forward, always_call=True)
         try:
-            self.graphs = make_graphs(self.options, self._workspace, self.layers, self._run_without_tokens)
+            self.graphs = make_graphs(self.options, self._workspace, self.layers, self._run_without_tokens, self._end_step)
         except ConfigError:
             self._workspace.close()
             raise
@@ -219,11 +219,11 @@ class ExpertParallel:
             StateError: another thread is in the middle of a call on the model.
         """
         with self.thread.inside("finish"):
-            while not self._take_part(done=True)[0]:
+            while not self.take_part(done=True)[0]:
                 pass
             self.check()
 
-    def _take_part(self, *, done: bool) -> tuple[bool, int]:
+    def take_part(self, *, done: bool) -> tuple[bool, int]:
         """One step without tokens, all layers of it, in the last one too: a rank whose step is a graph cannot leave them out, and
         all ranks must do the same. Returns whether every rank said done, and V."""
         if self.graphs is not None:

@@ -62,12 +62,16 @@ class StepGraphs:
 
 
 def make_graphs(
-    options: Options, workspace: Workspace, layers: Sequence[ExpertLayer], run_without_tokens: Callable[[bool], Step]
+    options: Options,
+    workspace: Workspace,
+    layers: Sequence[ExpertLayer],
+    run_without_tokens: Callable[[bool], Step],
+    forget_step: Callable[[], None],
 ) -> StepGraphs | None:
     """The graphs of a model whose workspace is open; None: its steps run eagerly. The log says why where one would ask.
 
     Args:
-        run_without_tokens: see `IdleGraph`.
+        run_without_tokens, forget_step: see `IdleGraph`.
 
     Raises:
         ConfigError: they were asked for and cannot be.
@@ -85,4 +89,4 @@ def make_graphs(
     if num_by_the_library and options.cuda_graphs == "auto":
         _log.warning(_BY_THE_LIBRARY, num_by_the_library, len(layers))
         return None
-    return StepGraphs(DecodeGraphs(workspace), IdleGraph(workspace, run_without_tokens))
+    return StepGraphs(DecodeGraphs(workspace, forget_step), IdleGraph(workspace, run_without_tokens, forget_step))

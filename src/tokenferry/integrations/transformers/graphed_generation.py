@@ -6,7 +6,6 @@ They are those of its own compilation with a static cache. transformers 5.17 and
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import logging
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import torch
 from transformers import CompileConfig, StaticCache
 from transformers.generation.configuration_utils import GenerationMode
 
-from tokenferry.integrations.transformers.decode_graphs import DecodeGraphs
+from tokenferry.integrations.transformers.decode_graphs import DecodeGraphs, Forward
 from tokenferry.integrations.transformers.graph_choice import StepGraphs
 from tokenferry.integrations.transformers.static_caches import expected_bytes
 
@@ -49,7 +48,7 @@ class GraphedGeneration:
     ) -> Any:
         prepare = super()._prepare_cache_for_generation  # type: ignore[misc]
         graphs, named = self._decode_graphs, generation_config.cache_implementation
-        if graphs is not None and graphs.stopped is None:
+        if graphs is not None and not graphs.stopped:
             graphs.returns_cache = bool(generation_config.return_dict_in_generate)
             given = model_kwargs.get("past_key_values")
             if given is not None or named is not None:
@@ -80,7 +79,7 @@ class GraphedGeneration:
         model_kwargs: Any,
     ) -> Any:
         graphs = self._decode_graphs
-        is_own = graphs is not None and graphs.stopped is None and not graphs.returns_cache
+        is_own = graphs is not None and not graphs.stopped and not graphs.returns_cache
         if not is_own or "offloaded" in cache_implementation or self.config.is_encoder_decoder:
             return super()._prepare_static_cache(  # type: ignore[misc]
                 cache_implementation, batch_size, max_cache_len, prefill_chunk_size, model_kwargs
@@ -90,26 +89,27 @@ class GraphedGeneration:
         return graphs.caches.lend(kind, max_cache_len, lambda length: StaticCache(config=config, max_cache_len=length))
 
     def _valid_auto_compile_criteria(self: Any, model_kwargs: Any, generation_config: Any) -> bool:
-        graphs = self._decode_graphs
-        if graphs is not None and type(model_kwargs.get("past_key_values")) is StaticCache:
-            return graphs.takes(model_kwargs["past_key_values"]) or generation_config.compile_config is not None
-        return bool(super()._valid_auto_compile_criteria(model_kwargs, generation_config))  # type: ignore[misc]
+        graphs, cache = self._decode_graphs, model_kwargs.get("past_key_values")
+        may_compile = bool(super()._valid_auto_compile_criteria(model_kwargs, generation_config))  # type: ignore[misc]
+        if graphs is None or type(cache) is not StaticCache:
+            return may_compile
+        graphs.wants_compiled = may_compile and (self._can_compile_fullgraph or generation_config.compile_config is not None)
+        return graphs.takes(cache) or generation_config.compile_config is not None
 
     def get_compiled_call(self: Any, compile_config: Any) -> Callable[..., Any]:
-        """As the model's own; where decode steps are CUDA graphs, what records and replays them. With a `compile_config` they
-        are graphs of the compiled forward, and the compiler makes none of its own."""
+        """As the model's own; where decode steps are CUDA graphs, what records and replays them: the compiled forward, for which
+        the compiler makes no graphs of its own, and the forward as it is where that is not to be."""
         compiled = super().get_compiled_call  # type: ignore[misc]
         graphs = self._decode_graphs
-        if graphs is None or graphs.stopped is not None:
+        if graphs is None or graphs.stopped:
             return compiled(compile_config)  # type: ignore[no-any-return]
-        if compile_config is not None:
-            config = without_graphs(compile_config)
-            forward = compiled(config)
-            return functools.partial(graphs.run, ("compiled", repr(config.to_dict())), forward, forward)
-        if self.expert_parallel.options.compiles_decode:
-            forward = compiled(without_graphs(CompileConfig(fullgraph=True, dynamic=False)))
-            return functools.partial(graphs.run, "compiled", forward, self.__call__)
-        return functools.partial(graphs.run, "eager", self.__call__, self.__call__)
+        forwards, otherwise = [Forward("eager", self.__call__)], self.__call__
+        if graphs.wants_compiled:
+            config = without_graphs(compile_config or CompileConfig(fullgraph=True))
+            call = compiled(config)
+            forwards.insert(0, Forward("compiled", call, compiles=True, is_one_graph=config.fullgraph))
+            otherwise = otherwise if compile_config is None else call
+        return functools.partial(graphs.run, forwards, otherwise)
 
     def _why_no_static_cache(self: Any, batch_size: int, num_tokens: int) -> str | None:
         if self.config.is_encoder_decoder or not self._supports_default_dynamic_cache():
@@ -132,11 +132,11 @@ class GraphedGeneration:
 
 def without_graphs(compile_config: Any) -> Any:
     """The same compilation without CUDA graphs of the compiler's own."""
-    config = CompileConfig(**compile_config.to_dict())
-    if config.mode == "max-autotune":
+    config: Any = CompileConfig(**compile_config.to_dict())
+    if config.options:
+        config.mode, config.options = None, {**config.options, "triton.cudagraphs": False}
+    elif config.mode == "max-autotune":
         config.mode = "max-autotune-no-cudagraphs"
     elif config.mode == "reduce-overhead":
-        config.mode = None
-    if config.options:
-        config.options = {**config.options, "triton.cudagraphs": False}
+        config.mode = "default"
     return config

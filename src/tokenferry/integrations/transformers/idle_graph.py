@@ -25,10 +25,18 @@ class IdleGraph:
 
     Args:
         run_layers: such a step, eagerly: begins it, saying done or not, and runs all layers.
+        forget_step: called where a recording failed, which may have begun a step in vain.
     """
 
-    def __init__(self, workspace: Workspace, run_layers: Callable[[bool], Step], make_recorder: MakesRecorder = Recorder) -> None:
-        self._workspace, self._run_layers, self._make_recorder = workspace, run_layers, make_recorder
+    def __init__(
+        self,
+        workspace: Workspace,
+        run_layers: Callable[[bool], Step],
+        forget_step: Callable[[], None],
+        make_recorder: MakesRecorder = Recorder,
+    ) -> None:
+        self._workspace, self._run_layers, self._forget_step = workspace, run_layers, forget_step
+        self._make_recorder = make_recorder
         self._recorder: Recorder | None = None
         self._recorded: dict[bool, Recorded] = {}
         self._is_warm = self._has_failed = False
@@ -71,6 +79,7 @@ class IdleGraph:
             raise
         except Exception as error:  # noqa: BLE001 - whatever cannot be recorded can be run
             self._has_failed = True
+            self._forget_step()
             self.drop()
             _log.warning(_FAILED, type(error).__name__, " ".join(str(error).split()))
             return None

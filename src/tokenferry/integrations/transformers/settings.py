@@ -33,8 +33,6 @@ class Options:
     open_timeout_s: float
     cuda_graphs: CudaGraphs = "auto"
     """Whether decode steps of `generate()` are CUDA graphs."""
-    compiles_decode: bool = False
-    """Those graphs are of the compiled forward, where the call says nothing about compilation."""
 
 
 @dataclass(frozen=True, kw_only=True)
