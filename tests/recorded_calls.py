@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import tokenferry as tf
+from tokenferry import layer_operator
 from tokenferry.recording import Recorded
 
 NOT_PERMITTED = "operation not permitted when stream is capturing"
@@ -25,29 +26,32 @@ class _Tape(TorchDispatchMode):
         super().__init__()
         self._calls: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Compiled code stays so within it."""
+        return True
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function is torch.ops.tokenferry.moe.default:
+            with self:  # what it does is recorded, not that it was called
+                return layer_operator._moe(*args)
         if function in _READS:
             raise RuntimeError(NOT_PERMITTED)
-        schema = function._schema
-        changed = [
-            given
-            for argument, given in zip(schema.arguments, args, strict=False)
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ] + [kwargs[a.name] for a in schema.arguments if a.name in kwargs and a.alias_info is not None and a.alias_info.is_write]
-        if changed:
+        if function._can_decompose():  # `to()` and the like, which may copy or not
+            with self:
+                return function.decompose(*args, **kwargs)
+        writes = [argument for argument in function._schema.arguments if argument.alias_info and argument.alias_info.is_write]
+        if writes:
             self._calls.append((function, args, kwargs, []))
-            return changed[0] if len(schema.returns) == 1 else None
+            places = [function._schema.arguments.index(argument) for argument in writes]
+            changed = [args[place] if place < len(args) else kwargs[function._schema.arguments[place].name] for place in places]
+            return changed[0] if len(function._schema.returns) == 1 else None
         result = function(*args, **kwargs)
-        if any(returned.alias_info is not None for returned in schema.returns):
-            return result  # a view: of the same memory in every replay
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        given_storages = {
-            leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
-        }
-        if made and all(tensor.untyped_storage().data_ptr() in given_storages for tensor in made if tensor.numel()):
-            return result
-        self._calls.append((function, args, kwargs, made))
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        if not all(tensor.untyped_storage()._cdata in given for tensor in made):  # else views, the same in every replay
+            self._calls.append((function, args, kwargs, made))
         return result
 
     def replay(self) -> None:
@@ -56,9 +60,8 @@ class _Tape(TorchDispatchMode):
             for function, args, kwargs, made in self._calls:
                 result = function(*args, **kwargs)
                 again = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-                for kept, new in zip(made, again, strict=bool(made)):
-                    if kept is not new:
-                        kept.copy_(new)
+                for kept, new in zip(made, again, strict=False):
+                    kept.copy_(new)
 
 
 class StandIn:

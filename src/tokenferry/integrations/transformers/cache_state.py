@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
 
 COUNTER: Final = "cumulative_length_int"
 """Where layers with a sliding window count tokens on the host."""
@@ -37,6 +38,11 @@ def check_kind(cache: Any) -> StaticCache:
     if cache.offloading:
         raise NotRecordable("its cache is offloaded to the host")
     return cache
+
+
+def is_plain(cache: Any) -> bool:
+    """Whether all that its layers know of their length lies on the device, so that a recorded forward can make its own mask."""
+    return type(cache) is StaticCache and all(type(layer) is StaticLayer for layer in cache.layers)
 
 
 def phase_of(cache: StaticCache) -> Phase:

@@ -57,6 +57,7 @@ class MakesRecorder(Protocol):
 @dataclasses.dataclass(eq=False)
 class _Graph:
     recorded: Recorded
+    fixed: FixedInputs
     cache: weakref.ref[StaticCache]
     state: ReplayedState
     is_counted: bool = True
@@ -141,32 +142,30 @@ class DecodeGraphs:
             return otherwise(**inputs)
         try:
             cache = check_kind(inputs["past_key_values"])
-            HostState(cache)
             key = _ambient_of(self._workspace.device), shape_key(inputs)
+            phase = phase_of(cache)
+            for forward in forwards:
+                if forward.name not in self._given_up:
+                    outputs = self._run_form(forward, (forward.name, key, id(cache), phase), cache, inputs)
+                    if outputs is not None:
+                        return outputs
+            self.stopped = True
         except NotRecordable as reason:
             self.say_once(f"generate() runs decode steps eagerly: {reason}")
-            return otherwise(**inputs)
-        fixed = self._fixed_inputs(key, inputs)
-        arguments = fixed.arguments(inputs)
-        for forward in forwards:
-            if forward.name not in self._given_up:
-                outputs = self._run_form(forward, (forward.name, key, id(cache), phase_of(cache)), cache, arguments)
-                if outputs is not None:
-                    return outputs
-        self.stopped = True
         return otherwise(**inputs)
 
-    def _run_form(self, forward: Forward, name: tuple[Any, ...], cache: StaticCache, arguments: Mapping[str, Any]) -> Any:
+    def _run_form(self, forward: Forward, name: tuple[Any, ...], cache: StaticCache, inputs: Mapping[str, Any]) -> Any:
         """One forward: replayed; recorded and replayed; or to warm up. None: it is given up, and nothing of it has run."""
         graph = self._graphs.get(name)
         if graph is not None and graph.fits(cache):
             self._graphs.move_to_end(name)
+            graph.fixed.fill(inputs)
             return self._replay(graph)
-        before = HostState(cache)
+        before, fixed = HostState(cache), self._fixed_inputs(name[1], inputs)
         warm = self._warm.get(name)
         if warm is None or warm() is not cache:
-            return self._warm_up(forward, name, cache, before, arguments)
-        graph = self._record(forward, cache, before, arguments)
+            return self._warm_up(forward, name, cache, before, fixed.arguments(inputs))
+        graph = self._record(forward, cache, before, fixed, inputs)
         if graph is None:
             return None
         self._drop_dead()
@@ -237,12 +236,15 @@ class DecodeGraphs:
             self._warm[name] = weakref.ref(cache)
         return outputs
 
-    def _record(self, forward: Forward, cache: StaticCache, before: HostState, arguments: Mapping[str, Any]) -> _Graph | None:
+    def _record(
+        self, forward: Forward, cache: StaticCache, before: HostState, fixed: FixedInputs, inputs: Mapping[str, Any]
+    ) -> _Graph | None:
         if self._recorder is None:
             self._recorder = self._make_recorder(self._workspace)
+        arguments = fixed.arguments(inputs)
         try:
             recorded = self._recorder.record(lambda: forward.call(**arguments))
-            return _Graph(recorded, weakref.ref(cache), before.replays(HostState(cache)))
+            return _Graph(recorded, fixed, weakref.ref(cache), before.replays(HostState(cache)))
         except BaseException as error:
             self._forget_step()
             before.restore()

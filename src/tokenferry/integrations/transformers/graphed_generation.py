@@ -12,14 +12,18 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
+from torch.nn.functional import pad
 from transformers import CompileConfig, StaticCache
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.masking_utils import create_masks_for_generate
 
+from tokenferry.integrations.transformers.cache_state import is_plain
 from tokenferry.integrations.transformers.decode_graphs import DecodeGraphs, Forward
 from tokenferry.integrations.transformers.graph_choice import StepGraphs
 from tokenferry.integrations.transformers.static_caches import expected_bytes
 
 _ONE_AT_A_TIME: Final = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+_MASKED: Final = ("sdpa", "eager")
 _SHARE_OF_FREE_MEMORY: Final = 0.5
 """A static cache that would take more of what is free is left alone: its length is a bound, and few answers come near it."""
 _GIB: Final = 1 << 30
@@ -87,6 +91,20 @@ class GraphedGeneration:
         config = self.config.get_text_config(decoder=True)
         kind = batch_size, self.dtype, torch.is_inference_mode_enabled()
         return graphs.caches.lend(kind, max_cache_len, lambda length: StaticCache(config=config, max_cache_len=length))
+
+    def create_masks_for_generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own, or transformers' for all models. Where a decode step is a graph, the mask is part of it if it can
+        be: what makes one is a dozen launches that the device would wait for."""
+        graphs, own = self._decode_graphs, getattr(super(), "create_masks_for_generate", None)
+        cache: Any = kwargs.get("past_key_values")
+        embeds = kwargs.get("inputs_embeds")
+        if own is not None or graphs is None or embeds is None or embeds.shape[1] != 1 or not graphs.takes(cache):
+            return (own or create_masks_for_generate)(*args, **kwargs)
+        if not is_plain(cache) or self.config._attn_implementation not in _MASKED or not cache.is_initialized:
+            return create_masks_for_generate(*args, **kwargs)
+        mask = kwargs.get("attention_mask")
+        # As long as the cache, so that it keeps its shape from step to step; what lies ahead is masked by causality.
+        return None if mask is None else pad(mask, (0, cache.layers[0].max_cache_len - mask.shape[1]))
 
     def _valid_auto_compile_criteria(self: Any, model_kwargs: Any, generation_config: Any) -> bool:
         graphs, cache = self._decode_graphs, model_kwargs.get("past_key_values")
