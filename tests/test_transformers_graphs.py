@@ -1,5 +1,5 @@
-"""`generate()` with decode steps that are recorded and replayed, on one rank without a GPU: tokens, what is recorded when, and what
-runs eagerly, with a line in the log. `recorded_calls.py` stands in for CUDA graphs."""
+"""`generate()` with decode steps that are recorded and replayed, on one rank without a GPU: tokens, what is recorded when, what
+runs eagerly, and what the log says. `recorded_calls.py` stands in for CUDA graphs."""
 
 import logging
 from collections.abc import Iterator
@@ -103,7 +103,7 @@ def test_each_batch_size_has_a_graph_of_its_own_and_keeps_it(graphed: Graphed) -
 
 def test_a_prompt_in_parts(graphed: Graphed) -> None:
     graphed.expect_equal(batch=1, prefill_chunk_size=4)
-    assert graphed.stand_in.num_replayed == 4  # the last part of the prompt, of one token, is a decode forward: it warms up
+    assert graphed.stand_in.num_replayed == 5  # the last part of the prompt, of one token, has warmed up
 
 
 def test_a_cache_of_the_caller(graphed: Graphed) -> None:
