@@ -29,9 +29,7 @@ from tokenferry.layer_operator import moe, serve_layers
 from tokenferry.step import Step
 from tokenferry.workspace import Workspace
 
-_CUT_SHORT: Final = (
-    "a forward ended before its last MoE layer; with expert parallelism each forward runs all layers in order, on all ranks alike"
-)
+_CUT_SHORT: Final = "a forward ended before its last MoE layer; under expert parallelism each one runs all, on all ranks alike"
 
 
 class ExpertParallel:
@@ -43,6 +41,7 @@ class ExpertParallel:
         workspace: the `Workspace` that all layers share.
         thread: which thread uses the model now.
         num_local_experts: experts of each layer that this rank holds.
+        num_real_tokens: int32[1] on the device, or None: of the forwards to come, rows from there on are padding.
     """
 
     def __init__(self, group: EPGroup, options: Options) -> None:
@@ -50,6 +49,7 @@ class ExpertParallel:
         self.options = options
         self.layers: tuple[ExpertLayer, ...] = ()
         self.num_local_experts = 0
+        self.num_real_tokens: torch.Tensor | None = None
         self.thread = OneThread(waits=options.serialize)
         self._installed: list[ExpertLayer] = []
         self._probed: list[tuple[ExpertLayer, LayerShape]] | None = None
@@ -221,7 +221,6 @@ class ExpertParallel:
     @torch.no_grad()
     def finish(self) -> None:
         """Takes part with zero tokens in the other ranks' steps, until every rank has called `finish()`.
-
         Call it on every rank after its last forward, and on a rank without requests instead of one. More forwards may follow,
         on every rank or on some; each rank then calls `finish()` again.
 
@@ -229,13 +228,18 @@ class ExpertParallel:
             PeerTimeoutError, PeerFailedError: another rank is the cause.
             StateError: another thread is in the middle of a call on the model.
         """
-        nothing = self.shape.empty_rows(self.group.device)
         with self.thread.inside("finish"):
-            while not self._begin_step(0, done=True).all_done():
-                for layer in self.layers:
-                    self.run_layer(layer, nothing.hidden_TH, nothing.topk_idx_TK, nothing.topk_weights_TK)
-            self._end_step()
+            while not self.take_part(done=True)[0]:
+                pass
             self.check()
+
+    @torch.no_grad()
+    def take_part(self, *, done: bool) -> tuple[bool, int]:
+        """One step without tokens, all layers of it. Returns whether every rank said done, and V. Raises as `finish`."""
+        nothing, step = self.shape.empty_rows(self.group.device), self._begin_step(0, done=done)
+        for layer in self.layers:
+            self.run_layer(layer, nothing.hidden_TH, nothing.topk_idx_TK, nothing.topk_weights_TK)
+        return step.all_done(), int(step.valid_tokens.item())
 
     def check(self) -> None:
         """Raises the error that another rank caused, if there is one that no call has raised yet."""
@@ -260,9 +264,9 @@ class ExpertParallel:
             if error is None:
                 raise StateError(_CUT_SHORT)
 
-    def forget_swallowed(self) -> None:
-        """Forgets errors of forwards so far; see `raise_swallowed`."""
-        self._last_error = None
+    def note_swallowed(self, error: BaseException | None) -> None:
+        """`raise_swallowed` raises this; None: nothing."""
+        self._last_error = error
 
     def raise_swallowed(self) -> None:
         """Raises the last error of a forward, once: continuous batching catches it, and hands out fewer tokens instead."""
@@ -324,7 +328,7 @@ class ExpertParallel:
             )
             raise self._last_error
         with self._stopwatch.running():
-            step = self.workspace.begin_step(num_tokens, done=done)
+            step = self.workspace.begin_step(num_tokens, self.num_real_tokens, done=done)
         self._knows_valid_rows = False
         return step
 
