@@ -1,17 +1,16 @@
 """Continuous batching with CUDA graphs on two GPUs: tokens of the unmodified model, persistent managers, failed captures."""
 
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import tokenferry as tf
+from batching_work import generate_batch, serve, settings
 from rank_pool import RankPools
 from tokenferry.integrations.transformers.continuous_batching import StepGraph
 from tokenferry.testing.tiny_models import make_tiny
-from transformers_work import CAPACITY, Work, load, prompts, quiet, unmodified
+from transformers_work import Work, load, prompts, quiet, unmodified
 
 pytestmark = [pytest.mark.gpu(count=2), pytest.mark.filterwarnings("default")]  # transformers warns of its own affairs
 
@@ -24,17 +23,6 @@ IDLE = (Work((5, 17, 9), 12), Work())
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     return {family: make_tiny(family, folder / family) for family in FAMILIES}
-
-
-def generate_batch(model: Any, work: Work, rank: int, **options: Any) -> list[list[int]]:
-    from transformers import ContinuousBatchingConfig, GenerationConfig
-
-    generation = GenerationConfig(max_new_tokens=max(work.new_tokens, 1), do_sample=False, eos_token_id=-1, pad_token_id=0)
-    batching = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=CAPACITY, **options)
-    return [
-        result.generated_tokens
-        for result in model.generate_batch(prompts(work.prompt_lengths, rank), generation, batching).values()
-    ]
 
 
 def compare(group: tf.EPGroup, path: Path, dtype: torch.dtype, works: tuple[Work, Work], twice: bool) -> bool:
@@ -79,40 +67,9 @@ def test_decoding_replays_graphs_in_bfloat16(on_ranks: RankPools, models: dict[s
     assert second >= 15
 
 
-def serve(group: tf.EPGroup, path: Path, graphs: bool) -> tuple[bool, float]:
-    """Rank 1's manager has nothing to do at first, then requests, then is stopped while rank 0 works on."""
-    from transformers import ContinuousBatchingConfig, GenerationConfig
-
-    quiet()
-    model = load(path, group, transport="p2p", dtype=torch.float32)
-    generation = GenerationConfig(max_new_tokens=16, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    batching = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=CAPACITY, use_cuda_graph=graphs)
-    made = []
-    with model.continuous_batching_context_manager(generation, continuous_batching_config=batching) as manager:
-        rounds = 4 if group.rank == 0 else 2
-        for turn in range(rounds):
-            if group.rank == 1:
-                time.sleep(1.0)
-            begun_s = time.monotonic()
-            manager.add_requests(prompts((7, 11), 10 * group.rank + turn), max_new_tokens=16)
-            results = {}
-            while len(results) < 2:
-                result = manager.get_result(timeout=30)
-                assert result is not None and result.error is None, result
-                if result.is_finished():
-                    results[result.request_id] = result
-            took_s = time.monotonic() - begun_s
-            made.append([results[key].generated_tokens for key in sorted(results)])
-    model.expert_parallel.finish()
-    model.expert_parallel.close()
-    plain = unmodified(path, dtype=torch.float32).to(group.device)
-    wanted = [generate_batch(plain, Work((7, 11), 16), 10 * group.rank + turn) for turn in range(rounds)]
-    return made == wanted, took_s
-
-
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
 def test_a_manager_without_requests_takes_part(on_ranks: RankPools, models: dict[str, Path], graphs: bool) -> None:
-    for equal, took_s in on_ranks(serve, 2, models["qwen3_moe"], graphs, backend="nccl", timeout_s=120):
+    for equal, took_s in on_ranks(serve, 2, models["qwen3_moe"], "p2p", graphs, backend="nccl", timeout_s=120):
         assert equal
         assert took_s < 10
 
@@ -148,12 +105,8 @@ def fail_capturing(group: tf.EPGroup, path: Path, warmup: bool) -> tuple[str, bo
     said, work = "none", WORK[group.rank]
     if group.rank == 0:
         asking = model.model.norm.register_forward_hook(lambda _module, _args, output: output + 0 * output.sum().item())
-        from transformers import ContinuousBatchingConfig, GenerationConfig
-
-        generation = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        batching = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=CAPACITY, use_cuda_graph=True)
         try:
-            model.generate_batch(prompts((5,), 0), generation, batching, warmup=warmup)
+            model.generate_batch(prompts((5,), 0), *settings(2, use_cuda_graph=True), warmup=warmup)
         except Exception as error:
             said = f"{type(error).__name__}: {error}".splitlines()[0]
         asking.remove()
