@@ -4,12 +4,17 @@ A way is a model and how it is spread over the ranks; a mode is how its decode s
 way, and so are the prompts, so that tokens can be compared: `plain` comes first, and the others are held against its tokens.
 
     step_ms   one decode step by itself, with a static cache: a replay of its CUDA graph, or eager calls
-    token_ms  a token in `generate()` or `generate_batch()`, after the first one; both are the slowest rank's
+    host_ms   in which the host has issued such a step's work, without waiting for it
+    token_ms  a token in `generate()` or `generate_batch()`, after the first one
+    around_ms token_ms less step_ms, of graphs: what the host does around a replay in `generate()`
+
+All are the slowest rank's.
 """
 
 from __future__ import annotations
 
 import datetime
+import gc
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,14 +137,22 @@ class _Run:
             self._output.write_text("")
         for family in self.request.families:
             self.timer.say(f"{family}, tiny, float32: tokens")
-            self._keep(check_family(self.timer, family, self.request.transport))
+            self._keep(self._check(family))
         deadlines = deadlines_s(self.request)
         for config, deadline_s in deadlines.items():
             points = [point for point in self.request.points if point.config == config]
             for way in self.request.ways:
                 for found in self._measure_way(way, points, deadline_s):
                     self._keep({"what": "model", "config": config, "way": way} | found)
+                gc.collect()  # models hold themselves in circles
+                torch.cuda.empty_cache()
         return self.records
+
+    def _check(self, family: str) -> Record:
+        try:
+            return check_family(self.timer, family, self.request.transport)
+        except Exception as error:  # noqa: BLE001 - the figures are still worth their time
+            return {"what": "model tokens", "family": family, "error": _first_line(error)}
 
     def _keep(self, record: Record) -> None:
         self.records.append(record | {"at_s": round(time.time() - self._started_s, 1)} | self._common)
@@ -172,7 +185,7 @@ class _Run:
                         yield self._record(way, mode, point, values.num_hidden_layers, found)
                     self.timer.meet()
         except Exception as error:  # noqa: BLE001 - the other ways are still worth their time
-            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:400]
+            reason = _first_line(error)
             yield {"error": reason}
         if remaining:
             yield {"left_out": [[mode, point.batch, point.prompt] for mode, point in remaining], "reason": reason}
@@ -185,6 +198,10 @@ class _Run:
         if found.tokens and expected is not None and way != "plain":
             record |= agreement(self.timer, found.tokens, expected)
         return record
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:400]
 
 
 def transport_of(model: Any) -> Record:

@@ -116,7 +116,8 @@ def _graph(scene: Scene, point: ModelPoint) -> Measured:
     settings = _chunked(scene, point)
     first, _ = time_generate(scene.timer, scene.model, ids, scene.request.new_tokens, **settings)
     times, tokens = time_generate(scene.timer, scene.model, ids, scene.request.new_tokens, **settings)
-    return Measured(figures | _per_rank(times, point) | {"first_call_s": first["call_s"]}, tokens)
+    added = {"first_call_s": first["call_s"], "around_ms": round(times["token_ms"] - figures["step_ms"], 3)}
+    return Measured(figures | _per_rank(times, point) | added, tokens)
 
 
 def _compile(scene: Scene, point: ModelPoint) -> Measured:
@@ -133,6 +134,7 @@ def _compile(scene: Scene, point: ModelPoint) -> Measured:
     first, _ = time_generate(scene.timer, scene.model, ids, scene.request.new_tokens, **settings)
     cache.reset()
     times, tokens = time_generate(scene.timer, scene.model, ids, scene.request.new_tokens, **settings)
+    torch._dynamo.reset()
     return Measured(_per_rank(times, point) | {"first_call_s": first["call_s"]}, scene.own_tokens(point, tokens))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-COLUMNS: Final = ("step_ms", "host_ms", "token_ms", "ttft_ms", "first_call_s", "tokens_per_s")
+COLUMNS: Final = ("step_ms", "host_ms", "token_ms", "around_ms", "ttft_ms", "first_call_s", "tokens_per_s")
 """What a record may have, beside the two that are divided by the layers."""
 
 
@@ -42,6 +42,8 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _remark(record: Mapping[str, Any]) -> str:
+    if "family" in record and "error" in record:
+        return f"tiny {record['family']}: {record['error']}"
     if "family" in record:
         return f"tiny {record['family']} in {record['dtype']}: tokens {'equal' if record['equal_tokens'] else 'DIFFER'}"
     where = f"{record['config']}, {record['way']}"

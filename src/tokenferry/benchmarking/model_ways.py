@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import inspect
 from collections.abc import Callable, Iterator
 from types import MappingProxyType
@@ -39,30 +38,19 @@ class Way:
 
     @contextlib.contextmanager
     def open(self, group: EPGroup, config: Any, request: ModelRequest) -> Iterator[Any]:
-        """The model. Afterwards its memory is free again. Collective."""
+        """The model. Collective."""
         from transformers import GenerationConfig
 
         model = self.make(group, config, request)
         model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=None, bos_token_id=None)
+        parallel = getattr(model, "expert_parallel", None)
         try:
             yield model
-        except BaseException:
-            _close(model)
-            raise
-        else:
-            if hasattr(model, "expert_parallel"):
-                model.expert_parallel.finish()
-            _close(model)
+            if parallel is not None:
+                parallel.finish()
         finally:
-            del model
-            torch._dynamo.reset()
-            gc.collect()
-            torch.cuda.empty_cache()
-
-
-def _close(model: Any) -> None:
-    if hasattr(model, "expert_parallel"):
-        model.expert_parallel.close()
+            if parallel is not None:
+                parallel.close()
 
 
 def _p2p(group: EPGroup, config: Any, request: ModelRequest) -> Any:
