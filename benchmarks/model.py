@@ -1,7 +1,8 @@
 """Decoding with transformers: `tokenferry bench model` as a script, and the picture of its records.
 
 torchrun --nproc-per-node 2 benchmarks/model.py OUTPUT.jsonl [--random-init qwen3-30b-a3b:8] [--batches 1,8,32]
-                            [--prompts 128,512] [--ways plain,p2p] [--families qwen3_moe] [--budget-s 280] [--commit HASH]
+                            [--prompts 128,512] [--ways plain,p2p]
+                            [--modes graph,eager] [--families qwen3_moe] [--budget-s 280] [--commit HASH]
 python benchmarks/model.py OUTPUT.jsonl --ranks 2 --rehearse      # CPUs, tiny sizes: every call and comparison, no times
 python benchmarks/model.py OUTPUT.jsonl --plot PICTURE.png        # the times of a file that is there
 
@@ -72,6 +73,7 @@ def main() -> int:
     parser.add_argument("--batches", default="8")
     parser.add_argument("--prompts", default="128")
     parser.add_argument("--ways", default="all")
+    parser.add_argument("--modes", default="")
     parser.add_argument("--families", default=",".join(TINY_FAMILIES))
     parser.add_argument("--budget-s", type=float, default=280.0)
     parser.add_argument("--transport", default="p2p")
@@ -89,6 +91,7 @@ def main() -> int:
             given.ways,
             given.budget_s,
             given.output,
+            modes=given.modes,
             families=given.families,
             transport=given.transport,
             commit=given.commit,

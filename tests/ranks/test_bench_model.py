@@ -9,8 +9,9 @@ import pytest
 
 from tokenferry.benchmarking import MODEL_POINTS, ModelPoint, ModelRequest, is_right, model_table, run_model
 from tokenferry.benchmarking.model_checks import common_prefix
-from tokenferry.benchmarking.model_request import deadlines_s
-from tokenferry.benchmarking.model_ways import WAYS
+from tokenferry.benchmarking.model_modes import MODES
+from tokenferry.benchmarking.model_request import ALL_MODES, ALL_WAYS, deadlines_s
+from tokenferry.benchmarking.model_ways import WAYS, graphs_wanted
 from tokenferry.cli.bench_model import model_command, points
 from tokenferry.errors import ConfigError, DeviceError
 from tokenferry.testing.tiny_models import tiny_config
@@ -39,7 +40,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 @pytest.mark.parametrize("way", WAYS)
 def test_every_mode_of_a_way_has_its_times_and_the_tokens_of_the_plain_model(way: str, records: list[dict]) -> None:
     mine = {record["mode"]: record for record in records if record.get("way") == way and "mode" in record}
-    assert list(mine) == [*WAYS[way].modes, *WAYS[way].slow_modes]
+    every = [*WAYS[way].modes, *WAYS[way].slow_modes]
+    assert list(mine) == (every if graphs_wanted() else [mode for mode in every if mode != "graph-compiled"])
     for mode, record in mine.items():
         times = [record.get(name) for name in ("step_ms", "token_ms")]
         assert any(times) and all(time is None or time > 0 for time in times), mode
@@ -97,6 +99,18 @@ def test_the_published_points_have_three_models_of_eight_layers() -> None:
     assert points([], "1", "1", rehearse=False) == MODEL_POINTS
 
 
+def test_every_mode_of_a_way_has_a_name_and_a_measurement() -> None:
+    used = {mode for way in WAYS.values() for mode in (*way.modes, *way.slow_modes)}
+    assert set(ALL_MODES) == set(MODES) == used
+    assert set(ALL_WAYS) == set(WAYS)
+
+
+def test_the_plain_model_is_measured_eagerly_whatever_modes_are_asked_for() -> None:
+    request = ModelRequest(modes=("compile",))
+    asked = [("plain", "eager"), ("plain", "graph"), ("p2p", "eager"), ("transformers", "compile")]
+    assert [request.wants(*each) for each in asked] == [True, False, False, True]
+
+
 def test_configurations_are_measured_with_every_batch_and_prompt() -> None:
     found = points(["a", "b"], "8,1", "128", rehearse=False)
     assert [(point.config, point.batch, point.prompt) for point in found] == [
@@ -122,11 +136,12 @@ def test_tokens_count_up_to_the_first_difference(left: list[int], right: list[in
     ("changed", "message"),
     [
         ({"ways": ("fast",)}, "ways must be of plain, p2p, transformers, collective; got fast"),
+        ({"modes": ("slow",)}, "modes must be of eager, graph, .*; got slow"),
         ({"families": ("bert",)}, "no tiny model of family 'bert'"),
         ({"points": (ModelPoint("gpt-5", 1, 1),)}, "no configuration gpt-5"),
         ({"capacity": 4}, "a batch of 8 is more than the capacity, 4"),
     ],
-    ids=["way", "family", "configuration", "capacity"],
+    ids=["way", "mode", "family", "configuration", "capacity"],
 )
 def test_a_request_that_cannot_be_met_is_refused(changed: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -168,7 +168,7 @@ class _Run:
         values = configured(points[0].config, request.rehearse)
         every = [(mode, point) for mode in WAYS[way].modes for point in points]
         every += [(mode, point) for point in points for mode in WAYS[way].slow_modes]
-        remaining = [(mode, point) for mode, point in every if MODES[mode].serves(values, point, self.group)]
+        remaining = [(mode, point) for mode, point in every if self._serves(values, way, mode, point)]
         reason = f"its part of the budget of {request.budget_s:.0f} s ended at {deadline_s:.0f} s"
         try:
             if not self._is_late(deadline_s):
@@ -189,6 +189,9 @@ class _Run:
             yield {"error": reason}
         if remaining:
             yield {"left_out": [[mode, point.batch, point.prompt] for mode, point in remaining], "reason": reason}
+
+    def _serves(self, values: Any, way: str, mode: str, point: ModelPoint) -> bool:
+        return self.request.wants(way, mode) and MODES[mode].serves(values, point, self.group)
 
     def _record(self, way: str, mode: str, point: ModelPoint, layers: int, found: Measured) -> Record:
         if way == "plain" and mode == "eager":

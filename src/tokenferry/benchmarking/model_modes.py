@@ -12,7 +12,7 @@ import torch
 
 from tokenferry.benchmarking.model_batching import time_batching
 from tokenferry.benchmarking.model_request import ModelPoint, ModelRequest
-from tokenferry.benchmarking.model_times import Decoder, time_generate
+from tokenferry.benchmarking.model_times import Decoder, Replays, time_generate
 from tokenferry.benchmarking.model_ways import EAGERLY, graphs_wanted
 from tokenferry.benchmarking.timing import GroupTimer
 from tokenferry.groups import EPGroup
@@ -113,24 +113,51 @@ def _graph(scene: Scene, point: ModelPoint) -> Measured:
     del decoder
     if not (scene.is_ours and graphs_wanted()):
         return Measured(figures)
-    settings = _chunked(scene, point)
+    settings = _chunked(scene, point) | {"disable_compile": True}
     first, _ = time_generate(scene.timer, scene.model, ids, scene.request.new_tokens, **settings)
     times, tokens = time_generate(scene.timer, scene.model, ids, scene.request.new_tokens, **settings)
-    added = {"first_call_s": first["call_s"], "around_ms": round(times["token_ms"] - figures["step_ms"], 3)}
-    return Measured(figures | _per_rank(times, point) | added, tokens)
+    return Measured(_with_around(figures | _per_rank(times, point) | {"first_call_s": first["call_s"]}), tokens)
+
+
+def _graph_compiled(scene: Scene, point: ModelPoint) -> Measured:
+    """`generate()` of ours by default: the compiler's code for a step, and a graph of it. Steps are timed in the second call."""
+    ids = scene.own_prompts(point)
+    torch._dynamo.reset()
+    settings = _chunked(scene, point)
+    if scene.timer.group.device.type != "cuda":
+        settings |= {"cache_implementation": "static", "compile_config": _rehearsed_compilation()}
+    first, _ = time_generate(scene.timer, scene.model, ids, scene.request.new_tokens, **settings)
+    with Replays(scene.timer, scene.model.expert_parallel.workspace) as replays:
+        times, tokens = time_generate(scene.timer, scene.model, ids, scene.request.new_tokens, **settings)
+    figures = replays.figures() | _per_rank(times, point) | {"first_call_s": first["call_s"]}
+    return Measured(_with_around(figures), tokens)
+
+
+def _with_around(figures: dict[str, Any]) -> dict[str, Any]:
+    """With what a token takes in `generate()` beyond its step."""
+    if "step_ms" not in figures:
+        return figures
+    return figures | {"around_ms": round(figures["token_ms"] - figures["step_ms"], 3)}
+
+
+def _rehearsed_compilation() -> Any:
+    from transformers import CompileConfig
+
+    config = CompileConfig(backend="eager", mode=None)  # type: ignore[arg-type]
+    config._compile_all_devices = True  # type: ignore[assignment]
+    return config
 
 
 def _compile(scene: Scene, point: ModelPoint) -> Measured:
     """transformers' own compilation of decode steps, with one static cache for all calls, as its pages advise."""
-    from transformers import CompileConfig, StaticCache
+    from transformers import StaticCache
 
     ids = scene.own_prompts(point)
     torch._dynamo.reset()  # sizes of their own for each point: with sizes as inputs the code would be slower
     cache = StaticCache(config=scene.model.config, max_cache_len=point.prompt + scene.request.new_tokens)
     settings: dict[str, Any] = {"past_key_values": cache}
     if scene.timer.group.device.type != "cuda":
-        settings["compile_config"] = CompileConfig(backend="eager", mode=None)  # type: ignore[arg-type]
-        settings["compile_config"]._compile_all_devices = True
+        settings["compile_config"] = _rehearsed_compilation()
     first, _ = time_generate(scene.timer, scene.model, ids, scene.request.new_tokens, **settings)
     cache.reset()
     times, tokens = time_generate(scene.timer, scene.model, ids, scene.request.new_tokens, **settings)
@@ -177,6 +204,7 @@ def _per_rank(times: dict[str, float], point: ModelPoint) -> dict[str, float]:
 MODES: Final = MappingProxyType({
     "eager": Mode(_eager),
     "graph": Mode(_graph),
+    "graph-compiled": Mode(_graph_compiled, lambda config, point, group: bool(graphs_wanted())),
     "compile": Mode(_compile),
     "batching": Mode(_batching, lambda config, point, group: point.batch == BATCHING_BATCH),
     "eager-batched": Mode(_batched(_eager), _fits_batched),

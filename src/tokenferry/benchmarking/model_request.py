@@ -10,6 +10,10 @@ from tokenferry.testing.model_configs import config_values, model_config
 from tokenferry.testing.tiny_models import FAMILIES
 
 ALL_WAYS: Final = ("plain", "p2p", "transformers", "collective")
+ALL_MODES: Final = (
+    "eager", "graph", "graph-compiled", "batching", "compile", "eager-batched", "graph-batched", "compile-batched",
+)  # fmt: skip
+"""Which way has which of them stands in `model_ways.WAYS`, and what they do in `model_modes.MODES`."""
 TINY_FAMILIES: Final = ("qwen3_moe", "gpt_oss", "mixtral")
 LOADING_POINTS: Final = 2
 """Loading a model four times takes about as long as so many of its points, when the budget is divided between models."""
@@ -54,6 +58,7 @@ class ModelRequest:
     Attributes:
         points: configurations, batches a rank and lengths of prompts; those of a configuration share its loaded models.
         ways: of `ALL_WAYS`, in this order. Without "plain" no tokens are compared.
+        modes: those to measure, of `ALL_MODES`; none: all. The plain model is always measured eagerly too.
         new_tokens: of each prompt.
         capacity: `max_tokens_per_rank`; longer prefills go in pieces.
         transport: of the way "p2p".
@@ -66,6 +71,7 @@ class ModelRequest:
 
     points: tuple[ModelPoint, ...] = MODEL_POINTS
     ways: tuple[str, ...] = ALL_WAYS
+    modes: tuple[str, ...] = ()
     new_tokens: int = 64
     capacity: int = 4096
     transport: str = "p2p"
@@ -81,10 +87,17 @@ class ModelRequest:
         unknown = [way for way in self.ways if way not in ALL_WAYS]
         if unknown:
             raise ConfigError(f"ways must be of {', '.join(ALL_WAYS)}; got {', '.join(unknown)}")
+        unknown = [mode for mode in self.modes if mode not in ALL_MODES]
+        if unknown:
+            raise ConfigError(f"modes must be of {', '.join(ALL_MODES)}; got {', '.join(unknown)}")
         for point in self.points:
             config_values(point.config)
             if point.batch > self.capacity:
                 raise ConfigError(f"a batch of {point.batch} is more than the capacity, {self.capacity}; give a larger capacity")
+
+    def wants(self, way: str, mode: str) -> bool:
+        """Whether a mode is to be measured. The others are held against the plain model's tokens."""
+        return not self.modes or mode in self.modes or (way, mode) == ("plain", "eager")
 
 
 def deadlines_s(request: ModelRequest) -> dict[str, float]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
@@ -92,6 +94,42 @@ class Decoder:
         optimize = getattr(self._model, "_optimize_model_for_decode", contextlib.nullcontext)
         entered: contextlib.AbstractContextManager[Any] = optimize()
         return entered
+
+
+class Replays:
+    """Within it the GPU's time in each replay of a workspace's graphs is noted; without CUDA, nothing."""
+
+    def __init__(self, timer: GroupTimer, workspace: Any) -> None:
+        self._timer, self._workspace = timer, workspace
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> Replays:
+        self._workspace.replaying = self._timed(self._workspace.replaying)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        del self._workspace.replaying  # the class's own is behind it
+
+    def figures(self) -> dict[str, float]:
+        """`step_ms`: the median, of the rank where that is smallest, since the others' replays hold their waiting for it too."""
+        if not self._spans:
+            return {}
+        median = statistics.median(start.elapsed_time(end) for start, end in self._spans)
+        return {"step_ms": round(-self._timer.slowest(-median), 3)}
+
+    def _timed(
+        self, replaying: Callable[..., contextlib.AbstractContextManager[None]]
+    ) -> Callable[..., contextlib.AbstractContextManager[None]]:
+        @contextlib.contextmanager
+        def timed(*args: Any) -> Iterator[None]:
+            with replaying(*args):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                yield
+                end.record()
+                self._spans.append((start, end))
+
+        return timed
 
 
 class FirstToken:

@@ -18,7 +18,8 @@ SEED: Final = 0
 EAGERLY: Final = MappingProxyType({"cache_implementation": "dynamic"})
 """What `generate()` of a model of ours takes to leave its CUDA graphs out."""
 OPEN_TIMEOUT_S: Final = 240.0
-STEP_TIMEOUT_S: Final = 30.0
+STEP_TIMEOUT_S: Final = 120.0
+"""A rank may compile meanwhile."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _dtype(group: EPGroup) -> torch.dtype:
 
 WAYS: Final = MappingProxyType({
     "plain": Way(_plain, ("eager", "graph", "batching")),
-    "p2p": Way(_p2p, ("graph", "eager", "batching")),
+    "p2p": Way(_p2p, ("graph", "eager", "batching"), ("graph-compiled",)),
     "transformers": Way(
         _transformers, ("graph", "graph-batched", "eager", "eager-batched"), ("compile-batched", "compile"), replicates=True
     ),

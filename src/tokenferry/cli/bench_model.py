@@ -27,6 +27,7 @@ def model_command(
     budget_s: float,
     output: Path | None,
     *,
+    modes: str = "",
     families: str = ",".join(benchmarking.TINY_FAMILIES),
     new_tokens: int = 64,
     capacity: int = 4096,
@@ -48,6 +49,7 @@ def model_command(
     request = benchmarking.ModelRequest(
         points=points(configs, batches, prompts, rehearse),
         ways=benchmarking.ALL_WAYS if ways == "all" else tuple(ways.split(",")),
+        modes=tuple(filter(None, modes.split(","))),
         families=tuple(filter(None, families.split(","))),
         new_tokens=benchmarking.REHEARSED_NEW_TOKENS if rehearse else new_tokens,
         capacity=capacity,
