@@ -19,6 +19,7 @@ from tokenferry.benchmarking.model_table import shown
 from tokenferry.cli.bench_model import model_command
 
 BARS = (
+    ("p2p", "graph-compiled", "token_ms", "ours, graphs of compiled steps"),
     ("p2p", "graph", "token_ms", "ours, graphs"),
     ("p2p", "eager", "token_ms", "ours, eager"),
     ("collective", "eager", "token_ms", "ours over NCCL, eager"),
@@ -27,8 +28,8 @@ BARS = (
     ("transformers", "eager", "token_ms", "transformers, eager"),
     ("plain", "eager", "token_ms", "plain model on each GPU, eager"),
 )
-STEPS = (("p2p", "graph", "step_ms", "step alone, graph"), ("transformers", "graph", "step_ms", "step alone, graph"))
-"""Drawn as marks: a replay of a step's graph, made by hand."""
+STEPS = (("p2p", "graph-compiled"), ("p2p", "graph"), ("transformers", "graph"))
+"""Whose step alone, as a graph, is drawn as a mark."""
 
 
 def plot(source: Path, target: Path) -> None:
@@ -46,17 +47,19 @@ def plot(source: Path, target: Path) -> None:
             value = mine.get((way, mode), {}).get(name)
             axis.bar(place, value or 0, color=f"C{place}", label=label)
             axis.text(place, value or 0, shown(value), ha="center", va="bottom", fontsize=6)
-        for way, mode, name, label in STEPS:
-            value = mine.get((way, mode), {}).get(name)
-            place = next(number for number, bar in enumerate(BARS) if bar[0] == way)
+        for way, mode in STEPS:
+            value = mine.get((way, mode), {}).get("step_ms")
+            place = next(
+                number for number, bar in enumerate(BARS) if bar[:2] == (way, {"transformers": "compile"}.get(way, mode))
+            )
             if value is not None:
-                axis.plot(place, value, "k_", markersize=12, label=label)
+                axis.plot(place, value, "k_", markersize=12, label="a step alone, as a graph")
         axis.set(title=f"{point[0]}\nbatch {point[1]}, prompt {point[2]}", xticks=[])
         axis.title.set_fontsize(8)
     axes[0][0].set_ylabel("ms a token in generate(), slowest rank")
     handles, labels = axes[0][0].get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="lower center", ncols=4, fontsize=7)
+    figure.legend(unique.values(), unique.keys(), loc="lower center", ncols=min(4, len(points)), fontsize=7)
     first = records[0]
     figure.suptitle(
         f"{first['world_size']} x {first['gpu']}, transformers {first['transformers']}; batch of each rank", fontsize=9
