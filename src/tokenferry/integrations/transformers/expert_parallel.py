@@ -29,9 +29,7 @@ from tokenferry.layer_operator import moe, serve_layers
 from tokenferry.step import Step
 from tokenferry.workspace import Workspace
 
-_CUT_SHORT: Final = (
-    "a forward ended before its last MoE layer; with expert parallelism each forward runs all layers in order, on all ranks alike"
-)
+_CUT_SHORT: Final = "a forward ended before its last MoE layer; under expert parallelism each one runs all, on all ranks alike"
 
 
 class ExpertParallel:
@@ -44,6 +42,7 @@ class ExpertParallel:
         thread: which thread uses the model now.
         num_local_experts: experts of each layer that this rank holds.
         graphs: its steps as CUDA graphs, or None.
+        num_real_tokens: int32[1] on the device, or None: of the forwards to come, rows from there on are padding.
     """
 
     def __init__(self, group: EPGroup, options: Options) -> None:
@@ -51,6 +50,7 @@ class ExpertParallel:
         self.options = options
         self.layers: tuple[ExpertLayer, ...] = ()
         self.num_local_experts = 0
+        self.num_real_tokens: torch.Tensor | None = None
         self.thread = OneThread(waits=options.serialize)
         self._installed: list[ExpertLayer] = []
         self._probed: list[tuple[ExpertLayer, LayerShape]] | None = None
@@ -139,7 +139,7 @@ class ExpertParallel:
         serve_layers(self._workspace, lambda number, *rows: self._run_eagerly(self._installed[number], *rows))
         model.base_model.register_forward_hook(self._after_forward, always_call=True)
         try:
-            self.graphs = make_graphs(self.options, self._workspace, self.layers, self._run_without_tokens, self._end_step)
+            self.graphs = make_graphs(self, self._run_without_tokens, self._end_step)
         except ConfigError:
             self._workspace.close()
             raise
@@ -210,7 +210,6 @@ class ExpertParallel:
     @torch.no_grad()
     def finish(self) -> None:
         """Takes part with zero tokens in the other ranks' steps, until every rank has called `finish()`.
-
         Call it on every rank after its last forward, and on a rank without requests instead of one. More forwards may follow,
         on every rank or on some; each rank then calls `finish()` again.
 
@@ -223,9 +222,10 @@ class ExpertParallel:
                 pass
             self.check()
 
+    @torch.no_grad()
     def take_part(self, *, done: bool) -> tuple[bool, int]:
         """One step without tokens, all layers of it, in the last one too: a rank whose step is a graph cannot leave them out, and
-        all ranks must do the same. Returns whether every rank said done, and V."""
+        all ranks must do the same. Returns whether every rank said done, and V. Raises as `finish`."""
         if self.graphs is not None:
             return self.graphs.idle.step(done=done)
         step = self._run_without_tokens(done)
@@ -262,9 +262,9 @@ class ExpertParallel:
             if error is None:
                 raise StateError(_CUT_SHORT)
 
-    def forget_swallowed(self) -> None:
-        """Forgets errors of forwards so far; see `raise_swallowed`."""
-        self._last_error = None
+    def note_swallowed(self, error: BaseException | None) -> None:
+        """`raise_swallowed` raises this; None: nothing."""
+        self._last_error = error
 
     def raise_swallowed(self) -> None:
         """Raises the last error of a forward, once: continuous batching catches it, and hands out fewer tokens instead."""
@@ -328,7 +328,7 @@ class ExpertParallel:
             )
             raise self._last_error
         with self._stopwatch.running():
-            step = self.workspace.begin_step(num_tokens, done=done)
+            step = self.workspace.begin_step(num_tokens, self.num_real_tokens, done=done)
         self._knows_valid_rows = False
         return step
 

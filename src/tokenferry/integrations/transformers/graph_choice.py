@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
 from tokenferry.errors import ConfigError
 from tokenferry.groups import EPGroup
+from tokenferry.integrations.transformers.capturable import why_not_captured
 from tokenferry.integrations.transformers.decode_graphs import DecodeGraphs
 from tokenferry.integrations.transformers.idle_graph import IdleGraph
-from tokenferry.integrations.transformers.layer import ExpertLayer
 from tokenferry.integrations.transformers.settings import Options
 from tokenferry.step import Step
-from tokenferry.workspace import Workspace
+
+if TYPE_CHECKING:
+    from tokenferry.integrations.transformers.expert_parallel import ExpertParallel
 
 _log = logging.getLogger(__name__)
 
@@ -62,11 +64,7 @@ class StepGraphs:
 
 
 def make_graphs(
-    options: Options,
-    workspace: Workspace,
-    layers: Sequence[ExpertLayer],
-    run_without_tokens: Callable[[bool], Step],
-    forget_step: Callable[[], None],
+    parallel: ExpertParallel, run_without_tokens: Callable[[bool], Step], forget_step: Callable[[], None]
 ) -> StepGraphs | None:
     """The graphs of a model whose workspace is open; None: its steps run eagerly. The log says why where one would ask.
 
@@ -76,17 +74,16 @@ def make_graphs(
     Raises:
         ConfigError: they were asked for and cannot be.
     """
-    if workspace.device.type != "cuda" or options.cuda_graphs is False or options.exact:
+    asked, workspace, layers = parallel.options.cuda_graphs, parallel.workspace, parallel.layers
+    if workspace.device.type != "cuda" or asked is False:
         return None
-    if workspace.active_transport.counts_pass_through_hosts:
-        if options.cuda_graphs is True:
-            raise ConfigError(
-                f"cuda_graphs=True, but the transport is {workspace.transport!r}, whose counts pass through the host; leave "
-                "cuda_graphs out, or load the model with transport='p2p' or 'nvls'"
-            )
-        return None
+    reason = why_not_captured(parallel)
+    if reason is not None and asked is True:
+        raise ConfigError(f"cuda_graphs=True, but {reason}")
     num_by_the_library = sum(layer.kernels is None for layer in layers)
-    if num_by_the_library and options.cuda_graphs == "auto":
+    if parallel.options.exact or workspace.active_transport.counts_pass_through_hosts:
+        return None
+    if num_by_the_library and asked == "auto":
         _log.warning(_BY_THE_LIBRARY, num_by_the_library, len(layers))
         return None
     return StepGraphs(DecodeGraphs(workspace, forget_step), IdleGraph(workspace, run_without_tokens, forget_step))

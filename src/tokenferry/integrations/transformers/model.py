@@ -12,9 +12,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig
 
-from tokenferry.errors import CapacityError, ConfigError, StateError
+from tokenferry.errors import ConfigError, StateError
 from tokenferry.groups import EPGroup
 from tokenferry.integrations.transformers.checkpoint import check_files
+from tokenferry.integrations.transformers.continuous_batching import adopt, limit
 from tokenferry.integrations.transformers.expert_parallel import ExpertParallel
 from tokenferry.integrations.transformers.graph_choice import check_asked_for
 from tokenferry.integrations.transformers.graphed_generation import GraphedGeneration
@@ -259,23 +260,23 @@ class ExpertParallelModel(GraphedGeneration):
     def init_continuous_batching(
         self, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As the model's own, with batches of at most `max_tokens_per_rank` tokens, and without CUDA graphs on the collective
-        transport, whose counts pass through the host.
+        """As the model's own, with batches of at most `max_tokens_per_rank` tokens. While its manager runs and has no request,
+        the rank takes part in the other ranks' steps.
 
         Raises:
             CapacityError: the configuration asks for larger batches.
-            ConfigError: it asks for CUDA graphs on the collective transport.
+            ConfigError: it asks for CUDA graphs, and this model's forward cannot be captured.
         """
         config = copy.copy(continuous_batching_config) or ContinuousBatchingConfig()
-        _limit_batches(config, self.expert_parallel)
-        _limit_graphs(config, self.expert_parallel)
-        return super().init_continuous_batching(generation_config, config, *args, **kwargs)  # type: ignore[misc]
+        limit(config, self.expert_parallel)
+        manager = super().init_continuous_batching(generation_config, config, *args, **kwargs)  # type: ignore[misc]
+        return adopt(manager, self.expert_parallel)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own, but an error in a forward is raised, not turned into fewer tokens."""
         parallel = self.expert_parallel
         with parallel.thread.hosting("generate_batch"):  # its forwards run in a thread that transformers starts
-            parallel.forget_swallowed()
+            parallel.note_swallowed(None)
             generated = super().generate_batch(*args, **kwargs)  # type: ignore[misc]
             parallel.raise_swallowed()
             parallel.check()
@@ -342,27 +343,4 @@ def _keep_local_experts(model: Any) -> None:
     if "grouped_mm" in implementations.values():
         model.set_experts_implementation(
             {key: LOCAL_EXPERTS if name == "grouped_mm" else name for key, name in implementations.items()}
-        )
-
-
-def _limit_batches(config: Any, parallel: ExpertParallel) -> None:
-    capacity = parallel.options.max_tokens_per_rank
-    if config.max_batch_tokens is None:
-        config.max_batch_tokens = capacity
-    elif config.max_batch_tokens > capacity:
-        raise CapacityError(
-            f"max_batch_tokens is {config.max_batch_tokens} but max_tokens_per_rank is {capacity}; "
-            f"set max_batch_tokens to {capacity} or less, or load the model with a larger max_tokens_per_rank"
-        )
-
-
-def _limit_graphs(config: Any, parallel: ExpertParallel) -> None:
-    if not parallel.workspace.active_transport.counts_pass_through_hosts or parallel.group.device.type != "cuda":
-        return
-    if config.use_cuda_graph is None:
-        config.use_cuda_graph = False
-    elif config.use_cuda_graph not in (False, (False, False)):
-        raise ConfigError(
-            f"use_cuda_graph is {config.use_cuda_graph} but the transport is 'collective', which a CUDA graph cannot hold; "
-            "leave use_cuda_graph out, or load the model with transport='p2p' or 'nvls'"
         )
