@@ -11,6 +11,8 @@ import torch
 
 _NON_BLOCKING = 1
 """CU_STREAM_NON_BLOCKING of cuda.h: nothing on the legacy default stream waits for it, nor it for that."""
+_HIGHEST_PRIORITY = -1000
+"""The driver takes the highest that there is."""
 _CAPTURE_MODE_RELAXED = 2
 """CU_STREAM_CAPTURE_MODE_RELAXED of cuda.h."""
 
@@ -26,10 +28,15 @@ class SideStream:
         self._handle = ctypes.c_void_p()
         self._driver = _driver()
         with torch.cuda.device(device):
-            if self._driver is not None and self._driver.cuStreamCreate(ctypes.byref(self._handle), _NON_BLOCKING) == 0:
+            if self._driver is not None and self._create() == 0:
                 self._stream: Any = torch.cuda.ExternalStream(self._handle.value, device)
             else:
                 self._handle, self._stream = ctypes.c_void_p(), torch.cuda.Stream(device, priority=-1)
+
+    def _create(self) -> int:
+        """Before the large kernels of a busy rank, which is why its priority is the highest."""
+        assert self._driver is not None, "the caller has looked"
+        return int(self._driver.cuStreamCreateWithPriority(ctypes.byref(self._handle), _NON_BLOCKING, _HIGHEST_PRIORITY))
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
