@@ -29,7 +29,7 @@
 
 bool slot[OPERATIONS * N * N];
 byte record[N];
-byte signs[N];                 /* their number, modulo 4: there are two at most between two looks */
+bool is_new[N];                /* the number of signs is not what a rank that waits saw last */
 bool waits[N], looked[N], ended[N];
 byte idle[N];                  /* ticks since a rank that waits has seen a sign, or begun to wait */
 byte total[N];                 /* ticks since it has begun to wait */
@@ -47,7 +47,7 @@ bool gave_up_beside_a_busy_rank, waited_without_a_sign, waited_too_long, nobody_
 
 /* What no longer matters is made equal, so that there are fewer states. */
 inline end_wait() {
-    waits[me] = false; looked[me] = false; idle[me] = 0; total[me] = 0; silent[me] = 0; seen = 0
+    waits[me] = false; looked[me] = false; idle[me] = 0; total[me] = 0; silent[me] = 0; is_new[me] = false
 }
 
 inline look() {
@@ -56,16 +56,16 @@ inline look() {
     if :: busy -> idle[me] = 0 :: else fi
 #else
 #ifdef PER_SOURCE
-    if :: (signs[me] != seen && peer == 0) -> idle[me] = 0 :: else fi;
+    if :: (is_new[me] && peer == 0) -> idle[me] = 0 :: else fi;
 #else
-    if :: signs[me] != seen -> idle[me] = 0 :: else fi;
+    if :: is_new[me] -> idle[me] = 0 :: else fi;
 #endif
-    seen = signs[me]
+    is_new[me] = false
 #endif
 }
 
 proctype Rank(byte me) {
-    byte operation, peer, seen;
+    byte operation, peer;
     do
     :: operation == OPERATIONS -> break
     :: operation < OPERATIONS ->
@@ -80,7 +80,7 @@ proctype Rank(byte me) {
             :: peer < N -> slot[AT(operation, peer, me)] = true; peer++
             :: peer == N -> break
             od;
-            peer = 0; waits[me] = true; seen = signs[me] };
+            peer = 0; waits[me] = true };
         do
         :: atomic { RUNS && peer < N && (slot[AT(operation, me, peer)] || !IS_AWAITED(operation, peer)) -> peer++ }
         :: atomic { peer == N -> end_wait(); break }
@@ -109,10 +109,10 @@ over:
 /* The thread of rank 0. */
 proctype Signs() {
     do
-    :: atomic { !stopped && busy && !was_told[1] -> was_told[1] = true; signs[1] = (signs[1] + 1) % 4; silent[1] = 0 }
+    :: atomic { !stopped && busy && !was_told[1] -> was_told[1] = true; silent[1] = 0; is_new[1] = waits[1] }
     :: atomic { !stopped && busy && !was_told[2] -> was_told[2] = true;
 #ifndef FIRST_PEER_ALONE
-        signs[2] = (signs[2] + 1) % 4;
+        is_new[2] = waits[2];
 #endif
         silent[2] = 0 }
     :: ended[0] && ended[1] && ended[2] -> break
