@@ -153,6 +153,20 @@ def test_whatever_waits_for_a_peer_polls_past_the_caches(name: str, capability: 
 
 
 @CAPABILITIES
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_whatever_waits_for_a_peer_looks_at_the_abort_record_past_the_caches(name: str, capability: int) -> None:
+    """The load at the start of a launch may give a record that is one launch old: a record that it misses ends the next wait."""
+    lines = instructions(name, capability)
+    starts = list(places(lines, "^W:"))
+    assert starts, "the kernel waits"
+    for start in starts:
+        loop = lines[start : start + next(places(lines[start:], "^HAVE:"))]
+        looks = [place for place, line in enumerate(loop) if re.match(r"ld\.relaxed\.sys\.global\.u64 %rec, \[%\w+\]$", line)]
+        assert len(looks) == 1, loop
+        assert loop[looks[0] + 1 : looks[0] + 3] == ["setp.ne.u64 %p0, %rec, 0", "@%p0 bra LEFT"]
+
+
+@CAPABILITIES
 @pytest.mark.parametrize("name", BULK)
 def test_packets_are_sent_past_the_caches(name: str, capability: int) -> None:
     """Words that differ from one another are a payload; the sentinel is the same word everywhere."""

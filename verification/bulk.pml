@@ -1,8 +1,8 @@
-/* Bulk rounds: rows stored straight to their final place, arrival counters that hold the number of the round.
+/* Bulk rounds: rows stored straight to their final place, arrival counters that hold the number of the bulk round.
  *
  * N ranks run steps for ever. Each step: one full exchange of counts (its own protocol is in slots.pml; here it is a
  * rendezvous), then ROUNDS rounds. In every step every rank brings rows (tokens 1) or none (0), and the step is bulk or goes
- * through slots: those rounds count too but touch neither rows nor counters here.
+ * through slots: those rounds do not count, and touch neither rows nor counters here.
  *
  * Memory as in slots.pml: stores to different addresses become visible in any order. A counter is stored with release: it
  * becomes visible only after all that its rank has stored before. A store of one step is visible before its rank enters the next
@@ -17,8 +17,8 @@
  *
  * Variants:
  *   ALWAYS, NEVER      sets of ranks that always bring rows, or never: fewer states
- *   AT_LEAST           a counter is compared as "not behind, by less than half the range", and not for equality (a bug to be found)
- *   MAX_SLOT_ROUNDS    at most so many rounds in a row go through slots: a counter may be that old when it is looked at
+ *   COUNTED_IN_SLOTS   up to so many rounds in a row go through slots, and count: a counter may be a whole range old when it is
+ *                      looked at (a bug to be found)
  *   WRITE_AFTER_STEP   after the last combine of a step a rank writes its terms without any exchange (a bug to be found)
  *   UNORDERED_SIGNAL   the counter is an ordinary store (a bug to be found)
  */
@@ -30,9 +30,6 @@
 #endif
 #ifndef EPOCHS
 #define EPOCHS 4
-#endif
-#ifndef MAX_SLOT_ROUNDS
-#define MAX_SLOT_ROUNDS (EPOCHS - 2)
 #endif
 
 #define AT(dst, src) ((dst) * N + (src))
@@ -49,11 +46,13 @@
 #endif
 #define CHOOSE_TOKENS if :: !((NEVER >> me) & 1) -> tokens = 1 :: !((ALWAYS >> me) & 1) -> tokens = 0 fi
 
-#ifdef AT_LEAST
-#define REACHED(counter, wanted) (((counter) + EPOCHS - (wanted)) % EPOCHS < EPOCHS / 2)
+#ifdef COUNTED_IN_SLOTS
+#define MAY_GO_IN_SLOTS slot_rounds < COUNTED_IN_SLOTS -> slot_rounds++
 #else
-#define REACHED(counter, wanted) ((counter) == (wanted))
+#define MAY_GO_IN_SLOTS true
 #endif
+
+#define REACHED(counter, wanted) ((counter) == (wanted))
 
 /* The truth about a row is the round that it belongs to, which does not repeat with the counters: modulo twice their range. */
 #define TRUE_ROUNDS (2 * EPOCHS)
@@ -69,7 +68,7 @@ bool opened;
 byte passed;
 byte busy, brings;    /* bit r: rank r brings rows in this step; in the one that is being entered */
 bool is_bulk;         /* else this step has one round through slots */
-byte slot_rounds;     /* how many of those there have been in a row */
+byte slot_rounds;     /* how many of those there have been in a row, if they count */
 
 bool overwrote_unread_row, read_stale_row;
 
@@ -133,13 +132,19 @@ proctype Rank(byte me) {
             :: entered == N -> opened = true; entered = 0; busy = brings; brings = 0;
                 if
                 :: slot_rounds = 0; is_bulk = true
-                :: slot_rounds < MAX_SLOT_ROUNDS -> slot_rounds++; is_bulk = false
+                :: MAY_GO_IN_SLOTS; is_bulk = false
                 fi
             :: else
             fi };
         atomic { opened -> passed++; if :: passed == N -> passed = 0; opened = false :: else fi };
         if
-        :: atomic { !is_bulk -> next_round() }
+        :: atomic { !is_bulk ->
+#ifdef COUNTED_IN_SLOTS
+            next_round()
+#else
+            skip
+#endif
+           }
         :: is_bulk ->
             do
             :: done < ROUNDS ->

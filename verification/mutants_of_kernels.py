@@ -43,6 +43,20 @@ OF_KERNELS = (
         ("tests/interpreter/test_conformance.py::test_recorded_events_obey_the_rules_of_the_models[2]",),
     ),
     Mutant(
+        "rounds-in-slots-are-counted",
+        f"{_KERNELS}/combine.py",
+        "        if is_bulk:\n            wire.end_round",
+        "        if size > 1:\n            wire.end_round",
+        ("tests/interpreter/test_conformance.py::test_recorded_events_obey_the_rules_of_the_models[2]",),
+    ),
+    Mutant(
+        "bulk-rounds-are-not-counted",
+        f"{_KERNELS}/combine.py",
+        "        if is_bulk:\n            wire.end_round",
+        "        if size == 0:\n            wire.end_round",
+        ("tests/interpreter/test_conformance.py::test_recorded_events_obey_the_rules_of_the_models[2]",),
+    ),
+    Mutant(
         "interpreted-poll-leaves-the-packet-in-its-slot",
         f"{_KERNELS}/wire_interpreter.py",
         "                window[index[ready] + j] = SENTINEL\n",

@@ -105,6 +105,20 @@ OF_PTX = (
         (f"{ORDER}test_whatever_waits_for_a_peer_polls_past_the_caches[combine-90]",),
     ),
     Mutant(
+        "waits-look-at-the-abort-record-in-the-cache",
+        f"{_KERNELS}/wire_ptx.py",
+        "ld.relaxed.sys.global.u64 %rec, [{control}];",
+        "ld.global.u64 %rec, [{control}];",
+        (f"{ORDER}test_whatever_waits_for_a_peer_looks_at_the_abort_record_past_the_caches[dispatch-90]",),
+    ),
+    Mutant(
+        "waits-do-not-leave-because-of-an-abort-record",
+        f"{_KERNELS}/wire_ptx.py",
+        "ld.relaxed.sys.global.u64 %rec, [{control}]; setp.ne.u64 %p0, %rec, 0; @%p0 bra LEFT;",
+        "",
+        (f"{ORDER}test_whatever_waits_for_a_peer_looks_at_the_abort_record_past_the_caches[dispatch-90]",),
+    ),
+    Mutant(
         "packets-are-sent-by-plain-stores",
         f"{_KERNELS}/wire_ptx.py",
         'return _store(words, "st.relaxed.sys.global")',

@@ -36,11 +36,13 @@ class Violation(Exception):
 
 @dataclass
 class Launch:
-    """What a rank knows while a launch of it runs: of every rank, how many launches are over."""
+    """What a rank knows while a launch of it runs: of every rank, how many launches are over. `epoch` is what flags hold in a
+    bulk round: the number of bulk rounds, this one included."""
 
     kind: str
     number: int
     round: int
+    epoch: int
     known: list[int]
 
 
@@ -59,6 +61,7 @@ class _Rank:
     launches: list[Launch] = field(default_factory=list)
     received: list[int] = field(default_factory=list)
     round: int = 0
+    bulk_rounds: int = 0
     step: int = 0
     tokens: dict[int, int] = field(default_factory=dict)
     next_event: int = 0
@@ -122,10 +125,14 @@ class Replay:
             return False
         if state.launches and state.launches[-1].kind == "combine":
             state.round += 1
+            state.bulk_rounds += self._is_bulk(state)
         number = len(state.launches)
         state.received[rank] = number - 1
-        state.launches.append(Launch(str(event.place), number, state.round, list(state.received)))
+        state.launches.append(Launch(str(event.place), number, state.round, state.bulk_rounds + 1, list(state.received)))
         return True
+
+    def _is_bulk(self, state: _Rank) -> bool:
+        return max(state.tokens.values()) > self._slot_rows
 
     def _waits_are_over(self, rank: int, state: _Rank, launch: Launch) -> bool:
         """What leaves no event: the waits for counts and signals at the end of a launch. Learns what they tell."""
@@ -136,10 +143,10 @@ class Replay:
             for peer in peers:
                 sent_in, state.tokens[peer] = self._counts[peer, rank, state.step]
                 self._learn(state, peer, sent_in)
-        elif launch.kind in ("dispatch", "combine") and max(state.tokens.values()) > self._slot_rows:
+        elif launch.kind in ("dispatch", "combine") and self._is_bulk(state):
             region = "arrived" if launch.kind == "dispatch" else "ready"
             waited_for = [peer for peer in peers if state.tokens[peer if region == "arrived" else rank]]
-            signals = {peer: self._signal_of(region, rank, peer, launch.round + 1) for peer in waited_for}
+            signals = {peer: self._signal_of(region, rank, peer, launch.epoch) for peer in waited_for}
             if None in signals.values():
                 return False
             for peer, signal in signals.items():

@@ -229,10 +229,11 @@ def combine_kernel(
     wire.wait_for_previous_kernel(PDL)
     wire.let_next_kernel_start(PDL)
     record = wire.read_record(buffer_ptr)
-    ticket = tl.zeros([], tl.int64)
-    if mode >= wire.MODE_RECEIVE:
-        ticket = wire.take_ticket(counters_ptr)
     in_slots = largest <= slot_rows
+    is_bulk = (largest > slot_rows) & (size > 1)
+    ticket = tl.zeros([], tl.int64)
+    if is_bulk & (mode >= wire.MODE_RECEIVE):
+        ticket = wire.take_ticket(counters_ptr)
     blamed = wire.blame(step, layer, rank, wire.DATA_MISSING)
     hints_ptr = buffer_ptr + counts_offset + ((step + 1) & 1) * size * wire.COUNT_PACKET_BYTES + wire.COUNT_PACKET_STEP_OFFSET
     num_own_packets = num_tokens * PER_ROW
@@ -258,7 +259,7 @@ def combine_kernel(
                 wire.send(target_ptr + index * (WORDS * 4), w0, w1, w2, w3, live, buffer_ptr, WORDS)
             begin -= tl.where(blocks < programs, blocks, blocks % programs)
             begin = tl.where(begin < 0, begin + programs, begin)
-    elif (largest > slot_rows) & (size > 1):
+    elif is_bulk:
         epoch = round_number + 1
         terms_ptr = buffer_ptr + terms_offset
         if mode == wire.MODE_RECEIVE:
@@ -326,7 +327,7 @@ def combine_kernel(
             element = first_own_element + following.to(tl.int64) * PER_PACKET
             n0, n1, n2, n3 = load_term(partial_ptr, element, following < num_own_packets, PARTIAL, WIRE, WORDS)
             if FLAG_BLOCK != 0:  # noqa: SIM102  # this one is decided by the compiler
-                if (largest > slot_rows) & (size > 1):
+                if is_bulk:
                     flag = b * BLOCK // FLAG_BLOCK % num_flags
                     flag_ptr = (buffer_ptr + ready_offset) + (lanes * MAX_PROGRAMS + flag) * wire.FLAG_BYTES
                     is_awaited = (lanes < size) & (lanes != rank)
@@ -363,7 +364,7 @@ def combine_kernel(
                     hint_ptr = hints_ptr + source * wire.COUNT_PACKET_BYTES
                     w0, w1, w2, w3 = wire.poll_and_clear(packet_ptr, live, buffer_ptr, blamed_source, hint_ptr, WORDS)
                 elif SWITCH_SUM:
-                    if (largest > slot_rows) & (size > 1):
+                    if is_bulk:
                         summed_ptr = multicast_ptr.to(tl.int64) + terms_offset + first_row.to(tl.int64) * ROW_BYTES
                         w0, w1, w2, w3 = wire.multicast_sum(summed_ptr + index * (WORDS * 4), live, buffer_ptr)
                 elif source != rank:
@@ -384,6 +385,7 @@ def combine_kernel(
                 s7 = tl.where(source == 0, h3, s7 + h3)
             kept = live & (packet < num_out * PER_ROW)
             store_sum(out_ptr, index * PER_PACKET, kept, s0, s1, s2, s3, s4, s5, s6, s7, WIRE, OUT, WORDS)
-        wire.end_round(counters_ptr, ticket, programs, round_number)
+        if is_bulk:
+            wire.end_round(counters_ptr, ticket, programs, round_number)
         if pid == 0:  # the next dispatch reads it
             tl.store(wire.field(buffer_ptr, wire.DIRTY_ROWS_OFFSET, tl.int32), num_valid)

@@ -34,7 +34,7 @@ SOLO_COUNTERS_OFFSET = 192
 STEP_OFFSET = 0
 """int32: the number of the step, which is the epoch of its count packets."""
 ROUND_OFFSET = 8
-"""int64: upper half: rounds (a dispatch and its combine) that are done; lower half: tickets taken in the combine under way."""
+"""int64: upper half: bulk rounds (a dispatch and its combine) that are done; lower half: tickets taken in the one under way."""
 NUM_REAL_OFFSET = 16
 """int32: `num_real_tokens` of the step, where the host knows it."""
 

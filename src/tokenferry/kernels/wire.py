@@ -111,8 +111,13 @@ def field(address, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def read_record(control_ptr):
     """The abort record, 0 if there is none. Kernels read it first, beside everything else that they need to begin, so that all
-    of it together costs one global-memory latency."""
-    return tl.load(field(control_ptr, RECORD_OFFSET, tl.int64), volatile=True)
+    of it together costs one global-memory latency.
+
+    The load may be served by the L1 cache, as those of the step's counts beside it: a thousand warps that ask the L2 for one
+    word wait for one another. So it may miss a record that came while this launch or the one before it began. Nothing rests on
+    it: what is sent then does no harm, and every wait looks again, past the caches.
+    """
+    return tl.load(field(control_ptr, RECORD_OFFSET, tl.int64))
 
 
 @triton.jit
@@ -132,7 +137,7 @@ def claim_record(control_ptr, record):
 
 @triton.jit
 def read_round(counters_ptr):
-    """The number of rounds that are done. A program that takes a ticket reads it before that, so that it cannot read the next."""
+    """The number of bulk rounds that are done. A program that takes a ticket reads it first, so that it cannot read the next."""
     return (tl.load(field(counters_ptr, ROUND_OFFSET, tl.int64)) >> 32).to(tl.int32)
 
 
