@@ -1,4 +1,4 @@
-"""What carries the rows of vLLM's MoE layers, to be exchanged within one running engine: its own manager, ours, and none at all.
+"""What carries the rows of vLLM's MoE layers, to be changed within one running engine: its own manager, ours, and none at all.
 
 `Arms` keeps the managers and their graphs side by side: in one process, with one set of weights, the exchange is all that differs.
 """
@@ -40,7 +40,9 @@ def silent_class(base: type) -> type:
             self._num_layers, self._remembered, self._masks_padding = num_layers, remembered, masks_padding
             self._layer, self._own, self._is_silent = 0, slice(0, 0), False
 
-        def dispatch(self, hidden: Any, weights: Any, ids: Any, is_sequence_parallel: bool = False, extra_tensors: Any = None) -> Any:
+        def dispatch(
+            self, hidden: Any, weights: Any, ids: Any, is_sequence_parallel: bool = False, extra_tensors: Any = None
+        ) -> Any:
             counts = tuple(self._get_sizes(hidden.shape[0], self._get_comm_group(is_sequence_parallel)))
             place, self._layer = (counts, self._layer), (self._layer + 1) % self._num_layers
             start = sum(counts[: self.rank])

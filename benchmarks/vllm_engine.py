@@ -6,7 +6,8 @@
 A random Qwen3-MoE (8 layers, 64 experts, top-8, hidden size 2048, bfloat16) is served by two data-parallel ranks with its experts
 spread over both. vLLM starts once; then its manager of the exchange is changed within the engine, so that weights, memory and
 everything else stay. In turn, several times: vLLM's own (all-gathers and reduce-scatter over NCCL), ours, and none at all, which
-gives each layer remembered rows. What a step takes longer than with none is its exchange. Loads are requests of rank 0 / of rank 1.
+gives each layer remembered rows: what a step takes longer than with none is its exchange. A load says how many requests rank 0
+serves, and rank 1.
 
 Each step's time is between two of vLLM's own meetings of the ranks, which stand at the begin of every forward; "forward" is the
 captured graph's time on the GPU. The engine's loop runs in the rank's own process: no messages to a front end.
@@ -39,6 +40,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_USE_DEEP_GEMM": "0",
+    "VLLM_HOST_IP": "127.0.0.1",
     "HF_HUB_OFFLINE": "1",
 }
 CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
@@ -81,12 +83,11 @@ def save_config(folder: Path, options: argparse.Namespace) -> None:
     config.save_pretrained(folder)
 
 
-def run_ranks(options: argparse.Namespace, attention: str, model: Path) -> bool:
+def run_ranks(options: argparse.Namespace, attention: str, model: Path, end_s: float) -> bool:
     """Whether both ranks came to their end. What they said is in OUT.0.log and OUT.1.log."""
     port, programs = free_port(), []
     environment = os.environ | ENVIRONMENT | (CPU_ENVIRONMENT if options.device == "cpu" else {"OMP_NUM_THREADS": "4"})
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "benchmarks"), environment.get("PYTHONPATH", "")])
-    end_s = time.monotonic() + options.limit_s
     for rank in (0, 1):
         place = {"SIZE": "2", "RANK": str(rank), "RANK_LOCAL": str(rank), "MASTER_IP": "127.0.0.1", "MASTER_PORT": str(port)}
         given = {**vars(options), "out": str(options.out), "attention": attention, "model": str(model)}
@@ -115,20 +116,22 @@ def tail(path: Path, lines: int = 12) -> str:
 def main() -> None:
     options = options_given()
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.unlink(missing_ok=True)
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory() as model:
         save_config(Path(model), options)
         for attention in options.attention.split(","):
-            if run_ranks(options, attention, Path(model)):
+            if run_ranks(options, attention, Path(model), began_s + options.limit_s):
                 break
             for rank in (0, 1):
                 print(f"--- {attention}, rank {rank}\n{tail(options.out.with_suffix(f'.{rank}.log'))}")
         else:
-            sys.exit("no run came to its end")
+            print("no run came to its end; what was measured until then:")
     print(f"{datetime.date.today()}, {time.monotonic() - began_s:.0f} s")
     from vllm_table import table
 
-    print(table([json.loads(line) for line in options.out.read_text().splitlines()]))
+    if options.out.exists():
+        print(table([json.loads(line) for line in options.out.read_text().splitlines()]))
 
 
 if __name__ == "__main__":

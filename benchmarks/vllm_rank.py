@@ -46,7 +46,7 @@ class Rank:
         self.options = options
         self.meetings: list[tuple[float, float]] = []
         began_s = time.monotonic()
-        with note("vLLM is imported"):
+        with note("vLLM has started"):
             self.llm = start_engine(options)
         self.start_s = time.monotonic() - began_s
         self.engine = self.llm.llm_engine
@@ -55,8 +55,8 @@ class Rank:
 
         self.group = get_dp_group()
         self.rank, self.size = self.group.rank_in_group, self.group.world_size
-        self.num_layers = self.llm.model_config.hf_config.num_hidden_layers if hasattr(self.llm, "model_config") else 0
-        fill_weights(self.runner.model, self.rank, self.size)
+        with note("weights are drawn"):
+            fill_weights(self.runner.get_model(), self.rank, self.size)
         self._watch_meetings()
         self.arms = Arms(self.runner, self.runner.model_config.hf_config.num_hidden_layers)
 
@@ -109,7 +109,7 @@ class Rank:
             step_ms=1e3 * (begins[-1] - begins[first]) / (len(begins) - 1 - first),
             forward_ms=statistics.fmean(replays) if replays else 0.0,
             meeting_ms=1e3 * statistics.fmean(end - begin for begin, end in self.meetings[first:]),
-            tokens=[finished[key] for key in sorted(finished, key=lambda key: int(key.rsplit("-", 1)[1].split("-")[0]))],
+            tokens=[finished[key] for key in sorted(finished, key=lambda key: int(key.split("-")[1]))],
         )
 
 
@@ -192,6 +192,8 @@ class Measurement:
 
     def run(self) -> None:
         options = self.rank.options
+        with self.rank.arms.using("ours", graphs=False):
+            self._wave((1,) * self.rank.size, 3)  # opens the workspace where no profile run has
         self.add(**self.about())
         with note("rows are remembered"):
             for load in loads(options):
@@ -277,7 +279,9 @@ class Measurement:
                 self.rank.arms.using(name, graphs=mode == "graphs"),
             ):
                 self._wave(load, steps)
-            kernels = {event.key[:90]: (event.self_device_time_total / steps, event.count / steps) for event in profile.key_averages()}
+            kernels = {
+                event.key[:90]: (event.self_device_time_total / steps, event.count / steps) for event in profile.key_averages()
+            }
         except Exception as error:  # noqa: BLE001 - what a profiler cannot do is no reason to lose the rest
             kernels = {repr(error)[:200]: (0.0, 0.0)}
         told = self.rank.gather(kernels)
