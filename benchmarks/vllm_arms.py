@@ -1,6 +1,6 @@
 """What carries the rows of vLLM's MoE layers, to be changed within one running engine: its own manager, ours, and none at all.
 
-`Arms` keeps the managers and their graphs side by side: in one process, with one set of weights, the exchange is all that differs.
+`Arms` keeps the managers and their graphs side by side: in one process, with one set of weights, the exchange alone differs.
 """
 
 import contextlib

@@ -39,6 +39,8 @@ class WorkspaceView(Protocol):
     @property
     def device(self) -> torch.device: ...
     @property
+    def result_dtype(self) -> torch.dtype: ...
+    @property
     def step(self) -> Step: ...
     @property
     def active_transport(self) -> Transport: ...
@@ -54,6 +56,7 @@ class Dispatcher:
     def __init__(self, workspace: WorkspaceView, layer: int) -> None:
         self._workspace, self.layer = workspace, layer
         self._num_supplied = 0
+        self._sent: torch.Tensor | None = None
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         refuse_pickling(self, "it belongs to its workspace: ask that for another with dispatcher()")
@@ -66,7 +69,7 @@ class Dispatcher:
                 id -1.
             topk_idx: [T', K] int32 or int64 global expert numbers, -1 = no expert, contiguous. On CUDA nobody looks at the
                 values, but in debug mode: one beyond the experts is nobody's, and arrives as -1 if no int32 holds it.
-            topk_weights: [T', K] float32, bfloat16 or float16, contiguous.
+            topk_weights: [T', K] float32, bfloat16 or float16. Copied first where it is not contiguous.
 
         Returns:
             See `Dispatched` for how long its tensors are valid. On `local` some of them are the arguments themselves: who writes
@@ -103,6 +106,9 @@ class Dispatcher:
                 if had_gradient:
                     torch._C._set_grad_enabled(True)
                 lifecycle.leave()
+        weights = _made_contiguous(topk_weights)
+        if weights is not topk_weights:
+            return self.dispatch(hidden, topk_idx, weights)
         self._begin_dispatch("dispatch", hidden, topk_idx, topk_weights)  # the long way: it says what is wrong
         return self.dispatch_end()
 
@@ -113,7 +119,7 @@ class Dispatcher:
         are kept alive, and may be dropped. With TOKENFERRY_DEBUG=1 a change is a StateError there, on CUDA in the next
         `begin_step` or `check`.
         """
-        self._begin_dispatch("dispatch_begin", hidden, topk_idx, topk_weights)
+        self._begin_dispatch("dispatch_begin", hidden, topk_idx, _made_contiguous(topk_weights))
 
     def _begin_dispatch(self, called: str, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         """`called`: what the caller called, for messages."""
@@ -148,26 +154,33 @@ class Dispatcher:
         return dispatched
 
     def combine_input(self) -> torch.Tensor:
-        """[R, H] in `combine_dtype`: experts that write their partial rows here save a copy. Valid until `combine_begin`."""
+        """[R, H] in `combine_dtype`: experts that write their partial rows here save a copy, also where they write only its first
+        rows and give those to `combine`. Valid until `combine_begin`."""
         self._workspace.lifecycle.require("combine_input", self.layer)
         return self._workspace.active_transport.combine_input()
 
-    def combine(self, partial: torch.Tensor, dispatched: Dispatched | None = None) -> torch.Tensor:
+    def combine(
+        self, partial: torch.Tensor, dispatched: Dispatched | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Sums every rank's partial rows at the rank that owns the token.
 
         Args:
-            partial: [R, H] bfloat16, float16 or float32, contiguous: for each gathered row the weighted sum over this rank's
-                experts. Rows >= V are not read. May be `combine_input()`.
+            partial: [V to R, H] bfloat16, float16 or float32, contiguous: for each gathered row the weighted sum over this rank's
+                experts. Rows >= V are not read, and need not be there. May be `combine_input()`, or its first rows.
             dispatched: the dispatch that this answers, to have the pairing checked.
+            out: [T', H] in `result_dtype`, contiguous, gets the result. It must not overlap `partial` or the gathered rows.
 
         Returns:
-            [T', H] in the workspace's `result_dtype`, the configuration's unless asked for; the caller's own.
+            [T', H] in the workspace's `result_dtype`, the configuration's unless asked for: `out`, or the caller's own.
 
         Raises:
-            As `dispatch`; StateError also if `dispatched` is another dispatch's, or was combined already.
+            As `dispatch`; StateError also if `dispatched` is another dispatch's, or was combined already. Fewer rows than V are
+            a ShapeError where the host knows V. On symmetric transports the device finds them: nothing is sent then, and
+            `check()` and later calls raise PeerFailedError for this rank, on every rank.
         """
         if torch.compiler.is_compiling():
-            return self._workspace.operators.combine(self.layer, partial, self._num_supplied)
+            combined = self._workspace.operators.combine(self.layer, partial, self._num_supplied)
+            return combined if out is None else out.copy_(combined)
         workspace, layer = self._workspace, self.layer
         lifecycle = workspace.lifecycle
         if lifecycle.try_enter():
@@ -178,7 +191,11 @@ class Dispatcher:
             transport.launched = False
             try:
                 if lifecycle.allows(Stage.DISPATCHED) and lifecycle.layer == layer and self._partial_fits(partial, dispatched):
-                    combined = transport.combine(partial)
+                    if out is None:
+                        combined = transport.combine(partial)
+                    else:
+                        self._check_out(out, partial)
+                        combined = transport.combine(partial, out)
                     lifecycle.advance("combine_begin", layer)
                     lifecycle.advance("combine_end", layer)
                     return combined
@@ -190,7 +207,7 @@ class Dispatcher:
                     torch._C._set_grad_enabled(True)
                 lifecycle.leave()
         self._begin_combine("combine", partial, dispatched)  # the long way: it says what is wrong
-        return self.combine_end()
+        return self.combine_end(out)
 
     def combine_begin(self, partial: torch.Tensor, dispatched: Dispatched | None = None) -> None:
         """The sending half of `combine`: returns at once.
@@ -208,14 +225,21 @@ class Dispatcher:
             workspace.lifecycle.require("combine_begin", self.layer, called)
             self._check_partial(partial)
             workspace.active_transport.combine_begin(partial)
+            self._sent = partial
             workspace.lifecycle.advance("combine_begin", self.layer)
 
-    def combine_end(self) -> torch.Tensor:
-        """The receiving half of `combine`."""
+    def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The receiving half of `combine`, which has `out`."""
         workspace = self._workspace
         with _Guarded(workspace, "combine_end"):
             workspace.lifecycle.require("combine_end", self.layer)
-            combined = workspace.active_transport.combine_end()
+            transport = workspace.active_transport
+            if out is None:
+                combined = transport.combine_end()
+            else:
+                self._check_out(out, self._sent)
+                combined = transport.combine_end(out)
+            self._sent = None
             workspace.lifecycle.advance("combine_end", self.layer)
         return combined
 
@@ -237,7 +261,14 @@ class Dispatcher:
         if dispatched is not None and not (type(dispatched) is Dispatched and dispatched.handle is workspace.lifecycle.handle):
             return False
         num_rows = _fitting_rows(partial, workspace.config.hidden_size, HIDDEN_DTYPES, workspace.device)
-        return num_rows == workspace.lifecycle.gathered_rows
+        return num_rows == workspace.lifecycle.gathered_rows or self._may_be_all(num_rows)
+
+    def _may_be_all(self, num_rows: int) -> bool:
+        """Whether so many partial rows, fewer than R, may be V or more, for all that the host knows."""
+        workspace = self._workspace
+        if workspace.active_transport.fixed_rows is None:  # R is V itself
+            return False
+        return workspace.step.num_tokens <= num_rows < workspace.lifecycle.gathered_rows
 
     def _check_rows(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         config, step = self._workspace.config, self._workspace.step
@@ -275,12 +306,23 @@ class Dispatcher:
 
     def _check_partial(self, partial: torch.Tensor) -> None:
         _check_tensor("partial", partial, self._workspace.config.hidden_size, HIDDEN_DTYPES, self._workspace.device)
-        gathered_rows = self._workspace.lifecycle.gathered_rows
-        if partial.shape[0] != gathered_rows:
-            raise ShapeError(
-                f"partial has {partial.shape[0]} rows but dispatch returned {gathered_rows}; "
-                "give one partial row for each gathered row"
-            )
+        num_rows, gathered_rows = partial.shape[0], self._workspace.lifecycle.gathered_rows
+        if num_rows == gathered_rows or self._may_be_all(num_rows):
+            return
+        raise ShapeError(
+            f"partial has {num_rows} rows but dispatch returned {gathered_rows}; give one partial row for each gathered row, or "
+            f"for each token of all ranks at least, of which this one brings {self._workspace.step.num_tokens}"
+        )
+
+    def _check_out(self, out: torch.Tensor, partial: torch.Tensor | None) -> None:
+        workspace = self._workspace
+        _check_tensor("out", out, workspace.config.hidden_size, (workspace.result_dtype,), workspace.device)
+        if out.shape[0] != self._num_supplied:
+            raise ShapeError(f"out has {out.shape[0]} rows but hidden had {self._num_supplied}; they must be equal")
+        fixed = workspace.active_transport.fixed_rows
+        for name, tensor in (("partial", partial), ("the gathered rows", None if fixed is None else fixed.hidden_RH)):
+            if tensor is not None and _overlap(out, tensor):
+                raise LayoutError(f"out overlaps {name}, which are read while it is written; give memory of its own")
 
 
 class _Guarded:
@@ -319,6 +361,19 @@ def _fitting_rows(tensor: torch.Tensor, columns: int, dtypes: tuple[torch.dtype,
     if num_columns != columns or tensor.dtype not in dtypes or tensor.device != device:
         return -1
     return num_rows if tensor.is_contiguous() and not tensor.is_neg() else -1
+
+
+def _made_contiguous(weights: torch.Tensor) -> torch.Tensor:
+    """What is no dense tensor is left to the checks."""
+    if not isinstance(weights, torch.Tensor) or weights.layout is not torch.strided or weights.is_contiguous():
+        return weights
+    return weights.contiguous()
+
+
+def _overlap(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two contiguous tensors have memory in common."""
+    begin, other = left.data_ptr(), right.data_ptr()
+    return left.device == right.device and begin < other + right.nbytes and other < begin + left.nbytes
 
 
 def _ids_out_of_range(topk_idx: torch.Tensor, num_experts: int) -> int | None:
