@@ -175,8 +175,8 @@ class Dispatcher:
 
         Raises:
             As `dispatch`; StateError also if `dispatched` is another dispatch's, or was combined already. Fewer rows than V are
-            a ShapeError where the host knows V. On symmetric transports the device finds them: nothing is sent then, and
-            `check()` and later calls raise PeerFailedError for this rank, on every rank.
+            a ShapeError where the host knows V. Else the device finds them and sends nothing: `check()` and later calls raise
+            PeerFailedError for this rank, on every rank.
         """
         if torch.compiler.is_compiling():
             combined = self._workspace.operators.combine(self.layer, partial, self._num_supplied)
@@ -194,8 +194,7 @@ class Dispatcher:
                     if out is None:
                         combined = transport.combine(partial)
                     else:
-                        self._check_out(out, partial)
-                        combined = transport.combine(partial, out)
+                        combined = transport.combine(partial, self._checked_out(out, partial))
                     lifecycle.advance("combine_begin", layer)
                     lifecycle.advance("combine_end", layer)
                     return combined
@@ -234,11 +233,7 @@ class Dispatcher:
         with _Guarded(workspace, "combine_end"):
             workspace.lifecycle.require("combine_end", self.layer)
             transport = workspace.active_transport
-            if out is None:
-                combined = transport.combine_end()
-            else:
-                self._check_out(out, self._sent)
-                combined = transport.combine_end(out)
+            combined = transport.combine_end() if out is None else transport.combine_end(self._checked_out(out, self._sent))
             self._sent = None
             workspace.lifecycle.advance("combine_end", self.layer)
         return combined
@@ -314,15 +309,16 @@ class Dispatcher:
             f"for each token of all ranks at least, of which this one brings {self._workspace.step.num_tokens}"
         )
 
-    def _check_out(self, out: torch.Tensor, partial: torch.Tensor | None) -> None:
+    def _checked_out(self, out: torch.Tensor, partial: torch.Tensor | None) -> torch.Tensor:
         workspace = self._workspace
         _check_tensor("out", out, workspace.config.hidden_size, (workspace.result_dtype,), workspace.device)
         if out.shape[0] != self._num_supplied:
             raise ShapeError(f"out has {out.shape[0]} rows but hidden had {self._num_supplied}; they must be equal")
         fixed = workspace.active_transport.fixed_rows
-        for name, tensor in (("partial", partial), ("the gathered rows", None if fixed is None else fixed.hidden_RH)):
-            if tensor is not None and _overlap(out, tensor):
+        for name, read in (("partial", partial), ("the gathered rows", fixed and fixed.hidden_RH)):
+            if read is not None and _overlap(out, read):
                 raise LayoutError(f"out overlaps {name}, which are read while it is written; give memory of its own")
+        return out
 
 
 class _Guarded:
