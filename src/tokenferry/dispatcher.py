@@ -315,7 +315,7 @@ class Dispatcher:
         if out.shape[0] != self._num_supplied:
             raise ShapeError(f"out has {out.shape[0]} rows but hidden had {self._num_supplied}; they must be equal")
         fixed = workspace.active_transport.fixed_rows
-        for name, read in (("partial", partial), ("the gathered rows", fixed and fixed.hidden_RH)):
+        for name, read in (("partial", partial), ("the gathered rows", fixed.hidden_RH if fixed else None)):
             if read is not None and _overlap(out, read):
                 raise LayoutError(f"out overlaps {name}, which are read while it is written; give memory of its own")
         return out
