@@ -20,12 +20,13 @@ def too_few(group: tf.EPGroup, transport: str, way: str, halves: bool) -> list[o
     num_valid = sum(tokens)
     with tf.Workspace(config, group, max_tokens_per_rank=CAPACITY, transport=transport, timeout_s=20) as ws:
         layer = [ws.dispatcher() for _ in range(3)][2]
-        ws.begin_step(tokens[group.rank])
         own = make_inputs(config, tokens, seed=3)[group.rank]
-        got = layer.dispatch(*(each.to(ws.device) for each in (own.hidden, own.topk_idx, own.topk_weights)))
+        given = [each.to(ws.device) for each in (own.hidden, own.topk_idx, own.topk_weights)]
         partial = own.partial.to(ws.device)[: num_valid - (group.rank == 1)]
         error: tf.PeerError | None = None
-        try:
+        try:  # rank 0 may hear of it as soon as its rows have left
+            ws.begin_step(tokens[group.rank])
+            got = layer.dispatch(*given)
             if halves:
                 layer.combine_begin(partial, got)
                 layer.combine_end()
@@ -88,11 +89,11 @@ def no_row_more(group: tf.EPGroup, way: str) -> list[list[float]]:
         own = make_inputs(config, tokens, seed=4)[group.rank]
         sums: list[list[float]] = []
         for missing in (0, group.rank):
-            ws.begin_step(tokens[group.rank])
-            got = layer.dispatch(own.hidden, own.topk_idx, own.topk_weights)
             partial, _memory = before_a_forbidden_page(sum(tokens) - missing, config)
             partial.fill_(1.0 + group.rank)
             try:
+                ws.begin_step(tokens[group.rank])
+                got = layer.dispatch(own.hidden, own.topk_idx, own.topk_weights)
                 sums.append(layer.combine(partial, got).unique().tolist())
             except tf.PeerFailedError as error:
                 sums.append([error.rank])

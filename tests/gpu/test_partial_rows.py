@@ -51,16 +51,16 @@ def in_graphs(group: tf.EPGroup) -> list[str]:
         with ws.capturing(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             forward()
         for count in (3, 4):
-            with torch.cuda.stream(stream):
-                if group.rank == 0:
-                    with ws.replaying():
-                        graph.replay()
-                else:  # eagerly, with enough partial rows
-                    more = [torch.zeros(count, *each.shape[1:], dtype=each.dtype, device=ws.device) for each in given]
-                    ws.begin_step(count)
-                    layer.combine(torch.ones(ws.group.size * 8, config.hidden_size, device=ws.device), layer.dispatch(*more))
-            stream.synchronize()
+            more = [torch.zeros(count, *each.shape[1:], dtype=each.dtype, device=ws.device) for each in given]
             try:
+                with torch.cuda.stream(stream):
+                    if group.rank == 0:
+                        with ws.replaying():
+                            graph.replay()
+                    else:  # eagerly, with enough partial rows
+                        ws.begin_step(count)
+                        layer.combine(torch.ones(group.size * 8, config.hidden_size, device=ws.device), layer.dispatch(*more))
+                stream.synchronize()
                 ws.check()
                 said.append("")
                 if group.rank == 0:
