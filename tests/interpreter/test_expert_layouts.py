@@ -78,13 +78,13 @@ def test_weights_come_by_descriptors_where_tiles_ask_for_them(found) -> None:
 
 FAR, FAR_EXPERT = 1 << 26, (1 << 30) + 24
 STRIDES = {"depth": (48, 1, FAR), "column": (48, FAR, 1), "expert": (FAR_EXPERT, 48, 1)}
-"""Of weights [3, 48, 48] whose last number is beyond 2^31, along one of their dimensions: by depth they lie [depth, expert, column].
-The memory between the numbers is never touched, so it is never there."""
+"""Of weights [3, 48, 48] whose last number is beyond 2^31, along one of their dimensions: by depth they lie [depth, expert,
+column]. The memory between the numbers is never touched, so it is never there."""
 
 
 def far_apart(group: tf.EPGroup, along: str) -> list[float]:
-    """The largest error by pointers and by descriptors. All depths lie in one tile, the first and the last. (The interpreter counts
-    steps from tile to tile without a limit; the GPU test has two tiles.)"""
+    """The largest error by pointers and by descriptors. All depths lie in one tile, the first and the last. (The interpreter
+    counts steps from tile to tile without a limit; the GPU test has two tiles.)"""
     shape = ExpertsConfig(hidden_size=48, intermediate_size=48, num_experts=NUM_EXPERTS, activation=Activation("relu"))
     torch.manual_seed(4)
     experts, rows = Experts(shape, LOCAL, dtype=torch.bfloat16), rows_for(48, torch.bfloat16)
