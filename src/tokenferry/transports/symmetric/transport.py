@@ -13,6 +13,7 @@ import torch
 
 from tokenferry.dispatched import HiddenRows
 from tokenferry.errors import ConfigError, TransportUnavailableError
+from tokenferry.graph_capture import is_capturing
 from tokenferry.kernels import wire
 from tokenferry.kernels.control_block import (
     COUNTERS_OFFSET,
@@ -230,10 +231,13 @@ class SymmetricTransport(RankKernels):
             claim_records(self._buffer.addresses, record.pack())
             return
         args = (1, self._buffer.table_address, self._settings.group.size, record.pack())
-        stream = torch.cuda.Stream(self._settings.group.device)
+        device = self._settings.group.device
+        may_wait = not is_capturing(device)  # CUDA refuses to wait while the calling thread captures a graph
+        stream = torch.cuda.Stream(device)
         with torch.cuda.stream(stream):
             self._resources.kernels.abort(*args)
-        stream.synchronize()
+        if may_wait:
+            stream.synchronize()
 
     def observe(self, observer: Observer) -> None:
         """Shows every packet to `observer`. In the interpreter alone."""
