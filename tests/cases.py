@@ -1,11 +1,14 @@
 """Cases of dispatch and combine that every transport runs, on every kind of rank, and the worker that runs them."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 
 import tokenferry as tf
+from row_data import handed_rows, on
+from tokenferry.dispatched import SAME, QuantizedRows, RowFormat
 from tokenferry.testing.data import RankInputs, make_inputs
 from tokenferry.testing.numeric import first_difference
 from tokenferry.transports.symmetric.layout import SLOT_ROWS
@@ -35,6 +38,8 @@ class StepCase:
     layers: int = 1
     halves: bool = False
     own_buffer: bool = False
+    quantized: bool = False
+    """Whether rows of format fp8_block128 are handed over quantized already."""
     seed: int = 0
 
 
@@ -51,6 +56,7 @@ class Case:
     counts: str = "uneven"
     capacity: int = 8
     transport: str = "collective"
+    dispatch_format: str | RowFormat = "same"
     steps: tuple[StepCase, ...] = field(default=())
 
     @property
@@ -58,7 +64,11 @@ class Case:
         return tf.MoEConfig(hidden_size=self.hidden_size, num_experts=self.num_experts, topk=self.topk, dtype=self.dtype)
 
 
-def same(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
+def same(name: str, got: Any, want: Any) -> None:
+    if isinstance(want, QuantizedRows):
+        same(f"{name}.values", got.values, want.values)
+        same(f"{name}.scales", got.scales, want.scales)
+        return
     difference = first_difference(got, want)
     assert not difference, f"{name}: {difference}"
 
@@ -74,6 +84,7 @@ def run_case(group: tf.EPGroup, case: Case) -> int:
         combine_dtype=case.combine_dtype,
         combine_order=case.combine_order,
         counts=case.counts,
+        dispatch_format=case.dispatch_format,
         timeout_s=20,
     ) as ws:
         dispatchers = [ws.dispatcher() for _ in range(max((step.layers for step in case.steps), default=0))]
@@ -118,15 +129,15 @@ def run_layer(ws: tf.Workspace, dispatcher: tf.Dispatcher, step: StepCase, layer
         partial_dtype=step.partial_dtype,
         supplied=step.supplied,
     )
-    own = inputs[rank]
-    given = [tensor.to(ws.device) for tensor in (own.hidden, own.topk_idx, own.topk_weights)]
+    own, handed = inputs[rank], [handed_rows(each.hidden, ws, quantized=step.quantized) for each in inputs]
+    given = [on(ws.device, rows) for rows in (handed[rank], own.topk_idx, own.topk_weights)]
     if step.halves:
         dispatcher.dispatch_begin(*given)
         got = dispatcher.dispatch_end()
     else:
         got = dispatcher.dispatch(*given)
     settle(ws)
-    expected = expected_dispatch(inputs, step)
+    expected = expected_dispatch(inputs, step, handed, ws.dispatch_format)
     num_valid = sum(step.tokens)
     same("hidden", got.hidden[:num_valid], expected.hidden)
     same("topk_idx", got.topk_idx[:num_valid], expected.topk_idx)
@@ -148,11 +159,17 @@ def run_layer(ws: tf.Workspace, dispatcher: tf.Dispatcher, step: StepCase, layer
     same("combined", out, wanted[: own.hidden.shape[0]])
 
 
-def expected_dispatch(inputs: list[RankInputs], step: StepCase) -> tf.Dispatched:
+def expected_dispatch(
+    inputs: list[RankInputs], step: StepCase, handed: list[Any] | None = None, row_format: RowFormat = SAME
+) -> tf.Dispatched:
+    """`handed`: the rows that the ranks hand over, where they are not those of `inputs`."""
+    handed = [each.hidden for each in inputs] if handed is None else handed
     padded = [
-        tf.reference.pad_rows(i.hidden, i.topk_idx, i.topk_weights, count) for i, count in zip(inputs, step.tokens, strict=True)
+        tf.reference.pad_rows(tf.reference.in_format(rows, row_format), i.topk_idx, i.topk_weights, count)
+        for i, rows, count in zip(inputs, handed, step.tokens, strict=True)
     ]
-    return tf.reference.dispatch(*(list(column) for column in zip(*padded, strict=True)), num_real_tokens=step.real)
+    columns = [list(column) for column in zip(*padded, strict=True)]
+    return tf.reference.dispatch(*columns, num_real_tokens=step.real, dispatch_format=row_format)
 
 
 # --- named cases ----------------------------------------------------------------------------------------------------

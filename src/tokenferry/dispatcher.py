@@ -7,7 +7,7 @@ from typing import NoReturn, Protocol, SupportsIndex
 import torch
 
 from tokenferry.config import HIDDEN_DTYPES, MoEConfig
-from tokenferry.dispatched import Dispatched
+from tokenferry.dispatched import FLOAT8, Dispatched, HiddenRows, QuantizedRows, RowFormat, num_scales
 from tokenferry.errors import (
     CapacityError,
     DeviceError,
@@ -37,6 +37,8 @@ class WorkspaceView(Protocol):
     @property
     def config(self) -> MoEConfig: ...
     @property
+    def dispatch_format(self) -> RowFormat: ...
+    @property
     def device(self) -> torch.device: ...
     @property
     def step(self) -> Step: ...
@@ -54,16 +56,19 @@ class Dispatcher:
     def __init__(self, workspace: WorkspaceView, layer: int) -> None:
         self._workspace, self.layer = workspace, layer
         self._num_supplied = 0
+        config, row_format = workspace.config, workspace.dispatch_format
+        self._columns, self._hidden_dtypes = row_format.columns(config), (row_format.dtype(config),)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         refuse_pickling(self, "it belongs to its workspace: ask that for another with dispatcher()")
 
-    def dispatch(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Dispatched:
+    def dispatch(self, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Dispatched:
         """Sends this rank's rows to every rank and returns everybody's.
 
         Args:
             hidden: [T', H] in the configuration's dtype, contiguous. T' <= T of the step: rows [T', T) travel as zeros with
-                id -1.
+                id -1. With dispatch_format "fp8_block128" the rows are quantized on their way, or come as `QuantizedRows` of
+                [T', H]; with "bytes" they are [T', row_bytes] uint8.
             topk_idx: [T', K] int32 or int64 global expert numbers, -1 = no expert, contiguous. On CUDA nobody looks at the
                 values, but in debug mode: one beyond the experts is nobody's, and arrives as -1 if no int32 holds it.
             topk_weights: [T', K] float32, bfloat16 or float16, contiguous.
@@ -106,7 +111,7 @@ class Dispatcher:
         self._begin_dispatch("dispatch", hidden, topk_idx, topk_weights)  # the long way: it says what is wrong
         return self.dispatch_end()
 
-    def dispatch_begin(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    def dispatch_begin(self, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         """The sending half of `dispatch`: returns at once, so that other work can overlap.
 
         The three tensors belong to the call until `dispatch_end` has returned, on every transport: leave them as they are. They
@@ -115,7 +120,7 @@ class Dispatcher:
         """
         self._begin_dispatch("dispatch_begin", hidden, topk_idx, topk_weights)
 
-    def _begin_dispatch(self, called: str, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    def _begin_dispatch(self, called: str, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         """`called`: what the caller called, for messages."""
         workspace = self._workspace
         with _Guarded(workspace, called):
@@ -219,17 +224,26 @@ class Dispatcher:
             workspace.lifecycle.advance("combine_end", self.layer)
         return combined
 
-    def _rows_fit(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> bool:
+    def _rows_fit(self, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> bool:
         """What `_check_rows` checks, in one go and without a word."""
         workspace = self._workspace
         config, device = workspace.config, workspace.device
-        num_rows = _fitting_rows(hidden, config.hidden_size, (config.dtype,), device)
+        num_rows = self._fitting_hidden(hidden, device)
         return (
             0 <= num_rows <= workspace.step.num_tokens
             and _fitting_rows(topk_idx, config.topk, INDEX_DTYPES, device) == num_rows
             and _fitting_rows(topk_weights, config.topk, WEIGHT_DTYPES, device) == num_rows
             and (device.type != "cpu" or not num_rows or _ids_out_of_range(topk_idx, config.num_experts) is None)
         )
+
+    def _fitting_hidden(self, hidden: HiddenRows, device: torch.device) -> int:
+        if type(hidden) is not QuantizedRows:
+            return _fitting_rows(hidden, self._columns, self._hidden_dtypes, device)  # type: ignore[arg-type]
+        if not self._workspace.dispatch_format.is_quantized:
+            return -1
+        num_rows = _fitting_rows(hidden.values, self._columns, (FLOAT8,), device)
+        scaled_rows = _fitting_rows(hidden.scales, num_scales(self._columns), (torch.float32,), device)
+        return num_rows if num_rows == scaled_rows else -1
 
     def _partial_fits(self, partial: torch.Tensor, dispatched: Dispatched | None) -> bool:
         """What `_check_pairing` and `_check_partial` check, in one go and without a word."""
@@ -239,9 +253,9 @@ class Dispatcher:
         num_rows = _fitting_rows(partial, workspace.config.hidden_size, HIDDEN_DTYPES, workspace.device)
         return num_rows == workspace.lifecycle.gathered_rows
 
-    def _check_rows(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    def _check_rows(self, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         config, step = self._workspace.config, self._workspace.step
-        _check_tensor("hidden", hidden, config.hidden_size, (config.dtype,), self._workspace.device)
+        self._check_hidden(hidden)
         _check_tensor("topk_idx", topk_idx, config.topk, INDEX_DTYPES, self._workspace.device)
         _check_tensor("topk_weights", topk_weights, config.topk, WEIGHT_DTYPES, self._workspace.device)
         num_rows = hidden.shape[0]
@@ -259,6 +273,23 @@ class Dispatcher:
                     f"topk_idx holds {wrong}, but expert numbers are -1 (none) "
                     f"to {config.num_experts - 1} (num_experts is {config.num_experts})"
                 )
+
+    def _check_hidden(self, hidden: HiddenRows) -> None:
+        row_format, device = self._workspace.dispatch_format, self._workspace.device
+        if not isinstance(hidden, QuantizedRows):
+            _check_tensor("hidden", hidden, self._columns, self._hidden_dtypes, device)
+            return
+        if not row_format.is_quantized:
+            raise UsageError(
+                f"hidden is QuantizedRows but the workspace was opened with dispatch_format={row_format.name!r}; open it with "
+                "'fp8_block128', or give hidden.dequantize()"
+            )
+        _check_tensor("hidden.values", hidden.values, self._columns, (FLOAT8,), device)
+        _check_tensor("hidden.scales", hidden.scales, num_scales(self._columns), (torch.float32,), device)
+        if hidden.scales.shape[0] != hidden.shape[0]:
+            raise ShapeError(
+                f"hidden.scales has {hidden.scales.shape[0]} rows but hidden.values has {hidden.shape[0]}; they must be equal"
+            )
 
     def _check_pairing(self, called: str, dispatched: Dispatched | None) -> None:
         if dispatched is None:

@@ -28,6 +28,16 @@ from tokenferry.kernels.control_block import (
 )
 
 
+def _float8_magnitudes() -> np.ndarray:
+    """What the bits 0 to 126 of float8_e4m3fn stand for: 4 bits of exponent with bias 7, then 3 of mantissa; no infinities."""
+    exponents, mantissas = np.divmod(np.arange(127), 8)
+    return np.where(exponents == 0, mantissas * 2.0**-9, (8 + mantissas) * 2.0 ** (exponents - 10.0)).astype(np.float32)
+
+
+_FLOAT8_MIDDLES = (_float8_magnitudes()[1:] + _float8_magnitudes()[:-1]) / np.float32(2)
+"""Between each two neighbours; exact in float32."""
+
+
 class Observer:
     """Sees the words that an interpreted rank puts on the wire, and may delay them. Subclass it in tests.
 
@@ -309,6 +319,21 @@ def unpack(word, DTYPE):
             halves = (word & np.uint32(0xFFFF)), word >> np.uint32(16)
             halves = tuple(half.astype(np.uint16).view(np.float16).astype(np.float32) for half in halves)
     return tuple(_tensor(half, tl.float32) for half in halves)
+
+
+def to_float8(x):
+    """Not by the interpreter's own conversion, which loses a carry (7.85 becomes 4)."""
+    return _tensor(_to_float8(_array(x)), tl.float8e4nv)
+
+
+def _to_float8(value):
+    """The bits, by a search among all magnitudes of float8."""
+    with np.errstate(invalid="ignore"):
+        magnitude = np.minimum(np.abs(value), np.float32(448))
+    above = np.searchsorted(_FLOAT8_MIDDLES, magnitude, side="left").astype(np.uint8)
+    from_the_middle = np.append(_FLOAT8_MIDDLES, np.float32(0))[above] == magnitude
+    bits = above + (from_the_middle & (above % 2 == 1)).astype(np.uint8)
+    return np.where(np.isnan(value), np.uint8(0x7F), bits | np.signbit(value).astype(np.uint8) << np.uint8(7))
 
 
 def wait_for_previous_kernel(PDL):

@@ -9,11 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from tokenferry.config import MoEConfig
+from tokenferry.dispatched import SAME, HiddenRows, RowFormat
 from tokenferry.errors import PeerError, PeerFailedError, PeerTimeoutError, StateError
 from tokenferry.groups import EPGroup
 from tokenferry.step import Announced, StepRequest, StepTensors
@@ -46,13 +47,16 @@ class TransportSettings:
     """Of the gathered expert numbers."""
     result_dtype: torch.dtype = torch.bfloat16
     """Of combined rows: of each sum, rounded once."""
+    dispatch_format: RowFormat = SAME
+    """Of rows while they travel, and as a dispatch returns them."""
 
 
 @dataclass(frozen=True)
 class Gathered:
     """All ranks' rows, as in `Dispatched`."""
 
-    hidden_RH: torch.Tensor
+    hidden_RH: Any
+    """A tensor, or `QuantizedRows` where the format says so."""
     topk_idx_RK: torch.Tensor
     topk_weights_RK: torch.Tensor
 
@@ -138,8 +142,9 @@ class Transport(ABC):
         """Exchanges counts and publishes them in the step tensors."""
 
     @abstractmethod
-    def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
-        """Starts to send [T', H], [T', K] int32 or int64, [T', K] float; T' <= T. Keeps the tensors until `dispatch_end`."""
+    def dispatch_begin(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        """Starts to send [T', H], [T', K] int32 or int64, [T', K] float; T' <= T. Keeps the tensors until `dispatch_end`. Hidden
+        rows are what the dispatch format takes: quantized or yet to be, or bytes."""
 
     @abstractmethod
     def dispatch_end(self) -> Gathered:
@@ -157,7 +162,7 @@ class Transport(ABC):
     def combine_end(self) -> torch.Tensor:
         """The combined [T', H] in `result_dtype`, a new tensor."""
 
-    def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
+    def dispatch(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
         """Both halves, with nothing between."""
         self.dispatch_begin(layer, hidden, topk_idx, topk_weights)
         return self.dispatch_end()

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from tokenferry.dispatched import HiddenRows
 from tokenferry.step import Announced, StepRequest
 from tokenferry.transports.base import Gathered, SymmetricMemory, Transport
 
@@ -62,7 +63,7 @@ class TransportWrapper(Transport):
     def begin_step(self, request: StepRequest, layer: int) -> None:
         self.inner.begin_step(request, layer)
 
-    def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    def dispatch_begin(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         self.inner.dispatch_begin(layer, hidden, topk_idx, topk_weights)
 
     def dispatch_end(self) -> Gathered:
@@ -77,7 +78,7 @@ class TransportWrapper(Transport):
     def combine_end(self) -> torch.Tensor:
         return self.inner.combine_end()
 
-    def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
+    def dispatch(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
         return self.inner.dispatch(layer, hidden, topk_idx, topk_weights)
 
     def combine(self, partial: torch.Tensor) -> torch.Tensor:

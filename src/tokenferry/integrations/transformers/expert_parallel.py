@@ -11,7 +11,6 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from tokenferry.config import MoEConfig
 from tokenferry.dispatcher import Dispatcher
 from tokenferry.errors import CapacityError, ConfigError, StateError
 from tokenferry.experts import ExpertScratch
@@ -19,11 +18,12 @@ from tokenferry.experts.module import SCRATCH_NAME
 from tokenferry.groups import EPGroup
 from tokenferry.integrations.transformers.exchange import Rows, exchange_choices, exchange_partials, exchange_sums
 from tokenferry.integrations.transformers.fallbacks import Fallbacks
+from tokenferry.integrations.transformers.graph_choice import StepGraphs, make_graphs
 from tokenferry.integrations.transformers.kernel_experts import NotServed, prepare_together
 from tokenferry.integrations.transformers.layer import ExpertLayer
 from tokenferry.integrations.transformers.loading import Shard
 from tokenferry.integrations.transformers.one_thread import OneThread
-from tokenferry.integrations.transformers.settings import LayerShape, Options
+from tokenferry.integrations.transformers.settings import LayerShape, Options, open_workspace
 from tokenferry.integrations.transformers.stopwatch import Stopwatch
 from tokenferry.layer_operator import moe, serve_layers
 from tokenferry.step import Step
@@ -41,6 +41,7 @@ class ExpertParallel:
         workspace: the `Workspace` that all layers share.
         thread: which thread uses the model now.
         num_local_experts: experts of each layer that this rank holds.
+        graphs: its steps as CUDA graphs, or None.
         num_real_tokens: int32[1] on the device, or None: of the forwards to come, rows from there on are padding.
     """
 
@@ -65,6 +66,7 @@ class ExpertParallel:
         self._knows_valid_rows = False
         self._last_error: BaseException | None = None
         self._stopwatch = Stopwatch(group.device)
+        self.graphs: StepGraphs | None = None
 
     # Loading
 
@@ -130,30 +132,17 @@ class ExpertParallel:
         Raises:
             As `Workspace`.
         """
-        self._workspace = self._open_workspace(self.shape)
+        self._workspace = open_workspace(self.group, self.options, self.shape)
         if self._scratch is not None:
             self._workspace.attached.setdefault(SCRATCH_NAME, self._scratch)
         self._dispatchers = tuple(self._workspace.dispatcher() for _ in self.layers)
         serve_layers(self._workspace, lambda number, *rows: self._run_eagerly(self._installed[number], *rows))
         model.base_model.register_forward_hook(self._after_forward, always_call=True)
-
-    def _open_workspace(self, shape: LayerShape) -> Workspace:
-        options = self.options
-        config = MoEConfig(
-            hidden_size=shape.hidden_size * (shape.topk if options.exact else 1),
-            num_experts=shape.num_experts,
-            topk=shape.topk,
-            dtype=shape.hidden_dtype,
-        )
-        return Workspace(
-            config,
-            self.group,
-            max_tokens_per_rank=options.max_tokens_per_rank,
-            transport=options.transport,
-            combine_dtype=None if options.exact else options.combine_dtype,
-            timeout_s=options.timeout_s,
-            open_timeout_s=options.open_timeout_s,
-        )
+        try:
+            self.graphs = make_graphs(self, self._run_without_tokens, self._end_step)
+        except ConfigError:
+            self._workspace.close()
+            raise
 
     # Running
 
@@ -235,11 +224,18 @@ class ExpertParallel:
 
     @torch.no_grad()
     def take_part(self, *, done: bool) -> tuple[bool, int]:
-        """One step without tokens, all layers of it. Returns whether every rank said done, and V. Raises as `finish`."""
+        """One step without tokens, all layers of it, in the last one too: a rank whose step is a graph cannot leave them out, and
+        all ranks must do the same. Returns whether every rank said done, and V. Raises as `finish`."""
+        if self.graphs is not None:
+            return self.graphs.idle.step(done=done)
+        step = self._run_without_tokens(done)
+        return step.all_done(), int(step.valid_tokens.item())
+
+    def _run_without_tokens(self, done: bool) -> Step:
         nothing, step = self.shape.empty_rows(self.group.device), self._begin_step(0, done=done)
         for layer in self.layers:
             self.run_layer(layer, nothing.hidden_TH, nothing.topk_idx_TK, nothing.topk_weights_TK)
-        return step.all_done(), int(step.valid_tokens.item())
+        return step
 
     def check(self) -> None:
         """Raises the error that another rank caused, if there is one that no call has raised yet."""
@@ -248,6 +244,8 @@ class ExpertParallel:
     def reset(self) -> None:
         """Starts anew after a failure, collectively over the same ranks. See `Workspace.reset`."""
         with self.thread.inside("reset"):
+            if self.graphs is not None:
+                self.graphs.drop()
             self.workspace.reset()
             self._end_step()
             self._last_error = None
@@ -276,6 +274,8 @@ class ExpertParallel:
 
     def close(self) -> None:
         """Closes the workspace, and lets go of what our kernels work in. The model cannot run any more."""
+        if self.graphs is not None:
+            self.graphs.close()
         self.workspace.close()
         self._scratch = None
         for layer in self._installed:

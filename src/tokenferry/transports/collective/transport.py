@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
+from tokenferry.dispatched import HiddenRows
 from tokenferry.errors import PeerError, PeerFailedError, Phase, StateError
-from tokenferry.reference import pad_rows
+from tokenferry.reference import in_format, pad_rows
 from tokenferry.step import FLAG_DONE, Announced, StepRequest, StepTensors
 from tokenferry.transports.base import AbortRecord, Gathered, Transport, TransportSettings, closed_meanwhile
 from tokenferry.transports.collective.gloo import GlooCommunicator
@@ -28,7 +29,7 @@ from tokenferry.transports.collective.messages import (
     Pending,
 )
 from tokenferry.transports.collective.nccl import NcclCommunicator
-from tokenferry.transports.collective.rows import row_work, wire_rows
+from tokenferry.transports.collective.rows import message_of, row_work, rows_of, wire_rows
 from tokenferry.transports.local import LocalTransport
 from tokenferry.transports.settling import agree_on_record, known_record
 
@@ -163,26 +164,28 @@ class CollectiveTransport(Transport):
 
     # --- dispatch ---------------------------------------------------------------------------------------------------
 
-    def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
+    def dispatch(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
         self._begin_dispatch(layer, hidden, topk_idx, topk_weights, overlaps=False)
         return self.dispatch_end()
 
-    def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    def dispatch_begin(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         self._begin_dispatch(layer, hidden, topk_idx, topk_weights, overlaps=True)
 
     def _begin_dispatch(
-        self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, *, overlaps: bool
+        self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor, *, overlaps: bool
     ) -> None:
         self._layer, self._operation = layer, DISPATCH
         self._num_supplied, real = hidden.shape[0], self._request.num_real_tokens
+        hidden = in_format(hidden, self._settings.dispatch_format)
         if self._num_supplied < self._request.num_tokens:
             hidden, topk_idx, topk_weights = pad_rows(hidden, topk_idx, topk_weights, self._request.num_tokens)
         gathered = wire_rows(self._settings, sum(self._counts))
         size = self._settings.group.size
         slots = [rows.narrow(0, self._first_row, self._request.num_tokens) for rows in gathered]
-        own = (hidden, topk_idx, topk_weights)
+        message = message_of(hidden, self._settings)
+        own = (message, topk_idx, topk_weights)
         if not self._rows.travels_as_it_is(topk_idx, topk_weights, real):
-            own = (hidden, slots[1], slots[2])
+            own = (message, slots[1], slots[2])
             self._rows.write_routing(slots[1], slots[2], topk_idx, topk_weights, real)
         pending = self._gather(gathered, own, overlaps=overlaps) if self._are_equal and self._counts[0] else None
         if pending is None:
@@ -198,7 +201,8 @@ class CollectiveTransport(Transport):
         dispatch, self._dispatch = self._dispatch, None
         assert dispatch is not None, "the workspace orders the halves"
         self._finish(dispatch.pending)
-        return Gathered(*dispatch.gathered)
+        message, idx, weights = dispatch.gathered
+        return Gathered(rows_of(message, self._settings), idx, weights)
 
     # --- combine ----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tokenferry.dispatched import HiddenRows
 from tokenferry.kernels.control_block import NUM_REAL_OFFSET
 from tokenferry.kernels.launch import BoundLaunch
 from tokenferry.step import StepRequest
@@ -64,11 +65,12 @@ class RankKernels(Transport):
         self.launched = True
         self._launches.counts(request.num_tokens, request.flags, known_real)
 
-    def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
+    def dispatch(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
         self._send_rows(self._rows.dispatch, layer, hidden, topk_idx, topk_weights)
         return self._regions.gathered
 
-    def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    def dispatch_begin(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        assert isinstance(hidden, torch.Tensor), "the layout refuses other formats"
         self._sending = (hidden, topk_idx, topk_weights)  # kept: another stream may get the memory of what the caller drops
         self._send_rows(self._rows.dispatch_send, layer, hidden, topk_idx, topk_weights)
         self._sent_dtypes = topk_idx.dtype, topk_weights.dtype
@@ -86,11 +88,12 @@ class RankKernels(Transport):
         self,
         launches: dict[RoutingDtypes, BoundLaunch],
         layer: int,
-        hidden: torch.Tensor,
+        hidden: HiddenRows,
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
     ) -> None:
         self._layer, self._num_supplied = layer, hidden.shape[0]
+        assert isinstance(hidden, torch.Tensor), "the layout refuses other formats"
         address = hidden.data_ptr()
         if address % self._dispatch_alignment:
             hidden = hidden.clone()

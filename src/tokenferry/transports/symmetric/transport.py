@@ -9,6 +9,7 @@ import ctypes
 
 import torch
 
+from tokenferry.dispatched import HiddenRows
 from tokenferry.errors import TransportUnavailableError
 from tokenferry.graph_capture import is_capturing
 from tokenferry.kernels import wire
@@ -60,6 +61,7 @@ class SymmetricTransport(RankKernels):
             multicast=multicast,
             slot_rows=slot_rows,
             index_dtype=settings.index_dtype,
+            dispatch_format=settings.dispatch_format,
         )
         buffer = SymmetricBuffer(group, layout.num_bytes, f"{settings.name}/memory", settings.open_timeout_s)
         self._is_cpu = group.device.type == "cpu"
@@ -92,13 +94,13 @@ class SymmetricTransport(RankKernels):
         super().begin_step(request, layer)
         self._raise_after()
 
-    def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
+    def dispatch(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
         self._raise_known()
         gathered = super().dispatch(layer, hidden, topk_idx, topk_weights)
         self._raise_after()
         return gathered
 
-    def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    def dispatch_begin(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         self._raise_known()
         super().dispatch_begin(layer, hidden, topk_idx, topk_weights)
 
