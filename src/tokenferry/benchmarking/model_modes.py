@@ -13,7 +13,7 @@ import torch
 from tokenferry.benchmarking.model_batching import time_batching
 from tokenferry.benchmarking.model_request import ModelPoint, ModelRequest
 from tokenferry.benchmarking.model_times import Decoder, Replays, time_generate
-from tokenferry.benchmarking.model_ways import EAGERLY, graphs_wanted
+from tokenferry.benchmarking.model_ways import EAGERLY, NOT_COMPILED, graphs_wanted
 from tokenferry.benchmarking.timing import GroupTimer
 from tokenferry.groups import EPGroup
 
@@ -113,7 +113,7 @@ def _graph(scene: Scene, point: ModelPoint) -> Measured:
     del decoder
     if not (scene.is_ours and graphs_wanted()):
         return Measured(figures)
-    settings = _chunked(scene, point) | {"disable_compile": True}
+    settings = {**_chunked(scene, point), **NOT_COMPILED}
     first, _ = time_generate(scene.timer, scene.model, ids, scene.request.new_tokens, **settings)
     times, tokens = time_generate(scene.timer, scene.model, ids, scene.request.new_tokens, **settings)
     return Measured(_with_around(figures | _per_rank(times, point) | {"first_call_s": first["call_s"]}), tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -15,8 +15,10 @@ from tokenferry.benchmarking.model_request import ModelRequest
 from tokenferry.groups import EPGroup
 
 SEED: Final = 0
-EAGERLY: Final = MappingProxyType({"cache_implementation": "dynamic"})
+EAGERLY: Final[Mapping[str, Any]] = MappingProxyType({"cache_implementation": "dynamic"})
 """What `generate()` of a model of ours takes to leave its CUDA graphs out."""
+NOT_COMPILED: Final[Mapping[str, Any]] = MappingProxyType({"disable_compile": True})
+"""What makes them graphs of the model's own forward. Else they are of what the compiler makes of it first, which takes long."""
 OPEN_TIMEOUT_S: Final = 240.0
 STEP_TIMEOUT_S: Final = 120.0
 """A rank may compile meanwhile."""
