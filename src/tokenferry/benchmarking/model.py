@@ -1,7 +1,7 @@
 """What models of transformers take to decode: ours, transformers' own expert parallelism and the plain model, in one run.
 
 A way is a model and how it is spread over the ranks; a mode is how its decode steps run. Weights are random and the same in every
-way, and so are the prompts, so that tokens can be compared: `plain` comes first, and the others are held against its tokens.
+way, and so are the prompts, so that tokens can be compared: those of the plain model come first.
 
     step_ms   one decode step by itself, with a static cache: a replay of its CUDA graph, or eager calls
     host_ms   in which the host has issued such a step's work, without waiting for it
@@ -27,7 +27,7 @@ from tokenferry import env
 from tokenferry.benchmarking.machine import Device, check_gpus, environment
 from tokenferry.benchmarking.model_checks import agreement, check_family
 from tokenferry.benchmarking.model_modes import MODES, Measured, Scene
-from tokenferry.benchmarking.model_request import ModelPoint, ModelRequest, configured, deadlines_s
+from tokenferry.benchmarking.model_request import REFERENCE, ModelPoint, ModelRequest, configured, deadlines_s
 from tokenferry.benchmarking.model_ways import WAYS
 from tokenferry.benchmarking.records import Record, append_record
 from tokenferry.benchmarking.timing import GroupTimer, Progress
@@ -194,11 +194,11 @@ class _Run:
         return self.request.wants(way, mode) and MODES[mode].serves(values, point, self.group)
 
     def _record(self, way: str, mode: str, point: ModelPoint, layers: int, found: Measured) -> Record:
-        if way == "plain" and mode == "eager":
+        if (way, mode) == REFERENCE:
             self._plain_tokens[point] = found.tokens
         record: Record = {"mode": mode, "layers": layers, "batch": point.batch, "prompt": point.prompt} | found.figures
         expected = self._plain_tokens.get(point)
-        if found.tokens and expected is not None and way != "plain":
+        if found.tokens and expected is not None and (way, mode) != REFERENCE:
             record |= agreement(self.timer, found.tokens, expected)
         return record
 

@@ -14,6 +14,8 @@ ALL_MODES: Final = (
     "eager", "graph", "graph-compiled", "batching", "compile", "eager-batched", "graph-batched", "compile-batched",
 )  # fmt: skip
 """Which way has which of them stands in `model_ways.WAYS`, and what they do in `model_modes.MODES`."""
+REFERENCE: Final = ("plain", "graph")
+"""The way and mode whose tokens the others are held against: the plain model's own forward, one step after another."""
 TINY_FAMILIES: Final = ("qwen3_moe", "gpt_oss", "mixtral")
 LOADING_POINTS: Final = 2
 """Loading a model four times takes about as long as so many of its points, when the budget is divided between models."""
@@ -58,7 +60,7 @@ class ModelRequest:
     Attributes:
         points: configurations, batches a rank and lengths of prompts; those of a configuration share its loaded models.
         ways: of `ALL_WAYS`, in this order. Without "plain" no tokens are compared.
-        modes: those to measure, of `ALL_MODES`; none: all. The plain model is always measured eagerly too.
+        modes: those to measure, of `ALL_MODES`; none: all. The plain model's tokens are always made.
         new_tokens: of each prompt.
         capacity: `max_tokens_per_rank`; longer prefills go in pieces.
         transport: of the way "p2p".
@@ -97,7 +99,7 @@ class ModelRequest:
 
     def wants(self, way: str, mode: str) -> bool:
         """Whether a mode is to be measured. The others are held against the plain model's tokens."""
-        return not self.modes or mode in self.modes or (way, mode) == ("plain", "eager")
+        return not self.modes or mode in self.modes or (way, mode) == REFERENCE
 
 
 def deadlines_s(request: ModelRequest) -> dict[str, float]:

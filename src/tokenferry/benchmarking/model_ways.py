@@ -123,7 +123,7 @@ def _dtype(group: EPGroup) -> torch.dtype:
 
 
 WAYS: Final = MappingProxyType({
-    "plain": Way(_plain, ("eager", "graph", "batching")),
+    "plain": Way(_plain, ("graph", "eager", "batching")),
     "p2p": Way(_p2p, ("graph", "eager", "batching"), ("graph-compiled",)),
     "transformers": Way(
         _transformers, ("graph", "graph-batched", "eager", "eager-batched"), ("compile-batched", "compile"), replicates=True
