@@ -30,7 +30,7 @@ class Way:
 
     Attributes:
         make: gets the group, a configuration of transformers, and the request.
-        slow_modes: those that compile for each point. They come last, all of a point before the next point's.
+        slow_modes: those that compile for each point, and come last.
         replicates: whether every rank works on all ranks' prompts.
     """
 
