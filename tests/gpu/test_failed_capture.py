@@ -111,18 +111,18 @@ def fail_in_a_runner(group: tf.EPGroup, failure: str, place: Place) -> str:
 
 
 def fail_in_torchs_own(group: tf.EPGroup, failure: str, place: Place) -> str:
-    """A capture that the caller makes, with a begin_step in it, on one pool of memory that the next capture uses too."""
+    """A capture that the caller makes, with a begin_step in it, and the next one on another pool of memory, as it is advised."""
     with open_workspace(group) as ws:
         forward = Forward(ws, place)
         hidden = torch.rand(5, H, device=ws.device, dtype=torch.float32)
         said = "none"
         if group.rank == 0:
-            stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            stream = torch.cuda.Stream()
             forward.failing = FAILURES[failure]
 
             def capture() -> torch.cuda.CUDAGraph:
                 graph = torch.cuda.CUDAGraph()
-                with captured(graph, stream=stream, pool=pool):
+                with captured(graph, stream=stream, pool=torch.cuda.graph_pool_handle()):
                     ws.begin_step(5)
                     try:
                         forward(hidden)
