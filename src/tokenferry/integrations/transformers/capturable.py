@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from tokenferry.integrations.transformers.kernel_experts import implementation_of
 from tokenferry.integrations.transformers.layer import LOCAL_EXPERTS, ExpertLayer
 from tokenferry.integrations.transformers.local_experts import has_grouped_rows
+from tokenferry.integrations.transformers.settings import Options
+from tokenferry.workspace import Workspace
 
-if TYPE_CHECKING:
-    from tokenferry.integrations.transformers.expert_parallel import ExpertParallel
+
+class Parallel(Protocol):
+    """What is looked at; `ExpertParallel` has it."""
+
+    options: Options
+    layers: tuple[ExpertLayer, ...]
+
+    @property
+    def workspace(self) -> Workspace: ...
 
 
-def why_not_captured(parallel: ExpertParallel) -> str | None:
+def why_not_captured(parallel: Parallel) -> str | None:
     """What in a forward would wait for the host, and what to do about it; None: nothing that is known. On CUDA devices."""
     workspace = parallel.workspace
     if workspace.active_transport.counts_pass_through_hosts:
