@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import threading
 import weakref
 from asyncio import CancelledError
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
-from tokenferry.errors import PeerError, PeerFailedError, StateError, TokenferryError
+from tokenferry.errors import PeerError, PeerFailedError, StateError, TokenferryError, check_kind
 from tokenferry.graph_capture import is_capturing
 from tokenferry.lifecycle import Lease, Lifecycle, Stage, WrongCallerError, logged
 from tokenferry.operators import Operators
 from tokenferry.step import Step, StepTensors
 from tokenferry.transports.base import Transport, TransportSettings
+from tokenferry.transports.busy import BusyBoard, SignsOfLife
+from tokenferry.transports.settings import check_seconds
 from tokenferry.waiting import Position
 
 
@@ -38,6 +43,17 @@ class PeerCalls:
     _step_index: int
     _num_step_writes: int | None
     _captures = False
+
+    def __init__(self) -> None:
+        self._telling = threading.Lock()
+        """Held while a thread beside the workspace's own uses the transport for `busy` and `set_timeout`, and while it is closed.
+        The lease would do, but a close that finds the lease used tells the peers that this rank is gone."""
+        self._signs = SignsOfLife(self._give_sign_of_life, lambda: BusyBoard(self._settings).withdraw(), lambda: self.timeout_s)
+
+    @property
+    def timeout_s(self) -> float:
+        """How long a peer may be late."""
+        return self._settings.timeout_s
 
     @property
     def last_step(self) -> int:
@@ -96,6 +112,50 @@ class PeerCalls:
         step, before = self._step, self._num_step_writes  # read once: `check` may come while another thread begins a step
         if self.lifecycle.stage is Stage.READY and before is not None and step is not None:
             self._step_tensors.check_unwritten(step, before)
+
+    # --- patience ---------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def busy(self, reason: str) -> Iterator[None]:
+        """Around what keeps this rank from its peers for long: compiling, capturing graphs, loading weights.
+
+        Peers that wait for this rank within the block, in kernels and replayed graphs too, do not give it up: a thread gives
+        signs of life, about four a second, with each of which their time-outs begin anew. They wait `open_timeout_s` in all at
+        most (on symmetric transports half an hour). If the signs end, for this process has died or is stopped, they raise
+        PeerTimeoutError as ever after `timeout_s`, with `reason` and for how long it was busy. A time-out should be a few seconds
+        at least, since a compiler may hold up the thread.
+
+        From any thread, also within a capture; blocks may be nested. It waits for nobody and launches nothing on the caller's
+        streams. To enter and leave takes a fraction of a millisecond: put it around a whole warm-up, not around a step.
+
+        Example:
+            with ws.busy("capturing 12 graphs"):
+                runner.capture(forward, inputs)
+        """
+        check_kind("reason", reason, str)
+        self.lifecycle.require_open("busy")
+        with self._signs.during(reason):
+            yield
+
+    def _give_sign_of_life(self, reason: str, busy_s: float) -> None:
+        with self._telling:
+            if not self._lease.is_over:
+                self._transport.give_sign_of_life()
+        BusyBoard(self._settings).sign(reason, busy_s)
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """How long a peer may be late from now on, as seen by this rank: it counts in waits that are under way, in captured
+        graphs, and after a reset. From any thread, within captures too. Ranks may have different ones.
+
+        Raises:
+            ConfigError: it is no number of seconds, or more than the transport can wait. Nothing has changed.
+        """
+        self.lifecycle.require_open("set_timeout")
+        check_seconds("timeout_s", timeout_s)
+        with self._telling:
+            if not self._lease.is_over:
+                self._transport.set_timeout(timeout_s)
+            self._settings = dataclasses.replace(self._settings, timeout_s=timeout_s)
 
     # --- failures ---------------------------------------------------------------------------------------------------
 
@@ -185,7 +245,8 @@ class PeerCalls:
             self.operators.release()
         finally:
             self.attached.clear()
-            self._lease.end()
+            with self._telling:
+                self._lease.end()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if error is None:

@@ -29,8 +29,10 @@ TURNS = (
     (Work((5,), 20), Work()),
 )
 """Each rank has a batch size of its own. The second turn finds the caches of the first; then one rank has no requests."""
-TIMEOUT_S = 100.0
-"""A rank compiles meanwhile."""
+TIMEOUT_S = 10.0
+"""Less than it takes to compile: a rank that does says that it is busy."""
+WHOLE = ("qwen3_moe", "mixtral", "deepseek_v3")
+"""Families whose forward can be recorded as it is. gpt_oss copies a number to the device once its window is full."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: make_tiny(family, folder / family) for family in FAMILIES}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WHOLE)
 def test_graphs_of_the_forward_as_it_is(on_ranks: RankPools, models: dict[str, Path], family: str) -> None:
     for outcome in on_ranks(compare, 2, models[family], False, backend="nccl", timeout_s=240):
         assert outcome.same_tokens == [True] * len(TURNS)
@@ -70,11 +72,18 @@ def test_graphs_of_the_compiled_forward(on_ranks: RankPools, models: dict[str, P
         assert outcome.said == []
 
 
+def test_a_family_that_cannot_be_recorded_as_it_is_goes_on_eagerly(on_ranks: RankPools, models: dict[str, Path]) -> None:
+    for outcome in on_ranks(compare, 2, models["gpt_oss"], False, backend="nccl", timeout_s=240):
+        assert outcome.same_tokens == [True] * len(TURNS)
+        [said] = outcome.said
+        assert said.startswith("decode steps of generate() go on without CUDA graphs of the eager forward:")
+
+
 def test_in_bfloat16_a_graph_gives_the_tokens_of_the_same_forward_without_one(
     on_ranks: RankPools, models: dict[str, Path]
 ) -> None:
-    for same in on_ranks(compare_bfloat16, 2, list(models.values()), backend="nccl", timeout_s=240):
-        assert same == [True] * len(FAMILIES)
+    for same in on_ranks(compare_bfloat16, 2, [models[family] for family in WHOLE], backend="nccl", timeout_s=240):
+        assert same == [True] * len(WHOLE)
 
 
 def test_a_forward_that_reads_the_device_goes_on_eagerly(on_ranks: RankPools, models: dict[str, Path]) -> None:

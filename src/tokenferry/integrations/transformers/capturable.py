@@ -13,8 +13,8 @@ from tokenferry.integrations.transformers.settings import Options
 from tokenferry.workspace import Workspace
 
 
-class Parallel(Protocol):
-    """What is looked at; `ExpertParallel` has it."""
+class Loaded(Protocol):
+    """What is looked at of a model: its `ExpertParallel`."""
 
     options: Options
     layers: tuple[ExpertLayer, ...]
@@ -23,7 +23,7 @@ class Parallel(Protocol):
     def workspace(self) -> Workspace: ...
 
 
-def why_not_captured(parallel: Parallel) -> str | None:
+def why_not_captured(parallel: Loaded) -> str | None:
     """What in a forward would wait for the host, and what to do about it; None: nothing that is known. On CUDA devices."""
     workspace = parallel.workspace
     if workspace.active_transport.counts_pass_through_hosts:

@@ -155,7 +155,8 @@ class Steps:
         """Forwards of this rank alone, and the graphs that are captured after them."""
         self._warms_up = True
         try:
-            self._warm_up(model)
+            with self._parallel.workspace.busy("warming up continuous batching"):
+                self._warm_up(model)
         finally:
             self._warms_up = False
 
@@ -188,7 +189,11 @@ class Steps:
     def _capture(self, forward: Callable[..., None], stream: torch.cuda.Stream, *args: Any) -> None:
         graph, workspace, runner = torch.cuda.CUDAGraph(), self._parallel.workspace, self._runner
         try:
-            with workspace.capturing() as num_steps, captured(graph, stream=stream, pool=runner.graph_pool_id):
+            with (
+                workspace.busy("capturing a forward of continuous batching"),
+                workspace.capturing() as num_steps,
+                captured(graph, stream=stream, pool=runner.graph_pool_id),
+            ):
                 forward(*args)
         except BaseException as error:
             runner.mem_pool = torch.cuda.MemPool()

@@ -224,8 +224,10 @@ class DecodeGraphs:
     ) -> Any:
         """The forward itself, until it meets nothing that is new to it."""
         num_compiled = _num_compiled()
+        busy = self._workspace.busy("compiling a decode step") if forward.compiles else contextlib.nullcontext()
         try:
-            outputs = forward.call(**arguments)
+            with busy:
+                outputs = forward.call(**arguments)
         except TorchDynamoException as error:
             if not forward.is_one_graph:
                 raise
@@ -243,7 +245,8 @@ class DecodeGraphs:
             self._recorder = self._make_recorder(self._workspace)
         arguments = fixed.arguments(inputs)
         try:
-            recorded = self._recorder.record(lambda: forward.call(**arguments))
+            with self._workspace.busy("recording a decode step"):
+                recorded = self._recorder.record(lambda: forward.call(**arguments))
             return _Graph(recorded, fixed, weakref.ref(cache), before.replays(HostState(cache)))
         except BaseException as error:
             self._forget_step()

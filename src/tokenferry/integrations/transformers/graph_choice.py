@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from tokenferry.errors import ConfigError
 from tokenferry.groups import EPGroup
-from tokenferry.integrations.transformers.capturable import why_not_captured
+from tokenferry.integrations.transformers.capturable import Loaded, why_not_captured
 from tokenferry.integrations.transformers.decode_graphs import DecodeGraphs
 from tokenferry.integrations.transformers.idle_graph import IdleGraph
 from tokenferry.integrations.transformers.settings import Options
 from tokenferry.step import Step
-
-if TYPE_CHECKING:
-    from tokenferry.integrations.transformers.expert_parallel import ExpertParallel
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +61,7 @@ class StepGraphs:
 
 
 def make_graphs(
-    parallel: ExpertParallel, run_without_tokens: Callable[[bool], Step], forget_step: Callable[[], None]
+    parallel: Loaded, run_without_tokens: Callable[[bool], Step], forget_step: Callable[[], None]
 ) -> StepGraphs | None:
     """The graphs of a model whose workspace is open; None: its steps run eagerly. The log says why where one would ask.
 

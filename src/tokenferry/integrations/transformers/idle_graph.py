@@ -73,7 +73,8 @@ class IdleGraph:
         if self._recorder is None:
             self._recorder = self._make_recorder(self._workspace)
         try:
-            recorded = self._recorded[done] = self._recorder.record(lambda: _summary(self._run_layers(done)))
+            with self._workspace.busy("recording a step without tokens"):
+                recorded = self._recorded[done] = self._recorder.record(lambda: _summary(self._run_layers(done)))
             return recorded
         except (PeerError, WrongCallerError):
             raise
