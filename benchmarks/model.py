@@ -28,8 +28,8 @@ BARS = (
     ("transformers", "eager", "token_ms", "transformers, eager"),
     ("plain", "eager", "token_ms", "plain model on each GPU, eager"),
 )
-STEPS = (("p2p", "graph-compiled"), ("p2p", "graph"), ("transformers", "graph"))
-"""Whose step alone, as a graph, is drawn as a mark."""
+STEPS = (("p2p", "graph-compiled", 0), ("p2p", "graph", 1), ("transformers", "graph", 4))
+"""Whose step alone, as a graph, is drawn as a mark, and in which bar."""
 
 
 def plot(source: Path, target: Path) -> None:
@@ -47,11 +47,8 @@ def plot(source: Path, target: Path) -> None:
             value = mine.get((way, mode), {}).get(name)
             axis.bar(place, value or 0, color=f"C{place}", label=label)
             axis.text(place, value or 0, shown(value), ha="center", va="bottom", fontsize=6)
-        for way, mode in STEPS:
+        for way, mode, place in STEPS:
             value = mine.get((way, mode), {}).get("step_ms")
-            place = next(
-                number for number, bar in enumerate(BARS) if bar[:2] == (way, {"transformers": "compile"}.get(way, mode))
-            )
             if value is not None:
                 axis.plot(place, value, "k_", markersize=12, label="a step alone, as a graph")
         axis.set(title=f"{point[0]}\nbatch {point[1]}, prompt {point[2]}", xticks=[])

@@ -20,7 +20,9 @@
 #define N 3
 #define TIMEOUT 2
 #define LONGEST 4
+#ifndef OPERATIONS
 #define OPERATIONS 2
+#endif
 #define NOBODY 255
 
 #define AT(operation, dst, src) (((operation) * N + (dst)) * N + (src))

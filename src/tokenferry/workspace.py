@@ -171,6 +171,11 @@ class Workspace(GraphCalls):
         return self._settings.combine_dtype
 
     @property
+    def combine_order(self) -> CombineOrder:
+        """In which order terms are summed."""
+        return self._settings.combine_order
+
+    @property
     def result_dtype(self) -> torch.dtype:
         """Of combined rows."""
         return self._settings.result_dtype

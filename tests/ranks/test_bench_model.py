@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+import tokenferry as tf
 from tokenferry.benchmarking import MODEL_POINTS, ModelPoint, ModelRequest, is_right, model_table, run_model
 from tokenferry.benchmarking.model_checks import common_prefix
 from tokenferry.benchmarking.model_modes import MODES
-from tokenferry.benchmarking.model_request import ALL_MODES, ALL_WAYS, deadlines_s
+from tokenferry.benchmarking.model_plan import parts_of
+from tokenferry.benchmarking.model_request import ALL_MODES, ALL_WAYS, REFERENCE
 from tokenferry.benchmarking.model_ways import WAYS, graphs_wanted
 from tokenferry.cli.bench_model import model_command, points
 from tokenferry.errors import ConfigError, DeviceError
@@ -45,7 +47,7 @@ def test_every_mode_of_a_way_has_its_times_and_the_tokens_of_the_plain_model(way
     for mode, record in mine.items():
         times = [record.get(name) for name in ("step_ms", "token_ms")]
         assert any(times) and all(time is None or time > 0 for time in times), mode
-        if way != "plain" and "token_ms" in record:
+        if (way, mode) != REFERENCE:
             assert (record["agreement"], record["compared"]) == (1.0, 2 * 8 * 8), mode
 
 
@@ -55,7 +57,7 @@ def test_tiny_models_in_float32_come_first(records: list[dict]) -> None:
 
 def test_a_line_for_each_record_and_the_share_of_equal_tokens_at_its_end(records: list[dict]) -> None:
     lines = model_table(records).splitlines()
-    assert len(lines) == 1 + len(records) - len(WAYS)  # the heading; what loading took is not in it
+    assert len(lines) == 1 + len([record for record in records if "loaded_s" not in record])
     assert any("p2p" in line and "eager" in line and line.endswith(" 1.0") for line in lines)
     assert lines[-1] == "tiny mixtral in float32: tokens equal"
 
@@ -64,8 +66,8 @@ def test_what_the_budget_leaves_out_is_said(tmp_path: Path, capsys: pytest.Captu
     path = tmp_path / "model.jsonl"
     assert model_command(1, ["mixtral-8x7b:1"], "2", "9", "plain", 1e-3, path, families="", rehearse=True) == 0
     [record] = records_of(path)
-    assert record["left_out"] == [["eager", 2, 9], ["graph", 2, 9]]
-    assert "left out eager at 2 x 9, graph at 2 x 9: its part of the budget" in capsys.readouterr().out
+    assert record["left_out"] == [["graph", 2, 9], ["eager", 2, 9]]
+    assert "left out graph at 2 x 9, eager at 2 x 9: the budget of 0 s was spent" in capsys.readouterr().out
 
 
 def test_a_way_that_fails_says_why_and_the_next_one_is_measured() -> None:
@@ -105,10 +107,10 @@ def test_every_mode_of_a_way_has_a_name_and_a_measurement() -> None:
     assert set(ALL_WAYS) == set(WAYS)
 
 
-def test_the_plain_model_is_measured_eagerly_whatever_modes_are_asked_for() -> None:
+def test_the_tokens_of_the_plain_model_are_made_whatever_modes_are_asked_for() -> None:
     request = ModelRequest(modes=("compile",))
     asked = [("plain", "eager"), ("plain", "graph"), ("p2p", "eager"), ("transformers", "compile")]
-    assert [request.wants(*each) for each in asked] == [True, False, False, True]
+    assert [request.wants(*each) for each in asked] == [False, True, False, True]
 
 
 def test_configurations_are_measured_with_every_batch_and_prompt() -> None:
@@ -118,9 +120,13 @@ def test_configurations_are_measured_with_every_batch_and_prompt() -> None:
     ]  # fmt: skip
 
 
-def test_the_budget_is_divided_by_points_and_loading() -> None:
-    request = ModelRequest(points=MODEL_POINTS, budget_s=280.0)
-    assert deadlines_s(request) == {"qwen3-30b-a3b:8": 160.0, "gpt-oss-20b:8": 220.0, "mixtral-8x7b:8": 280.0}
+def test_what_is_quick_comes_first_and_what_compiles_by_points() -> None:
+    request = ModelRequest(points=MODEL_POINTS, modes=("eager", "compile"))
+    parts = parts_of(request, tf.EPGroup.alone("cpu"))
+    assert [(part.config[0], part.way) for part in parts[:4]] == [("q", way) for way in ALL_WAYS]
+    assert [len(part.steps) for part in parts[:4]] == [6 + 6, 6, 6, 6]  # the plain model's tokens are made as well
+    assert [part.steps for part in parts if part.steps[0][0] == "compile"] == [(("compile", point),) for point in MODEL_POINTS]
+    assert parts[-len(MODEL_POINTS)].steps[0][0] == "compile"
 
 
 @pytest.mark.parametrize(

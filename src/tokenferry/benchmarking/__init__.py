@@ -9,6 +9,7 @@
     layer_model, layer_checks      the layer that is built, its floor, and what its results are compared with
     transformers_experts           transformers' own experts functions on the same weights
     model, model_request           models of transformers: the run, and what it measures
+    model_plan                     in which order
     model_ways, model_modes        how a model is spread over the ranks, and how its decode steps run
     model_times, model_batching    a step by itself, within `generate()`, and within `generate_batch()`
     model_checks                   whether all of them make the same tokens

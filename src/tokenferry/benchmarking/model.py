@@ -1,7 +1,7 @@
 """What models of transformers take to decode: ours, transformers' own expert parallelism and the plain model, in one run.
 
 A way is a model and how it is spread over the ranks; a mode is how its decode steps run. Weights are random and the same in every
-way, and so are the prompts, so that tokens can be compared: `plain` comes first, and the others are held against its tokens.
+way, and so are the prompts, so that tokens can be compared: those of the plain model come first.
 
     step_ms   one decode step by itself, with a static cache: a replay of its CUDA graph, or eager calls
     host_ms   in which the host has issued such a step's work, without waiting for it
@@ -27,7 +27,8 @@ from tokenferry import env
 from tokenferry.benchmarking.machine import Device, check_gpus, environment
 from tokenferry.benchmarking.model_checks import agreement, check_family
 from tokenferry.benchmarking.model_modes import MODES, Measured, Scene
-from tokenferry.benchmarking.model_request import ModelPoint, ModelRequest, configured, deadlines_s
+from tokenferry.benchmarking.model_plan import Part, parts_of
+from tokenferry.benchmarking.model_request import REFERENCE, ModelPoint, ModelRequest
 from tokenferry.benchmarking.model_ways import WAYS
 from tokenferry.benchmarking.records import Record, append_record
 from tokenferry.benchmarking.timing import GroupTimer, Progress
@@ -138,14 +139,11 @@ class _Run:
         for family in self.request.families:
             self.timer.say(f"{family}, tiny, float32: tokens")
             self._keep(self._check(family))
-        deadlines = deadlines_s(self.request)
-        for config, deadline_s in deadlines.items():
-            points = [point for point in self.request.points if point.config == config]
-            for way in self.request.ways:
-                for found in self._measure_way(way, points, deadline_s):
-                    self._keep({"what": "model", "config": config, "way": way} | found)
-                gc.collect()  # models hold themselves in circles
-                torch.cuda.empty_cache()
+        for part in parts_of(self.request, self.group):
+            for found in self._measure_part(part):
+                self._keep({"what": "model", "config": part.config, "way": part.way} | found)
+            gc.collect()  # models hold themselves in circles
+            torch.cuda.empty_cache()
         return self.records
 
     def _check(self, family: str) -> Record:
@@ -159,30 +157,26 @@ class _Run:
         if self._output is not None:
             append_record(self.records[-1], self._output)
 
-    def _is_late(self, deadline_s: float) -> bool:
-        return self.timer.slowest(time.time() - self._started_s) >= deadline_s
+    def _is_late(self) -> bool:
+        return self.timer.slowest(time.time() - self._started_s) >= self.request.budget_s
 
-    def _measure_way(self, way: str, points: list[ModelPoint], deadline_s: float) -> Iterator[Record]:
+    def _measure_part(self, part: Part) -> Iterator[Record]:
         """A record for each mode and point, then what went wrong, then what was left out."""
-        request = self.request
-        values = configured(points[0].config, request.rehearse)
-        every = [(mode, point) for mode in WAYS[way].modes for point in points]
-        every += [(mode, point) for point in points for mode in WAYS[way].slow_modes]
-        remaining = [(mode, point) for mode, point in every if self._serves(values, way, mode, point)]
-        reason = f"its part of the budget of {request.budget_s:.0f} s ended at {deadline_s:.0f} s"
+        request, way, remaining = self.request, WAYS[part.way], list(part.steps)
+        reason = f"the budget of {request.budget_s:.0f} s was spent"
         try:
-            if not self._is_late(deadline_s):
-                self.timer.say(f"{points[0].config}, {way}: loading")
+            if not self._is_late():
+                self.timer.say(f"{part.config}, {part.way}: loading")
                 start_s = time.time()
-                with WAYS[way].open(self.group, values, request) as model:
+                with way.open(self.group, part.values, request) as model:
                     yield {"loaded_s": round(self.timer.slowest(time.time() - start_s), 1)} | transport_of(model)
-                    scene = Scene(self.timer, model, values, request, WAYS[way].replicates)
-                    while remaining and not self._is_late(deadline_s):
+                    scene = Scene(self.timer, model, part.values, request, way.replicates)
+                    while remaining and not self._is_late():
                         mode, point = remaining[0]
-                        self.timer.say(f"{point.config}, {way}, {mode}: batch {point.batch}, prompt {point.prompt}")
+                        self.timer.say(f"{point.config}, {part.way}, {mode}: batch {point.batch}, prompt {point.prompt}")
                         found = MODES[mode].measure(scene, point)
                         remaining.pop(0)
-                        yield self._record(way, mode, point, values.num_hidden_layers, found)
+                        yield self._record(part, mode, point, found)
                     self.timer.meet()
         except Exception as error:  # noqa: BLE001 - the other ways are still worth their time
             reason = _first_line(error)
@@ -190,15 +184,14 @@ class _Run:
         if remaining:
             yield {"left_out": [[mode, point.batch, point.prompt] for mode, point in remaining], "reason": reason}
 
-    def _serves(self, values: Any, way: str, mode: str, point: ModelPoint) -> bool:
-        return self.request.wants(way, mode) and MODES[mode].serves(values, point, self.group)
-
-    def _record(self, way: str, mode: str, point: ModelPoint, layers: int, found: Measured) -> Record:
-        if way == "plain" and mode == "eager":
+    def _record(self, part: Part, mode: str, point: ModelPoint, found: Measured) -> Record:
+        is_reference = (part.way, mode) == REFERENCE
+        if is_reference:
             self._plain_tokens[point] = found.tokens
-        record: Record = {"mode": mode, "layers": layers, "batch": point.batch, "prompt": point.prompt} | found.figures
+        record: Record = {"mode": mode, "layers": part.values.num_hidden_layers, "batch": point.batch, "prompt": point.prompt}
+        record |= found.figures
         expected = self._plain_tokens.get(point)
-        if found.tokens and expected is not None and way != "plain":
+        if found.tokens and expected is not None and not is_reference:
             record |= agreement(self.timer, found.tokens, expected)
         return record
 

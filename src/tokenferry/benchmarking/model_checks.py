@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import torch
 
-from tokenferry.benchmarking.model_ways import EAGERLY, graphs_wanted, ours, unmodified
+from tokenferry.benchmarking.model_ways import EAGERLY, NOT_COMPILED, graphs_wanted, ours, unmodified
 from tokenferry.benchmarking.records import Record
 from tokenferry.benchmarking.timing import MEETING_TIMEOUT_S, GroupTimer
 from tokenferry.groups import EPGroup
@@ -61,7 +61,7 @@ def _tokens_are_equal(group: EPGroup, family: str, transport: str) -> bool:
     expected = _generated(unmodified(group, config, torch.float32), ids)
     model = ours(group, config, CAPACITY, transport, torch.float32, **graphs_wanted())
     try:
-        settings: Any = ({}, EAGERLY) if graphs_wanted() else ({},)
+        settings: Any = (NOT_COMPILED, EAGERLY) if graphs_wanted() else ({},)
         found = [_generated(model, ids, **each) for each in settings]
         model.expert_parallel.finish()
     finally:

@@ -14,9 +14,9 @@ ALL_MODES: Final = (
     "eager", "graph", "graph-compiled", "batching", "compile", "eager-batched", "graph-batched", "compile-batched",
 )  # fmt: skip
 """Which way has which of them stands in `model_ways.WAYS`, and what they do in `model_modes.MODES`."""
+REFERENCE: Final = ("plain", "graph")
+"""The way and mode whose tokens the others are held against: the plain model's own forward, one step after another."""
 TINY_FAMILIES: Final = ("qwen3_moe", "gpt_oss", "mixtral")
-LOADING_POINTS: Final = 2
-"""Loading a model four times takes about as long as so many of its points, when the budget is divided between models."""
 TINY_SIZES: Final = {
     "vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8,
     "moe_intermediate_size": 32, "intermediate_size": 96, "num_local_experts": 8, "num_experts_per_tok": 2,
@@ -41,9 +41,10 @@ class ModelPoint:
 
 
 MODEL_POINTS: Final = (
-    *(ModelPoint("qwen3-30b-a3b:8", batch, prompt) for prompt in (128, 512) for batch in (1, 8, 32)),
+    *(ModelPoint("qwen3-30b-a3b:8", batch, 128) for batch in (1, 8, 32)),
     ModelPoint("gpt-oss-20b:8", 8, 128),
     ModelPoint("mixtral-8x7b:8", 8, 128),
+    *(ModelPoint("qwen3-30b-a3b:8", batch, 512) for batch in (1, 8, 32)),
 )
 """What `tokenferry bench model` measures if it is not told."""
 REHEARSED_POINTS: Final = (ModelPoint("qwen3-30b-a3b:2", 1, 16), ModelPoint("gpt-oss-20b:2", 8, 16))
@@ -58,13 +59,13 @@ class ModelRequest:
     Attributes:
         points: configurations, batches a rank and lengths of prompts; those of a configuration share its loaded models.
         ways: of `ALL_WAYS`, in this order. Without "plain" no tokens are compared.
-        modes: those to measure, of `ALL_MODES`; none: all. The plain model is always measured eagerly too.
+        modes: those to measure, of `ALL_MODES`; none: all. The plain model's tokens are always made.
         new_tokens: of each prompt.
         capacity: `max_tokens_per_rank`; longer prefills go in pieces.
         transport: of the way "p2p".
         families: tiny models whose tokens are compared in float32 first.
-        budget_s: nothing begins later than this after the start; what is left out gets a record that says so. Each
-            configuration has a part of it by the number of its points, and what is over goes to the next.
+        budget_s: nothing begins later than this after the start; what is left out gets a record that says so. See
+            `model_plan` for the order.
         rehearse: tiny sizes in float32, for CPUs.
         commit: of the code that is measured, for the records.
     """
@@ -97,20 +98,7 @@ class ModelRequest:
 
     def wants(self, way: str, mode: str) -> bool:
         """Whether a mode is to be measured. The others are held against the plain model's tokens."""
-        return not self.modes or mode in self.modes or (way, mode) == ("plain", "eager")
-
-
-def deadlines_s(request: ModelRequest) -> dict[str, float]:
-    """By configuration, in the order of the points: seconds after the start at which the last of its measurements may begin."""
-    weights: dict[str, int] = {}
-    for point in request.points:
-        weights[point.config] = weights.get(point.config, LOADING_POINTS) + 1
-    found: dict[str, float] = {}
-    passed = 0
-    for config, weight in weights.items():
-        passed += weight
-        found[config] = request.budget_s * passed / sum(weights.values())
-    return found
+        return not self.modes or mode in self.modes or (way, mode) == REFERENCE
 
 
 def configured(config: str, rehearse: bool) -> Any:

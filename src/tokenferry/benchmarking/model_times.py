@@ -34,6 +34,7 @@ class Decoder:
         self._cache = StaticCache(config=model.config, max_cache_len=length)
         self._token = torch.zeros(ids.shape[0], 1, dtype=torch.int64, device=ids.device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._made: list[torch.Tensor] = []
         self._workspace = model.expert_parallel.workspace if hasattr(model, "expert_parallel") else None
 
     @torch.no_grad()
@@ -41,6 +42,7 @@ class Decoder:
         """Reads the prompts, and finds the first token of each."""
         for ids in self._ids.split(self._chunk, dim=1):
             self._forward(ids)
+        self._keep()
 
     @torch.no_grad()
     def capture(self) -> None:
@@ -51,6 +53,7 @@ class Decoder:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), self._as_in_generate():
             self._forward(self._token)
+            self._keep()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         capturing = self._workspace.capturing() if self._workspace is not None else contextlib.nullcontext()
@@ -78,12 +81,21 @@ class Decoder:
         times = {"step_ms": passed_s, "host_ms": issued_s}
         return {name: round(self._timer.slowest(1e3 * seconds / count), 3) for name, seconds in times.items()}
 
+    def tokens(self) -> list[list[int]]:
+        """Of each prompt, all that were decoded."""
+        return torch.cat(self._made, dim=1).tolist()
+
     def _step(self) -> None:
         if self._graph is None:
             self._forward(self._token)
-            return
-        with self._workspace.replaying() if self._workspace is not None else contextlib.nullcontext():
-            self._graph.replay()
+        else:
+            with self._workspace.replaying() if self._workspace is not None else contextlib.nullcontext():
+                self._graph.replay()
+        self._keep()
+
+    def _keep(self) -> None:
+        """A copy of a few bytes, beside a step."""
+        self._made.append(self._token.clone())
 
     def _forward(self, ids: torch.Tensor) -> None:
         logits = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -15,8 +15,10 @@ from tokenferry.benchmarking.model_request import ModelRequest
 from tokenferry.groups import EPGroup
 
 SEED: Final = 0
-EAGERLY: Final = MappingProxyType({"cache_implementation": "dynamic"})
+EAGERLY: Final[Mapping[str, Any]] = MappingProxyType({"cache_implementation": "dynamic"})
 """What `generate()` of a model of ours takes to leave its CUDA graphs out."""
+NOT_COMPILED: Final[Mapping[str, Any]] = MappingProxyType({"disable_compile": True})
+"""What makes them graphs of the model's own forward. Else they are of what the compiler makes of it first, which takes long."""
 OPEN_TIMEOUT_S: Final = 240.0
 STEP_TIMEOUT_S: Final = 120.0
 """A rank may compile meanwhile."""
@@ -28,7 +30,7 @@ class Way:
 
     Attributes:
         make: gets the group, a configuration of transformers, and the request.
-        slow_modes: those that compile for each point. They come last, all of a point before the next point's.
+        slow_modes: those that compile for each point, and come last.
         replicates: whether every rank works on all ranks' prompts.
     """
 
@@ -121,7 +123,7 @@ def _dtype(group: EPGroup) -> torch.dtype:
 
 
 WAYS: Final = MappingProxyType({
-    "plain": Way(_plain, ("eager", "graph", "batching")),
+    "plain": Way(_plain, ("graph", "eager", "batching")),
     "p2p": Way(_p2p, ("graph", "eager", "batching"), ("graph-compiled",)),
     "transformers": Way(
         _transformers, ("graph", "graph-batched", "eager", "eager-batched"), ("compile-batched", "compile"), replicates=True

@@ -66,11 +66,13 @@ NUM_RECORD_STEPS = 1 << 24
 TICK_SHIFT = 20
 """Kernels measure their waits in ticks of 2**20 nanoseconds: 32 bits hold 52 days of them."""
 
-PHASES = ("failed", "not-entered", "data-missing", "counts-disagree")
+PHASES = ("failed", "not-entered", "data-missing", "counts-disagree", "too-few-rows")
 """What the blamed rank did, by its number in an abort record."""
 NOT_ENTERED = PHASES.index("not-entered")
 DATA_MISSING = PHASES.index("data-missing")
 COUNTS_DISAGREE = PHASES.index("counts-disagree")
+TOO_FEW_ROWS = PHASES.index("too-few-rows")
+"""Its combine was given fewer partial rows than there are tokens. It blames itself."""
 
 LAYER_SHIFT = 24
 RANK_SHIFT = 40
@@ -94,7 +96,7 @@ def limits(timeout_s: float, longest_wait_s: float) -> int:
 class Record:
     """An abort record: rank `reporter` blames rank `rank`. It is one 64-bit word, so that it is always written whole.
 
-    Bits, from the lowest: step 24, layer + 1 16, rank 8, reporter 8, phase 2, four unused, one that is always set.
+    Bits, from the lowest: step 24, layer + 1 16, rank 8, reporter 8, phase 3, three unused, one that is always set.
     """
 
     rank: int
@@ -118,7 +120,7 @@ class Record:
         return Record(
             rank=word >> RANK_SHIFT & 0xFF,
             reporter=word >> REPORTER_SHIFT & 0xFF,
-            phase=PHASES[word >> PHASE_SHIFT & 3],
+            phase=PHASES[word >> PHASE_SHIFT & 7],
             step=word % NUM_RECORD_STEPS,
             layer=(word >> LAYER_SHIFT & 0xFFFF) - 1,
         )

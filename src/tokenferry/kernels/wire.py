@@ -38,6 +38,7 @@ COUNT_PACKET_STEP_OFFSET: tl.constexpr = tl.constexpr(control_block.COUNT_PACKET
 FLAG_BYTES: tl.constexpr = tl.constexpr(control_block.FLAG_BYTES)
 NOT_ENTERED: tl.constexpr = tl.constexpr(control_block.NOT_ENTERED)
 DATA_MISSING: tl.constexpr = tl.constexpr(control_block.DATA_MISSING)
+TOO_FEW_ROWS: tl.constexpr = tl.constexpr(control_block.TOO_FEW_ROWS)
 _ESCAPED_SENTINEL: tl.constexpr = tl.constexpr(control_block.ESCAPED_SENTINEL)
 _PHASE_SHIFT: tl.constexpr = tl.constexpr(control_block.PHASE_SHIFT)
 _REPORTER_SHIFT: tl.constexpr = tl.constexpr(control_block.REPORTER_SHIFT)

@@ -156,21 +156,23 @@ class Transport(ABC):
 
     @abstractmethod
     def combine_begin(self, partial: torch.Tensor) -> None:
-        """Starts to send the partial rows [R, H] to their owners. Keeps the tensor until `combine_end`."""
+        """Starts to send the partial rows to their owners, [R, H]; where `fixed_rows` says R, any number of rows from this rank's
+        T to R, of which V must be there. Keeps the tensor until `combine_end`."""
 
     @abstractmethod
-    def combine_end(self) -> torch.Tensor:
-        """The combined [T', H] in `result_dtype`, a new tensor."""
+    def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The combined [T', H] in `result_dtype`: a new tensor, or `out`, which has this shape and dtype, is contiguous, and
+        overlaps neither the partial rows nor the gathered ones."""
 
     def dispatch(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
         """Both halves, with nothing between."""
         self.dispatch_begin(layer, hidden, topk_idx, topk_weights)
         return self.dispatch_end()
 
-    def combine(self, partial: torch.Tensor) -> torch.Tensor:
+    def combine(self, partial: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Both halves, with nothing between."""
         self.combine_begin(partial)
-        return self.combine_end()
+        return self.combine_end(out)
 
     def watching_replay(self) -> AbstractContextManager[None]:
         """Around the launch of a graph that was captured with this transport: what was announced is used up by it, and a peer

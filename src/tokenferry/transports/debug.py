@@ -73,17 +73,17 @@ class DebugTransport(TransportWrapper):
 
     # --- combine ----------------------------------------------------------------------------------------------------
 
-    def combine(self, partial: torch.Tensor) -> torch.Tensor:
-        return super().combine(self._poison_behind(partial))
+    def combine(self, partial: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return super().combine(self._poison_behind(partial), out)
 
     def combine_begin(self, partial: torch.Tensor) -> None:
         held = self._copies(partial=partial)
         super().combine_begin(self._poison_behind(partial))
         self._held = held
 
-    def combine_end(self) -> torch.Tensor:
+    def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
         self._compare_held()
-        return super().combine_end()
+        return super().combine_end(out)
 
     # --- beside steps -----------------------------------------------------------------------------------------------
 

@@ -75,14 +75,14 @@ class TransportWrapper(Transport):
     def combine_begin(self, partial: torch.Tensor) -> None:
         self.inner.combine_begin(partial)
 
-    def combine_end(self) -> torch.Tensor:
-        return self.inner.combine_end()
+    def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self.inner.combine_end(out)
 
     def dispatch(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
         return self.inner.dispatch(layer, hidden, topk_idx, topk_weights)
 
-    def combine(self, partial: torch.Tensor) -> torch.Tensor:
-        return self.inner.combine(partial)
+    def combine(self, partial: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self.inner.combine(partial, out)
 
     def watching_replay(self) -> AbstractContextManager[None]:
         return self.inner.watching_replay()

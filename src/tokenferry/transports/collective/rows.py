@@ -50,11 +50,14 @@ class RowWork:
         idx_TK.copy_(mask_padding(topk_idx_TK, num_real_tokens))
         weights_TK.copy_(topk_weights_TK)
 
-    def sum_terms(self, terms_RTH: torch.Tensor, own_TH: torch.Tensor, num_wanted: int) -> torch.Tensor:
-        """[T', H] of the result's dtype: the terms of all ranks, in rank order, in float32, rounded once. This rank's is
-        `own_TH`; its place in `terms_RTH` is not read."""
+    def sum_terms(
+        self, terms_RTH: torch.Tensor, own_TH: torch.Tensor, num_wanted: int, out_TH: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[T', H] of the result's dtype, in `out_TH` if it is given: the terms of all ranks, in rank order, in float32, rounded
+        once. This rank's is `own_TH`; its place in `terms_RTH` is not read."""
         terms = [own_TH if rank == self._rank else term for rank, term in enumerate(terms_RTH.unbind())]
-        return sum_in_rank_order([term[:num_wanted] for term in terms]).to(self._result_dtype)
+        total = sum_in_rank_order([term[:num_wanted] for term in terms])
+        return total.to(self._result_dtype) if out_TH is None else out_TH.copy_(total)
 
 
 class KernelRowWork(RowWork):
@@ -109,12 +112,16 @@ class KernelRowWork(RowWork):
         else:
             launch(grid, topk_idx_TK, topk_weights_TK, num_real_tokens, idx_TK, weights_TK, num_rows, num_rows, 1)
 
-    def sum_terms(self, terms_RTH: torch.Tensor, own_TH: torch.Tensor, num_wanted: int) -> torch.Tensor:
+    def sum_terms(
+        self, terms_RTH: torch.Tensor, own_TH: torch.Tensor, num_wanted: int, out_TH: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """See `RowWork`."""
         num_rows, hidden_size = own_TH.shape
-        out = torch.empty((num_wanted, hidden_size), dtype=self._result_dtype, device=self._device)
+        out = out_TH
+        if out is None:
+            out = torch.empty((num_wanted, hidden_size), dtype=self._result_dtype, device=self._device)
         if num_wanted:
-            launch = self._sum[not own_TH.data_ptr() % self._alignment]
+            launch = self._sum[not (own_TH.data_ptr() | out.data_ptr()) % self._alignment]
             launch(-(-out.numel() // _BLOCK), terms_RTH, own_TH, out, num_rows, num_wanted)
         return out
 

@@ -215,21 +215,22 @@ class CollectiveTransport(Transport):
                 self._combine_input = torch.empty(shape, dtype=self._settings.combine_dtype, device=self._settings.group.device)
         return self._combine_input
 
-    def combine(self, partial: torch.Tensor) -> torch.Tensor:
-        self._begin_combine(partial, overlaps=False)
-        return self.combine_end()
+    def combine(self, partial: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        self._begin_combine(partial, overlaps=False, out=out)
+        return self.combine_end(out)
 
     def combine_begin(self, partial: torch.Tensor) -> None:
         self._begin_combine(partial, overlaps=True)
 
-    def _begin_combine(self, partial: torch.Tensor, *, overlaps: bool) -> None:
+    def _begin_combine(self, partial: torch.Tensor, *, overlaps: bool, out: torch.Tensor | None = None) -> None:
         self._operation = COMBINE
         rank, size = self._settings.group.rank, self._settings.group.size
         rows = partial.to(self._settings.combine_dtype)
         own_rows, hidden_size = self._counts[rank], rows.shape[1]
         num_bytes = own_rows * hidden_size * rows.element_size()
         if self._are_equal and 0 < num_bytes <= self._most_reduced_bytes:
-            reduced = rows.new_empty((own_rows, hidden_size))
+            fits = out is not None and out.dtype == rows.dtype and out.shape[0] == own_rows
+            reduced = out if out is not None and fits else rows.new_empty((own_rows, hidden_size))
             pending = self._reduce_scatter(reduced, rows, overlaps=overlaps)
             if pending is not None:
                 self._combine = _Combine(pending, reduced, None, rows)
@@ -239,14 +240,17 @@ class CollectiveTransport(Transport):
         pending = self._start([(rows,) for rows in outgoing], [(term,) for term in terms.unbind()])
         self._combine = _Combine(pending, terms, outgoing[rank], rows)
 
-    def combine_end(self) -> torch.Tensor:
+    def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
         self.launched = True
         combine, self._combine = self._combine, None
         assert combine is not None, "the workspace orders the halves"
         self._finish(combine.pending)
         if combine.own is None:
-            return combine.received[: self._num_supplied].to(self._settings.result_dtype)
-        return self._rows.sum_terms(combine.received, combine.own, self._num_supplied)
+            combined = combine.received[: self._num_supplied]
+            if out is None:
+                return combined.to(self._settings.result_dtype)
+            return out if combine.received is out else out.copy_(combined)
+        return self._rows.sum_terms(combine.received, combine.own, self._num_supplied, out)
 
     # --- peers ------------------------------------------------------------------------------------------------------
 

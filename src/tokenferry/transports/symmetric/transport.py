@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
+from typing import Final
 
 import torch
 
@@ -37,6 +38,12 @@ from tokenferry.transports.symmetric.rank_kernels import RankKernels, SoloKernel
 from tokenferry.transports.symmetric.regions import RegionTensors, limits_of
 from tokenferry.transports.symmetric.side_stream import SideStream
 from tokenferry.transports.symmetric.tuning import FewTokens, Tuning, choose_few_tokens, choose_tuning
+
+_REASONS: Final = {
+    "failed": "rank {0.rank} gave up",
+    "too-few-rows": "combine in layer {0.layer} was given fewer partial rows than the ranks bring tokens",
+}
+"""What a rank has failed with that blames itself in a record."""
 
 
 class SymmetricTransport(RankKernels):
@@ -125,9 +132,9 @@ class SymmetricTransport(RankKernels):
         self._raise_after()
         return gathered
 
-    def combine(self, partial: torch.Tensor) -> torch.Tensor:
+    def combine(self, partial: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         self._raise_known()
-        combined = super().combine(partial)
+        combined = super().combine(partial, out)
         self._raise_after()
         return combined
 
@@ -135,9 +142,9 @@ class SymmetricTransport(RankKernels):
         self._raise_known()
         super().combine_begin(partial)
 
-    def combine_end(self) -> torch.Tensor:
+    def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
         self._raise_known()
-        combined = super().combine_end()
+        combined = super().combine_end(out)
         self._raise_after()
         return combined
 
@@ -161,9 +168,9 @@ class SymmetricTransport(RankKernels):
             return closed_meanwhile()
         record = Record.unpack(word)
         settings, step = self._settings, record.step_near(self._request.index)
-        reason = f"rank {record.rank} gave up" if record.phase == "failed" else ""
-        phase = "data-missing" if record.phase == "failed" else record.phase
-        if record.phase != "failed" and record.reporter == settings.group.rank:
+        reason = _REASONS.get(record.phase, "").format(record)
+        phase = "data-missing" if reason else record.phase
+        if not reason and record.reporter == settings.group.rank:
             elsewhere = settings.group.waiting.who_waits_elsewhere(record.rank, settings.name)
             phase, reason = (phase, reason) if elsewhere is None else ("counts-disagree", elsewhere)
         detail = BusyBoard(settings).in_words()
