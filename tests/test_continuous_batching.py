@@ -277,14 +277,21 @@ def test_a_manager_of_either_release_is_adopted_once(name: str) -> None:
     assert manager._create_batch_processor().model_runner.compute_batch == compute
 
 
-def test_what_a_warm_up_swallows_is_raised() -> None:
+def test_what_a_warm_up_swallows_is_raised_and_the_model_has_its_attention_back() -> None:
     parallel: Any = Parallel()
+    attention: list[str] = []
     manager = SimpleNamespace(
-        _create_batch_processor=lambda: None, warmup=lambda: parallel.note_swallowed(WHAT_FAILED), _wake_up_loop=threading.Event()
+        _create_batch_processor=lambda: None,
+        warmup=lambda: parallel.note_swallowed(WHAT_FAILED),
+        _wake_up_loop=threading.Event(),
+        _original_attn_impl="sdpa",
+        model=SimpleNamespace(set_attn_implementation=attention.append),
     )
     adopt(manager, parallel)
     with pytest.raises(PeerFailedError):
         manager.warmup()
+    assert attention == ["sdpa"]
+    assert manager._original_attn_impl is None
 
 
 # --- configurations ------------------------------------------------------------------------------------------------------

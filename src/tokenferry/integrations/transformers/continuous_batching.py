@@ -77,8 +77,12 @@ def adopt(manager: Any, parallel: ExpertParallel) -> Any:
 
     def warmup() -> None:
         parallel.note_swallowed(None)
-        warm_up()
-        parallel.raise_swallowed()  # transformers logs what a warm-up raises, and goes on
+        try:
+            warm_up()
+            parallel.raise_swallowed()  # transformers logs what a warm-up raises, and goes on
+        except BaseException:
+            _put_attention_back(manager)
+            raise
 
     manager._create_batch_processor, manager.warmup = create_batch_processor, warmup
     return manager
@@ -263,6 +267,13 @@ class StepGraph:
     def reset(self) -> None:
         """Lets go of the graph."""
         self._graph.reset()
+
+
+def _put_attention_back(manager: Any) -> None:
+    """What `manager.stop()` does of a manager that was started: with paged attention `generate()` would fail."""
+    if manager._original_attn_impl is not None:
+        manager.model.set_attn_implementation(manager._original_attn_impl)
+        manager._original_attn_impl = None
 
 
 def _compute_stream(manager: Any) -> torch.cuda.Stream | None:
