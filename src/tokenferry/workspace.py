@@ -83,6 +83,7 @@ class Workspace(GraphCalls):
         result_dtype: torch.dtype | None = None,
     ) -> None:
         check_kinds(config, group)
+        super().__init__()
         self._settings = TransportSettings(
             config=config,
             group=group,
@@ -170,6 +171,11 @@ class Workspace(GraphCalls):
         return self._settings.combine_dtype
 
     @property
+    def combine_order(self) -> CombineOrder:
+        """In which order terms are summed."""
+        return self._settings.combine_order
+
+    @property
     def result_dtype(self) -> torch.dtype:
         """Of combined rows."""
         return self._settings.result_dtype
@@ -178,11 +184,6 @@ class Workspace(GraphCalls):
     def index_dtype(self) -> torch.dtype:
         """Of `Dispatched.topk_idx`."""
         return self._settings.index_dtype
-
-    @property
-    def timeout_s(self) -> float:
-        """How long a peer may be late."""
-        return self._settings.timeout_s
 
     @property
     def counts(self) -> Counts:
@@ -352,7 +353,8 @@ class Workspace(GraphCalls):
         self.attached.pop(COUNTED_IN, None)
         try:
             self.operators.release()
-            self._lease.end()
+            with self._telling:
+                self._lease.end()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             settings.group.channel.barrier(f"{settings.name}/reset", settings.open_timeout_s, phase="reset")

@@ -137,6 +137,12 @@ def claim_record(control_ptr, record):
 
 
 @triton.jit
+def add_to_word(address, amount):
+    """Adds to an int64 of any rank's control block."""
+    tl.atomic_add(address.to(tl.pointer_type(tl.int64)), amount.to(tl.int64), sem="relaxed", scope="sys")
+
+
+@triton.jit
 def read_round(counters_ptr):
     """The number of bulk rounds that are done. A program that takes a ticket reads it first, so that it cannot read the next."""
     return (tl.load(field(counters_ptr, ROUND_OFFSET, tl.int64)) >> 32).to(tl.int32)

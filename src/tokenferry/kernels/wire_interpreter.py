@@ -17,14 +17,16 @@ from tokenferry.kernels.control_block import (
     COUNTERS_OFFSET,
     COUNTS_DISAGREE,
     GROUP_SIZE_OFFSET,
+    LIMITS_OFFSET,
     OBSERVER_OFFSET,
     PEER_TABLE_OFFSET,
     PHASE_SHIFT,
     RECORD_OFFSET,
     ROUND_OFFSET,
     SENTINEL,
+    SIGNS_OFFSET,
     STEP_OFFSET,
-    TIMEOUT_OFFSET,
+    TICK_SHIFT,
 )
 
 
@@ -172,7 +174,8 @@ def multicast_sum(address, mask, control_ptr):
 
 def _wait(waiting, poll, control: int, blamed, hint) -> None:
     """Polls until no element of `waiting` is left, or gives up for the reasons for which the PTX form does."""
-    deadline_ns = time.monotonic_ns() + int(_int64(control + TIMEOUT_OFFSET)[0])
+    begin = since = time.monotonic_ns() >> TICK_SHIFT
+    signs = _int64(control + SIGNS_OFFSET)[0]
     while waiting.size:
         arrived = poll(waiting)
         waiting = waiting[~arrived]
@@ -181,7 +184,10 @@ def _wait(waiting, poll, control: int, blamed, hint) -> None:
         time.sleep(0)
         if _int64(control + RECORD_OFFSET)[0] != 0:
             return
-        if time.monotonic_ns() > deadline_ns:
+        now, before, signs = time.monotonic_ns() >> TICK_SHIFT, signs, _int64(control + SIGNS_OFFSET)[0]
+        since = now if signs != before else since
+        timeout, longest = _int32(control + LIMITS_OFFSET)[0], _int32(control + LIMITS_OFFSET + 4)[0]
+        if now - since >= timeout or now - begin >= longest:
             _give_up(control, int(blamed[waiting[0]]), int(hint[waiting[0]]))
             return
 
@@ -201,6 +207,14 @@ def claim_records(controls, word: int) -> None:
     expected, record = np.zeros(addresses.size, np.int64), np.full(addresses.size, word, np.int64)
     atomics = triton.runtime.interpreter._interpreter
     atomics.atomic_cas(addresses, expected, record, atomics.MEM_SEMANTIC.RELAXED)
+
+
+def add_to_words(addresses, amount: int) -> None:
+    """Adds to the int64 at each address, as `wire.add_to_word` does on GPUs. Threads and processes may do so at once."""
+    places, amounts = np.array(addresses, np.uint64), np.full(len(addresses), amount, np.int64)
+    atomics = triton.runtime.interpreter._interpreter
+    everywhere, relaxed = np.ones(places.size, bool), atomics.MEM_SEMANTIC.RELAXED
+    atomics.atomic_rmw(atomics.RMW_OP.ADD, places, amounts, everywhere, relaxed)
 
 
 def poll_and_clear(address, mask, control_ptr, blamed, hint, WORDS):

@@ -23,7 +23,7 @@ from tokenferry.transports.symmetric.layout import Layout
 CombineOrder = Literal["rank", "any"]
 Counts = Literal["uneven", "equal"]
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised when ranks of an older release could not understand this one; compared when a workspace opens."""
 
 
@@ -190,6 +190,19 @@ class Transport(ABC):
 
     # --- peers ------------------------------------------------------------------------------------------------------
 
+    def give_sign_of_life(self) -> None:
+        """Tells peers that wait, and do not look into the store for it, that this rank is busy and alive. From any thread, also
+        while a graph is captured; waits for nothing. One thread at a time calls it, or `set_timeout`."""
+        return
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """How long a peer may be late from now on, in waits under way and in captured graphs too. From any thread, one at a time.
+
+        Raises:
+            ConfigError: it cannot wait so long; nothing has changed.
+        """
+        return
+
     @abstractmethod
     def check(self) -> None:
         """Raises the `PeerError` that has occurred, if any."""
@@ -253,6 +266,8 @@ class AbortRecord:
     waited_s: float
     reason: str = ""
     """Empty for a rank that is late; else what it failed with."""
+    detail: str = ""
+    """What else is known of a rank that is late."""
 
     def error_for(self, rank: int) -> PeerError:
         """What `rank` raises: the blamed rank itself learns that it was given up."""
@@ -262,7 +277,7 @@ class AbortRecord:
             return PeerFailedError(self.rank, reason, self.step, phase)  # type: ignore[arg-type]
         if self.reason:
             return PeerFailedError(self.rank, self.reason, self.step, phase)  # type: ignore[arg-type]
-        return PeerTimeoutError(self.rank, phase, self.step, self.layer, self.waited_s)  # type: ignore[arg-type]
+        return PeerTimeoutError(self.rank, phase, self.step, self.layer, self.waited_s, self.detail)  # type: ignore[arg-type]
 
 
 def empty_like_routing(settings: TransportSettings, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -93,6 +93,12 @@ class TransportWrapper(Transport):
     def solo(self) -> Transport:
         return self.inner.solo()
 
+    def give_sign_of_life(self) -> None:
+        self.inner.give_sign_of_life()
+
+    def set_timeout(self, timeout_s: float) -> None:
+        self.inner.set_timeout(timeout_s)
+
     def check(self) -> None:
         self.inner.check()
 

@@ -21,6 +21,7 @@ from tokenferry.errors import PeerError, PeerFailedError, Phase, StateError
 from tokenferry.reference import in_format, pad_rows
 from tokenferry.step import FLAG_DONE, Announced, StepRequest, StepTensors
 from tokenferry.transports.base import AbortRecord, Gathered, Transport, TransportSettings, closed_meanwhile
+from tokenferry.transports.busy import BusyBoard, WaitClock
 from tokenferry.transports.collective.gloo import GlooCommunicator
 from tokenferry.transports.collective.messages import (
     CommunicationError,
@@ -85,7 +86,8 @@ class CollectiveTransport(Transport):
         self._per_token = step_tensors.per_token()
         self._rows = row_work(settings)
         self._most_reduced_bytes = _most_reduced_bytes(settings)
-        self._communicator = _open_communicator(settings)
+        self._busy = BusyBoard(settings)
+        self._communicator = _open_communicator(settings, WaitClock(self._busy.num_signs, settings.open_timeout_s))
 
     @property
     def nbytes(self) -> int:
@@ -316,7 +318,8 @@ class CollectiveTransport(Transport):
         elsewhere = self._settings.group.waiting.who_waits_elsewhere(error.rank, self._settings.name, grace=not has_failed)
         if elsewhere is not None:
             phase, reason = "counts-disagree", elsewhere
-        record = AbortRecord(error.rank, rank, phase, self._request.index, self._layer, error.waited_s, reason)
+        detail = "" if has_failed else self._busy.in_words()
+        record = AbortRecord(error.rank, rank, phase, self._request.index, self._layer, error.waited_s, reason, detail)
         return self._settle(record, grace_s=RECORD_GRACE_S if has_failed else 0.0)
 
     def _settle(self, record: AbortRecord, grace_s: float = 0.0) -> PeerError:
@@ -327,6 +330,9 @@ class CollectiveTransport(Transport):
         finally:
             self._communicator.abort()
         return agreed.error_for(self._settings.group.rank)
+
+    def set_timeout(self, timeout_s: float) -> None:
+        self._communicator.timeout_s = timeout_s
 
     def fail(self, reason: str) -> None:
         rank = self._settings.group.rank
@@ -382,9 +388,9 @@ def _most_reduced_bytes(settings: TransportSettings) -> float:
     return REDUCED_BYTES_OF_TWO if has_one_order else math.inf
 
 
-def _open_communicator(settings: TransportSettings) -> Communicator:
+def _open_communicator(settings: TransportSettings, clock: WaitClock) -> Communicator:
     group = settings.group
     store = group.rendezvous.under(f"{settings.name}/communicator")
     if group.device.type == "cpu":
-        return GlooCommunicator(store.store, group.rank, group.size, settings.timeout_s, settings.open_timeout_s)
-    return NcclCommunicator(store, group, settings.timeout_s, settings.open_timeout_s, lambda: known_record(settings))
+        return GlooCommunicator(store.store, group.rank, group.size, settings.timeout_s, settings.open_timeout_s, clock)
+    return NcclCommunicator(store, group, settings.timeout_s, settings.open_timeout_s, lambda: known_record(settings), clock)
