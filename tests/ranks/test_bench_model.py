@@ -73,7 +73,14 @@ def test_what_the_budget_leaves_out_is_said(tmp_path: Path, capsys: pytest.Captu
 def test_a_way_that_fails_says_why_and_the_next_one_is_measured() -> None:
     """Peer memory on CPUs is for the interpreter alone."""
     point = ModelPoint("mixtral-8x7b:1", 1, 5)
-    request = ModelRequest(points=(point,), ways=("p2p", "collective"), families=("mixtral",), new_tokens=3, rehearse=True)
+    request = ModelRequest(
+        points=(point,),
+        ways=("p2p", "collective"),
+        modes=("graph", "eager"),
+        families=("mixtral",),
+        new_tokens=3,
+        rehearse=True,
+    )
     records = run_model(request, 2, device="cpu")
     errors = [record["error"] for record in records if "error" in record]
     assert len(errors) == 2 and all(error.startswith("TransportUnavailableError") for error in errors)
