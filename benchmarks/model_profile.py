@@ -1,4 +1,4 @@
-"""Which kernels a token's time goes to within `generate()`: ours by default beside transformers' own expert parallelism, compiled.
+"""Which kernels a token's time goes to within `generate()`: ours beside transformers' own expert parallelism, both compiled.
 
 torchrun --nproc-per-node 2 benchmarks/model_profile.py OUTPUT.jsonl [--random-init qwen3-30b-a3b:8] [--batches 1,8,32]
                                                         [--prompt 128]
