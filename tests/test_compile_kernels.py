@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from tokenferry.kernels import abort, combine, counts, dispatch, fixed_linear, own_routing, route, term_sum, wire
+from tokenferry.kernels import abort, combine, control_words, counts, dispatch, fixed_linear, own_routing, route, term_sum, wire
 from tokenferry.kernels.control_block import MAX_LAYERS, MAX_RANKS, PHASES, Record
 from tokenferry.kernels.launch import options, source, specify
 
@@ -34,6 +34,7 @@ VARIANTS = {
     "counts-EP2": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 32, "PDL": 1}, 1),
     "counts-EP72": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 128, "PDL": 1}, 1),
     "abort": (abort.abort_kernel, abort.SIGNATURE, {"PDL": 0}, 1),
+    "add": (control_words.add_kernel, control_words.SIGNATURE, {"PDL": 0}, 1),
     "dispatch": (dispatch.dispatch_kernel, dispatch.SIGNATURE, DISPATCH, 8),
     "dispatch-K7-half-packets-int64-out": (
         dispatch.dispatch_kernel,

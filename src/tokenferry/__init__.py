@@ -2,7 +2,7 @@
 
 from tokenferry import reference
 from tokenferry.config import MoEConfig
-from tokenferry.dispatched import Dispatched
+from tokenferry.dispatched import Dispatched, QuantizedRows, RowFormat
 from tokenferry.dispatcher import Dispatcher
 from tokenferry.errors import (
     CapacityError,
@@ -41,7 +41,9 @@ __all__ = [
     "PeerError",
     "PeerFailedError",
     "PeerTimeoutError",
+    "QuantizedRows",
     "RankFailedError",
+    "RowFormat",
     "ShapeError",
     "StateError",
     "Step",

@@ -69,6 +69,11 @@ class MoELayer(nn.Module):
             raise ConfigError(f"shared_overlap must be one of {', '.join(get_args(SharedOverlap))}; got {shared_overlap!r}")
         if (latent_down is None) != (latent_up is None):
             raise ConfigError("latent_down and latent_up belong together; give both or neither")
+        if not workspace.dispatch_format.is_same:
+            raise ConfigError(
+                f"a MoELayer takes dispatch_format 'same' so far, got {str(workspace.dispatch_format)!r}; call the "
+                "dispatcher and the experts yourself"
+            )
         self.workspace, self.dispatcher = workspace, workspace.dispatcher()
         self.router, self.experts, self.shared_experts = router, experts, shared_experts
         self.latent_down, self.latent_up = latent_down, latent_up
