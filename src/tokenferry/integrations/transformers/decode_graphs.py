@@ -44,6 +44,8 @@ MOST_GRAPHS: Final = 8
 they compute with is shared."""
 _MOST_SHAPES: Final = 32
 """Sets of fixed inputs, of kilobytes each."""
+_MOST_COMPILED: Final = 64
+"""Times that the compiler may take up the forward: it starts with a few special sizes, in each phase of a cache."""
 _LONGEST: Final = 500
 """Of a reason in the log. A compiler's may have pages."""
 
@@ -72,13 +74,11 @@ class Forward(NamedTuple):
 
     Attributes:
         name: distinguishes it from the model's others, in the log too.
-        compiles: calling it may compile something, which a recording must not meet.
-        is_one_graph: where compiling it fails, nothing of it has run.
+        is_one_graph: it is compiled as one graph, so that where compiling fails, nothing of it has run.
     """
 
     name: str
     call: Callable[..., Any]
-    compiles: bool = False
     is_one_graph: bool = False
 
 
@@ -87,7 +87,7 @@ class DecodeGraphs:
 
     Attributes:
         caches: for calls that name none.
-        returns_cache: whether the call under way hands its cache to the caller, who may keep it.
+        lends_caches: whether the call under way may have one of them.
         wants_compiled: whether the call under way may compile.
         stopped: whether no forward of the model can be recorded, so that nothing is tried any more.
 
@@ -97,7 +97,7 @@ class DecodeGraphs:
 
     def __init__(self, workspace: Workspace, forget_step: Callable[[], None], make_recorder: MakesRecorder = Recorder) -> None:
         self.caches = StaticCaches()
-        self.returns_cache = self.wants_compiled = False
+        self.lends_caches = self.wants_compiled = False
         self.stopped = False
         self._workspace = workspace
         self._forget_step, self._make_recorder = forget_step, make_recorder
@@ -145,10 +145,9 @@ class DecodeGraphs:
             key = _ambient_of(self._workspace.device), shape_key(inputs)
             phase = phase_of(cache)
             for forward in forwards:
-                if forward.name not in self._given_up:
-                    outputs = self._run_form(forward, (forward.name, key, id(cache), phase), cache, inputs)
-                    if outputs is not None:
-                        return outputs
+                outputs = self._run_form(forward, (forward.name, key, id(cache), phase), cache, inputs)
+                if outputs is not None:
+                    return outputs
             self.stopped = True
         except NotRecordable as reason:
             self.say_once(f"generate() runs decode steps eagerly: {reason}")
@@ -161,6 +160,8 @@ class DecodeGraphs:
             self._graphs.move_to_end(name)
             graph.fixed.fill(inputs)
             return self._replay(graph)
+        if forward.name in self._given_up:
+            return None
         before, fixed = HostState(cache), self._fixed_inputs(name[1], inputs)
         warm = self._warm.get(name)
         if warm is None or warm() is not cache:
@@ -224,9 +225,8 @@ class DecodeGraphs:
     ) -> Any:
         """The forward itself, until it meets nothing that is new to it."""
         num_compiled = _num_compiled()
-        busy = self._workspace.busy("compiling a decode step") if forward.compiles else contextlib.nullcontext()
         try:
-            with busy:
+            with self._workspace.busy("compiling a decode step"), torch._dynamo.config.patch(recompile_limit=_MOST_COMPILED):
                 outputs = forward.call(**arguments)
         except TorchDynamoException as error:
             if not forward.is_one_graph:
@@ -234,7 +234,7 @@ class DecodeGraphs:
             before.restore()
             self._give_up(forward, error)
             return None
-        if not forward.compiles or _num_compiled() == num_compiled:
+        if _num_compiled() == num_compiled:
             self._warm[name] = weakref.ref(cache)
         return outputs
 
@@ -269,8 +269,6 @@ class DecodeGraphs:
     def _give_up(self, forward: Forward, error: Exception) -> None:
         """It is not tried any more: what fails for one shape would fail for the next, and each failure costs memory."""
         self._given_up.add(forward.name)
-        for name in [name for name in self._graphs if name[0] == forward.name]:
-            del self._graphs[name]
         reason = " ".join((str(error) if isinstance(error, NotRecordable) else f"{type(error).__name__}: {error}").split())
         self.say_once(f"decode steps of generate() go on without CUDA graphs of the {forward.name} forward: {reason[:_LONGEST]}")
 
