@@ -124,7 +124,10 @@ class GraphedGeneration:
         if graphs is None or graphs.stopped:
             return compiled(compile_config)  # type: ignore[no-any-return]
         forwards, otherwise = [Forward("eager", self.__call__)], self.__call__
-        if graphs.wants_compiled:
+        layers = graphs.compiled_layers(self) if graphs.wants_compiled and compile_config is None else None
+        if layers is not None:
+            forwards.insert(0, layers)
+        elif graphs.wants_compiled:
             config = without_graphs(compile_config or CompileConfig(fullgraph=True))
             call = compiled(config)
             forwards.insert(0, Forward("compiled", call, is_one_graph=config.fullgraph))
