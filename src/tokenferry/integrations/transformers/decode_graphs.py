@@ -289,6 +289,7 @@ class DecodeGraphs:
     def _drop_dead(self) -> None:
         for name in [name for name, graph in self._graphs.items() if graph.cache() is None]:
             del self._graphs[name]
+        self._warm = {name: cache for name, cache in self._warm.items() if cache() is not None}
 
 
 def _is_decode(inputs: Mapping[str, Any]) -> bool:
