@@ -14,6 +14,7 @@ from torch import nn
 
 from tokenferry.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError, check_kind, refuse_pickling
 from tokenferry.experts import Experts
+from tokenferry.fixed_linear import FixedLinear
 from tokenferry.precision import refuse_conversion
 from tokenferry.router import Router
 from tokenferry.shared_experts import PendingShared, SharedExperts
@@ -85,6 +86,9 @@ class MoELayer(nn.Module):
             self._check_invariance()
         router.prepare(workspace.config.dtype)  # here, since loading a kernel waits for the device
         experts.prepare(workspace)
+        for part in (shared_experts, latent_down, latent_up):
+            if isinstance(part, SharedExperts | FixedLinear):
+                part.prepare()
         experts.bind(workspace)
 
     def _check_parts(self) -> None:

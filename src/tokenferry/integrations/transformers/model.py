@@ -262,7 +262,7 @@ class ExpertParallelModel(GraphedGeneration):
                 raise
             parallel.settle_forward(None)
             parallel.check()
-            return generated
+            return self._with_growing_cache(generated)
 
     def init_continuous_batching(
         self, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
