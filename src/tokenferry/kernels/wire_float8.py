@@ -23,7 +23,7 @@ if not wire.INTERPRETED:
 
         One reciprocal serves all numbers of a block. A quotient that is corrected twice by its exact remainder is the rounded
         one (Markstein). `div.rn` takes twice the instructions, and branches to a subroutine for numbers far from 1, zeros among
-        them: with it a round trip of one token took 6.8 microseconds, and 5.0 where rows came quantized (2 x H100, 2026-11-26).
+        them: with it a round trip of one token took 6.8 microseconds, and 5.0 where rows came quantized (2 x H200, 2026-11-26).
         A remainder of zero leaves the first quotient, which may be -0.0.
         """
         first = x * reciprocal
