@@ -1,4 +1,7 @@
-"""`tokenferry`: the commands and their options. A new command is a function here that calls a module beside this one."""
+"""`tokenferry`: the commands and their options. A new command is a function here that calls a module beside this one.
+
+Each imports that module when it runs, within `loading()`: torch comes with it, and `--help` must not wait for torch.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,18 @@ from typing import Final
 
 import typer
 
-from tokenferry.benchmarking import PRESETS, REHEARSAL
+import tokenferry
 from tokenferry.cli import options
 from tokenferry.cli.failure import EXIT_CODE, one_line_errors
+from tokenferry.cli.names import PRESETS, REHEARSAL_PRESETS
 from tokenferry.cli.terminal import accept_any_text
+from tokenferry_command import loading
 
 TYPER_INTERRUPTED: Final = 130
 """The exit code with which typer leaves, without a word, on a Ctrl-C that comes before or after a command's own work."""
 
 PRESETS_HELP: Final = (
-    f"Names with commas between them, or all: {', '.join(preset.name for preset in PRESETS)}. "
-    f"With --rehearse: {', '.join(preset.name for preset in REHEARSAL)}."
+    f"Names with commas between them, or all: {', '.join(PRESETS)}. With --rehearse: {', '.join(REHEARSAL_PRESETS)}."
 )
 
 app = typer.Typer(
@@ -26,6 +30,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Mixture-of-experts inference under expert parallelism.",
 )
+
+
+def print_version(wanted: bool) -> None:
+    """Print it and leave, if wanted."""
+    if wanted:
+        typer.echo(f"tokenferry {tokenferry.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: bool = typer.Option(False, "--version", callback=print_version, is_eager=True, help="Print the version and leave."),
+) -> None:
+    """Mixture-of-experts inference under expert parallelism."""
 
 
 @app.command()
@@ -43,9 +61,11 @@ def generate(
 ) -> None:
     """Answer prompts with a mixture-of-experts model whose experts are spread over ranks. Runs under torchrun too."""
     with one_line_errors():
-        from tokenferry.cli import run
+        with loading():
+            from tokenferry.cli import run
+            from tokenferry.cli.request import request_of
 
-        request = options.request(
+        request = request_of(
             "generate",
             ranks,
             model,
@@ -76,9 +96,11 @@ def verify(
 ) -> None:
     """Generate, and compare every token with the unmodified model in one process. Exit code 0: all equal, 1: not."""
     with one_line_errors():
-        from tokenferry.cli import run
+        with loading():
+            from tokenferry.cli import run
+            from tokenferry.cli.request import request_of
 
-        request = options.request("verify", ranks, model, prompts, max_new_tokens, dtype, device, transport, seed, json, exact)
+        request = request_of("verify", ranks, model, prompts, max_new_tokens, dtype, device, transport, seed, json, exact)
         raise typer.Exit(run.verify(request))
 
 
@@ -103,7 +125,8 @@ def bench_roundtrip(
 ) -> None:
     """Time dispatch + combine on p2p and collective, beside a plain copy."""
     with one_line_errors():
-        from tokenferry.cli.bench import round_trip_command
+        with loading():
+            from tokenferry.cli.bench import round_trip_command
 
         raise typer.Exit(round_trip_command(ranks, output, capacity=capacity))
 
@@ -119,7 +142,8 @@ def bench_layer(
 ) -> None:
     """Time whole MoE layers beside their floor, the collective transport, and transformers' experts."""
     with one_line_errors():
-        from tokenferry.cli.bench import layer_command
+        with loading():
+            from tokenferry.cli.bench import layer_command
 
         raise typer.Exit(layer_command(ranks, presets, tokens, budget_s, output, rehearse=rehearse))
 
