@@ -1,4 +1,4 @@
-"""The entry point of the command `tokenferry`: outside the package, so that Ctrl-C is a line and exit code 2 from the first moment."""
+"""The entry point of the command `tokenferry`, outside the package: Ctrl-C is a line and exit code 2 from the first moment on."""
 
 import os
 import signal

@@ -12,8 +12,8 @@ import typer
 
 import tokenferry
 from tokenferry.cli import options
-from tokenferry.cli.failure import EXIT_CODE, one_line_errors
-from tokenferry.cli.names import PRESETS, REHEARSAL_PRESETS
+from tokenferry.cli.failure import EXIT_CODE, fail, one_line_errors
+from tokenferry.cli.names import MODEL_CONFIGS, PRESETS, REHEARSAL_PRESETS
 from tokenferry.cli.terminal import accept_any_text
 from tokenferry_command import loading
 
@@ -23,6 +23,8 @@ TYPER_INTERRUPTED: Final = 130
 PRESETS_HELP: Final = (
     f"Names with commas between them, or all: {', '.join(PRESETS)}. With --rehearse: {', '.join(REHEARSAL_PRESETS)}."
 )
+
+PLAN_HELP: Final = f"One of {', '.join(dict.fromkeys((*MODEL_CONFIGS, *PRESETS)))}, or the path of a config.json."
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -105,12 +107,24 @@ def verify(
 
 
 @app.command()
-def doctor(json: options.Json = False) -> None:
-    """Show this machine's topology, versions and environment, and which transports it can run and why."""
+def doctor(
+    json: options.Json = False,
+    selftest: bool = typer.Option(True, "--selftest/--no-selftest", help="Whether transports are opened and tried here."),
+    nvls: bool = typer.Option(False, "--nvls", help="Try nvls on the GPUs too: it has not run on any yet."),
+    plan: str = typer.Option(None, metavar="PRESET|CONFIG", help=f"Bytes and times for a model instead. {PLAN_HELP}"),
+    ep: int = typer.Option(None, "--ep", min=1, help="With --plan: ranks that share the experts."),
+    max_tokens: int = typer.Option(None, "--max-tokens", min=1, help="With --plan: most tokens that a rank brings to a step."),
+) -> None:
+    """Show this machine, which transports run on it and why, and try each of them. Exit code 0: healthy, 1: degraded, 3: broken."""
     with one_line_errors():
-        from tokenferry.cli.doctor import print_report
+        if plan is None and (ep, max_tokens) != (None, None):
+            fail("--ep and --max-tokens belong to --plan, which is not given")
+        with loading():
+            from tokenferry.cli.doctor import print_plan, print_report
 
-        print_report(as_json=json)
+        if plan is not None:
+            raise typer.Exit(print_plan(plan, ep, max_tokens, as_json=json))
+        raise typer.Exit(print_report(as_json=json, with_selftest=selftest, with_nvls=nvls))
 
 
 bench = typer.Typer(no_args_is_help=True, help="Measure on this machine's GPUs.")
