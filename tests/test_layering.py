@@ -14,7 +14,8 @@ import tokenferry
 
 ROOT = Path(tokenferry.__file__).parent
 ORDER = (
-    "errors", "env", "ambient", "config", "channel", "waiting", "groups", "gpu_links", "topology", "dispatched", "precision", "reference",
+    "errors", "env", "ambient", "config", "channel", "waiting", "groups", "gpu_links", "topology", "dispatched", "precision",
+    "reference",
     "kernels", "step", "lifecycle", "transports", "operators", "layer_operator", "dispatcher", "peers", "capture", "workspace",
     "activations", "experts", "router", "shared_experts", "layer", "graphs", "supervisor", "integrations", "testing",
     "benchmarking", "demo", "cli",

@@ -70,8 +70,7 @@ def examine(*, with_selftest: bool, with_nvls: bool) -> Report:
         groups, with_selftest = (), False
     trials = None
     if with_selftest:
-        has_triton = dict(facts.versions)["triton"] != "not installed"
-        runs = selftest.runs_for(len(facts.gpus), has_triton=has_triton, with_nvls=with_nvls)
+        runs = selftest.runs_for(len(facts.gpus), dict(facts.versions), with_nvls=with_nvls)
         trials = tuple(trial for run in runs for trial in selftest.try_transports(run, say))
     findings = tuple(health.findings_of(facts, groups, trials or ()))
     return Report(facts, known_versions.summary(), groups, trials, findings)

@@ -134,29 +134,22 @@ def print_plan(console: Console, document: Mapping[str, Any]) -> None:
         table.add_column(name, justify="right" if name in ("bytes", "MiB") else "left")
     for transport, buffers in document["workspace_bytes"].items():
         for buffer, num_bytes in buffers.items():
-            style = "bold" if buffer == "total" else ""
-            table.add_row(
-                transport, buffer, f"{num_bytes:,}", f"{num_bytes / 2**20:,.1f}", style=style, end_section=buffer == "total"
-            )
+            last = buffer == "total"
+            figures = (f"{num_bytes:,}", f"{num_bytes / 2**20:,.1f}")
+            table.add_row(transport, buffer, *figures, style="bold" if last else "", end_section=last)
     console.print(table)
     console.print(
-        f"collective allocates gathered and partial rows in each call: up to {document['rows_of_a_call_bytes'] / 2**20:,.1f} MiB.\n"
+        f"collective allocates the rows of each call: up to {document['rows_of_a_call_bytes'] / 2**20:,.1f} MiB.\n"
         f"Weights of a rank's experts: {document['expert_weight_bytes_per_layer'] / 2**20:,.1f} MiB a layer."
     )
     table = Table(title="\nExpected times (a model, not a measurement)", title_justify="left")
     step = "layer" if document["num_moe_layers"] is None else "step"
-    for name in (
-        "tokens a rank",
-        "experts' floor µs",
-        "p2p µs",
-        "collective µs",
-        f"{step} on p2p ms",
-        f"{step} on collective ms",
-    ):
+    columns = (f"{step} on p2p ms", f"{step} on collective ms")
+    for name in ("tokens a rank", "experts' floor µs", "p2p µs", "collective µs", *columns):
         table.add_column(name, justify="right")
     for row in document["steps"]:
-        figures = ("tokens_per_rank", "experts_floor_us", "p2p_round_trip_us", "collective_round_trip_us", "p2p_step_ms")
-        table.add_row(*(str(row[name]) for name in (*figures, "collective_step_ms")))
+        keys = ("tokens_per_rank", "experts_floor_us", "p2p_round_trip_us", "collective_round_trip_us", "p2p_step_ms")
+        table.add_row(*(str(row[key]) for key in (*keys, "collective_step_ms")))
     console.print(table)
     for sentence in document["assumptions"]:
         console.print(f"- {sentence}", soft_wrap=False)

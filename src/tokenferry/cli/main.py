@@ -115,7 +115,7 @@ def doctor(
     ep: int = typer.Option(None, "--ep", min=1, help="With --plan: ranks that share the experts."),
     max_tokens: int = typer.Option(None, "--max-tokens", min=1, help="With --plan: most tokens that a rank brings to a step."),
 ) -> None:
-    """Show this machine, which transports run on it and why, and try each of them. Exit code 0: healthy, 1: degraded, 3: broken."""
+    """Show this machine and which transports run on it, and try each. Exit code 0: healthy, 1: degraded, 3: broken."""
     with one_line_errors():
         if plan is None and (ep, max_tokens) != (None, None):
             fail("--ep and --max-tokens belong to --plan, which is not given")

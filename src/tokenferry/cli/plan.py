@@ -1,4 +1,4 @@
-"""`tokenferry doctor --plan`: how many bytes a workspace takes for a model, and how long its steps may take. Nothing is opened."""
+"""`tokenferry doctor --plan`: the bytes of a workspace for a model, and how long its steps may take. Nothing is opened."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ DTYPE: Final = torch.bfloat16
 NUM_EXPERTS_NAMES: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOPK_NAMES: Final = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "top_k_experts", "moe_k")
 EXPERT_SIZE_NAMES: Final = ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size")
-DENSE_LAYERS_NAME: Final = "first_k_dense_replace"
 TOKENS: Final = (1, 8, 32, 128, 512, 4096)
 
 READ_GB_PER_S: Final = 2960.5
@@ -31,8 +30,8 @@ GEMM_TFLOPS: Final = 775.1
 class ExchangeModel:
     """A dispatch and its combine take `latency_us` + bytes that a rank sends / `gb_per_s`.
 
-    Fitted to the 12 rows of equal counts in benchmarks/results/2xH100-2026-11-22.jsonl (2 x H100 80GB HBM3, NVLink 4, CUDA graphs),
-    of which the worst is off by `tolerance`.
+    Fitted to the 12 rows of equal counts in benchmarks/results/2xH100-2026-11-22.jsonl (2 x H100 80GB HBM3, NVLink 4, CUDA
+    graphs), of which the worst is off by `tolerance`.
     """
 
     latency_us: float
@@ -44,7 +43,8 @@ class ExchangeModel:
         return self.latency_us + num_bytes / self.gb_per_s / 1e3
 
     def __str__(self) -> str:
-        return f"{self.latency_us:g} µs + bytes sent / {self.gb_per_s:g} GB/s (off by {self.tolerance:.0%} at most where it was measured)"
+        off = f"off by {self.tolerance:.0%} at most where it was measured"
+        return f"{self.latency_us:g} µs + bytes sent / {self.gb_per_s:g} GB/s ({off})"
 
 
 EXCHANGES: Final[Mapping[str, ExchangeModel]] = {
@@ -91,15 +91,26 @@ def shape_of(spec: str) -> Shape:
         names = ", ".join(dict.fromkeys([*MODEL_CONFIGS, *(each.name for each in PRESETS)]))
         raise ConfigError(f"--plan takes {names}, or the path of a config.json: {error}") from error
     values = {**values, **(values.get("text_config") or {})}
-    num_layers = _positive(values, spec, "num_hidden_layers") - int(values.get(DENSE_LAYERS_NAME) or 0)
     return Shape(
         name=spec,
         hidden_size=_positive(values, spec, "hidden_size"),
         num_experts=_positive(values, spec, *NUM_EXPERTS_NAMES),
         topk=_positive(values, spec, *TOPK_NAMES),
         expert_size=_positive(values, spec, *EXPERT_SIZE_NAMES),
-        num_layers=num_layers,
+        num_layers=num_moe_layers(values),
     )
+
+
+def num_moe_layers(values: Mapping[str, Any]) -> int | None:
+    """Layers that have experts, where the configuration tells."""
+    if isinstance(values.get("layers_block_type"), list):
+        return int(values["layers_block_type"].count("moe"))
+    if isinstance(values.get("hybrid_override_pattern"), str):
+        return int(values["hybrid_override_pattern"].count("E"))
+    num_layers = values.get("num_hidden_layers")
+    if not isinstance(num_layers, int):
+        return None
+    return num_layers - int(values.get("first_k_dense_replace") or 0) - len(values.get("mlp_only_layers") or ())
 
 
 def _positive(values: Mapping[str, Any], spec: str, *names: str) -> int:
@@ -121,9 +132,8 @@ def plan(shape: Shape, ep_size: int, max_tokens_per_rank: int) -> dict[str, Any]
         raise ConfigError(f"--ep and --max-tokens must be at least 1, got {ep_size} and {max_tokens_per_rank}")
     config = shape.config
     if shape.num_experts < ep_size:
-        raise ConfigError(
-            f"{shape.name} has {shape.num_experts} experts, too few for {ep_size} ranks; give --ep {shape.num_experts}"
-        )
+        few = f"{shape.name} has {shape.num_experts} experts, too few for {ep_size} ranks"
+        raise ConfigError(f"{few}; give --ep {shape.num_experts} at most")
     tokens = sorted({*(count for count in TOKENS if count < max_tokens_per_rank), max_tokens_per_rank})
     return {
         "model": shape.name,
@@ -192,11 +202,11 @@ def assumptions(ep_size: int) -> list[str]:
         "All ranks bring the same number of tokens, and their routing spreads them evenly over the experts.",
         f"p2p: {EXCHANGES['p2p']} a layer, fitted on 2 x H100 80GB HBM3 with NVLink 4, CUDA graphs, 2026-11-22.",
         f"collective: {EXCHANGES['collective']}, NCCL on the same machine.",
-        f"Experts: a floor, the larger of their weights read at {READ_GB_PER_S:g} GB/s and their products at {GEMM_TFLOPS:g} TFLOP/s, "
-        "measured on H100, 2026-11-23. Real kernels take longer; docs/layer.md has whole layers.",
+        f"Experts: a floor, the larger of their weights read at {READ_GB_PER_S:g} GB/s and their products at {GEMM_TFLOPS:g} "
+        "TFLOP/s, measured on H100, 2026-11-23. Real kernels take longer; docs/layer.md has whole layers.",
         "Attention, routers, shared experts and sampling are not in it. A step is the sum over the model's MoE layers.",
     ]
     if ep_size > 2:
-        told.insert(3, f"More than 2 GPUs have not been measured: for {ep_size} ranks both are extrapolated, and p2p takes a fully "
-                       "connected NVLink domain for granted.")  # fmt: skip
+        extrapolated = f"More than 2 GPUs have not been measured: for {ep_size} ranks both are extrapolated, and p2p takes an "
+        told.insert(3, f"{extrapolated}NVLink domain for granted in which all of them are connected.")
     return told

@@ -77,16 +77,28 @@ class Trial:
     hidden_size: int = 0
 
 
-def runs_for(num_gpus: int, *, has_triton: bool, with_nvls: bool = False) -> list[Run]:
-    """What is tried on a machine with that many GPUs.
+def can_interpret(versions: Mapping[str, str]) -> bool:
+    """Whether Triton's interpreter runs with these packages: it needs numpy, and before Triton 3.9 one older than 2.4."""
+    triton, numpy = (_series(versions.get(name, "")) for name in ("triton", "numpy"))
+    return triton is not None and numpy is not None and (triton >= (3, 9) or numpy < (2, 4))
 
+
+def _series(version: str) -> tuple[int, int] | None:
+    parts = version.split(".")[:2]
+    return (int(parts[0]), int(parts[1])) if len(parts) == 2 and all(part.isdecimal() for part in parts) else None
+
+
+def runs_for(num_gpus: int, versions: Mapping[str, str], *, with_nvls: bool = False) -> list[Run]:
+    """What is tried on a machine with that many GPUs, and these packages.
+
+    Kernels are interpreted for tests alone, so that it is no fault where they cannot be.
     `nvls` is tried on GPUs alone, which have the multicast memory that it needs, and only if asked for: it has never run there.
     """
     runs = [Run(device="cpu", num_ranks=2, transports=("local", "collective"))]
-    if has_triton:
+    if can_interpret(versions):
         runs.append(Run(device="cpu", num_ranks=2, transports=("p2p",), interpreted=True))
     if num_gpus:
-        symmetric = (("p2p", "nvls") if with_nvls else ("p2p",)) if has_triton else ()
+        symmetric = (("p2p", "nvls") if with_nvls else ("p2p",)) if _series(versions.get("triton", "")) else ()
         runs.append(Run(device="cuda", num_ranks=num_gpus, transports=("local", "collective", *symmetric)))
     return runs
 
@@ -145,8 +157,8 @@ def try_as_rank(
     *,
     send: Callable[[Any], None],
 ) -> None:
-    """Tries one transport after another, each with a group of its own, so that one that failed leaves nothing behind for the next,
-    and tells of each at once: what comes later may hang."""
+    """Tries one transport after another, each with a group of its own, so that one that failed leaves nothing behind for the
+    next, and tells of each at once: what comes later may hang."""
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -23,8 +23,8 @@ SYMMETRIC = ("p2p", "nvls")
 """Those that stand on symmetric memory."""
 
 MAP_REMEDY = (
-    "look at `nvidia-smi topo -p2p r`: GPUs map each other over NVLink, or over PCIe where no IOMMU or access control service stands "
-    "between; a virtual machine or container must be given both; until then `auto` takes collective"
+    "look at `nvidia-smi topo -p2p r`: GPUs map each other over NVLink, or over PCIe where no IOMMU or access control service "
+    "stands between; a virtual machine or container must be given both; until then `auto` takes collective"
 )
 
 
