@@ -1,5 +1,5 @@
-"""What `make package` asks of the wheel that it has built and installed apart: no file is missing, the metadata is right, the command
-works, and the self-test finds the machine in order. Run by the Python that the wheel was installed for, outside the tree."""
+"""What `make package` asks of the wheel that it has built and installed apart: no file is missing, the metadata is right, the
+command works, and the self-test finds the machine in order. Run by the Python that has the wheel, outside the tree."""
 
 import argparse
 import importlib.metadata

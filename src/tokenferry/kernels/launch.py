@@ -211,8 +211,9 @@ class InterpretedLaunch(Launch):
 
     def __call__(self, grid: int, *args: Any) -> None:
         """See `Launch`."""
+        plain = [int(arg) if isinstance(arg, bool) else arg for arg in args]  # Triton 3.6's interpreter refuses a bool as "int1"
         with _any_payload():
-            self.spec.kernel[(grid,)](*args, **dict(self.spec.constants))
+            self.spec.kernel[(grid,)](*plain, **dict(self.spec.constants))
 
 
 class CompiledLaunch(Launch):
