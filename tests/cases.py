@@ -1,11 +1,14 @@
 """Cases of dispatch and combine that every transport runs, on every kind of rank, and the worker that runs them."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 
 import tokenferry as tf
+from row_data import handed_rows, on
+from tokenferry.dispatched import SAME, QuantizedRows, RowFormat
 from tokenferry.testing.data import RankInputs, make_inputs
 from tokenferry.testing.numeric import first_difference
 from tokenferry.transports.symmetric.layout import SLOT_ROWS
@@ -21,7 +24,13 @@ BULK_ROWS = SLOT_ROWS + 8
 
 @dataclass(frozen=True)
 class StepCase:
-    """One step of a few layers. `real` and `supplied` are None for 'all rows'."""
+    """One step of a few layers. `real` and `supplied` are None for 'all rows'.
+
+    Attributes:
+        spare: partial rows beyond the ranks' tokens; None for a partial row for each gathered one.
+        into_out: combine writes into memory of the caller's.
+        own_buffer: partial rows lie in `combine_input()`.
+    """
 
     tokens: tuple[int, ...]
     real: tuple[int, ...] | None = None
@@ -35,6 +44,10 @@ class StepCase:
     layers: int = 1
     halves: bool = False
     own_buffer: bool = False
+    spare: int | None = None
+    into_out: bool = False
+    quantized: bool = False
+    """Whether rows of format fp8_block128 are handed over quantized already."""
     seed: int = 0
 
 
@@ -51,6 +64,7 @@ class Case:
     counts: str = "uneven"
     capacity: int = 8
     transport: str = "collective"
+    dispatch_format: str | RowFormat = "same"
     steps: tuple[StepCase, ...] = field(default=())
 
     @property
@@ -58,7 +72,11 @@ class Case:
         return tf.MoEConfig(hidden_size=self.hidden_size, num_experts=self.num_experts, topk=self.topk, dtype=self.dtype)
 
 
-def same(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
+def same(name: str, got: Any, want: Any) -> None:
+    if isinstance(want, QuantizedRows):
+        same(f"{name}.values", got.values, want.values)
+        same(f"{name}.scales", got.scales, want.scales)
+        return
     difference = first_difference(got, want)
     assert not difference, f"{name}: {difference}"
 
@@ -74,6 +92,7 @@ def run_case(group: tf.EPGroup, case: Case) -> int:
         combine_dtype=case.combine_dtype,
         combine_order=case.combine_order,
         counts=case.counts,
+        dispatch_format=case.dispatch_format,
         timeout_s=20,
     ) as ws:
         dispatchers = [ws.dispatcher() for _ in range(max((step.layers for step in case.steps), default=0))]
@@ -118,15 +137,15 @@ def run_layer(ws: tf.Workspace, dispatcher: tf.Dispatcher, step: StepCase, layer
         partial_dtype=step.partial_dtype,
         supplied=step.supplied,
     )
-    own = inputs[rank]
-    given = [tensor.to(ws.device) for tensor in (own.hidden, own.topk_idx, own.topk_weights)]
+    own, handed = inputs[rank], [handed_rows(each.hidden, ws, quantized=step.quantized) for each in inputs]
+    given = [on(ws.device, rows) for rows in (handed[rank], own.topk_idx, own.topk_weights)]
     if step.halves:
         dispatcher.dispatch_begin(*given)
         got = dispatcher.dispatch_end()
     else:
         got = dispatcher.dispatch(*given)
     settle(ws)
-    expected = expected_dispatch(inputs, step)
+    expected = expected_dispatch(inputs, step, handed, ws.dispatch_format)
     num_valid = sum(step.tokens)
     same("hidden", got.hidden[:num_valid], expected.hidden)
     same("topk_idx", got.topk_idx[:num_valid], expected.topk_idx)
@@ -138,26 +157,41 @@ def run_layer(ws: tf.Workspace, dispatcher: tf.Dispatcher, step: StepCase, layer
     partial[:num_valid] = own.partial.to(ws.device)
     if step.own_buffer:
         partial = dispatcher.combine_input().copy_(partial)
+    if step.spare is not None:
+        partial = partial[: num_valid + step.spare]
+    out = None
+    if step.into_out:
+        memory = torch.full((own.hidden.shape[0] + 2, ws.config.hidden_size), 7, dtype=ws.result_dtype, device=ws.device)
+        out = memory[1:-1]
     if step.halves:
         dispatcher.combine_begin(partial, got)
-        out = dispatcher.combine_end()
+        combined = dispatcher.combine_end(out)
     else:
-        out = dispatcher.combine(partial, got)
+        combined = dispatcher.combine(partial, got, out)
     settle(ws)
     wanted = tf.reference.combine([i.partial for i in inputs], step.tokens, ws.combine_dtype, ws.config.dtype)[rank]
-    same("combined", out, wanted[: own.hidden.shape[0]])
+    same("combined", combined, wanted[: own.hidden.shape[0]])
+    if step.into_out:
+        assert combined is out
+        assert bool((memory[[0, -1]] == 7).all()), "no row is written before and behind out"
 
 
-def expected_dispatch(inputs: list[RankInputs], step: StepCase) -> tf.Dispatched:
+def expected_dispatch(
+    inputs: list[RankInputs], step: StepCase, handed: list[Any] | None = None, row_format: RowFormat = SAME
+) -> tf.Dispatched:
+    """`handed`: the rows that the ranks hand over, where they are not those of `inputs`."""
+    handed = [each.hidden for each in inputs] if handed is None else handed
     padded = [
-        tf.reference.pad_rows(i.hidden, i.topk_idx, i.topk_weights, count) for i, count in zip(inputs, step.tokens, strict=True)
+        tf.reference.pad_rows(tf.reference.in_format(rows, row_format), i.topk_idx, i.topk_weights, count)
+        for i, rows, count in zip(inputs, handed, step.tokens, strict=True)
     ]
-    return tf.reference.dispatch(*(list(column) for column in zip(*padded, strict=True)), num_real_tokens=step.real)
+    columns = [list(column) for column in zip(*padded, strict=True)]
+    return tf.reference.dispatch(*columns, num_real_tokens=step.real, dispatch_format=row_format)
 
 
 # --- named cases ----------------------------------------------------------------------------------------------------
 
-CASES = {
+CASES: dict[str, tuple[int, Case]] = {
     "EP1-T5-K2": (1, Case(steps=(StepCase((5,)), StepCase((0,)), StepCase((8,))))),
     "EP2-T7+0-K3-odd": (2, Case(topk=3, steps=(StepCase((7, 0), layers=3), StepCase((0, 7)), StepCase((8, 8))))),
     "EP3-V0": (3, Case(steps=(StepCase((0, 0, 0), layers=2), StepCase((1, 0, 0)), StepCase((0, 0, 0))))),
@@ -167,9 +201,16 @@ CASES = {
     "EP2-padding-tensor": (2, Case(steps=(StepCase((4, 6), real=(2, 0), real_as_tensor=True),))),
     "EP2-fewer-rows-than-announced": (2, Case(steps=(StepCase((6, 3), supplied=(2, 0), layers=2), StepCase((1, 1))))),
     "EP3-halves-own-buffer": (3, Case(steps=(StepCase((2, 5, 1), halves=True, own_buffer=True, layers=3),))),
+    "EP2-fewer-partial-rows": (2, Case(steps=(
+        StepCase((3, 1), spare=0, layers=2), StepCase((0, 2), spare=0, halves=True), StepCase((5, 0), spare=2, own_buffer=True),
+    ))),
+    "EP3-into-memory-of-the-callers": (3, Case(steps=(
+        StepCase((2, 0, 3), into_out=True, layers=2), StepCase((1, 4, 1), into_out=True, halves=True, supplied=(0, 2, 1)),
+    ))),
+    "EP2-equal-counts-into-memory-of-the-callers": (2, Case(counts="equal", steps=(StepCase((4, 4), into_out=True, layers=2),))),
     "EP2-fp32-partials-bf16-wire": (2, Case(steps=(StepCase((3, 3), partial_dtype=torch.float32),))),
     "EP2-bf16-partials-fp32-wire": (2, Case(combine_dtype=torch.float32, steps=(StepCase((3, 3)),))),
     "EP3-fp16-to-bf16-wire": (3, Case(dtype=torch.float16, combine_dtype=torch.bfloat16, steps=(StepCase((3, 1, 2)),))),
     "EP2-equal-counts": (2, Case(counts="equal", steps=(StepCase((4, 4), layers=2), StepCase((0, 0)), StepCase((7, 7))))),
     "EP2-order-any-on-gloo": (2, Case(combine_order="any", steps=(StepCase((4, 4)), StepCase((1, 3))))),
-}
+}  # fmt: skip

@@ -86,7 +86,7 @@ def load_recorded(
     from safetensors.torch import load_file as loading_file
 
     monkeypatch.setattr("tokenferry.integrations.transformers.model.open_tensors", recorded)
-    monkeypatch.setattr("tokenferry.integrations.transformers.expert_parallel.Workspace", stop)
+    monkeypatch.setattr("tokenferry.integrations.transformers.settings.Workspace", stop)
     monkeypatch.setattr(ExpertParallel, "open", keep_and_open)
     with pytest.raises(Opened):
         from_pretrained(str(path), group=group, max_tokens_per_rank=16, dtype=dtype, **kwargs)

@@ -28,6 +28,8 @@ def scenarios(draw: st.DrawFn, capacity: int = 9) -> tuple[int, Case]:
             layers=draw(st.integers(1, 2)),
             halves=draw(st.booleans()),
             own_buffer=draw(st.booleans()),
+            spare=draw(st.none() | st.integers(0, 2)),
+            into_out=draw(st.booleans()),
             seed=draw(st.integers(0, 1000)),
         )
 

@@ -65,6 +65,8 @@ RIGHT: dict[str, Callable[[Scene], list[torch.Tensor]]] = {
     "a-slice-of-rows": lambda s: [torch.cat([s.inputs.hidden] * 2)[:T], *s.rows[1:]],
     "an-unaligned-address": lambda s: [unaligned(s.inputs.hidden), *s.rows[1:]],
     "int32-ids": lambda s: [s.rows[0], s.rows[1].int(), s.rows[2]],
+    "weights-transposed": lambda s: [*s.rows[:2], s.rows[2].t().contiguous().t()],
+    "every-second-weight": lambda s: [*s.rows[:2], s.rows[2].repeat_interleave(2, 1)[:, ::2]],
 }
 
 
@@ -81,6 +83,7 @@ def test_an_unusual_call_that_is_right_goes_through(right: str, transport: str) 
     out = scene.dispatcher.combine(scene.inputs.partial, got)
     assert not out.requires_grad
     same("hidden", got.hidden, scene.inputs.hidden)
+    same("topk_weights", got.topk_weights, scene.inputs.topk_weights)
     finish(scene, "combined")
     scene.ws.close()
 

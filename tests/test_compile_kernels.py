@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from tokenferry.kernels import abort, combine, counts, dispatch, own_routing, route, term_sum, wire
+from tokenferry.kernels import abort, combine, control_words, counts, dispatch, fixed_linear, own_routing, route, term_sum, wire
 from tokenferry.kernels.control_block import MAX_LAYERS, MAX_RANKS, PHASES, Record
 from tokenferry.kernels.launch import options, source, specify
 
@@ -34,6 +34,7 @@ VARIANTS = {
     "counts-EP2": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 32, "PDL": 1}, 1),
     "counts-EP72": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 128, "PDL": 1}, 1),
     "abort": (abort.abort_kernel, abort.SIGNATURE, {"PDL": 0}, 1),
+    "add": (control_words.add_kernel, control_words.SIGNATURE, {"PDL": 0}, 1),
     "dispatch": (dispatch.dispatch_kernel, dispatch.SIGNATURE, DISPATCH, 8),
     "dispatch-K7-half-packets-int64-out": (
         dispatch.dispatch_kernel,
@@ -96,6 +97,23 @@ def sass(cubin: bytes, folder: Path) -> str:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_compiles_to_a_cubin(name: str, capability: int) -> None:
     assert len(compiled(name, capability).asm["cubin"]) > 1000
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize(
+    ("D", "N", "dtype"),
+    [(2048, 128, torch.bfloat16), (2880, 5760, torch.float16), (75, 7, torch.float32)],
+    ids=["router", "shared-expert", "odd"],
+)
+def test_the_product_of_batch_invariant_layers_compiles(D: int, N: int, dtype: torch.dtype, capability: int) -> None:
+    constants = fixed_linear.constants_of(D, N, dtype, has_bias=True, pdl=True)
+    kinds = dict.fromkeys(("ROWS", "WEIGHT", "BIAS_DTYPE", "OUT"), dtype)
+    spec = specify(
+        fixed_linear.fixed_linear_kernel, fixed_linear.SIGNATURE, constants, num_warps=fixed_linear.NUM_WARPS, dtypes=kinds
+    )
+    kernel = triton.compile(spec.source(), target=GPUTarget("cuda", capability, 32), options=spec.options())
+    assert kernel.metadata.shared <= 99 * 1024, "two programs on an SM"
+    assert ("mma" in kernel.asm["ptx"]) == (dtype != torch.float32)
 
 
 @pytest.mark.parametrize("capability", [90, 100])

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import tokenferry as tf
+from tokenferry.dispatched import FLOAT8
 from tokenferry.errors import DeviceError, DtypeError
 from tokenferry.experts import Experts, ExpertsConfig
-from tokenferry.experts.float8 import FLOAT8
 from tokenferry.layer import MoELayer
 from tokenferry.router import Router, RouterConfig
 

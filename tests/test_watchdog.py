@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from tokenferry.errors import PeerFailedError
+from tokenferry.transports.busy import WaitClock
 from tokenferry.transports.collective.messages import CommunicationError
 from tokenferry.transports.collective.watchdog import Watchdog
 
-TIMEOUT_S, WITHIN_S = 0.4, 5.0
+TIMEOUT_S, LONGEST_S, WITHIN_S = 0.4, 1.5, 5.0
 STORE_LOST = PeerFailedError(0, "the rendezvous store, which rank 0 hosts, cannot be reached any more", 0, "open")
 IN_A_CAPTURE = RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
@@ -45,6 +46,7 @@ class Communicator:
         self.store_error, self.abort_error, self.num_aborts = store_error, abort_error, 0
         self.said: CommunicationError | None = None
         self.posted: list[int] = []
+        self.signs_until_s = 0.0
 
     def post_position(self, number: int) -> None:
         self.posted.append(number)
@@ -58,6 +60,10 @@ class Communicator:
 
     def what_peers_said(self, waited_s: float) -> CommunicationError | None:
         return self.said
+
+    def num_signs(self) -> int:
+        """A busy rank's, as long as `signs_until_s` says."""
+        return int(min(time.monotonic(), self.signs_until_s) * 50)
 
     def abort_backend(self) -> None:
         self.num_aborts += 1
@@ -77,7 +83,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     def start(communicator: Communicator, *answers: bool | Exception) -> Watchdog:
         # The thread that launches the call asks first, and is answered as in a stream that has not come so far.
         monkeypatch.setattr(torch.cuda, "Event", type("Event", (Event,), {"answers": (False, *answers)}))
-        started.append(Watchdog(communicator, TIMEOUT_S))
+        started.append(Watchdog(communicator, WaitClock(communicator.num_signs, LONGEST_S)))
         started[-1].launched(started[-1].watch())
         started[-1].start()
         return started[-1]
@@ -96,6 +102,30 @@ def found_by(watchdog: Watchdog) -> CommunicationError:
     assert watchdog.error is not None
     watchdog.join(WITHIN_S)
     return watchdog.error
+
+
+def test_a_call_is_given_up_a_time_out_after_the_last_sign_of_life(watch: Watch) -> None:
+    communicator = Communicator()
+    communicator.signs_until_s = time.monotonic() + 2 * TIMEOUT_S
+    error = found_by(watch(communicator, False))
+    assert 3 * TIMEOUT_S - 0.05 < error.waited_s < LONGEST_S
+
+
+def test_signs_of_life_do_not_put_off_the_end_for_ever(watch: Watch) -> None:
+    communicator = Communicator()
+    communicator.signs_until_s = time.monotonic() + 60
+    error = found_by(watch(communicator, False))
+    assert LONGEST_S < error.waited_s < LONGEST_S + 1
+
+
+def test_the_limit_may_change_while_a_call_is_waited_for(watch: Watch) -> None:
+    communicator = Communicator()
+    communicator.timeout_s = 60.0
+    watchdog = watch(communicator, False)
+    time.sleep(2 * TIMEOUT_S)
+    assert watchdog.error is None
+    communicator.timeout_s = TIMEOUT_S
+    assert found_by(watchdog).rank == 0
 
 
 def test_a_call_that_does_not_end_is_aborted_and_the_peer_that_waits_nowhere_is_late(watch: Watch) -> None:

@@ -27,7 +27,7 @@ def environment(**more: str) -> dict[str, str]:
     source = Path(tf.__file__).parent.parent
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (source, TESTS, OVERLAY))),
+        "PYTHONPATH": os.pathsep.join([str(source), str(TESTS), str(OVERLAY), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenferry as tf
 from fake_vllm import ALL2ALL, CPU_COMMUNICATOR, PARALLEL_STATE, current, fake_config, forward, place_fake_vllm
@@ -85,8 +86,24 @@ def combined(ours: Any, gathered: torch.Tensor, own: torch.Tensor, rank: int, in
     if place is not None:
         partial = place.copy_(partial)
     output = torch.full_like(own, float("nan"))
-    assert ours.combine_into_output(partial, output) is output
+    with Copies() as copies:
+        assert ours.combine_into_output(partial, output) is output
+    if ours.exchange.workspaces()[0].transport == "p2p":
+        assert copies.found == [], "the kernel writes into vLLM's output itself"
     return output
+
+
+class Copies(TorchDispatchMode):
+    """The operators within it that copy rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in ("aten::copy_", "aten::clone", "aten::_to_copy"):
+            self.found.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
 
 
 def run_logits(group: tf.EPGroup, dtype: torch.dtype) -> None:

@@ -12,7 +12,7 @@ WIDE = (2**32 + 3, -(2**32) + 1, 2**32 - 1, 2**31)
 
 def gathered(group: tf.EPGroup, transport: str, index_dtype: torch.dtype) -> list[list[int]]:
     """The numbers that arrive when every rank sends `WIDE`."""
-    dispatcher._ids_out_of_range = lambda *_: None  # on CUDA nobody asks: a look at the values would wait for the device
+    dispatcher.ids_out_of_range = lambda *_: None  # on CUDA nobody asks: a look at the values would wait for the device
     config, rows = tf.MoEConfig(hidden_size=8, num_experts=4, topk=1, dtype=torch.float32), len(WIDE)
     with tf.Workspace(config, group, max_tokens_per_rank=rows, transport=transport, index_dtype=index_dtype) as ws:
         given = torch.ones(rows, 8), torch.tensor(WIDE)[:, None], torch.ones(rows, 1)

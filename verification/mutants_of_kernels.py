@@ -43,6 +43,30 @@ OF_KERNELS = (
         ("tests/interpreter/test_conformance.py::test_recorded_events_obey_the_rules_of_the_models[2]",),
     ),
     Mutant(
+        "partial-rows-that-are-missing-are-read",
+        f"{_KERNELS}/combine.py",
+        "    num_tokens = tl.where(is_short, 0, num_tokens)\n",
+        "",
+        ("tests/interpreter/test_symmetric_failures.py::test_no_row_is_read_that_was_not_given[slots]",),
+    ),
+    Mutant(
+        "one-missing-partial-row-is-not-noticed",
+        f"{_KERNELS}/combine.py",
+        "is_short = num_valid > num_partial",
+        "is_short = num_valid > num_partial + 1",
+        ("tests/interpreter/test_symmetric_failures.py::test_no_row_is_read_that_was_not_given[slots]",),
+    ),
+    Mutant(
+        "peers-are-not-told-of-missing-partial-rows",
+        f"{_KERNELS}/combine.py",
+        "            for peer in range(size):\n                wire.claim_record(",
+        "            for peer in range(rank, rank + 1):\n                wire.claim_record(",
+        (
+            "tests/interpreter/test_symmetric_failures.py::test_a_combine_of_too_few_rows_fails_on_all_ranks_and_names_its_own"
+            "[slots-whole]",
+        ),
+    ),
+    Mutant(
         "rounds-in-slots-are-counted",
         f"{_KERNELS}/combine.py",
         "        if is_bulk:\n            wire.end_round",

@@ -107,16 +107,16 @@ OF_PTX = (
     Mutant(
         "waits-look-at-the-abort-record-in-the-cache",
         f"{_KERNELS}/wire_ptx.py",
-        "ld.relaxed.sys.global.u64 %rec, [{control}];",
-        "ld.global.u64 %rec, [{control}];",
-        (f"{ORDER}test_whatever_waits_for_a_peer_looks_at_the_abort_record_past_the_caches[dispatch-90]",),
+        "ld.relaxed.sys.global.v2.u64 {{%rec, %w}}, [{control}];",
+        "ld.global.v2.u64 {{%rec, %w}}, [{control}];",
+        (f"{ORDER}test_whatever_waits_for_a_peer_looks_at_the_control_block_past_the_caches[dispatch-90]",),
     ),
     Mutant(
         "waits-do-not-leave-because-of-an-abort-record",
         f"{_KERNELS}/wire_ptx.py",
-        "ld.relaxed.sys.global.u64 %rec, [{control}]; setp.ne.u64 %p0, %rec, 0; @%p0 bra LEFT;",
-        "",
-        (f"{ORDER}test_whatever_waits_for_a_peer_looks_at_the_abort_record_past_the_caches[dispatch-90]",),
+        "setp.ne.u64 %p0, %rec, 0; @%p0 bra LEFT;\n      cvt",
+        "cvt",
+        (f"{ORDER}test_whatever_waits_for_a_peer_looks_at_the_control_block_past_the_caches[dispatch-90]",),
     ),
     Mutant(
         "packets-are-sent-by-plain-stores",
@@ -135,8 +135,8 @@ OF_PTX = (
     Mutant(
         "float8-rows-are-divided-roughly",
         f"{_KERNELS}/expert_math.py",
-        "return tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)).to(tl.float8e4nv), scale",
-        "return (x / scale[:, None]).to(tl.float8e4nv), scale",
+        "return wire.to_float8(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))), scale",
+        "return wire.to_float8(x / scale[:, None]), scale",
         ("tests/test_experts_compile.py::test_rows_are_quantized_by_rounded_divisions",),
     ),
 )

@@ -71,6 +71,12 @@ VARIANTS = (
     Variant("bug-no-agreement-on-the-record", "abort", "N=3 NO_SETTLING", finds="named_different_ranks", ends=True),
     Variant("bug-buffers-used-again-after-reset", "abort", "N=3 PHASES=1 REUSED_BUFFERS", finds="read_stale_row", ends=True),
     Variant("bug-one-clock", "abort", "N=3 PHASES=1 ONE_CLOCK", finds="nobody_waits_for_ever", ends=True),
+    Variant("busy-3-ranks-one-operation", "busy", "OPERATIONS=1", ends=True),
+    Variant("busy-3-ranks", "busy", is_long=True, ends=True),
+    Variant("bug-signs-of-the-awaited-rank-alone", "busy", "PER_SOURCE", finds="gave_up_beside_a_busy_rank", ends=True),
+    Variant("bug-signs-to-one-peer-alone", "busy", "FIRST_PEER_ALONE", finds="gave_up_beside_a_busy_rank", ends=True),
+    Variant("bug-signs-need-no-renewal", "busy", "NOT_RENEWED", finds="waited_without_a_sign", ends=True),
+    Variant("bug-signs-count-for-ever", "busy", "NO_BOUND", finds="waited_too_long", ends=True),
 )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from tokenferry import reference
     from tokenferry.config import MoEConfig
-    from tokenferry.dispatched import Dispatched
+    from tokenferry.dispatched import Dispatched, QuantizedRows, RowFormat
     from tokenferry.dispatcher import Dispatcher
     from tokenferry.errors import (
         CapacityError,
@@ -50,7 +50,9 @@ __all__ = [
     "PeerError",
     "PeerFailedError",
     "PeerTimeoutError",
+    "QuantizedRows",
     "RankFailedError",
+    "RowFormat",
     "ShapeError",
     "StateError",
     "Step",
@@ -67,6 +69,8 @@ _HOMES: Final = {
     "EPGroup": "groups",
     "GraphRunner": "graphs",
     "MoEConfig": "config",
+    "QuantizedRows": "dispatched",
+    "RowFormat": "dispatched",
     "Step": "step",
     "Workspace": "workspace",
 }

@@ -67,12 +67,14 @@ class GraphCalls(PeerCalls):
     @contextlib.contextmanager
     def capturing(self) -> Iterator[Callable[[], int]]:
         """Within it, calls are recorded in a CUDA graph and nothing runs: steps begun inside are not counted, and whatever was
-        under way when the block ends, by an exception too, is forgotten. The number of steps begun is in what it yields."""
+        under way when the block ends, by an exception too, is forgotten. The peers hear nothing of such an exception: they wait
+        for nothing that is captured. The number of steps begun is in what it yields."""
         before, index = self._set_step_aside("capturing")
-        num_steps = 0
+        num_steps, outer, self._captures = 0, self._captures, True
         try:
             yield lambda: num_steps
         finally:
+            self._captures = outer
             num_steps = self._step_index - index
             self._take_step_back(before, index)
 

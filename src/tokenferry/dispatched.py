@@ -1,10 +1,155 @@
-"""What a dispatch hands to the experts."""
+"""What a dispatch hands to the experts, and the formats that rows may have on their way."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Self
 
 import torch
+
+from tokenferry.config import MoEConfig
+from tokenferry.errors import ConfigError
+
+SCALE_BLOCK: Final = 128
+"""Columns of a quantized row that share a scale."""
+FLOAT8: Final = torch.float8_e4m3fn
+FORMAT_NAMES: Final = ("same", "fp8_block128", "bytes")
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedRows:
+    """Rows in float8 with a scale for every 128 columns: number = value * scale.
+
+    Attributes:
+        values: [R, H] float8_e4m3fn.
+        scales: [R, ceil(H / 128)] float32, row after row. The last scale of a row stands for fewer columns if 128 does not
+            divide H. A scale of NaN, or values of NaN (0x7F), say that the row held a NaN or an infinity there.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """[R, H]."""
+        return self.values.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where both tensors live."""
+        return self.values.device
+
+    def __getitem__(self, rows: slice) -> QuantizedRows:
+        """Some of the rows, as views."""
+        return QuantizedRows(self.values[rows], self.scales[rows])
+
+    def clone(self) -> QuantizedRows:
+        """A copy."""
+        return QuantizedRows(self.values.clone(), self.scales.clone())
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """[R, H] of `dtype`: the products in float32, each rounded once. A new tensor."""
+        spread = self.scales.repeat_interleave(SCALE_BLOCK, 1)[:, : self.values.shape[1]]
+        return (self.values.to(torch.float32) * spread).to(dtype)
+
+
+HiddenRows = torch.Tensor | QuantizedRows
+"""Rows as they are handed to `dispatch`, and as it returns them."""
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """What a row is while it travels, and when the experts get it. `Workspace(dispatch_format=...)` takes one, or its name.
+
+    "same": hidden rows as they are. "fp8_block128": quantized by the sender, one float32 scale for every 128 columns; hidden_size
+    must be a multiple of 16. "bytes": rows of `row_bytes` bytes, uint8, which nobody interprets: whatever an engine quantizes
+    itself, with its scales, or integers that belong to a row. They arrive exactly.
+
+    Attributes:
+        name: one of these three.
+        row_bytes: of "bytes" only. Default: the bytes of a hidden row in the configuration's dtype.
+        power_of_two_scales: of "fp8_block128" only: each scale is rounded up to a power of two.
+
+    Raises:
+        ConfigError: an unknown name, or a setting of another format.
+    """
+
+    name: Literal["same", "fp8_block128", "bytes"] = "same"
+    row_bytes: int | None = field(default=None, kw_only=True)
+    power_of_two_scales: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.name not in FORMAT_NAMES:
+            raise ConfigError(f"dispatch_format must be a RowFormat or one of {', '.join(FORMAT_NAMES)}, got {self.name!r}")
+        size = self.row_bytes
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ConfigError(f"row_bytes must be a positive int, got {size!r}")
+        if size is not None and self.name != "bytes":
+            raise ConfigError(f"row_bytes is {size} but hidden_size gives that of format {self.name!r}; leave it out")
+        if not isinstance(self.power_of_two_scales, bool):
+            raise ConfigError(f"power_of_two_scales must be a bool, got {self.power_of_two_scales!r}")
+        if self.power_of_two_scales and self.name != "fp8_block128":
+            raise ConfigError(f"power_of_two_scales is for 'fp8_block128'; rows of format {self.name!r} have no scales")
+
+    @classmethod
+    def of(cls, given: object) -> Self:
+        """A format as it is, or by its name."""
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, str):
+            raise ConfigError(f"dispatch_format must be a RowFormat or one of {', '.join(FORMAT_NAMES)}, got {given!r}")
+        return cls(name=given)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        """As errors name it."""
+        size = "" if self.row_bytes is None else f" of {self.row_bytes}"
+        return f"{self.name}{size}{' with power-of-two scales' if self.power_of_two_scales else ''}"
+
+    @property
+    def is_same(self) -> bool:
+        """Whether rows travel as they are handed over."""
+        return self.name == "same"
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a dispatch returns `QuantizedRows`."""
+        return self.name == "fp8_block128"
+
+    def columns(self, config: MoEConfig) -> int:
+        """Of the tensor that `dispatch` takes."""
+        if self.name != "bytes":
+            return config.hidden_size
+        return self.row_bytes or config.hidden_size * config.dtype.itemsize
+
+    def dtype(self, config: MoEConfig) -> torch.dtype:
+        """Of the tensor that `dispatch` takes."""
+        return torch.uint8 if self.name == "bytes" else config.dtype
+
+    def wire_bytes(self, config: MoEConfig) -> int:
+        """Bytes of a row in a message: quantized rows have their values first, then their scales, rounded up to 16 bytes.
+
+        Example:
+            fp8_block128 with hidden_size 7168: 7168 + 56 * 4 = 7392. 2880: 2880 + 23 * 4, rounded up: 2976. 256: 272.
+        """
+        if not self.is_quantized:
+            return self.columns(config) * self.dtype(config).itemsize
+        return -(-(config.hidden_size + num_scales(config.hidden_size) * 4) // 16) * 16
+
+    def check(self, config: MoEConfig) -> None:
+        """Raises ConfigError for a configuration whose rows it cannot carry."""
+        if self.is_quantized and config.hidden_size % 16:
+            raise ConfigError(
+                f"dispatch_format {self.name!r} needs hidden_size to be a multiple of 16, got {config.hidden_size}; pad it, or "
+                "use dispatch_format='same'"
+            )
+
+
+SAME: Final = RowFormat()
+
+
+def num_scales(hidden_size: int) -> int:
+    """Of a quantized row."""
+    return -(-hidden_size // SCALE_BLOCK)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -12,7 +157,8 @@ class Dispatched:
     """All ranks' rows, in rank order. R rows, of which the first V are real (`R` is static where a graph needs it).
 
     Attributes:
-        hidden: [R, H] in the configuration's dtype. Rows >= V are undefined, NaNs included.
+        hidden: [R, H] in the configuration's dtype; `QuantizedRows` with dispatch_format "fp8_block128", and [R, row_bytes] uint8
+            with "bytes". Rows >= V are undefined, NaNs included.
         topk_idx: [R, K] global expert numbers, int32 or the workspace's `index_dtype`; -1 = no expert: padding rows, and every
             row >= V.
         topk_weights: [R, K] float32, carried unchanged, also where the id is -1. Rows >= V are undefined.
@@ -23,7 +169,7 @@ class Dispatched:
     share memory with them.
     """
 
-    hidden: torch.Tensor
+    hidden: Any
     topk_idx: torch.Tensor
     topk_weights: torch.Tensor
     valid_tokens: torch.Tensor

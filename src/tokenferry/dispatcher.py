@@ -7,11 +7,9 @@ from typing import NoReturn, Protocol, SupportsIndex
 import torch
 
 from tokenferry.config import HIDDEN_DTYPES, MoEConfig
-from tokenferry.dispatched import Dispatched
+from tokenferry.dispatched import FLOAT8, Dispatched, HiddenRows, QuantizedRows, RowFormat, num_scales
 from tokenferry.errors import (
     CapacityError,
-    DeviceError,
-    DtypeError,
     LayoutError,
     ShapeError,
     StateError,
@@ -21,6 +19,7 @@ from tokenferry.errors import (
 from tokenferry.lifecycle import Lifecycle, Stage
 from tokenferry.operators import Operators
 from tokenferry.step import Step
+from tokenferry.tensor_checks import check_tensor, fitting_rows, ids_out_of_range, made_contiguous, overlap
 from tokenferry.transports.base import Gathered, Transport
 
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -37,7 +36,11 @@ class WorkspaceView(Protocol):
     @property
     def config(self) -> MoEConfig: ...
     @property
+    def dispatch_format(self) -> RowFormat: ...
+    @property
     def device(self) -> torch.device: ...
+    @property
+    def result_dtype(self) -> torch.dtype: ...
     @property
     def step(self) -> Step: ...
     @property
@@ -54,19 +57,23 @@ class Dispatcher:
     def __init__(self, workspace: WorkspaceView, layer: int) -> None:
         self._workspace, self.layer = workspace, layer
         self._num_supplied = 0
+        self._sent: torch.Tensor | None = None
+        config, row_format = workspace.config, workspace.dispatch_format
+        self._columns, self._hidden_dtypes = row_format.columns(config), (row_format.dtype(config),)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         refuse_pickling(self, "it belongs to its workspace: ask that for another with dispatcher()")
 
-    def dispatch(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Dispatched:
+    def dispatch(self, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Dispatched:
         """Sends this rank's rows to every rank and returns everybody's.
 
         Args:
             hidden: [T', H] in the configuration's dtype, contiguous. T' <= T of the step: rows [T', T) travel as zeros with
-                id -1.
+                id -1. With dispatch_format "fp8_block128" the rows are quantized on their way, or come as `QuantizedRows` of
+                [T', H]; with "bytes" they are [T', row_bytes] uint8.
             topk_idx: [T', K] int32 or int64 global expert numbers, -1 = no expert, contiguous. On CUDA nobody looks at the
                 values, but in debug mode: one beyond the experts is nobody's, and arrives as -1 if no int32 holds it.
-            topk_weights: [T', K] float32, bfloat16 or float16, contiguous.
+            topk_weights: [T', K] float32, bfloat16 or float16. Copied first where it is not contiguous.
 
         Returns:
             See `Dispatched` for how long its tensors are valid. On `local` some of them are the arguments themselves: who writes
@@ -103,19 +110,22 @@ class Dispatcher:
                 if had_gradient:
                     torch._C._set_grad_enabled(True)
                 lifecycle.leave()
+        weights = made_contiguous(topk_weights)
+        if weights is not topk_weights:
+            return self.dispatch(hidden, topk_idx, weights)
         self._begin_dispatch("dispatch", hidden, topk_idx, topk_weights)  # the long way: it says what is wrong
         return self.dispatch_end()
 
-    def dispatch_begin(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    def dispatch_begin(self, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         """The sending half of `dispatch`: returns at once, so that other work can overlap.
 
         The three tensors belong to the call until `dispatch_end` has returned, on every transport: leave them as they are. They
         are kept alive, and may be dropped. With TOKENFERRY_DEBUG=1 a change is a StateError there, on CUDA in the next
         `begin_step` or `check`.
         """
-        self._begin_dispatch("dispatch_begin", hidden, topk_idx, topk_weights)
+        self._begin_dispatch("dispatch_begin", hidden, topk_idx, made_contiguous(topk_weights))
 
-    def _begin_dispatch(self, called: str, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    def _begin_dispatch(self, called: str, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         """`called`: what the caller called, for messages."""
         workspace = self._workspace
         with _Guarded(workspace, called):
@@ -148,26 +158,33 @@ class Dispatcher:
         return dispatched
 
     def combine_input(self) -> torch.Tensor:
-        """[R, H] in `combine_dtype`: experts that write their partial rows here save a copy. Valid until `combine_begin`."""
+        """[R, H] in `combine_dtype`: experts that write their partial rows here save a copy, also where they write only its first
+        rows and give those to `combine`. Valid until `combine_begin`."""
         self._workspace.lifecycle.require("combine_input", self.layer)
         return self._workspace.active_transport.combine_input()
 
-    def combine(self, partial: torch.Tensor, dispatched: Dispatched | None = None) -> torch.Tensor:
+    def combine(
+        self, partial: torch.Tensor, dispatched: Dispatched | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Sums every rank's partial rows at the rank that owns the token.
 
         Args:
-            partial: [R, H] bfloat16, float16 or float32, contiguous: for each gathered row the weighted sum over this rank's
-                experts. Rows >= V are not read. May be `combine_input()`.
+            partial: [V to R, H] bfloat16, float16 or float32, contiguous: for each gathered row the weighted sum over this rank's
+                experts. Rows >= V are not read, and need not be there. May be `combine_input()`, or its first rows.
             dispatched: the dispatch that this answers, to have the pairing checked.
+            out: [T', H] in `result_dtype`, contiguous, gets the result. It must not overlap `partial` or the gathered rows.
 
         Returns:
-            [T', H] in the workspace's `result_dtype`, the configuration's unless asked for; the caller's own.
+            [T', H] in the workspace's `result_dtype`, the configuration's unless asked for: `out`, or the caller's own.
 
         Raises:
-            As `dispatch`; StateError also if `dispatched` is another dispatch's, or was combined already.
+            As `dispatch`; StateError also if `dispatched` is another dispatch's, or was combined already. Fewer rows than V are
+            a ShapeError where the host knows V. Else the device finds them and sends nothing: `check()` and later calls raise
+            PeerFailedError for this rank, on every rank.
         """
         if torch.compiler.is_compiling():
-            return self._workspace.operators.combine(self.layer, partial, self._num_supplied)
+            combined = self._workspace.operators.combine(self.layer, partial, self._num_supplied)
+            return combined if out is None else out.copy_(combined)
         workspace, layer = self._workspace, self.layer
         lifecycle = workspace.lifecycle
         if lifecycle.try_enter():
@@ -178,7 +195,10 @@ class Dispatcher:
             transport.launched = False
             try:
                 if lifecycle.allows(Stage.DISPATCHED) and lifecycle.layer == layer and self._partial_fits(partial, dispatched):
-                    combined = transport.combine(partial)
+                    if out is None:
+                        combined = transport.combine(partial)
+                    else:
+                        combined = transport.combine(partial, self._checked_out(out, partial))
                     lifecycle.advance("combine_begin", layer)
                     lifecycle.advance("combine_end", layer)
                     return combined
@@ -190,7 +210,7 @@ class Dispatcher:
                     torch._C._set_grad_enabled(True)
                 lifecycle.leave()
         self._begin_combine("combine", partial, dispatched)  # the long way: it says what is wrong
-        return self.combine_end()
+        return self.combine_end(out)
 
     def combine_begin(self, partial: torch.Tensor, dispatched: Dispatched | None = None) -> None:
         """The sending half of `combine`: returns at once.
@@ -208,42 +228,61 @@ class Dispatcher:
             workspace.lifecycle.require("combine_begin", self.layer, called)
             self._check_partial(partial)
             workspace.active_transport.combine_begin(partial)
+            self._sent = partial
             workspace.lifecycle.advance("combine_begin", self.layer)
 
-    def combine_end(self) -> torch.Tensor:
-        """The receiving half of `combine`."""
+    def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The receiving half of `combine`, which has `out`."""
         workspace = self._workspace
         with _Guarded(workspace, "combine_end"):
             workspace.lifecycle.require("combine_end", self.layer)
-            combined = workspace.active_transport.combine_end()
+            transport = workspace.active_transport
+            combined = transport.combine_end() if out is None else transport.combine_end(self._checked_out(out, self._sent))
+            self._sent = None
             workspace.lifecycle.advance("combine_end", self.layer)
         return combined
 
-    def _rows_fit(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> bool:
+    def _rows_fit(self, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> bool:
         """What `_check_rows` checks, in one go and without a word."""
         workspace = self._workspace
         config, device = workspace.config, workspace.device
-        num_rows = _fitting_rows(hidden, config.hidden_size, (config.dtype,), device)
+        num_rows = self._fitting_hidden(hidden, device)
         return (
             0 <= num_rows <= workspace.step.num_tokens
-            and _fitting_rows(topk_idx, config.topk, INDEX_DTYPES, device) == num_rows
-            and _fitting_rows(topk_weights, config.topk, WEIGHT_DTYPES, device) == num_rows
-            and (device.type != "cpu" or not num_rows or _ids_out_of_range(topk_idx, config.num_experts) is None)
+            and fitting_rows(topk_idx, config.topk, INDEX_DTYPES, device) == num_rows
+            and fitting_rows(topk_weights, config.topk, WEIGHT_DTYPES, device) == num_rows
+            and (device.type != "cpu" or not num_rows or ids_out_of_range(topk_idx, config.num_experts) is None)
         )
+
+    def _fitting_hidden(self, hidden: HiddenRows, device: torch.device) -> int:
+        if type(hidden) is not QuantizedRows:
+            return fitting_rows(hidden, self._columns, self._hidden_dtypes, device)  # type: ignore[arg-type]
+        if not self._workspace.dispatch_format.is_quantized:
+            return -1
+        num_rows = fitting_rows(hidden.values, self._columns, (FLOAT8,), device)
+        scaled_rows = fitting_rows(hidden.scales, num_scales(self._columns), (torch.float32,), device)
+        return num_rows if num_rows == scaled_rows else -1
 
     def _partial_fits(self, partial: torch.Tensor, dispatched: Dispatched | None) -> bool:
         """What `_check_pairing` and `_check_partial` check, in one go and without a word."""
         workspace = self._workspace
         if dispatched is not None and not (type(dispatched) is Dispatched and dispatched.handle is workspace.lifecycle.handle):
             return False
-        num_rows = _fitting_rows(partial, workspace.config.hidden_size, HIDDEN_DTYPES, workspace.device)
-        return num_rows == workspace.lifecycle.gathered_rows
+        num_rows = fitting_rows(partial, workspace.config.hidden_size, HIDDEN_DTYPES, workspace.device)
+        return num_rows == workspace.lifecycle.gathered_rows or self._may_be_all(num_rows)
 
-    def _check_rows(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    def _may_be_all(self, num_rows: int) -> bool:
+        """Whether so many partial rows, fewer than R, may be V or more, for all that the host knows."""
+        workspace = self._workspace
+        if workspace.active_transport.fixed_rows is None:  # R is V itself
+            return False
+        return workspace.step.num_tokens <= num_rows < workspace.lifecycle.gathered_rows
+
+    def _check_rows(self, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         config, step = self._workspace.config, self._workspace.step
-        _check_tensor("hidden", hidden, config.hidden_size, (config.dtype,), self._workspace.device)
-        _check_tensor("topk_idx", topk_idx, config.topk, INDEX_DTYPES, self._workspace.device)
-        _check_tensor("topk_weights", topk_weights, config.topk, WEIGHT_DTYPES, self._workspace.device)
+        self._check_hidden(hidden)
+        check_tensor("topk_idx", topk_idx, config.topk, INDEX_DTYPES, self._workspace.device)
+        check_tensor("topk_weights", topk_weights, config.topk, WEIGHT_DTYPES, self._workspace.device)
         num_rows = hidden.shape[0]
         for name, tensor in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
             if tensor.shape[0] != num_rows:
@@ -253,12 +292,29 @@ class Dispatcher:
                 f"hidden has {num_rows} rows but begin_step announced {step.num_tokens}; begin a step with at least {num_rows}"
             )
         if topk_idx.device.type == "cpu" and topk_idx.numel():  # on CUDA a look at the values would wait for the device
-            wrong = _ids_out_of_range(topk_idx, config.num_experts)
+            wrong = ids_out_of_range(topk_idx, config.num_experts)
             if wrong is not None:
                 raise UsageError(
                     f"topk_idx holds {wrong}, but expert numbers are -1 (none) "
                     f"to {config.num_experts - 1} (num_experts is {config.num_experts})"
                 )
+
+    def _check_hidden(self, hidden: HiddenRows) -> None:
+        row_format, device = self._workspace.dispatch_format, self._workspace.device
+        if not isinstance(hidden, QuantizedRows):
+            check_tensor("hidden", hidden, self._columns, self._hidden_dtypes, device)
+            return
+        if not row_format.is_quantized:
+            raise UsageError(
+                f"hidden is QuantizedRows but the workspace was opened with dispatch_format={row_format.name!r}; open it with "
+                "'fp8_block128', or give hidden.dequantize()"
+            )
+        check_tensor("hidden.values", hidden.values, self._columns, (FLOAT8,), device)
+        check_tensor("hidden.scales", hidden.scales, num_scales(self._columns), (torch.float32,), device)
+        if hidden.scales.shape[0] != hidden.shape[0]:
+            raise ShapeError(
+                f"hidden.scales has {hidden.scales.shape[0]} rows but hidden.values has {hidden.shape[0]}; they must be equal"
+            )
 
     def _check_pairing(self, called: str, dispatched: Dispatched | None) -> None:
         if dispatched is None:
@@ -274,13 +330,25 @@ class Dispatcher:
             )
 
     def _check_partial(self, partial: torch.Tensor) -> None:
-        _check_tensor("partial", partial, self._workspace.config.hidden_size, HIDDEN_DTYPES, self._workspace.device)
-        gathered_rows = self._workspace.lifecycle.gathered_rows
-        if partial.shape[0] != gathered_rows:
-            raise ShapeError(
-                f"partial has {partial.shape[0]} rows but dispatch returned {gathered_rows}; "
-                "give one partial row for each gathered row"
-            )
+        check_tensor("partial", partial, self._workspace.config.hidden_size, HIDDEN_DTYPES, self._workspace.device)
+        num_rows, gathered_rows = partial.shape[0], self._workspace.lifecycle.gathered_rows
+        if num_rows == gathered_rows or self._may_be_all(num_rows):
+            return
+        raise ShapeError(
+            f"partial has {num_rows} rows but dispatch returned {gathered_rows}; give one partial row for each gathered row, or "
+            f"for each token of all ranks at least, of which this one brings {self._workspace.step.num_tokens}"
+        )
+
+    def _checked_out(self, out: torch.Tensor, partial: torch.Tensor | None) -> torch.Tensor:
+        workspace = self._workspace
+        check_tensor("out", out, workspace.config.hidden_size, (workspace.result_dtype,), workspace.device)
+        if out.shape[0] != self._num_supplied:
+            raise ShapeError(f"out has {out.shape[0]} rows but hidden had {self._num_supplied}; they must be equal")
+        fixed = workspace.active_transport.fixed_rows
+        for name, read in (("partial", partial), ("the gathered rows", fixed.hidden_RH if fixed else None)):
+            if read is not None and overlap(out, read):
+                raise LayoutError(f"out overlaps {name}, which are read while it is written; give memory of its own")
+        return out
 
 
 class _Guarded:
@@ -309,38 +377,3 @@ class _Guarded:
                 self._workspace.settle_failure(self._operation, error)
         finally:
             self._lifecycle.leave()
-
-
-def _fitting_rows(tensor: torch.Tensor, columns: int, dtypes: tuple[torch.dtype, ...], device: torch.device) -> int:
-    """The rows of a tensor in which `_check_tensor` finds nothing wrong; -1 if it must look."""
-    if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.dim() != 2:
-        return -1
-    num_rows, num_columns = tensor.shape
-    if num_columns != columns or tensor.dtype not in dtypes or tensor.device != device:
-        return -1
-    return num_rows if tensor.is_contiguous() and not tensor.is_neg() else -1
-
-
-def _ids_out_of_range(topk_idx: torch.Tensor, num_experts: int) -> int | None:
-    """An expert number that there is not, if any. Waits for the device."""
-    low, high = int(topk_idx.min()), int(topk_idx.max())
-    if low < -1:
-        return low
-    return high if high >= num_experts else None
-
-
-def _check_tensor(name: str, tensor: torch.Tensor, columns: int, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise UsageError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dim() != 2 or tensor.shape[1] != columns:
-        raise ShapeError(f"{name} must have shape [rows, {columns}], got {list(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        raise DtypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}; convert it with .to()")
-    if tensor.device != device:
-        raise DeviceError(f"{name} is on {tensor.device} but the workspace is on {device}; move it there")
-    if tensor.layout is not torch.strided:
-        raise LayoutError(f"{name} must be a dense tensor, got {tensor.layout}; call .to_dense()")
-    if tensor.is_neg():  # its memory holds the values with the other sign
-        raise LayoutError(f"{name} is a negated view; call .resolve_neg()")
-    if not tensor.is_contiguous():
-        raise LayoutError(f"{name} must be contiguous, got strides {list(tensor.stride())}; call .contiguous()")

@@ -157,6 +157,18 @@ def for_rank_process(overrides: Mapping[str, str] | None = None) -> dict[str, st
 
 
 @contextlib.contextmanager
+def torchrun_place(rank: int, world_size: int) -> Iterator[None]:
+    """Within it the environment says what torchrun would say to a process on one machine, for libraries that look there."""
+    said = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+    before = {name: os.environ.get(name) for name in said}
+    os.environ.update({name: str(value) for name, value in said.items()})
+    try:
+        yield
+    finally:
+        _put_back(before)
+
+
+@contextlib.contextmanager
 def nccl_errors_stay_ours() -> Iterator[None]:
     """While a NCCL communicator of our own is made: torch's watchdog shall not end the process when a peer is late or dies.
 
@@ -168,8 +180,13 @@ def nccl_errors_stay_ours() -> Iterator[None]:
     try:
         yield
     finally:
-        for name, text in before.items():
-            if text is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = text
+        _put_back(before)
+
+
+def _put_back(before: Mapping[str, str | None]) -> None:
+    """The variables as they were; those that are None are removed."""
+    for name, text in before.items():
+        if text is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = text

@@ -29,6 +29,7 @@ from tokenferry.errors import (
     refuse_pickling,
 )
 from tokenferry.lifecycle import WrongCallerError
+from tokenferry.recording import Recorded, Recorder
 from tokenferry.step import Announced, Step
 from tokenferry.workspace import Workspace
 
@@ -40,16 +41,6 @@ def choose_bucket(buckets: Sequence[int], num_tokens: int) -> int | None:
         choose_bucket((0, 64, 256), 65) == 256; choose_bucket((0, 64, 256), 257) is None
     """
     return next((bucket for bucket in buckets if bucket >= num_tokens), None)
-
-
-@dataclass(frozen=True, eq=False)
-class _Captured:
-    """One graph: what it leaves behind, and the steps that it begins."""
-
-    graph: torch.cuda.CUDAGraph
-    outputs: Any
-    step: Step
-    num_steps: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +111,7 @@ class GraphRunner:
                 torch.zeros((self.buckets[-1], *tensor.shape[1:]), dtype=tensor.dtype, device=device) for tensor in inputs
             )
             self._num_real = torch.zeros(1, dtype=torch.int32, device=device)
-        self._captured: dict[tuple[int, bool], _Captured] = {}
+        self._captured: dict[tuple[int, bool], Recorded] = {}
         self._launched: _Launched | None = None
         self._inside = threading.Lock()
         self.last_bucket: int | None = None
@@ -152,41 +143,24 @@ class GraphRunner:
         if self.workspace.device.type != "cuda":
             return
         keys = [(bucket, False) for bucket in reversed(self.buckets)] + [(0, True)]  # the largest first: others reuse its memory
-        stream, pool = torch.cuda.Stream(self.workspace.device), torch.cuda.graph_pool_handle()
+        recorder = Recorder(self.workspace)
         try:
             for bucket, done in keys:
-                self._captured[bucket, done] = self._capture_one(bucket, done, stream, pool)
+                self._captured[bucket, done] = self._capture_one(bucket, done, recorder)
         except BaseException:
             self.close()
             raise
-        torch.cuda.current_stream(self.workspace.device).wait_stream(stream)
 
-    def _capture_one(self, bucket: int, done: bool, stream: torch.cuda.Stream, pool: Any) -> _Captured:
-        workspace = self.workspace
+    def _capture_one(self, bucket: int, done: bool, recorder: Recorder) -> Recorded:
+        workspace, stream = self.workspace, recorder.stream
         self._num_real.fill_(bucket)
         stream.wait_stream(torch.cuda.current_stream(workspace.device))
         with torch.cuda.stream(stream):
             for _ in range(self._num_warmups):
                 self._warm_up(bucket, done)
         stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        failure: BaseException | None = None
-        try:
-            with (
-                workspace.capturing() as steps,
-                workspace.equal_counts(),
-                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-            ):
-                try:
-                    step, outputs = self._forward(bucket, done)
-                except BaseException as error:
-                    failure = error  # ending a broken capture raises an error of its own, which would hide this one
-                    raise
-        except BaseException:
-            if failure is not None:
-                raise failure from None
-            raise
-        return _Captured(graph, outputs, step, steps())
+        with workspace.equal_counts():
+            return recorder.record(lambda: self._forward(bucket, done))
 
     def _warm_up(self, bucket: int, done: bool) -> None:
         """Alone on symmetric transports. With the peers on the collective one, whose library connects ranks at first use."""
@@ -300,8 +274,9 @@ class GraphRunner:
             with self.workspace.equal_counts() if agreed else contextlib.nullcontext():
                 return self._guarded(lambda: self._forward(bucket, done))
         with self.workspace.replaying(captured.num_steps):
-            captured.graph.replay()
-        return captured.step, captured.outputs
+            captured.replay()
+        step, outputs = captured.result
+        return step, outputs
 
     def _run_eagerly(self, largest: int, num_tokens: int, inputs: tuple[torch.Tensor, ...], done: bool) -> tuple[Step, Any]:
         rows = largest if self.workspace.counts == "equal" else num_tokens

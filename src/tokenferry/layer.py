@@ -39,6 +39,8 @@ class MoELayer(nn.Module):
         shared_experts: on rows of H; None for none.
         latent_down, latent_up: modules that take [T, H] to [T, D] and [T, D] to [T, H] (two `torch.nn.Linear`); both or neither.
         shared_overlap: see `SharedOverlap`. "stream" needs CUDA: on CPU tensors it runs in line. All give the same bits.
+        batch_invariant: a promise that a token's bits do not depend on what else is in the step, on any rank. Every part has to
+            be made for it: router, experts and shared experts with `batch_invariant=True`, the projections as `FixedLinear`.
         side_stream: for "stream"; layers that never run at the same time may share one. Default: one of the layer's own.
 
     Raises:
@@ -56,6 +58,7 @@ class MoELayer(nn.Module):
         latent_up: nn.Module | None = None,
         shared_overlap: SharedOverlap = "off",
         side_stream: torch.cuda.Stream | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         super().__init__()
         check_kind("workspace", workspace, Workspace)
@@ -65,6 +68,11 @@ class MoELayer(nn.Module):
             raise ConfigError(f"shared_overlap must be one of {', '.join(get_args(SharedOverlap))}; got {shared_overlap!r}")
         if (latent_down is None) != (latent_up is None):
             raise ConfigError("latent_down and latent_up belong together; give both or neither")
+        if not workspace.dispatch_format.is_same:
+            raise ConfigError(
+                f"a MoELayer takes dispatch_format 'same' so far, got {str(workspace.dispatch_format)!r}; call the "
+                "dispatcher and the experts yourself"
+            )
         self.workspace, self.dispatcher = workspace, workspace.dispatcher()
         self.router, self.experts, self.shared_experts = router, experts, shared_experts
         self.latent_down, self.latent_up = latent_down, latent_up
@@ -73,6 +81,8 @@ class MoELayer(nn.Module):
         if shared_experts is not None and shared_overlap == "stream" and side_stream is None and workspace.device.type == "cuda":
             self._side_stream = torch.cuda.Stream(workspace.device)
         self._check_parts()
+        if batch_invariant:
+            self._check_invariance()
         router.prepare(workspace.config.dtype)  # here, since loading a kernel waits for the device
         experts.prepare(workspace)
         experts.bind(workspace)
@@ -97,6 +107,24 @@ class MoELayer(nn.Module):
             if value != other:
                 raise ConfigError(f"{name} is {value} but {other_name} is {other}; they must be equal")
         self._check_expert_range()
+
+    def _check_invariance(self) -> None:
+        """One part whose bits depend on the number of rows is enough to break the promise."""
+        remedies = {
+            "router": "make it with batch_invariant=True",
+            "experts": "make them with batch_invariant=True",
+            "shared_experts": "make them with batch_invariant=True",
+            "latent_down": "make it a FixedLinear",
+            "latent_up": "make it a FixedLinear",
+        }
+        for name, remedy in remedies.items():
+            part = getattr(self, name)
+            if part is not None and not getattr(part, "batch_invariant", False):
+                raise ConfigError(f"batch_invariant is True, but {name} is not batch-invariant; {remedy}")
+        if self.workspace.combine_order != "rank":
+            raise ConfigError(
+                "batch_invariant is True, but the workspace sums terms in any order; open it with combine_order='rank'"
+            )
 
     def _check_expert_range(self) -> None:
         """Again after a reset: in a smaller group other ranges are due, and rows for a lost expert would come back as zeros."""

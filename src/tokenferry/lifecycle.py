@@ -97,6 +97,11 @@ class Lease(Generic[Held]):
         """Whether a thread is inside `with`."""
         return bool(self._users)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether `end` was called."""
+        return self._ended
+
     def __enter__(self) -> Held:
         self._users.append(None)
         if self._ended:

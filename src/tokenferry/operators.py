@@ -24,7 +24,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from tokenferry.dispatched import Dispatched
+from tokenferry.dispatched import Dispatched, HiddenRows, QuantizedRows
 from tokenferry.errors import ShapeError, StateError, UsageError
 from tokenferry.groups import EPGroup
 from tokenferry.lifecycle import Lifecycle
@@ -120,6 +120,7 @@ class Operators:
     def __init__(self, number: int, settings: TransportSettings, transport: Transport, counts: torch.Tensor) -> None:
         self._number, self._rows_per_token = number, transport.rows_per_token
         self._dtype, self._index_dtype = settings.result_dtype, settings.index_dtype
+        self._is_quantized = settings.dispatch_format.is_quantized
         # All operators of a workspace change it, so that none overtakes another.
         self.order = torch.zeros(1, dtype=torch.int32, device="cpu")
         self.counts, self.counts_address = counts, counts.data_ptr()
@@ -148,9 +149,11 @@ class Operators:
             _BEGIN_STEP(self.order, self.counts, None, self._number, num_tokens, real, done)
 
     def dispatch(
-        self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, num_tokens: int
+        self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor, num_tokens: int
     ) -> Dispatched:
         """Dispatches. `num_tokens`: T of the step."""
+        if self._is_quantized or isinstance(hidden, QuantizedRows):
+            raise UsageError("torch.compile does not pass through a dispatch of 'fp8_block128' rows yet; call it outside")
         given = hidden.detach(), topk_idx, topk_weights.detach()
         if self.fixed is not None:
             rows = self.fixed.hidden_RH, self.fixed.topk_idx_RK, self.fixed.topk_weights_RK

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import threading
 import weakref
 from asyncio import CancelledError
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
-import torch
-
-from tokenferry.errors import PeerError, PeerFailedError, StateError, TokenferryError
+from tokenferry.errors import PeerError, PeerFailedError, StateError, TokenferryError, check_kind
+from tokenferry.graph_capture import is_capturing
 from tokenferry.lifecycle import Lease, Lifecycle, Stage, WrongCallerError, logged
 from tokenferry.operators import Operators
 from tokenferry.step import Step, StepTensors
 from tokenferry.transports.base import Transport, TransportSettings
+from tokenferry.transports.busy import BusyBoard, SignsOfLife
+from tokenferry.transports.settings import check_seconds
 from tokenferry.waiting import Position
 
 
@@ -39,11 +42,29 @@ class PeerCalls:
     _step: Step | None
     _step_index: int
     _num_step_writes: int | None
+    _captures = False
+
+    def __init__(self) -> None:
+        self._telling = threading.Lock()
+        """Held while a thread beside the workspace's own uses the transport for `busy` and `set_timeout`, and while it is closed.
+        The lease would do, but a close that finds the lease used tells the peers that this rank is gone."""
+        self._signs = SignsOfLife(self._give_sign_of_life, lambda: BusyBoard(self._settings).withdraw(), lambda: self.timeout_s)
+
+    @property
+    def timeout_s(self) -> float:
+        """How long a peer may be late."""
+        return self._settings.timeout_s
 
     @property
     def last_step(self) -> int:
         """The number of the last step that was begun by a call, 0 before the first. Replayed ones are counted on the device."""
         return self._step_index
+
+    @property
+    def is_capturing(self) -> bool:
+        """Whether calls now go into a CUDA graph, so that nothing runs and no peer waits: inside `capturing()`, or while the
+        current stream is captured."""
+        return self._captures or is_capturing(self._settings.group.device)
 
     # --- what moves the rows ----------------------------------------------------------------------------------------
 
@@ -63,12 +84,13 @@ class PeerCalls:
         From any thread, also while another one is inside a call.
 
         Args:
-            wait: ask the device and the peers' store too. False: look at what lies in this host's memory alone, which waits for
-                nothing and takes microseconds. That is everything that has failed in work with which the caller has synchronised
-                before. It may lack what fails in work that still runs, and a failure that a peer has only just told of; the next
-                call or step of this rank that meets the peer finds that.
+            wait: ask the device and the peers' store too, which a call inside a capture never does. False: look at what lies in
+                this host's memory alone, which waits for nothing and takes microseconds. That is everything that has failed in
+                work with which the caller has synchronised before. It may lack what fails in work that still runs, and a failure
+                that a peer has only just told of; the next call or step of this rank that meets the peer finds that.
         """
         self.lifecycle.require_usable("check")
+        wait = wait and not self.is_capturing
         with self._lease as transport:
             if wait and self._settings.debug:
                 self._check_step_unwritten()
@@ -90,6 +112,50 @@ class PeerCalls:
         step, before = self._step, self._num_step_writes  # read once: `check` may come while another thread begins a step
         if self.lifecycle.stage is Stage.READY and before is not None and step is not None:
             self._step_tensors.check_unwritten(step, before)
+
+    # --- patience ---------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def busy(self, reason: str) -> Iterator[None]:
+        """Around what keeps this rank from its peers for long: compiling, capturing graphs, loading weights.
+
+        Peers that wait for this rank within the block, in kernels and replayed graphs too, do not give it up: a thread gives
+        signs of life, about four a second, with each of which their time-outs begin anew. They wait `open_timeout_s` in all at
+        most (on symmetric transports half an hour). If the signs end, for this process has died or is stopped, they raise
+        PeerTimeoutError as ever after `timeout_s`, with `reason` and for how long it was busy. A time-out should be a few seconds
+        at least, since a compiler may hold up the thread.
+
+        From any thread, also within a capture; blocks may be nested. It waits for nobody and launches nothing on the caller's
+        streams. To enter and leave takes a fraction of a millisecond: put it around a whole warm-up, not around a step.
+
+        Example:
+            with ws.busy("capturing 12 graphs"):
+                runner.capture(forward, inputs)
+        """
+        check_kind("reason", reason, str)
+        self.lifecycle.require_open("busy")
+        with self._signs.during(reason):
+            yield
+
+    def _give_sign_of_life(self, reason: str, busy_s: float) -> None:
+        with self._telling:
+            if not self._lease.is_over:
+                self._transport.give_sign_of_life()
+        BusyBoard(self._settings).sign(reason, busy_s)
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """How long a peer may be late from now on, as seen by this rank: it counts in waits that are under way, in captured
+        graphs, and after a reset. From any thread, within captures too. Ranks may have different ones.
+
+        Raises:
+            ConfigError: it is no number of seconds, or more than the transport can wait. Nothing has changed.
+        """
+        self.lifecycle.require_open("set_timeout")
+        check_seconds("timeout_s", timeout_s)
+        with self._telling:
+            if not self._lease.is_over:
+                self._transport.set_timeout(timeout_s)
+            self._settings = dataclasses.replace(self._settings, timeout_s=timeout_s)
 
     # --- failures ---------------------------------------------------------------------------------------------------
 
@@ -116,8 +182,13 @@ class PeerCalls:
 
     def tell_peers(self, error: BaseException) -> None:
         """`fail` for an exception that is on its way to the caller: never raises one of its own in its place. A peer's error is
-        known to the peers, and the misuse by a second thread or a forked child is none of their business."""
+        known to the peers, and the misuse by a second thread or a forked child is none of their business.
+
+        Nor is a capture that failed: what it had captured of a step is forgotten, and the next step may begin."""
         if isinstance(error, PeerError | WrongCallerError) or not self.lifecycle.is_at_home:
+            return
+        if self.is_capturing:
+            self.lifecycle.leave_step()
             return
         with logged("the peers could not be told why this rank gives up"):
             self.fail(f"{type(error).__name__}: {error}")
@@ -128,7 +199,7 @@ class PeerCalls:
 
         Neither happens in a forked child or a capture, nor where the step's task was cancelled: that is how servers stop.
         """
-        if isinstance(error, CancelledError | GeneratorExit) or _is_capturing(self._settings.group.device):
+        if isinstance(error, CancelledError | GeneratorExit) or self.is_capturing:
             return
         if isinstance(error, Exception) and not isinstance(error, TokenferryError) and self.lifecycle.is_at_home:
             try:
@@ -145,11 +216,17 @@ class PeerCalls:
 
     def settle_failure(self, operation: str, error: BaseException) -> None:
         """Called as `error` leaves `operation`. Where nothing was launched, the workspace stands where it stood (after
-        `begin_step` without a step). Else it is broken, and the peers, who wait for what will not come, are told."""
-        self.lifecycle.settle(operation, error, self._lease, self._has_launched)
+        `begin_step` without a step). Else it is broken, and the peers, who wait for what will not come, are told; in a capture,
+        where nothing runs, neither: the step is forgotten."""
+        self.lifecycle.settle(operation, error, self._lease, self._left_in_doubt)
 
-    def _has_launched(self) -> bool:
-        return self.active_transport.launched and not _is_capturing(self._settings.group.device)
+    def _left_in_doubt(self) -> bool:
+        if not self.active_transport.launched:
+            return False
+        if self.is_capturing:
+            self.lifecycle.leave_step()
+            return False
+        return True
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
@@ -168,7 +245,8 @@ class PeerCalls:
             self.operators.release()
         finally:
             self.attached.clear()
-            self._lease.end()
+            with self._telling:
+                self._lease.end()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if error is None:
@@ -193,9 +271,3 @@ def position_of(workspace: PeerCalls) -> Callable[[], Position | None]:
         return Position(workspace._step_index, lifecycle.layer, lifecycle.stage.value, lifecycle.is_occupied)
 
     return look
-
-
-def _is_capturing(device: torch.device) -> bool:
-    with contextlib.suppress(RuntimeError):  # of a device whose last kernel failed: that one was no captured one
-        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return False

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenferry.errors import ConfigError, DtypeError, ShapeError, check_kind
+from tokenferry.fixed_linear import fixed_linear
 from tokenferry.precision import KeepsPrecision
 
 ScoreFunction = Literal["softmax", "sigmoid"]
@@ -220,6 +221,10 @@ class Router(KeepsPrecision):
     Parameters: `weight` [E, H]; `bias` [E] with `config.linear_bias`. Buffer: `score_correction_bias` [E] float32 with
     `config.score_correction_bias` (`e_score_correction_bias` in checkpoints of the deepseek_v3 family); it stays float32 when the
     router, or a module around it, is cast.
+
+    Args:
+        batch_invariant: a row's bits do not depend on T or on the other rows: the linear layer is `fixed_linear`. A compiler does
+            not look inside.
     """
 
     weight: nn.Parameter
@@ -227,10 +232,15 @@ class Router(KeepsPrecision):
     score_correction_bias: torch.Tensor | None
 
     def __init__(
-        self, config: RouterConfig, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None
+        self,
+        config: RouterConfig,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.batch_invariant = config, batch_invariant
         E = config.num_experts
         self.weight = nn.Parameter(torch.empty(E, config.hidden_size, dtype=dtype, device=device), requires_grad=False)
         nn.init.normal_(self.weight, std=config.hidden_size**-0.5)
@@ -271,7 +281,23 @@ class Router(KeepsPrecision):
         bias: torch.Tensor | None = self.bias
         if not self.config.float32_logits and hidden_TH.dtype != weight.dtype:
             raise DtypeError(f"hidden is {hidden_TH.dtype} but the router's weight is {weight.dtype}; convert one of them")
+        if self.batch_invariant:
+            alike: tuple[torch.Tensor, torch.Tensor] = self._route_alike(hidden_TH)
+            return alike
         logits_TE = _float32_linear(hidden_TH, weight, bias) if self.config.float32_logits else F.linear(hidden_TH, weight, bias)
+        return route(logits_TE, self.config, self.score_correction_bias)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _route_alike(self, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The choice is made for each row alone, so that its logits are all that could differ."""
+        weight: torch.Tensor = self.weight
+        if self.config.float32_logits:
+            if hidden_TH.dtype != weight.dtype:
+                hidden_TH, weight = hidden_TH.float(), weight.float()
+            logits_TE = fixed_linear(hidden_TH, weight, self.bias, out_dtype=torch.float32)
+        else:
+            logits_TE = fixed_linear(hidden_TH, weight, self.bias)
         return route(logits_TE, self.config, self.score_correction_bias)
 
     def extra_repr(self) -> str:

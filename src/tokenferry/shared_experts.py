@@ -16,6 +16,7 @@ from torch import nn
 
 from tokenferry.activations import Activation
 from tokenferry.errors import ConfigError, DtypeError, ShapeError, check_kind
+from tokenferry.fixed_linear import fixed_linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,11 @@ class SharedExpertsConfig:
 
 
 class SharedExperts(nn.Module):
-    """Parameters (no gradients): `up_proj` [N, H], `down_proj` [H, I], `up_bias` [N], `down_bias` [H], `output_gate` [1, H]."""
+    """Parameters (no gradients): `up_proj` [N, H], `down_proj` [H, I], `up_bias` [N], `down_bias` [H], `output_gate` [1, H].
+
+    Args:
+        batch_invariant: a row's bits do not depend on T or on the other rows: the products are `fixed_linear`.
+    """
 
     up_proj: nn.Parameter
     down_proj: nn.Parameter
@@ -57,10 +62,15 @@ class SharedExperts(nn.Module):
     output_gate: nn.Parameter | None
 
     def __init__(
-        self, config: SharedExpertsConfig, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None
+        self,
+        config: SharedExpertsConfig,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.batch_invariant = config, batch_invariant
         H, I = config.hidden_size, config.intermediate_size
         N = config.activation.num_columns(I)
         shapes = {"up_proj": (N, H), "down_proj": (H, I), "up_bias": (N,), "down_bias": (H,), "output_gate": (1, H)}
@@ -85,11 +95,12 @@ class SharedExperts(nn.Module):
             raise ShapeError(f"hidden must be [T, {self.config.hidden_size}] (the shared experts'), got {list(hidden_TH.shape)}")
         if hidden_TH.dtype != self.up_proj.dtype:
             raise DtypeError(f"hidden is {hidden_TH.dtype} but the shared experts are {self.up_proj.dtype}; convert one of them")
-        up_TN = F.linear(hidden_TH, self.up_proj, self.up_bias)
-        output_TH = F.linear(self.config.activation(up_TN), self.down_proj, self.down_bias)
+        linear = fixed_linear if self.batch_invariant else F.linear
+        up_TN = linear(hidden_TH, self.up_proj, self.up_bias)
+        output_TH = linear(self.config.activation(up_TN), self.down_proj, self.down_bias)
         if self.output_gate is None:
             return output_TH
-        gate_T1 = torch.sigmoid(F.linear(hidden_TH, self.output_gate).float())
+        gate_T1 = torch.sigmoid(linear(hidden_TH, self.output_gate).float())
         return (output_TH * gate_T1).to(output_TH.dtype)
 
     def begin(self, hidden_TH: torch.Tensor, stream: torch.cuda.Stream | None = None) -> PendingShared:

@@ -13,6 +13,7 @@ from tokenferry import env
 from tokenferry.ambient import plain_torch
 from tokenferry.capture import GraphCalls
 from tokenferry.config import MoEConfig
+from tokenferry.dispatched import RowFormat
 from tokenferry.dispatcher import Dispatcher
 from tokenferry.errors import ConfigError, PeerError, Phase, StateError, UsageError, refuse_pickling
 from tokenferry.groups import EPGroup
@@ -44,6 +45,7 @@ class Workspace(GraphCalls):
         max_tokens_per_rank: C, the most rows a rank may bring to a step, padding included.
         transport: "auto", one of `transports.selection.TRANSPORTS`, or an object that opens a transport of your own, of the same
             name on every rank: see `transports.base.TransportFactory`.
+        dispatch_format: what rows are on their way to the experts: "same", "fp8_block128", "bytes", or a `RowFormat`.
         combine_dtype: of the partial rows on the wire. Default: `config.dtype`.
         index_dtype: of `Dispatched.topk_idx`: int32, or int64 for expert kernels that want it; written so, without a pass.
         combine_order: "rank": terms are summed in rank order, the same bits on every transport. "any": the library's or the
@@ -70,6 +72,7 @@ class Workspace(GraphCalls):
         *,
         max_tokens_per_rank: int,
         transport: str | TransportFactory = "auto",
+        dispatch_format: str | RowFormat = "same",
         combine_dtype: torch.dtype | None = None,
         index_dtype: torch.dtype = torch.int32,
         combine_order: CombineOrder = "rank",
@@ -80,6 +83,7 @@ class Workspace(GraphCalls):
         result_dtype: torch.dtype | None = None,
     ) -> None:
         check_kinds(config, group)
+        super().__init__()
         self._settings = TransportSettings(
             config=config,
             group=group,
@@ -87,6 +91,7 @@ class Workspace(GraphCalls):
             combine_dtype=config.dtype if combine_dtype is None else combine_dtype,
             index_dtype=index_dtype,
             result_dtype=config.dtype if result_dtype is None else result_dtype,
+            dispatch_format=RowFormat.of(dispatch_format),
             combine_order=combine_order,
             counts=counts,
             timeout_s=timeout_s,
@@ -156,9 +161,19 @@ class Workspace(GraphCalls):
         return self._settings.max_tokens_per_rank
 
     @property
+    def dispatch_format(self) -> RowFormat:
+        """Of rows on their way to the experts."""
+        return self._settings.dispatch_format
+
+    @property
     def combine_dtype(self) -> torch.dtype:
         """Of the partial rows on the wire."""
         return self._settings.combine_dtype
+
+    @property
+    def combine_order(self) -> CombineOrder:
+        """In which order terms are summed."""
+        return self._settings.combine_order
 
     @property
     def result_dtype(self) -> torch.dtype:
@@ -169,11 +184,6 @@ class Workspace(GraphCalls):
     def index_dtype(self) -> torch.dtype:
         """Of `Dispatched.topk_idx`."""
         return self._settings.index_dtype
-
-    @property
-    def timeout_s(self) -> float:
-        """How long a peer may be late."""
-        return self._settings.timeout_s
 
     @property
     def counts(self) -> Counts:
@@ -204,6 +214,7 @@ class Workspace(GraphCalls):
         max_tokens_per_rank: int,
         *,
         transport: str,
+        dispatch_format: str | RowFormat = "same",
         combine_dtype: torch.dtype | None = None,
         index_dtype: torch.dtype = torch.int32,
     ) -> int:
@@ -213,8 +224,10 @@ class Workspace(GraphCalls):
         if not isinstance(config, MoEConfig):
             raise ConfigError(f"config must be a MoEConfig, got {type(config).__name__}")
         check_positive_ints(ep_size=ep_size, max_tokens_per_rank=max_tokens_per_rank)
-        check_dtypes(combine_dtype or config.dtype, index_dtype)
-        return required_bytes(transport, config, ep_size, max_tokens_per_rank, combine_dtype or config.dtype, index_dtype)
+        combine_dtype, row_format = combine_dtype or config.dtype, RowFormat.of(dispatch_format)
+        check_dtypes(combine_dtype, index_dtype)
+        row_format.check(config)
+        return required_bytes(transport, config, ep_size, max_tokens_per_rank, combine_dtype, index_dtype, row_format)
 
     # --- step -------------------------------------------------------------------------------------------------------
 
@@ -340,7 +353,8 @@ class Workspace(GraphCalls):
         self.attached.pop(COUNTED_IN, None)
         try:
             self.operators.release()
-            self._lease.end()
+            with self._telling:
+                self._lease.end()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             settings.group.channel.barrier(f"{settings.name}/reset", settings.open_timeout_s, phase="reset")

@@ -124,11 +124,12 @@ for name, columns in COLUMNS.items():
         f"{name} is on meta but the workspace is on cpu; move it there",
         lambda s, n=name: s.dispatch_with(**{n: fresh(n, device="meta")}),
     )
-    for label, value in {
+    strided = {
         "transposed": fresh(name).t().contiguous().t(),
         "every-second-column": fresh(name).repeat(1, 2)[:, ::2],
         "expanded": fresh(name)[:1].expand(T, columns),
-    }.items():
+    }
+    for label, value in strided.items() if name != "topk_weights" else ():  # weights are copied
         add(
             f"{name}-{label}",
             "stepped",

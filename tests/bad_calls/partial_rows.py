@@ -1,6 +1,7 @@
 """Wrong rows for a combine."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,25 @@ for label, (value, error, said) in PARTIALS.items():
         said,
         lambda s, v=value, is_csr=label == "sparse-csr": s.dispatcher.combine(csr(v) if is_csr else v, s.got),
     )
+
+
+# --- where the sums go ------------------------------------------------------------------------------------------------
+
+OUTS: dict[str, tuple[Callable[[Scene], Any], type[Exception], str]] = {
+    "a-list": (lambda s: [1.0], UsageError, "out must be a torch.Tensor, got list"),
+    "1-d": (lambda s: torch.zeros(H), ShapeError, r"out must have shape \[rows, 8\], got \[8\]"),
+    "one-column-more": (lambda s: torch.zeros(T, H + 1), ShapeError, r"out must have shape \[rows, 8\], got \[3, 9\]"),
+    "one-row-more": (lambda s: torch.zeros(T + 1, H), ShapeError, "out has 4 rows but hidden had 3; they must be equal"),
+    "no-rows": (lambda s: torch.zeros(0, H), ShapeError, "out has 0 rows but hidden had 3"),
+    "bfloat16": (lambda s: torch.zeros(T, H, dtype=torch.bfloat16), DtypeError, "out must be torch.float32, got torch.bfloat16"),
+    "on-meta": (lambda s: torch.zeros(T, H, device="meta"), DeviceError, "out is on meta but the workspace is on cpu"),
+    "transposed": (lambda s: torch.zeros(H, T).t(), LayoutError, "out must be contiguous"),
+    "sparse": (lambda s: torch.eye(T, H).to_sparse(), LayoutError, "out must be a dense tensor"),
+    "the-partial-rows": (lambda s: s.inputs.partial, LayoutError, "out overlaps partial, which are read while it is written"),
+}  # fmt: skip
+for label, (make, error, said) in OUTS.items():
+    add(f"out-{label}", "dispatched", error, said, lambda s, m=make: s.dispatcher.combine(s.inputs.partial, s.got, m(s)))
+    add(f"out-{label}-in-the-end", "combining", error, said, lambda s, m=make: s.dispatcher.combine_end(m(s)))
 
 
 def another_workspaces_buffer(scene: Scene) -> None:

@@ -20,7 +20,12 @@ from wide_work import WIDE, gathered
 two_gpus = pytest.mark.gpu(count=2)
 one_gpu = pytest.mark.gpu(count=1)
 
-NAMED = ("EP2-T7+0-K3-odd", "EP2-fewer-rows-than-announced", "EP2-bf16-partials-fp32-wire")
+NAMED = (
+    "EP2-T7+0-K3-odd",
+    "EP2-fewer-rows-than-announced",
+    "EP2-bf16-partials-fp32-wire",
+    "EP2-fewer-partial-rows",
+)
 """Few shapes: each is compiled anew on a machine without a cache."""
 CAPACITY = 1025
 """So that steps of more than SLOT_ROWS rows go the bulk way."""
@@ -40,6 +45,8 @@ def random_steps(seed: int, count: int, world_size: int, layers: int = 2) -> tup
                 real_as_tensor=rng.random() < 0.5,
                 own_buffer=rng.random() < 0.5,
                 halves=rng.random() < 0.3,
+                spare=rng.choice((None, 0, 1, 5)),
+                into_out=rng.random() < 0.5,
                 layers=rng.randint(1, layers),
                 index_dtype=rng.choice((torch.int32, torch.int64)),
                 weight_dtype=rng.choice((torch.float32, torch.bfloat16)),

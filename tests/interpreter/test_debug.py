@@ -71,7 +71,7 @@ def found(group: tf.EPGroup) -> dict[str, str]:
             assert torch.equal(round_trip(), rows[0])
             ws.check()
 
-        dispatcher._ids_out_of_range = lambda *_: None  # as on CUDA tensors
+        dispatcher.ids_out_of_range = lambda *_: None  # as on CUDA tensors
         wrong_ids = (("negative", -2), ("large", 8), ("huge", 2**40), ("expert 3 if cut", 2**32 + 3), ("deep", -(2**32) + 1))
         for name, wrong in wrong_ids:
             ws.begin_step(3)
@@ -124,7 +124,7 @@ def found_by_each(group: tf.EPGroup) -> list[str]:
     """Two ranks in one workspace. Each kind of harm is done by rank 1 alone, and each rank says what it was told."""
     from tokenferry import dispatcher
 
-    dispatcher._ids_out_of_range = lambda *_: None  # as on CUDA tensors
+    dispatcher.ids_out_of_range = lambda *_: None  # as on CUDA tensors
     config = tf.MoEConfig(hidden_size=16, num_experts=8, topk=2)
     hidden, ids, weights = torch.ones(3, 16, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)
     said = []

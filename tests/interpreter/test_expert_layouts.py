@@ -76,18 +76,22 @@ def test_weights_come_by_descriptors_where_tiles_ask_for_them(found) -> None:
 # --- stacks longer than an int32 counts -----------------------------------------------------------------------------------
 
 
-def far_apart(group: tf.EPGroup) -> list[float]:
-    """Weights that lie [depth, expert, column] with 2^26 numbers from one depth to the next: the last of 48 is at 3.2e9, in the
-    same tile as the first. The memory between them is never touched, so it is never there. (The interpreter counts steps from
-    tile to tile without a limit; the GPU test has two tiles.)"""
-    depth, far = 48, 1 << 26
-    shape = ExpertsConfig(hidden_size=depth, intermediate_size=depth, num_experts=NUM_EXPERTS, activation=Activation("relu"))
+FAR, FAR_EXPERT = 1 << 26, (1 << 30) + 24
+STRIDES = {"depth": (48, 1, FAR), "column": (48, FAR, 1), "expert": (FAR_EXPERT, 48, 1)}
+"""Of weights [3, 48, 48] whose last number is beyond 2^31, along one of their dimensions: by depth they lie [depth, expert,
+column]. The memory between the numbers is never touched, so it is never there."""
+
+
+def far_apart(group: tf.EPGroup, along: str) -> list[float]:
+    """The largest error by pointers and by descriptors. All depths lie in one tile, the first and the last. (The interpreter
+    counts steps from tile to tile without a limit; the GPU test has two tiles.)"""
+    shape = ExpertsConfig(hidden_size=48, intermediate_size=48, num_experts=NUM_EXPERTS, activation=Activation("relu"))
     torch.manual_seed(4)
-    experts, rows = Experts(shape, LOCAL, dtype=torch.bfloat16), rows_for(depth, torch.bfloat16)
+    experts, rows = Experts(shape, LOCAL, dtype=torch.bfloat16), rows_for(48, torch.bfloat16)
     expected = loop_in_float64(experts, rows)
-    memory = torch.empty(far * depth, dtype=torch.bfloat16)
-    up = memory.as_strided(experts.up_proj.shape, (depth, 1, far)).copy_(experts.up_proj)
-    down = memory.as_strided(experts.down_proj.shape, (depth, 1, far), far // 2).copy_(experts.down_proj)
+    strides, memory = STRIDES[along], torch.empty(FAR * 48, dtype=torch.bfloat16)
+    up = memory.as_strided(experts.up_proj.shape, strides).copy_(experts.up_proj)
+    down = memory.as_strided(experts.down_proj.shape, strides, max(strides) // 2).copy_(experts.down_proj)
     weights, errors = ExpertWeights(up_proj=up, down_proj=down), []
     whole = Plan(up=(tiles(depth=64),), down=(tiles(depth=64),))
     for plan in (whole, MAPS):
@@ -97,8 +101,9 @@ def far_apart(group: tf.EPGroup) -> list[float]:
     return errors
 
 
-def test_offsets_beyond_an_int32() -> None:
-    by_pointers, by_maps = run_ranks(far_apart, 1, env=INTERPRETER)[0]
+@pytest.mark.parametrize("along", STRIDES)
+def test_offsets_beyond_an_int32(along: str) -> None:
+    by_pointers, by_maps = run_ranks(far_apart, 1, along, env=INTERPRETER)[0]
     assert by_pointers <= TOLERANCE[torch.bfloat16]
     assert by_maps <= TOLERANCE[torch.bfloat16]
 

@@ -258,8 +258,8 @@ def test_fused_moe_with_a_scratch_is_gated_by_the_count() -> None:
 
 
 def float8_products(group: tf.EPGroup) -> tuple[float, float]:
-    """Rows whose numbers float8 holds exactly, with another scale in each group of 128: the interpreter's rounding to float8
-    loses a carry (7.85 becomes 4). The first product picks rows' numbers, so that the second one's rows are exact too."""
+    """Rows whose numbers float8 holds exactly, with another scale in each group of 128. The first product picks rows' numbers, so
+    that the second one's rows are exact too: in others a sum's last bit may move an activated number by a step of float8."""
     torch.manual_seed(3)
     H, I = 160, 144
     shape = ExpertsConfig(hidden_size=H, intermediate_size=I, num_experts=7, activation=Activation("relu"), bias=True)

@@ -111,6 +111,8 @@ def random_steps(seed: int, count: int, world_size: int, most: int) -> list[Step
                 real_as_tensor=rng.random() < 0.5,
                 own_buffer=rng.random() < 0.5,
                 halves=rng.random() < 0.3,
+                spare=rng.choice((None, 0, 1, 5)),
+                into_out=rng.random() < 0.5,
                 layers=rng.randint(1, 2),
                 payload="hostile",
                 routing=rng.choice(("uniform", "skewed", "none", "repeated")),

@@ -6,6 +6,7 @@ import pytest
 
 import tokenferry as tf
 from cases import BULK_ROWS, Case, StepCase, begin, run_layer
+from partial_rows_work import COUNTS, WANTED, no_row_more, overlaps, too_few
 from tokenferry.testing import run_ranks
 
 from .test_symmetric import CAPACITY, INTERPRETER
@@ -90,6 +91,27 @@ def test_a_failing_rank_is_heard_at_once_with_its_reason() -> None:
     start = time.monotonic()
     assert run_ranks(gives_up, 2, env=INTERPRETER) == [["PeerFailedError", 1, True], ["ValueError"]]
     assert time.monotonic() - start < 15
+
+
+# --- partial rows that are not there --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
+@pytest.mark.parametrize("way", COUNTS)
+def test_a_combine_of_too_few_rows_fails_on_all_ranks_and_names_its_own(way: str, halves: bool) -> None:
+    assert run_ranks(too_few, 2, "p2p", way, halves, env=INTERPRETER, timeout_s=120) == [WANTED] * 2
+
+
+@pytest.mark.parametrize("way", COUNTS)
+def test_no_row_is_read_that_was_not_given(way: str) -> None:
+    assert run_ranks(no_row_more, 2, way, env=INTERPRETER, timeout_s=120) == [[[3.0], [1]]] * 2
+
+
+def test_sums_go_to_no_memory_that_others_read() -> None:
+    for said in run_ranks(overlaps, 2, "p2p", env=INTERPRETER):
+        assert said["next to it"] == ""
+        assert "out overlaps partial" in said["one row of it"]
+        assert "out overlaps the gathered rows" in said["gathered rows"]
 
 
 # --- opening --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 
 import tokenferry as tf
 from cases import CASES, Case, StepCase, run_case, run_layer, same
+from formats import FORMATS
 from rank_pool import RankPools
 from scenarios import PROPERTY, scenarios
 from tokenferry.testing.data import make_inputs
@@ -16,6 +17,12 @@ pytestmark = pytest.mark.ranks
 @pytest.mark.parametrize("name", CASES)
 def test_bits_as_reference(on_ranks: RankPools, name: str) -> None:
     world_size, case = CASES[name]
+    assert on_ranks(run_case, world_size, case) == [sum(step.layers for step in case.steps)] * world_size
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_bits_as_reference_in_each_format(on_ranks: RankPools, name: str) -> None:
+    world_size, case = FORMATS[name]
     assert on_ranks(run_case, world_size, case) == [sum(step.layers for step in case.steps)] * world_size
 
 
@@ -73,6 +80,18 @@ def test_settings_that_differ_are_an_error_on_every_rank(on_ranks: RankPools) ->
     said = on_ranks(differing_settings, 2)
     assert said[0].startswith("hidden_size differs between ranks: rank 0 has 8, rank 1 has 9")
     assert said[1].startswith("hidden_size differs between ranks: rank 1 has 9, rank 0 has 8")
+
+
+def differing_formats(group: tf.EPGroup) -> str:
+    row_format = tf.RowFormat("fp8_block128", power_of_two_scales=group.rank == 1)
+    with pytest.raises(tf.ConfigError) as caught:
+        tf.Workspace(Case().config, group, max_tokens_per_rank=4, dispatch_format=row_format)
+    return str(caught.value)
+
+
+def test_formats_that_differ_are_an_error_on_every_rank(on_ranks: RankPools) -> None:
+    said = "rank 0 has 'fp8_block128', rank 1 has 'fp8_block128 with power-of-two scales'; open the workspace with equal settings"
+    assert on_ranks(differing_formats, 2)[0] == f"dispatch_format differs between ranks: {said}"
 
 
 def two_groups(group: tf.EPGroup) -> bool:

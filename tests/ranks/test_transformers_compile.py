@@ -4,6 +4,7 @@ As in `test_transformers.py` the ranks are started once, and each test looks at 
 """
 
 import contextlib
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -113,6 +114,20 @@ def test_after_a_reset_the_compiled_code_works_again(name: str, seen: dict[str, 
     assert all(rank.works_again for rank in seen[name])
 
 
+# --- the compiler's cache ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler for CPU code")
+def test_decode_steps_that_two_ranks_compiled_are_found_by_the_next_two_processes(models: Path, tmp_path: Path) -> None:
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
+    first, second = (run_ranks(compile_by_inductor, 2, models / "qwen3_moe", timeout_s=240, env=env) for _ in range(2))
+    assert all(rank.lengths == [8] * len(WORK[0].prompt_lengths) for rank in (*first, *second))
+    assert all(rank.hits + rank.misses > 0 for rank in first)
+    assert sum(rank.misses for rank in first) > 0
+    assert [(rank.hits, rank.misses) for rank in second] == [(rank.hits + rank.misses, 0) for rank in first]
+
+
 # --- workers ----------------------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +176,32 @@ def compiled_forwards(model: Any, work: Work, rank: int) -> tuple[list[list[int]
     with replaced(model, torch.compile(model.forward, fullgraph=True, backend="eager")):
         tokens, _ = generate(model, work, rank)
     return tokens, counters["stats"]["unique_graphs"]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """How many tokens each prompt got, and how many graphs the compiler's cache had, and had not."""
+
+    lengths: list[int]
+    hits: int
+    misses: int
+
+
+def compile_by_inductor(group: tf.EPGroup, path: Path) -> Compiled:
+    """Both ranks decode prompts of the same lengths, so that their graphs are the same."""
+    from transformers import CompileConfig
+
+    quiet()
+    model = load(path, group, timeout_s=TIMEOUT_S, dtype=torch.float32)
+    config = CompileConfig(mode="default", fullgraph=True)
+    config._compile_all_devices = True
+    model.generation_config.update(cache_implementation="static", compile_config=config)
+    counters.clear()
+    tokens, _ = generate(model, Work(WORK[0].prompt_lengths, 8), group.rank)
+    model.expert_parallel.finish()
+    model.expert_parallel.close()
+    found = counters["inductor"]
+    return Compiled([len(each) for each in tokens], found["fxgraph_cache_hit"], found["fxgraph_cache_miss"])
 
 
 def run_scenarios(group: tf.EPGroup, path: Path) -> dict[str, Seen]:

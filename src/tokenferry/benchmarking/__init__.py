@@ -8,13 +8,29 @@
     layer, layer_times             whole layers: the points of a table, and how each is timed
     layer_model, layer_checks      the layer that is built, its floor, and what its results are compared with
     transformers_experts           transformers' own experts functions on the same weights
+    model, model_request           models of transformers: the run, and what it measures
+    model_plan                     in which order
+    model_ways, model_modes        how a model is spread over the ranks, and how its decode steps run
+    model_times, model_batching    a step by itself, within `generate()`, and within `generate_batch()`
+    model_checks                   whether all of them make the same tokens
     records, tables                JSON lines, and text
 
 Nothing here prints. Progress goes to a callable, results come back as records, and a table is a string.
 """
 
 from tokenferry.benchmarking.layer import LayerRequest, run_layer
-from tokenferry.benchmarking.machine import copy_rate, device_rates, environment
+from tokenferry.benchmarking.machine import Device, copy_rate, device_rates, environment
+from tokenferry.benchmarking.model import is_right, run_model, run_model_as_rank
+from tokenferry.benchmarking.model_request import (
+    ALL_WAYS,
+    MODEL_POINTS,
+    REHEARSED_NEW_TOKENS,
+    REHEARSED_POINTS,
+    TINY_FAMILIES,
+    ModelPoint,
+    ModelRequest,
+)
+from tokenferry.benchmarking.model_table import model_table
 from tokenferry.benchmarking.presets import PRESETS, REHEARSAL, Preset
 from tokenferry.benchmarking.records import check_output, write_records
 from tokenferry.benchmarking.round_trip import round_trip_points, run_round_trips
@@ -23,10 +39,18 @@ from tokenferry.benchmarking.tables import layer_table, round_trip_table
 from tokenferry.benchmarking.timing import GroupTimer, Progress
 
 __all__ = [
+    "ALL_WAYS",
+    "MODEL_POINTS",
     "PRESETS",
     "REHEARSAL",
+    "REHEARSED_NEW_TOKENS",
+    "REHEARSED_POINTS",
+    "TINY_FAMILIES",
+    "Device",
     "GroupTimer",
     "LayerRequest",
+    "ModelPoint",
+    "ModelRequest",
     "Preset",
     "Progress",
     "RoundTripPoint",
@@ -34,10 +58,14 @@ __all__ = [
     "copy_rate",
     "device_rates",
     "environment",
+    "is_right",
     "layer_table",
+    "model_table",
     "round_trip_points",
     "round_trip_table",
     "run_layer",
+    "run_model",
+    "run_model_as_rank",
     "run_round_trips",
     "write_records",
 ]

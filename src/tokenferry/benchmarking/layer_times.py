@@ -9,6 +9,7 @@ import torch
 
 from tokenferry.benchmarking.layer_model import POSITIONS
 from tokenferry.benchmarking.timing import GroupTimer
+from tokenferry.graph_capture import captured
 from tokenferry.layer import MoELayer
 from tokenferry.workspace import Workspace
 
@@ -65,7 +66,7 @@ def time_stages(timer: GroupTimer, ws: Workspace, layer: MoELayer, rows: list[to
         chain()
     timer.meet()
     graph = torch.cuda.CUDAGraph()
-    with ws.capturing(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    with ws.capturing(), captured(graph, stream=stream):
         chain()
     spans: dict[str, list[float]] = {name: [] for name in STAGES}
     for _ in range(timer.repeats):

@@ -13,7 +13,7 @@ import typer
 import tokenferry
 from tokenferry.cli import options
 from tokenferry.cli.failure import EXIT_CODE, fail, one_line_errors
-from tokenferry.cli.names import MODEL_CONFIGS, PRESETS, REHEARSAL_PRESETS
+from tokenferry.cli.names import MODEL_CONFIGS, PRESETS, REHEARSAL_PRESETS, WAYS
 from tokenferry.cli.terminal import accept_any_text
 from tokenferry_command import loading
 
@@ -160,6 +160,44 @@ def bench_layer(
             from tokenferry.cli.bench import layer_command
 
         raise typer.Exit(layer_command(ranks, presets, tokens, budget_s, output, rehearse=rehearse))
+
+
+@bench.command("model")
+def bench_model(
+    ranks: options.Ranks = None,
+    random_init: options.RandomInits = None,
+    batches: str = typer.Option("8", help="Prompts of each rank, with --random-init."),
+    prompts: str = typer.Option("128", help="Tokens of each prompt, with --random-init."),
+    ways: str = typer.Option("all", help=f"Names with commas between them, or all: {', '.join(WAYS)}."),
+    new_tokens: int = typer.Option(64, min=2, help="New tokens of each prompt."),
+    capacity: int = typer.Option(4096, min=1, help="Most tokens of a forward on a rank (max_tokens_per_rank)."),
+    transport: options.Transport = "p2p",
+    budget_s: float = typer.Option(
+        280.0, "--budget-s", min=0.0, help="Begin nothing after so many seconds, and say what is left."
+    ),
+    output: Path = typer.Option(None, help="Write the records there, one JSON object a line, each as it comes."),
+    rehearse: bool = typer.Option(False, help="On CPUs, with tiny sizes: every call and comparison, no figures."),
+) -> None:
+    """Time decoding with transformers: ours, its own expert parallelism, the plain model. Runs under torchrun too."""
+    with one_line_errors():
+        with loading():
+            from tokenferry.cli.bench_model import model_command
+
+        raise typer.Exit(
+            model_command(
+                ranks,
+                random_init or (),
+                batches,
+                prompts,
+                ways,
+                budget_s,
+                output,
+                new_tokens=new_tokens,
+                capacity=capacity,
+                transport=transport,
+                rehearse=rehearse,
+            )
+        )
 
 
 def run() -> None:

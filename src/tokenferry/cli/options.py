@@ -42,6 +42,14 @@ RandomInit = Annotated[
         help=f"Random weights for a configuration, in the place of --model: a file, or {', '.join(MODEL_CONFIGS)}.",
     ),
 ]
+RandomInits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--random-init",
+        metavar="CONFIG.json|NAME[:LAYERS]",
+        help=f"Measure this configuration with random weights: a file, or {', '.join(MODEL_CONFIGS)}. May be repeated.",
+    ),
+]
 Prompts = Annotated[
     Path | None,
     typer.Option(

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import torch
 
+from tokenferry import reference
+from tokenferry.dispatched import FLOAT8, SCALE_BLOCK
 from tokenferry.errors import ShapeError
-
-BLOCK = 128
-FLOAT8 = torch.float8_e4m3fn
-FLOAT8_MAX = 448.0
+from tokenferry.reference import FLOAT8_MAX
 
 
 def quantize_weights(weights_LYX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,18 +47,14 @@ def dequantize(weight_YX: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def rounded_rows(rows_PX: torch.Tensor) -> torch.Tensor:
     """Rows as the product sees them: quantized per 1 x 128, in float32."""
-    num_rows, size = rows_PX.shape
-    padded = torch.nn.functional.pad(rows_PX.float(), (0, -size % BLOCK)).view(num_rows, -1, BLOCK)
-    largest = padded.abs().amax(2, keepdim=True)
-    scale = torch.where(largest > 0, largest / FLOAT8_MAX, 1.0)
-    return ((padded / scale).to(FLOAT8).float() * scale).view(num_rows, -1)[:, :size]
+    return reference.quantize(rows_PX).dequantize()
 
 
 def _by_block(matrix_YX: torch.Tensor) -> torch.Tensor:
     rows, columns = matrix_YX.shape
-    padded = torch.nn.functional.pad(matrix_YX, (0, -columns % BLOCK, 0, -rows % BLOCK))
-    return padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+    padded = torch.nn.functional.pad(matrix_YX, (0, -columns % SCALE_BLOCK, 0, -rows % SCALE_BLOCK))
+    return padded.view(padded.shape[0] // SCALE_BLOCK, SCALE_BLOCK, padded.shape[1] // SCALE_BLOCK, SCALE_BLOCK)
 
 
 def _spread(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    return scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[: shape[0], : shape[1]]
+    return scale.repeat_interleave(SCALE_BLOCK, 0).repeat_interleave(SCALE_BLOCK, 1)[: shape[0], : shape[1]]

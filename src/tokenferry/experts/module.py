@@ -15,10 +15,10 @@ from torch import nn
 
 from tokenferry.activations import Activation
 from tokenferry.config import HIDDEN_DTYPES
-from tokenferry.dispatched import Dispatched
+from tokenferry.dispatched import FLOAT8, Dispatched
 from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, StateError, check_kind
 from tokenferry.experts import torch_path
-from tokenferry.experts.float8 import FLOAT8, quantize_weights
+from tokenferry.experts.float8 import quantize_weights
 from tokenferry.experts.scratch import ExpertScratch
 from tokenferry.experts.weights import ExpertsConfig, ExpertWeights, check_operands, check_out
 from tokenferry.precision import KeepsPrecision, refuse_conversion

@@ -13,8 +13,8 @@ import torch
 
 from tokenferry.activations import Activation
 from tokenferry.config import HIDDEN_DTYPES
-from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, check_kind
-from tokenferry.experts.float8 import BLOCK, FLOAT8
+from tokenferry.dispatched import FLOAT8, SCALE_BLOCK
+from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, UsageError, check_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,8 @@ class ExpertWeights:
 def check_operands(hidden_RH: torch.Tensor, weights: ExpertWeights, activation: Activation) -> None:
     """Raises where hidden rows, weights and activation do not fit one another."""
     L, H, I = weights.down_proj.shape
+    if not isinstance(hidden_RH, torch.Tensor):
+        raise UsageError("experts do not take QuantizedRows yet; give them dispatched.hidden.dequantize() as hidden rows")
     if hidden_RH.dim() != 2 or hidden_RH.shape[1] != H:
         raise ShapeError(f"hidden must be [R, {H}] (down_proj is {[L, H, I]}), got {list(hidden_RH.shape)}")
     if weights.up_proj.shape != (L, activation.num_columns(I), H):
@@ -166,7 +168,7 @@ def _check_scales(weights: ExpertWeights) -> None:
                 f"{name}_proj is {matrices.dtype} but there is {has}{name}_scale; use quantize_weights, for both products"
             )
         L, Y, X = matrices.shape
-        expected = (L, -(-Y // BLOCK), -(-X // BLOCK))
+        expected = (L, -(-Y // SCALE_BLOCK), -(-X // SCALE_BLOCK))
         if scale is not None and (scale.shape != expected or scale.dtype != torch.float32 or not scale.is_contiguous()):
             raise ShapeError(
                 f"{name}_scale must be contiguous float32 {list(expected)} for {name}_proj {[L, Y, X]}, "

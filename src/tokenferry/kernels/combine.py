@@ -23,6 +23,7 @@ SIGNATURE = {
     "num_flags": "i32",
     "terms_offset": "i64",
     "partial_ptr": "i64",
+    "num_partial": "i32",
     "is_in_place": "i32",
     "out_ptr": "i64",
     "num_out": "i32",
@@ -166,6 +167,7 @@ def combine_kernel(
     num_flags,
     terms_offset,
     partial_ptr,
+    num_partial,
     is_in_place,
     out_ptr,
     num_out,
@@ -192,7 +194,7 @@ def combine_kernel(
     Args:
         buffer_ptr, peer_table_ptr, multicast_ptr, counters_ptr, step_counts_ptr: see `dispatch_kernel`.
         counts_offset, ready_offset, slots_offset, terms_offset: of regions within a buffer.
-        partial_ptr: [rows, H] PARTIAL, of which V rows are read.
+        partial_ptr, num_partial: [num_partial, H] PARTIAL, of which V rows are read. If V is more, none is, and this rank fails.
         is_in_place: whether `partial_ptr` is the `terms` region itself.
         out_ptr, num_out: [num_out, H] OUT with num_out <= T. Terms of rows beyond it are received and dropped.
         mode: MODE_SEND, MODE_RECEIVE or both. A launch that only sends is given no `out_ptr`.
@@ -229,6 +231,14 @@ def combine_kernel(
     wire.wait_for_previous_kernel(PDL)
     wire.let_next_kernel_start(PDL)
     record = wire.read_record(buffer_ptr)
+    is_short = num_valid > num_partial
+    if is_short & (record == 0):
+        record = wire.set_blamed_rank(wire.blame(step, layer, rank, wire.TOO_FEW_ROWS), rank)
+        if pid == 0:
+            for peer in range(size):
+                wire.claim_record(tl.load(peer_table + peer), record)
+    size = tl.where(is_short, 1, size)  # then nothing is read, sent or awaited
+    num_tokens = tl.where(is_short, 0, num_tokens)
     in_slots = largest <= slot_rows
     is_bulk = (largest > slot_rows) & (size > 1)
     ticket = tl.zeros([], tl.int64)
@@ -281,22 +291,8 @@ def combine_kernel(
             wire.signal(buffers + ready_offset + (rank * MAX_PROGRAMS + pid) * wire.FLAG_BYTES, epoch, 1, is_peer, buffer_ptr)
         else:
             for flag in range(pid, num_flags, programs):
-                copy_terms(
-                    flag,
-                    num_flags,
-                    terms_ptr,
-                    step_counts,
-                    rank,
-                    size,
-                    partial_ptr,
-                    H,
-                    PARTIAL,
-                    WIRE,
-                    WORDS,
-                    BLOCK,
-                    FLAG_BLOCK,
-                    0,
-                )
+                copy_terms(flag, num_flags, terms_ptr, step_counts, rank, size, partial_ptr, H, PARTIAL, WIRE, WORDS, BLOCK,
+                           FLAG_BLOCK, 0)  # fmt: skip
             for first_pair in range(0, (num_flags + programs - 1) // programs * size, BLOCK):
                 peers, flags, exist = wire.rank_and_flag(first_pair + lanes, pid, programs, size, num_flags)
                 is_told = exist & (peers != rank)

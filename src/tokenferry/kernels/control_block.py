@@ -13,9 +13,9 @@ SPARE_BYTES = 32
 """The last bytes of the control block. No kernel uses them, and debug mode watches them like the gaps behind the regions."""
 
 RECORD_OFFSET = 0
-"""int64: the abort record, 0 while there is none. It is the one word of the control block that peers write."""
-TIMEOUT_OFFSET = 8
-"""int64: nanoseconds after which a kernel stops waiting."""
+"""int64: the abort record, 0 while there is none. Peers write it, and the next word; no other word of the control block."""
+SIGNS_OFFSET = 8
+"""int64: how many signs of life busy peers have given, whichever of them. It is read with the record, in one load."""
 MIRROR_OFFSET = 16
 """int64: address of a word in the host's memory that gets a copy of the abort record, or 0."""
 OBSERVER_OFFSET = 24
@@ -26,6 +26,9 @@ GROUP_SIZE_OFFSET = 40
 """int32: ranks of the group, and so entries of that table."""
 DIRTY_ROWS_OFFSET = 44
 """int32: the gathered rows from this one on have id -1 already."""
+LIMITS_OFFSET = 48
+"""int64: in the lower half the time-out in ticks (see `limits`), after which a kernel stops waiting unless there was a sign of
+life; in the upper half the ticks after which it stops in any case."""
 
 COUNTERS_OFFSET = 128
 """This rank's counters of steps and rounds, in a cache line of their own."""
@@ -60,11 +63,16 @@ MAX_LAYERS = (1 << 16) - 1
 NUM_RECORD_STEPS = 1 << 24
 """An abort record has 24 bits for the step."""
 
-PHASES = ("failed", "not-entered", "data-missing", "counts-disagree")
+TICK_SHIFT = 20
+"""Kernels measure their waits in ticks of 2**20 nanoseconds: 32 bits hold 52 days of them."""
+
+PHASES = ("failed", "not-entered", "data-missing", "counts-disagree", "too-few-rows")
 """What the blamed rank did, by its number in an abort record."""
 NOT_ENTERED = PHASES.index("not-entered")
 DATA_MISSING = PHASES.index("data-missing")
 COUNTS_DISAGREE = PHASES.index("counts-disagree")
+TOO_FEW_ROWS = PHASES.index("too-few-rows")
+"""Its combine was given fewer partial rows than there are tokens. It blames itself."""
 
 LAYER_SHIFT = 24
 RANK_SHIFT = 40
@@ -74,11 +82,21 @@ VALID_RECORD = 1 << 62
 """Set in every abort record, which is therefore never 0."""
 
 
+def limits(timeout_s: float, longest_wait_s: float) -> int:
+    """The word at `LIMITS_OFFSET`. Both are rounded up, by up to two ticks: a wait may begin just before a tick.
+
+    Example:
+        limits(1.0, 2.0) == 955 | 1909 << 32
+    """
+    ticks = [int(seconds * 1e9) // (1 << TICK_SHIFT) + 2 for seconds in (timeout_s, max(timeout_s, longest_wait_s))]
+    return ticks[0] | ticks[1] << 32
+
+
 @dataclass(frozen=True)
 class Record:
     """An abort record: rank `reporter` blames rank `rank`. It is one 64-bit word, so that it is always written whole.
 
-    Bits, from the lowest: step 24, layer + 1 16, rank 8, reporter 8, phase 2, four unused, one that is always set.
+    Bits, from the lowest: step 24, layer + 1 16, rank 8, reporter 8, phase 3, three unused, one that is always set.
     """
 
     rank: int
@@ -102,7 +120,7 @@ class Record:
         return Record(
             rank=word >> RANK_SHIFT & 0xFF,
             reporter=word >> REPORTER_SHIFT & 0xFF,
-            phase=PHASES[word >> PHASE_SHIFT & 3],
+            phase=PHASES[word >> PHASE_SHIFT & 7],
             step=word % NUM_RECORD_STEPS,
             layer=(word >> LAYER_SHIFT & 0xFFFF) - 1,
         )

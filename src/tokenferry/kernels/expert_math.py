@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tokenferry.kernels import wire
+
 FP8_MAX: tl.constexpr = tl.constexpr(448.0)
 """Largest finite float8_e4m3fn."""
 SCALE_BLOCK: tl.constexpr = tl.constexpr(128)
@@ -79,15 +81,39 @@ def activate_gated(gate, up, alpha, limit, NAME: tl.constexpr):
 
 
 @triton.jit
-def quantize(x):
-    """Rows of 128 float32 as float8_e4m3fn, and their scales: the largest number of a row becomes 448.
+def block_scale(largest, POWER_OF_TWO: tl.constexpr):
+    """Scales of quantized blocks from their largest magnitudes: see `tokenferry.reference.quantize`, whose bits these are.
 
-    The divisions are rounded as on CPUs. `/` may be off by two units in the last place, and bfloat16 rows often lie exactly
-    between two float8 numbers, where that decides which one is taken.
+    Args:
+        largest: uint32, the largest of the blocks' numbers as bits without the sign. Such bits are in the order of the numbers,
+            with infinity and the NaNs above all, so that none of these is lost on the way.
 
     Example:
-        224, -448, 1 and zeros: scale 1. 112, -224, 0.5: scale 0.5 and the same float8. Zeros: scale 1.
+        448: scale 1. 0: 1e-4 / 448. Infinity and NaN: NaN, 0x7FC00000. 300 with POWER_OF_TWO: 1.
     """
-    largest = tl.max(tl.abs(x), 1)
-    scale = tl.where(largest > 0, tl.div_rn(largest, tl.full(largest.shape, FP8_MAX, tl.float32)), 1.0)
-    return tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)).to(tl.float8e4nv), scale
+    number = tl.maximum(largest.to(tl.float32, bitcast=True), 1e-4)
+    # `/` may be off by two units in the last place.
+    bits = tl.div_rn(number, tl.full(largest.shape, FP8_MAX, tl.float32)).to(tl.uint32, bitcast=True)
+    if POWER_OF_TWO:
+        bits = (bits + 0x7FFFFF) & 0x7F800000
+    nan = tl.full(largest.shape, 0x7FC00000, tl.uint32)
+    return tl.where(largest >= 0x7F800000, nan, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def magnitude(x):
+    """The bits of float32 numbers without their signs, as `block_scale` takes them."""
+    return x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def quantize(x, POWER_OF_TWO: tl.constexpr = False):
+    """Rows of 128 float32 as float8_e4m3fn, and their scales. bfloat16 rows often lie exactly between two float8 numbers, where
+    the rounding of the divisions decides which one is taken. No number is further than 448 from 0 once it is divided, but for
+    rounding.
+
+    Example:
+        224, -448, 1 and zeros: scale 1. 112, -224, 0.5: scale 0.5 and the same float8. Zeros: scale 1e-4 / 448.
+    """
+    scale = block_scale(tl.max(magnitude(x), 1), POWER_OF_TWO)
+    return wire.to_float8(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))), scale

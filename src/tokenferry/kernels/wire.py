@@ -38,6 +38,7 @@ COUNT_PACKET_STEP_OFFSET: tl.constexpr = tl.constexpr(control_block.COUNT_PACKET
 FLAG_BYTES: tl.constexpr = tl.constexpr(control_block.FLAG_BYTES)
 NOT_ENTERED: tl.constexpr = tl.constexpr(control_block.NOT_ENTERED)
 DATA_MISSING: tl.constexpr = tl.constexpr(control_block.DATA_MISSING)
+TOO_FEW_ROWS: tl.constexpr = tl.constexpr(control_block.TOO_FEW_ROWS)
 _ESCAPED_SENTINEL: tl.constexpr = tl.constexpr(control_block.ESCAPED_SENTINEL)
 _PHASE_SHIFT: tl.constexpr = tl.constexpr(control_block.PHASE_SHIFT)
 _REPORTER_SHIFT: tl.constexpr = tl.constexpr(control_block.REPORTER_SHIFT)
@@ -133,6 +134,12 @@ def claim_record(control_ptr, record):
     """Writes an abort record unless there is one."""
     pointer = field(control_ptr, RECORD_OFFSET, tl.int64)
     tl.atomic_cas(pointer, tl.full([], 0, tl.int64), record.to(tl.int64), sem="relaxed", scope="sys")
+
+
+@triton.jit
+def add_to_word(address, amount):
+    """Adds to an int64 of any rank's control block."""
+    tl.atomic_add(address.to(tl.pointer_type(tl.int64)), amount.to(tl.int64), sem="relaxed", scope="sys")
 
 
 @triton.jit
@@ -354,6 +361,11 @@ if not INTERPRETED:
             return word.to(tl.float32, bitcast=True), word.to(tl.float32, bitcast=True)
 
     @triton.jit
+    def to_float8(x):
+        """Numbers of magnitude up to 448 as float8_e4m3fn, rounded to nearest, to even from the middle; a NaN becomes 0x7F."""
+        return x.to(tl.float8e4nv)
+
+    @triton.jit
     def wait_for_previous_kernel(PDL: tl.constexpr):
         """Programmatic dependent launch: before this, nothing that the previous kernel wrote is visible."""
         if PDL:
@@ -382,6 +394,7 @@ else:
         signal,
         store,
         take_ticket,
+        to_float8,
         unpack,
         wait_for_previous_kernel,
     )

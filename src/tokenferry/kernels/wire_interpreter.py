@@ -17,15 +17,27 @@ from tokenferry.kernels.control_block import (
     COUNTERS_OFFSET,
     COUNTS_DISAGREE,
     GROUP_SIZE_OFFSET,
+    LIMITS_OFFSET,
     OBSERVER_OFFSET,
     PEER_TABLE_OFFSET,
     PHASE_SHIFT,
     RECORD_OFFSET,
     ROUND_OFFSET,
     SENTINEL,
+    SIGNS_OFFSET,
     STEP_OFFSET,
-    TIMEOUT_OFFSET,
+    TICK_SHIFT,
 )
+
+
+def _float8_magnitudes() -> np.ndarray:
+    """What the bits 0 to 126 of float8_e4m3fn stand for: 4 bits of exponent with bias 7, then 3 of mantissa; no infinities."""
+    exponents, mantissas = np.divmod(np.arange(127), 8)
+    return np.where(exponents == 0, mantissas * 2.0**-9, (8 + mantissas) * 2.0 ** (exponents - 10.0)).astype(np.float32)
+
+
+_FLOAT8_MIDDLES = (_float8_magnitudes()[1:] + _float8_magnitudes()[:-1]) / np.float32(2)
+"""Between each two neighbours; exact in float32."""
 
 
 class Observer:
@@ -162,7 +174,8 @@ def multicast_sum(address, mask, control_ptr):
 
 def _wait(waiting, poll, control: int, blamed, hint) -> None:
     """Polls until no element of `waiting` is left, or gives up for the reasons for which the PTX form does."""
-    deadline_ns = time.monotonic_ns() + int(_int64(control + TIMEOUT_OFFSET)[0])
+    begin = since = time.monotonic_ns() >> TICK_SHIFT
+    signs = _int64(control + SIGNS_OFFSET)[0]
     while waiting.size:
         arrived = poll(waiting)
         waiting = waiting[~arrived]
@@ -171,7 +184,10 @@ def _wait(waiting, poll, control: int, blamed, hint) -> None:
         time.sleep(0)
         if _int64(control + RECORD_OFFSET)[0] != 0:
             return
-        if time.monotonic_ns() > deadline_ns:
+        now, before, signs = time.monotonic_ns() >> TICK_SHIFT, signs, _int64(control + SIGNS_OFFSET)[0]
+        since = now if signs != before else since
+        timeout, longest = _int32(control + LIMITS_OFFSET)[0], _int32(control + LIMITS_OFFSET + 4)[0]
+        if now - since >= timeout or now - begin >= longest:
             _give_up(control, int(blamed[waiting[0]]), int(hint[waiting[0]]))
             return
 
@@ -191,6 +207,14 @@ def claim_records(controls, word: int) -> None:
     expected, record = np.zeros(addresses.size, np.int64), np.full(addresses.size, word, np.int64)
     atomics = triton.runtime.interpreter._interpreter
     atomics.atomic_cas(addresses, expected, record, atomics.MEM_SEMANTIC.RELAXED)
+
+
+def add_to_words(addresses, amount: int) -> None:
+    """Adds to the int64 at each address, as `wire.add_to_word` does on GPUs. Threads and processes may do so at once."""
+    places, amounts = np.array(addresses, np.uint64), np.full(len(addresses), amount, np.int64)
+    atomics = triton.runtime.interpreter._interpreter
+    everywhere, relaxed = np.ones(places.size, bool), atomics.MEM_SEMANTIC.RELAXED
+    atomics.atomic_rmw(atomics.RMW_OP.ADD, places, amounts, everywhere, relaxed)
 
 
 def poll_and_clear(address, mask, control_ptr, blamed, hint, WORDS):
@@ -309,6 +333,21 @@ def unpack(word, DTYPE):
             halves = (word & np.uint32(0xFFFF)), word >> np.uint32(16)
             halves = tuple(half.astype(np.uint16).view(np.float16).astype(np.float32) for half in halves)
     return tuple(_tensor(half, tl.float32) for half in halves)
+
+
+def to_float8(x):
+    """Not by the interpreter's own conversion, which loses a carry (7.85 becomes 4)."""
+    return _tensor(_to_float8(_array(x)), tl.float8e4nv)
+
+
+def _to_float8(value):
+    """The bits, by a search among all magnitudes of float8."""
+    with np.errstate(invalid="ignore"):
+        magnitude = np.minimum(np.abs(value), np.float32(448))
+    above = np.searchsorted(_FLOAT8_MIDDLES, magnitude, side="left").astype(np.uint8)
+    from_the_middle = np.append(_FLOAT8_MIDDLES, np.float32(0))[above] == magnitude
+    bits = above + (from_the_middle & (above % 2 == 1)).astype(np.uint8)
+    return np.where(np.isnan(value), np.uint8(0x7F), bits | np.signbit(value).astype(np.uint8) << np.uint8(7))
 
 
 def wait_for_previous_kernel(PDL):

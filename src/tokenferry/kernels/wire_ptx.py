@@ -10,13 +10,14 @@ from tokenferry.kernels.control_block import (
     COUNTERS_OFFSET,
     COUNTS_DISAGREE,
     GROUP_SIZE_OFFSET,
+    LIMITS_OFFSET,
     MIRROR_OFFSET,
     PEER_TABLE_OFFSET,
     PHASE_SHIFT,
     ROUND_OFFSET,
     SENTINEL,
     STEP_OFFSET,
-    TIMEOUT_OFFSET,
+    TICK_SHIFT,
 )
 
 LOAD_CONSTRAINTS = "=&r,=&r,=&r,=&r,l,r"
@@ -26,7 +27,7 @@ PACK_CONSTRAINTS = "=r,f,f"
 
 _STEP = COUNTERS_OFFSET + STEP_OFFSET
 _ZERO = "mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;"
-_WAIT_REGISTERS = ".reg .pred %p0; .reg .u32 %n; .reg .u32 %i; .reg .u64 %rec, %t0, %t1, %lim, %bl, %tab;"
+_WAIT_REGISTERS = ".reg .pred %p0; .reg .u32 %n, %i, %now, %begin, %since, %signs, %longest; .reg .u64 %rec, %w, %bl, %tab;"
 
 
 def _vector(words: int) -> str:
@@ -73,25 +74,29 @@ def multicast(words: int) -> str:
 def _waiting(done: str, control: str, blame: str, hint: str) -> str:
     """The rest of a polling loop, after a poll that may have set %p0 = arrived: goes to GOT, back to W, or to LEFT.
 
-    Every 256 polls (about 0.2 ms) it looks at the abort record and at the clock. The first rank whose time is up writes the
-    record here and at every peer. `hint` is the step of the packet that would prove the peer to be one step ahead.
+    Every 256 polls (about 0.2 ms) it looks at the abort record, at the signs of life of busy peers, and at the clock, which
+    begins anew with each sign. The first rank whose time is up writes the record here and at every peer. `hint` is the step of
+    the packet that would prove the peer to be one step ahead.
     """
     return f"""
       @%p0 bra {done};
       add.u32 %n, %n, 1; and.b32 %i, %n, 255; setp.ne.u32 %p0, %i, 0; @%p0 bra W;
-      ld.relaxed.sys.global.u64 %rec, [{control}]; setp.ne.u64 %p0, %rec, 0; @%p0 bra LEFT;
-      mov.u64 %t1, %globaltimer; setp.ne.u32 %p0, %n, 256; @%p0 bra HAVE; mov.u64 %t0, %t1;
-      HAVE: sub.u64 %t1, %t1, %t0; ld.global.u64 %lim, [{control} + {TIMEOUT_OFFSET}];
-      setp.lt.u64 %p0, %t1, %lim; @%p0 bra W;
+      ld.relaxed.sys.global.v2.u64 {{%rec, %w}}, [{control}]; setp.ne.u64 %p0, %rec, 0; @%p0 bra LEFT;
+      cvt.u32.u64 %i, %w; mov.u64 %w, %globaltimer; shr.u64 %w, %w, {TICK_SHIFT}; cvt.u32.u64 %now, %w;
+      setp.eq.u32 %p0, %n, 256; @%p0 mov.u32 %begin, %now;
+      setp.ne.or.u32 %p0, %i, %signs, %p0; @%p0 mov.u32 %since, %now; mov.u32 %signs, %i;
+      ld.relaxed.sys.global.v2.u32 {{%i, %longest}}, [{control} + {LIMITS_OFFSET}];
+      add.u32 %i, %i, %since; sub.u32 %i, %i, %now; setp.gt.s32 %p0, %i, 0;
+      sub.u32 %now, %now, %begin; setp.lt.and.u32 %p0, %now, %longest, %p0; @%p0 bra W;
       mov.u64 %bl, {blame}; ld.relaxed.sys.global.u32 %i, [{hint}]; ld.global.u32 %n, [{control} + {_STEP}];
       add.u32 %n, %n, 1; setp.ne.u32 %p0, %i, %n; @%p0 bra CLAIM; or.b64 %bl, %bl, {COUNTS_DISAGREE << PHASE_SHIFT};
       CLAIM: atom.relaxed.sys.global.cas.b64 %rec, [{control}], 0, %bl;
       setp.ne.u64 %p0, %rec, 0; @%p0 bra TELL; mov.u64 %rec, %bl;
       TELL: ld.global.u64 %tab, [{control} + {PEER_TABLE_OFFSET}]; ld.global.u32 %n, [{control} + {GROUP_SIZE_OFFSET}];
-      NEXT: ld.global.u64 %t0, [%tab]; atom.relaxed.sys.global.cas.b64 %t1, [%t0], 0, %rec;
+      NEXT: ld.global.u64 %w, [%tab]; atom.relaxed.sys.global.cas.b64 %bl, [%w], 0, %rec;
       add.u64 %tab, %tab, 8; sub.u32 %n, %n, 1; setp.ne.u32 %p0, %n, 0; @%p0 bra NEXT;
-      LEFT: ld.global.u64 %t0, [{control} + {MIRROR_OFFSET}]; setp.eq.u64 %p0, %t0, 0; @%p0 bra GONE;
-      st.relaxed.sys.global.u64 [%t0], %rec;
+      LEFT: ld.global.u64 %w, [{control} + {MIRROR_OFFSET}]; setp.eq.u64 %p0, %w, 0; @%p0 bra GONE;
+      st.relaxed.sys.global.u64 [%w], %rec;
       GONE: """
 
 

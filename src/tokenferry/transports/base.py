@@ -9,11 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from tokenferry.config import MoEConfig
+from tokenferry.dispatched import SAME, HiddenRows, RowFormat
 from tokenferry.errors import PeerError, PeerFailedError, PeerTimeoutError, StateError
 from tokenferry.groups import EPGroup
 from tokenferry.step import Announced, StepRequest, StepTensors
@@ -22,7 +23,7 @@ from tokenferry.transports.symmetric.layout import Layout
 CombineOrder = Literal["rank", "any"]
 Counts = Literal["uneven", "equal"]
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised when ranks of an older release could not understand this one; compared when a workspace opens."""
 
 
@@ -46,13 +47,16 @@ class TransportSettings:
     """Of the gathered expert numbers."""
     result_dtype: torch.dtype = torch.bfloat16
     """Of combined rows: of each sum, rounded once."""
+    dispatch_format: RowFormat = SAME
+    """Of rows while they travel, and as a dispatch returns them."""
 
 
 @dataclass(frozen=True)
 class Gathered:
     """All ranks' rows, as in `Dispatched`."""
 
-    hidden_RH: torch.Tensor
+    hidden_RH: Any
+    """A tensor, or `QuantizedRows` where the format says so."""
     topk_idx_RK: torch.Tensor
     topk_weights_RK: torch.Tensor
 
@@ -138,8 +142,9 @@ class Transport(ABC):
         """Exchanges counts and publishes them in the step tensors."""
 
     @abstractmethod
-    def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
-        """Starts to send [T', H], [T', K] int32 or int64, [T', K] float; T' <= T. Keeps the tensors until `dispatch_end`."""
+    def dispatch_begin(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        """Starts to send [T', H], [T', K] int32 or int64, [T', K] float; T' <= T. Keeps the tensors until `dispatch_end`. Hidden
+        rows are what the dispatch format takes: quantized or yet to be, or bytes."""
 
     @abstractmethod
     def dispatch_end(self) -> Gathered:
@@ -151,21 +156,23 @@ class Transport(ABC):
 
     @abstractmethod
     def combine_begin(self, partial: torch.Tensor) -> None:
-        """Starts to send the partial rows [R, H] to their owners. Keeps the tensor until `combine_end`."""
+        """Starts to send the partial rows to their owners, [R, H]; where `fixed_rows` says R, any number of rows from this rank's
+        T to R, of which V must be there. Keeps the tensor until `combine_end`."""
 
     @abstractmethod
-    def combine_end(self) -> torch.Tensor:
-        """The combined [T', H] in `result_dtype`, a new tensor."""
+    def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The combined [T', H] in `result_dtype`: a new tensor, or `out`, which has this shape and dtype, is contiguous, and
+        overlaps neither the partial rows nor the gathered ones."""
 
-    def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
+    def dispatch(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
         """Both halves, with nothing between."""
         self.dispatch_begin(layer, hidden, topk_idx, topk_weights)
         return self.dispatch_end()
 
-    def combine(self, partial: torch.Tensor) -> torch.Tensor:
+    def combine(self, partial: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Both halves, with nothing between."""
         self.combine_begin(partial)
-        return self.combine_end()
+        return self.combine_end(out)
 
     def watching_replay(self) -> AbstractContextManager[None]:
         """Around the launch of a graph that was captured with this transport: what was announced is used up by it, and a peer
@@ -182,6 +189,19 @@ class Transport(ABC):
         """One of the same shapes that communicates with nobody, for warm-up and capture. It lives on what this one holds."""
 
     # --- peers ------------------------------------------------------------------------------------------------------
+
+    def give_sign_of_life(self) -> None:
+        """Tells peers that wait, and do not look into the store for it, that this rank is busy and alive. From any thread, also
+        while a graph is captured; waits for nothing. One thread at a time calls it, or `set_timeout`."""
+        return
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """How long a peer may be late from now on, in waits under way and in captured graphs too. From any thread, one at a time.
+
+        Raises:
+            ConfigError: it cannot wait so long; nothing has changed.
+        """
+        return
 
     @abstractmethod
     def check(self) -> None:
@@ -246,6 +266,8 @@ class AbortRecord:
     waited_s: float
     reason: str = ""
     """Empty for a rank that is late; else what it failed with."""
+    detail: str = ""
+    """What else is known of a rank that is late."""
 
     def error_for(self, rank: int) -> PeerError:
         """What `rank` raises: the blamed rank itself learns that it was given up."""
@@ -255,7 +277,7 @@ class AbortRecord:
             return PeerFailedError(self.rank, reason, self.step, phase)  # type: ignore[arg-type]
         if self.reason:
             return PeerFailedError(self.rank, self.reason, self.step, phase)  # type: ignore[arg-type]
-        return PeerTimeoutError(self.rank, phase, self.step, self.layer, self.waited_s)  # type: ignore[arg-type]
+        return PeerTimeoutError(self.rank, phase, self.step, self.layer, self.waited_s, self.detail)  # type: ignore[arg-type]
 
 
 def empty_like_routing(settings: TransportSettings, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:

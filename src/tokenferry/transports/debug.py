@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from tokenferry.dispatched import HiddenRows, QuantizedRows
 from tokenferry.step import StepRequest, StepTensors
 from tokenferry.transports.base import Gathered, Transport, TransportSettings
 from tokenferry.transports.debug_checks import Checks, input_changed
@@ -56,13 +57,13 @@ class DebugTransport(TransportWrapper):
 
     # --- dispatch ---------------------------------------------------------------------------------------------------
 
-    def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
-        self._look_at(topk_idx)
+    def dispatch(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
+        self._look_at(hidden, topk_idx)
         return self._poison_terms(super().dispatch(layer, hidden, topk_idx, topk_weights))
 
-    def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    def dispatch_begin(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         held = self._copies(hidden=hidden, topk_idx=topk_idx, topk_weights=topk_weights)
-        self._look_at(topk_idx)
+        self._look_at(hidden, topk_idx)
         super().dispatch_begin(layer, hidden, topk_idx, topk_weights)
         self._held = held
 
@@ -72,17 +73,17 @@ class DebugTransport(TransportWrapper):
 
     # --- combine ----------------------------------------------------------------------------------------------------
 
-    def combine(self, partial: torch.Tensor) -> torch.Tensor:
-        return super().combine(self._poison_behind(partial))
+    def combine(self, partial: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return super().combine(self._poison_behind(partial), out)
 
     def combine_begin(self, partial: torch.Tensor) -> None:
         held = self._copies(partial=partial)
         super().combine_begin(self._poison_behind(partial))
         self._held = held
 
-    def combine_end(self) -> torch.Tensor:
+    def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
         self._compare_held()
-        return super().combine_end()
+        return super().combine_end(out)
 
     # --- beside steps -----------------------------------------------------------------------------------------------
 
@@ -104,18 +105,21 @@ class DebugTransport(TransportWrapper):
 
     # --- how --------------------------------------------------------------------------------------------------------
 
-    def _look_at(self, topk_idx: torch.Tensor) -> None:
+    def _look_at(self, hidden: HiddenRows, topk_idx: torch.Tensor) -> None:
+        if isinstance(hidden, QuantizedRows):
+            self._checks.check_scales(hidden.scales)
         self._checks.check_ids(topk_idx)
         self._checks.look()
 
-    def _copies(self, **given: torch.Tensor) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    def _copies(self, **given: HiddenRows) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
         """Not of what lies in the gathered rows: these are the workspace's own again from `combine_begin` on, and are poisoned
         there."""
         rows = self.fixed_rows
         return [
             (name, tensor, tensor.clone())
-            for name, tensor in given.items()
-            if rows is None or not _lies_in(tensor, rows.hidden_RH)
+            for name, handed in given.items()
+            for tensor in _parts(handed)
+            if rows is None or not any(_lies_in(tensor, part) for part in _parts(rows.hidden_RH))
         ]
 
     def _compare_held(self) -> None:
@@ -137,7 +141,7 @@ class DebugTransport(TransportWrapper):
         rows = self.fixed_rows
         if rows is None:
             return partial
-        if _lies_in(partial, rows.hidden_RH):
+        if any(_lies_in(partial, part) for part in _parts(rows.hidden_RH)):
             partial = partial.clone()
         _poison(rows)
         self._checks.look()
@@ -145,8 +149,13 @@ class DebugTransport(TransportWrapper):
 
 
 def _poison(gathered: Gathered) -> None:
-    gathered.hidden_RH.fill_(torch.nan)
+    for part in _parts(gathered.hidden_RH):
+        part.view(torch.uint8).fill_(0xFF)  # a NaN in each floating dtype
     gathered.topk_weights_RK.fill_(torch.nan)
+
+
+def _parts(rows: HiddenRows) -> tuple[torch.Tensor, ...]:
+    return (rows.values, rows.scales) if isinstance(rows, QuantizedRows) else (rows,)
 
 
 def _lies_in(tensor: torch.Tensor, rows: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from tokenferry.step import StepTensors
 from tokenferry.transports.base import SymmetricMemory, TransportSettings
 
 CANARY: Final = 0xA5
-LOW, HIGH, WRITTEN, OVERRUN, COUNTS, CHANGED = range(6)
+LOW, HIGH, WRITTEN, OVERRUN, COUNTS, CHANGED, SCALES = range(7)
 INPUTS: Final = ("hidden", "topk_idx", "topk_weights", "partial")
 """Of the sending halves, numbered from 1 in what the device found."""
 
@@ -28,9 +28,9 @@ class Checks:
         self._rank, self._size, self._max_tokens_per_rank = settings.group.rank, settings.group.size, settings.max_tokens_per_rank
         device = settings.group.device
         # 64 bits, as wide as an expert number: in 32 the report of 2**40 named a number that nobody had sent.
-        self._found = torch.zeros(6, dtype=torch.int64, device=device)
+        self._found = torch.zeros(7, dtype=torch.int64, device=device)
         is_cuda = device.type == "cuda"
-        self._mirror = torch.zeros(6, dtype=torch.int64, device="cpu", pin_memory=True) if is_cuda else self._found
+        self._mirror = torch.zeros(7, dtype=torch.int64, device="cpu", pin_memory=True) if is_cuda else self._found
         self._has_step = torch.zeros(1, dtype=torch.bool, device=device)
         self._canaries = None if memory is None else Canaries(memory)
 
@@ -51,6 +51,10 @@ class Checks:
             high = (topk_idx.max() - (self._num_experts - 1)).clamp(min=0)
             self._found[LOW].copy_(torch.minimum(self._found[LOW], low))
             self._found[HIGH].copy_(torch.maximum(self._found[HIGH], high))
+
+    def check_scales(self, scales: torch.Tensor) -> None:
+        """Whether all can be scales of quantized rows: not negative, and not infinite. A block that held a NaN has a NaN."""
+        self._found[SCALES].copy_(torch.maximum(self._found[SCALES], ((scales < 0) | scales.isinf()).any()))
 
     def check_unchanged(self, name: str, tensor: torch.Tensor, before: torch.Tensor) -> bool:
         """False if the host knows at once that `tensor` is not as it was; what the device finds waits for the report.
@@ -77,20 +81,23 @@ class Checks:
         """Raises what was found so far; with `wait`, what the device has found by now. The next report starts anew.
 
         Raises:
-            UsageError: an expert number that there is not.
+            UsageError: an expert number that there is not, or a scale that there cannot be.
             StateError: a step's tensors were written, or memory where no region of the symmetric buffer lies; or a step's counts
                 cannot be; or the inputs of a sending half were changed before the receiving half.
         """
         if wait:
             self.look()
-        low, high, written, overrun, counts, changed = (self._found if wait else self._mirror).tolist()
-        if not (low or high or written or overrun or counts or changed):
+        found = (self._found if wait else self._mirror).tolist()
+        if not any(found):
             return
+        low, high, written, overrun, counts, changed, scales = found
         said = self._canaries.describe(overrun) if overrun and self._canaries is not None else ""
         self._start_anew()
         if low or high:
             wrong = low - 1 if low else high + self._num_experts - 1
             raise UsageError(f"topk_idx held {wrong}, but expert numbers are -1 (none) to {self._num_experts - 1}")
+        if scales:
+            raise UsageError("hidden held a scale below zero, or an infinite one: quantized rows have scales > 0, or NaN")
         if written:
             raise StateError("the tensors of a step were written on the device; read or clone them only")
         if counts:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tokenferry.reference import pad_rows, sum_in_rank_order
+from tokenferry.dispatched import HiddenRows
+from tokenferry.reference import in_format, pad_rows, sum_in_rank_order
 from tokenferry.step import StepRequest, StepTensors
 from tokenferry.transports.base import Gathered, Transport, TransportSettings, mask_padding
 
@@ -46,8 +47,9 @@ class LocalTransport(Transport):
         else:
             self._step_tensors.publish_equal(request.num_tokens, request.flags)
 
-    def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    def dispatch_begin(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         self._num_supplied = hidden.shape[0]
+        hidden = in_format(hidden, self._settings.dispatch_format)
         if self._num_supplied < self._request.num_tokens:
             hidden, topk_idx, topk_weights = pad_rows(hidden, topk_idx, topk_weights, self._request.num_tokens)
         masked = mask_padding(topk_idx, self._request.num_real_tokens)
@@ -72,11 +74,11 @@ class LocalTransport(Transport):
         term = partial[: self._num_supplied].to(self._settings.combine_dtype)
         self._combined = sum_in_rank_order([term]).to(self._settings.result_dtype)
 
-    def combine_end(self) -> torch.Tensor:
+    def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
         self.launched = True
         combined, self._combined = self._combined, None
         assert combined is not None, "the workspace orders the halves"
-        return combined
+        return combined if out is None else out.copy_(combined)
 
     def check(self) -> None:
         return

@@ -17,6 +17,7 @@ import torch
 
 from tokenferry import topology
 from tokenferry.config import MoEConfig
+from tokenferry.dispatched import SAME, RowFormat
 from tokenferry.errors import ConfigError, PeerError, PeerFailedError, Phase, TransportUnavailableError, UsageError
 from tokenferry.groups import EPGroup
 from tokenferry.lifecycle import logged
@@ -79,7 +80,7 @@ def open_transport(name: str, settings: TransportSettings, step_tensors: StepTen
     """
     if name not in TRANSPORTS:
         raise ConfigError(f"transport must be one of {', '.join(TRANSPORTS)}, got {name!r}")
-    for decision in decide(settings.group, name, settings.config, settings.max_tokens_per_rank, settings.combine_dtype):
+    for decision in _decide(name, settings):
         if decision.name == name and isinstance(decision, Rejected):
             raise TransportUnavailableError(str(decision))
     if name in SYMMETRIC and settings.timeout_s > symmetric_layout.MAX_TIMEOUT_S:
@@ -100,10 +101,13 @@ def required_bytes(
     max_tokens_per_rank: int,
     combine_dtype: torch.dtype,
     index_dtype: torch.dtype = torch.int32,
+    dispatch_format: RowFormat = SAME,
 ) -> int:
     """Bytes that a rank's workspace holds for as long as it is open."""
     if name in SYMMETRIC:
-        return symmetric_layout.required_bytes(config, ep_size, max_tokens_per_rank, combine_dtype, name == "nvls", index_dtype)
+        return symmetric_layout.required_bytes(
+            config, ep_size, max_tokens_per_rank, combine_dtype, name == "nvls", index_dtype, dispatch_format
+        )
     return LocalTransport.required_bytes(ep_size) if name == "local" else CollectiveTransport.required_bytes(ep_size)
 
 
@@ -169,7 +173,7 @@ def _compare_offers(
     group = settings.group
     if isinstance(requested, str):
         asked = requested
-        own = decide(group, requested, settings.config, settings.max_tokens_per_rank, settings.combine_dtype)
+        own = _decide(requested, settings)
     else:
         asked = f"the object {requested.name!r}"
         own = (Accepted(requested.name, "a transport object, as asked for"),)
@@ -196,6 +200,18 @@ def _compare_offers(
     return agreed, [answer["timeout_s"] for answer in answers]
 
 
+def _decide(requested: str, settings: TransportSettings) -> tuple[Decision, ...]:
+    """As this rank alone sees it."""
+    return decide(
+        settings.group,
+        requested,
+        settings.config,
+        settings.max_tokens_per_rank,
+        settings.combine_dtype,
+        settings.dispatch_format,
+    )
+
+
 def _offer(settings: TransportSettings, transport: str) -> dict[str, Any]:
     """What has to be equal on all ranks, by the name that the user knows it by."""
     config = settings.config
@@ -209,6 +225,7 @@ def _offer(settings: TransportSettings, transport: str) -> dict[str, Any]:
         "max_tokens_per_rank": settings.max_tokens_per_rank,
         "combine_dtype": str(settings.combine_dtype),
         "index_dtype": str(settings.index_dtype),
+        "dispatch_format": str(settings.dispatch_format),
         "result_dtype": str(settings.result_dtype),
         "combine_order": settings.combine_order,
         "counts": settings.counts,

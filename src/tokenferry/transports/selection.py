@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from tokenferry import env, topology
 from tokenferry.config import MoEConfig
+from tokenferry.dispatched import SAME, RowFormat
 from tokenferry.errors import ConfigError, TransportUnavailableError
 from tokenferry.groups import EPGroup
 from tokenferry.transports.symmetric import layout as symmetric_layout
@@ -64,6 +65,7 @@ def decide(
     config: MoEConfig | None = None,
     max_tokens_per_rank: int = 1,
     combine_dtype: torch.dtype | None = None,
+    dispatch_format: RowFormat = SAME,
 ) -> tuple[Decision, ...]:
     """A decision for every transport, in order of preference, as this rank alone sees it.
 
@@ -72,7 +74,7 @@ def decide(
     """
     symmetric = _symmetric(group, requested)
     if config is not None:
-        refusal = _shape_refusal(config, group.size, max_tokens_per_rank, combine_dtype or config.dtype)
+        refusal = _shape_refusal(config, group.size, max_tokens_per_rank, combine_dtype or config.dtype, dispatch_format)
         symmetric = tuple(Rejected(d.name, refusal) if refusal and isinstance(d, Accepted) else d for d in symmetric)
     return (_local(group), *symmetric, _collective(group))
 
@@ -122,9 +124,11 @@ def _nvls(group: EPGroup) -> Decision:
     return Accepted("nvls", "the driver and PyTorch offer multicast; opening looks for the address")
 
 
-def _shape_refusal(config: MoEConfig, ep_size: int, max_tokens_per_rank: int, combine_dtype: torch.dtype) -> str:
+def _shape_refusal(
+    config: MoEConfig, ep_size: int, max_tokens_per_rank: int, combine_dtype: torch.dtype, dispatch_format: RowFormat
+) -> str:
     try:
-        symmetric_layout.plan(config, ep_size, max_tokens_per_rank, combine_dtype)
+        symmetric_layout.plan(config, ep_size, max_tokens_per_rank, combine_dtype, dispatch_format=dispatch_format)
     except ConfigError as error:
         return str(error)
     return ""

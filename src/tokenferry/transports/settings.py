@@ -27,6 +27,7 @@ def check_settings(settings: TransportSettings, transport: object) -> None:
     check_transport(transport)
     check_positive_ints(max_tokens_per_rank=settings.max_tokens_per_rank)
     check_dtypes(settings.combine_dtype, settings.index_dtype)
+    settings.dispatch_format.check(settings.config)
     if settings.result_dtype not in HIDDEN_DTYPES:
         raise ConfigError(f"result_dtype must be one of {', '.join(map(str, HIDDEN_DTYPES))}, got {settings.result_dtype!r}")
     if settings.combine_order not in ("rank", "any"):

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from tokenferry.dispatched import HiddenRows
 from tokenferry.step import Announced, StepRequest
 from tokenferry.transports.base import Gathered, SymmetricMemory, Transport
 
@@ -62,7 +63,7 @@ class TransportWrapper(Transport):
     def begin_step(self, request: StepRequest, layer: int) -> None:
         self.inner.begin_step(request, layer)
 
-    def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    def dispatch_begin(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         self.inner.dispatch_begin(layer, hidden, topk_idx, topk_weights)
 
     def dispatch_end(self) -> Gathered:
@@ -74,14 +75,14 @@ class TransportWrapper(Transport):
     def combine_begin(self, partial: torch.Tensor) -> None:
         self.inner.combine_begin(partial)
 
-    def combine_end(self) -> torch.Tensor:
-        return self.inner.combine_end()
+    def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self.inner.combine_end(out)
 
-    def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
+    def dispatch(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
         return self.inner.dispatch(layer, hidden, topk_idx, topk_weights)
 
-    def combine(self, partial: torch.Tensor) -> torch.Tensor:
-        return self.inner.combine(partial)
+    def combine(self, partial: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self.inner.combine(partial, out)
 
     def watching_replay(self) -> AbstractContextManager[None]:
         return self.inner.watching_replay()
@@ -91,6 +92,12 @@ class TransportWrapper(Transport):
 
     def solo(self) -> Transport:
         return self.inner.solo()
+
+    def give_sign_of_life(self) -> None:
+        self.inner.give_sign_of_life()
+
+    def set_timeout(self, timeout_s: float) -> None:
+        self.inner.set_timeout(timeout_s)
 
     def check(self) -> None:
         self.inner.check()

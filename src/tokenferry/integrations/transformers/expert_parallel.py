@@ -11,7 +11,6 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from tokenferry.config import MoEConfig
 from tokenferry.dispatcher import Dispatcher
 from tokenferry.errors import CapacityError, ConfigError, StateError
 from tokenferry.experts import ExpertScratch
@@ -19,19 +18,18 @@ from tokenferry.experts.module import SCRATCH_NAME
 from tokenferry.groups import EPGroup
 from tokenferry.integrations.transformers.exchange import Rows, exchange_choices, exchange_partials, exchange_sums
 from tokenferry.integrations.transformers.fallbacks import Fallbacks
+from tokenferry.integrations.transformers.graph_choice import StepGraphs, make_graphs
 from tokenferry.integrations.transformers.kernel_experts import NotServed, prepare_together
 from tokenferry.integrations.transformers.layer import ExpertLayer
 from tokenferry.integrations.transformers.loading import Shard
 from tokenferry.integrations.transformers.one_thread import OneThread
-from tokenferry.integrations.transformers.settings import LayerShape, Options
+from tokenferry.integrations.transformers.settings import LayerShape, Options, open_workspace
 from tokenferry.integrations.transformers.stopwatch import Stopwatch
 from tokenferry.layer_operator import moe, serve_layers
 from tokenferry.step import Step
 from tokenferry.workspace import Workspace
 
-_CUT_SHORT: Final = (
-    "a forward ended before its last MoE layer; with expert parallelism each forward runs all layers in order, on all ranks alike"
-)
+_CUT_SHORT: Final = "a forward ended before its last MoE layer; under expert parallelism each one runs all, on all ranks alike"
 
 
 class ExpertParallel:
@@ -43,6 +41,8 @@ class ExpertParallel:
         workspace: the `Workspace` that all layers share.
         thread: which thread uses the model now.
         num_local_experts: experts of each layer that this rank holds.
+        graphs: its steps as CUDA graphs, or None.
+        num_real_tokens: int32[1] on the device, or None: of the forwards to come, rows from there on are padding.
     """
 
     def __init__(self, group: EPGroup, options: Options) -> None:
@@ -50,6 +50,7 @@ class ExpertParallel:
         self.options = options
         self.layers: tuple[ExpertLayer, ...] = ()
         self.num_local_experts = 0
+        self.num_real_tokens: torch.Tensor | None = None
         self.thread = OneThread(waits=options.serialize)
         self._installed: list[ExpertLayer] = []
         self._probed: list[tuple[ExpertLayer, LayerShape]] | None = None
@@ -65,6 +66,7 @@ class ExpertParallel:
         self._knows_valid_rows = False
         self._last_error: BaseException | None = None
         self._stopwatch = Stopwatch(group.device)
+        self.graphs: StepGraphs | None = None
 
     # Loading
 
@@ -130,30 +132,17 @@ class ExpertParallel:
         Raises:
             As `Workspace`.
         """
-        self._workspace = self._open_workspace(self.shape)
+        self._workspace = open_workspace(self.group, self.options, self.shape)
         if self._scratch is not None:
             self._workspace.attached.setdefault(SCRATCH_NAME, self._scratch)
         self._dispatchers = tuple(self._workspace.dispatcher() for _ in self.layers)
         serve_layers(self._workspace, lambda number, *rows: self._run_eagerly(self._installed[number], *rows))
         model.base_model.register_forward_hook(self._after_forward, always_call=True)
-
-    def _open_workspace(self, shape: LayerShape) -> Workspace:
-        options = self.options
-        config = MoEConfig(
-            hidden_size=shape.hidden_size * (shape.topk if options.exact else 1),
-            num_experts=shape.num_experts,
-            topk=shape.topk,
-            dtype=shape.hidden_dtype,
-        )
-        return Workspace(
-            config,
-            self.group,
-            max_tokens_per_rank=options.max_tokens_per_rank,
-            transport=options.transport,
-            combine_dtype=None if options.exact else options.combine_dtype,
-            timeout_s=options.timeout_s,
-            open_timeout_s=options.open_timeout_s,
-        )
+        try:
+            self.graphs = make_graphs(self, self._run_without_tokens, self._end_step)
+        except ConfigError:
+            self._workspace.close()
+            raise
 
     # Running
 
@@ -221,7 +210,6 @@ class ExpertParallel:
     @torch.no_grad()
     def finish(self) -> None:
         """Takes part with zero tokens in the other ranks' steps, until every rank has called `finish()`.
-
         Call it on every rank after its last forward, and on a rank without requests instead of one. More forwards may follow,
         on every rank or on some; each rank then calls `finish()` again.
 
@@ -229,13 +217,25 @@ class ExpertParallel:
             PeerTimeoutError, PeerFailedError: another rank is the cause.
             StateError: another thread is in the middle of a call on the model.
         """
-        nothing = self.shape.empty_rows(self.group.device)
         with self.thread.inside("finish"):
-            while not self._begin_step(0, done=True).all_done():
-                for layer in self.layers:
-                    self.run_layer(layer, nothing.hidden_TH, nothing.topk_idx_TK, nothing.topk_weights_TK)
-            self._end_step()
+            while not self.take_part(done=True)[0]:
+                pass
             self.check()
+
+    @torch.no_grad()
+    def take_part(self, *, done: bool) -> tuple[bool, int]:
+        """One step without tokens, all layers of it, in the last one too: a rank whose step is a graph cannot leave them out, and
+        all ranks must do the same. Returns whether every rank said done, and V. Raises as `finish`."""
+        if self.graphs is not None:
+            return self.graphs.idle.step(done=done)
+        step = self._run_without_tokens(done)
+        return step.all_done(), int(step.valid_tokens.item())
+
+    def _run_without_tokens(self, done: bool) -> Step:
+        nothing, step = self.shape.empty_rows(self.group.device), self._begin_step(0, done=done)
+        for layer in self.layers:
+            self.run_layer(layer, nothing.hidden_TH, nothing.topk_idx_TK, nothing.topk_weights_TK)
+        return step
 
     def check(self) -> None:
         """Raises the error that another rank caused, if there is one that no call has raised yet."""
@@ -244,6 +244,8 @@ class ExpertParallel:
     def reset(self) -> None:
         """Starts anew after a failure, collectively over the same ranks. See `Workspace.reset`."""
         with self.thread.inside("reset"):
+            if self.graphs is not None:
+                self.graphs.drop()
             self.workspace.reset()
             self._end_step()
             self._last_error = None
@@ -260,9 +262,9 @@ class ExpertParallel:
             if error is None:
                 raise StateError(_CUT_SHORT)
 
-    def forget_swallowed(self) -> None:
-        """Forgets errors of forwards so far; see `raise_swallowed`."""
-        self._last_error = None
+    def note_swallowed(self, error: BaseException | None) -> None:
+        """`raise_swallowed` raises this; None: nothing."""
+        self._last_error = error
 
     def raise_swallowed(self) -> None:
         """Raises the last error of a forward, once: continuous batching catches it, and hands out fewer tokens instead."""
@@ -272,6 +274,8 @@ class ExpertParallel:
 
     def close(self) -> None:
         """Closes the workspace, and lets go of what our kernels work in. The model cannot run any more."""
+        if self.graphs is not None:
+            self.graphs.close()
         self.workspace.close()
         self._scratch = None
         for layer in self._installed:
@@ -324,7 +328,7 @@ class ExpertParallel:
             )
             raise self._last_error
         with self._stopwatch.running():
-            step = self.workspace.begin_step(num_tokens, done=done)
+            step = self.workspace.begin_step(num_tokens, self.num_real_tokens, done=done)
         self._knows_valid_rows = False
         return step
 

@@ -144,7 +144,7 @@ def experts_forward(
     arguments = (hidden_states, top_k_index, top_k_weights)
     down = experts.down_proj
     summed: torch.Tensor
-    if all(size * down.element_size() % 16 == 0 for size in down.shape[1:]):
+    if has_grouped_rows(experts):
         summed = ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, *arguments)
         return summed
     bytes_per_row = 2 * down[0].nbytes * top_k_index.shape[-1]
@@ -153,3 +153,9 @@ def experts_forward(
     parts = [batched_mm(experts, *rows) for rows in zip(*(each.split(at_a_time) for each in arguments), strict=True)]
     summed = torch.cat(parts)
     return summed
+
+
+def has_grouped_rows(experts: Any) -> bool:
+    """Whether grouped_mm takes the experts' rows: whole packets of 16 bytes."""
+    down = experts.down_proj
+    return all(size * down.element_size() % 16 == 0 for size in down.shape[1:])

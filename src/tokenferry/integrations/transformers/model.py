@@ -12,14 +12,17 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig
 
-from tokenferry.errors import CapacityError, ConfigError, StateError
+from tokenferry.errors import ConfigError, StateError
 from tokenferry.groups import EPGroup
 from tokenferry.integrations.transformers.checkpoint import check_files
+from tokenferry.integrations.transformers.continuous_batching import adopt, limit
 from tokenferry.integrations.transformers.expert_parallel import ExpertParallel
+from tokenferry.integrations.transformers.graph_choice import check_asked_for
+from tokenferry.integrations.transformers.graphed_generation import GraphedGeneration
 from tokenferry.integrations.transformers.layer import LOCAL_EXPERTS, install_layers, register
 from tokenferry.integrations.transformers.loading import open_tensors, own_tensors
 from tokenferry.integrations.transformers.random_init import random_state
-from tokenferry.integrations.transformers.settings import Options
+from tokenferry.integrations.transformers.settings import CudaGraphs, Options
 from tokenferry.precision import refuse_conversion
 from tokenferry.transports.opening import telling_the_others
 
@@ -39,6 +42,7 @@ def from_pretrained(
     combine_dtype: torch.dtype | None = torch.float32,
     timeout_s: float = 30.0,
     open_timeout_s: float = 300.0,
+    cuda_graphs: CudaGraphs = "auto",
     auto_class: Any = AutoModelForCausalLM,
     **kwargs: Any,
 ) -> Any:
@@ -60,6 +64,9 @@ def from_pretrained(
             unmodified model's; None = the model's own dtype, half the bytes. `exact` leaves it unused.
         timeout_s: how long to wait for another rank in a step.
         open_timeout_s: how long the ranks may take to load, one after another.
+        cuda_graphs: decode steps of `generate()`, and steps of a rank without tokens, are CUDA graphs. "auto": on GPUs, unless
+            the counts pass through the host, as on the collective transport, or transformers' own function runs experts. The
+            ranks need not agree.
         auto_class: which of transformers' Auto classes picks the model class.
         kwargs: passed on, such as `attn_implementation`, `revision`, `trust_remote_code`.
 
@@ -69,7 +76,8 @@ def from_pretrained(
 
     Raises:
         ConfigError: no MoE layer that transformers can hand to us, fewer experts than ranks, a checkpoint that holds no
-            safetensors, a file of it that is damaged, a tensor that is lacking, or an argument that places the model otherwise.
+            safetensors, a file of it that is damaged, a tensor that is lacking, an argument that places the model otherwise, or
+            CUDA graphs where none can be made.
         PeerFailedError: another rank could not load its part.
         TransportUnavailableError, PeerTimeoutError: as `Workspace`.
     """
@@ -82,6 +90,7 @@ def from_pretrained(
         own_kernels=not exact and kwargs.get("experts_implementation") in (None, LOCAL_EXPERTS),
         timeout_s=timeout_s,
         open_timeout_s=open_timeout_s,
+        cuda_graphs=cuda_graphs,
     )
 
     def read(classes: Any, placement: dict[str, Any]) -> Any:
@@ -108,6 +117,7 @@ def from_config(
     combine_dtype: torch.dtype | None = torch.float32,
     timeout_s: float = 30.0,
     open_timeout_s: float = 300.0,
+    cuda_graphs: CudaGraphs = "auto",
     auto_class: Any = AutoModelForCausalLM,
     **kwargs: Any,
 ) -> Any:
@@ -122,8 +132,8 @@ def from_config(
         config: a configuration of transformers. A quantization in it is left out: the weights are of `dtype`.
         seed: of the weights.
         dtype: "auto" = the configuration's, else bfloat16.
-        group, max_tokens_per_rank, transport, exact, serialize, combine_dtype, timeout_s, open_timeout_s, auto_class, kwargs: as
-            for `from_pretrained`.
+        group, max_tokens_per_rank, transport, exact, serialize, combine_dtype, timeout_s, open_timeout_s,
+            cuda_graphs, auto_class, kwargs: as for `from_pretrained`.
 
     Raises:
         As `from_pretrained`; ConfigError also if `auto_class` has no model for such a configuration.
@@ -137,6 +147,7 @@ def from_config(
         own_kernels=not exact and kwargs.get("experts_implementation") in (None, LOCAL_EXPERTS),
         timeout_s=timeout_s,
         open_timeout_s=open_timeout_s,
+        cuda_graphs=cuda_graphs,
     )
 
     def read(classes: Any, placement: dict[str, Any]) -> Any:
@@ -164,6 +175,7 @@ def _make(
         raise ConfigError(f"group must be an EPGroup, got {type(group).__name__}; make one with EPGroup(process_group)")
     if options.max_tokens_per_rank < 1:
         raise ConfigError(f"max_tokens_per_rank must be at least 1, got {options.max_tokens_per_rank!r}")
+    check_asked_for(group, options)
     register()
     expert_parallel = ExpertParallel(group, options)
     loads_to_device = group.device.type != "cpu" and importlib.util.find_spec("accelerate") is not None
@@ -181,7 +193,7 @@ def _first(classes: Any) -> Any:
     return classes[0] if isinstance(classes, (list, tuple)) else classes
 
 
-class ExpertParallelModel:
+class ExpertParallelModel(GraphedGeneration):
     """What a model class gains; mixed in before it."""
 
     expert_parallel: ExpertParallel
@@ -235,7 +247,7 @@ class ExpertParallelModel:
             StateError: another thread is in the middle of a call on this model (see `serialize`); that one goes on.
         """
         parallel = self.expert_parallel
-        with parallel.thread.inside("generate"):
+        with parallel.thread.inside("generate"), self._call_with_graphs():
             try:
                 generated = super().generate(*args, **kwargs)  # type: ignore[misc]
             except BaseException as error:
@@ -248,23 +260,23 @@ class ExpertParallelModel:
     def init_continuous_batching(
         self, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As the model's own, with batches of at most `max_tokens_per_rank` tokens, and without CUDA graphs on the collective
-        transport, whose counts pass through the host.
+        """As the model's own, with batches of at most `max_tokens_per_rank` tokens. While its manager runs and has no request,
+        the rank takes part in the other ranks' steps.
 
         Raises:
             CapacityError: the configuration asks for larger batches.
-            ConfigError: it asks for CUDA graphs on the collective transport.
+            ConfigError: it asks for CUDA graphs, and this model's forward cannot be captured.
         """
         config = copy.copy(continuous_batching_config) or ContinuousBatchingConfig()
-        _limit_batches(config, self.expert_parallel)
-        _limit_graphs(config, self.expert_parallel)
-        return super().init_continuous_batching(generation_config, config, *args, **kwargs)  # type: ignore[misc]
+        limit(config, self.expert_parallel)
+        manager = super().init_continuous_batching(generation_config, config, *args, **kwargs)  # type: ignore[misc]
+        return adopt(manager, self.expert_parallel)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own, but an error in a forward is raised, not turned into fewer tokens."""
         parallel = self.expert_parallel
         with parallel.thread.hosting("generate_batch"):  # its forwards run in a thread that transformers starts
-            parallel.forget_swallowed()
+            parallel.note_swallowed(None)
             generated = super().generate_batch(*args, **kwargs)  # type: ignore[misc]
             parallel.raise_swallowed()
             parallel.check()
@@ -331,27 +343,4 @@ def _keep_local_experts(model: Any) -> None:
     if "grouped_mm" in implementations.values():
         model.set_experts_implementation(
             {key: LOCAL_EXPERTS if name == "grouped_mm" else name for key, name in implementations.items()}
-        )
-
-
-def _limit_batches(config: Any, parallel: ExpertParallel) -> None:
-    capacity = parallel.options.max_tokens_per_rank
-    if config.max_batch_tokens is None:
-        config.max_batch_tokens = capacity
-    elif config.max_batch_tokens > capacity:
-        raise CapacityError(
-            f"max_batch_tokens is {config.max_batch_tokens} but max_tokens_per_rank is {capacity}; "
-            f"set max_batch_tokens to {capacity} or less, or load the model with a larger max_tokens_per_rank"
-        )
-
-
-def _limit_graphs(config: Any, parallel: ExpertParallel) -> None:
-    if not parallel.workspace.active_transport.counts_pass_through_hosts or parallel.group.device.type != "cuda":
-        return
-    if config.use_cuda_graph is None:
-        config.use_cuda_graph = False
-    elif config.use_cuda_graph not in (False, (False, False)):
-        raise ConfigError(
-            f"use_cuda_graph is {config.use_cuda_graph} but the transport is 'collective', which a CUDA graph cannot hold; "
-            "leave use_cuda_graph out, or load the model with transport='p2p' or 'nvls'"
         )

@@ -53,6 +53,15 @@ class OneThread:
                 self._changed.wait(_LOOK_AGAIN_S)
             self._depth += 1
 
+    def try_enter(self) -> bool:
+        """`enter` for a thread that has nothing urgent to do: False where another one is inside, also one that hosts this one."""
+        me = threading.current_thread()
+        with self._changed:
+            if me is self._guest or not self._admits(me, as_guest=False):
+                return False
+            self._depth += 1
+            return True
+
     def leave(self) -> None:
         """Undoes one `enter` of the calling thread."""
         with self._changed:

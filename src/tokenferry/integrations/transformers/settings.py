@@ -1,4 +1,4 @@
-"""What a model was loaded with, and what its layers were found to be called with.
+"""What a model was loaded with, what its layers were found to be called with, and the workspace that follows from both.
 
 T this rank's rows, H hidden size, K top-k.
 """
@@ -6,10 +6,16 @@ T this rank's rows, H hidden size, K top-k.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from tokenferry.config import MoEConfig
+from tokenferry.groups import EPGroup
 from tokenferry.integrations.transformers.exchange import Rows
+from tokenferry.workspace import Workspace
+
+CudaGraphs = Literal["auto"] | bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +31,8 @@ class Options:
     """Our own expert kernels, wherever they serve; else the model's own expert function."""
     timeout_s: float
     open_timeout_s: float
+    cuda_graphs: CudaGraphs = "auto"
+    """Whether decode steps of `generate()` are CUDA graphs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,3 +52,22 @@ class LayerShape:
             torch.empty(0, self.topk, dtype=torch.int64, device=device),
             torch.empty(0, self.topk, dtype=self.weight_dtype, device=device),
         )
+
+
+def open_workspace(group: EPGroup, options: Options, shape: LayerShape) -> Workspace:
+    """The workspace that all layers of such a model share. Collective. Raises as `Workspace`."""
+    config = MoEConfig(
+        hidden_size=shape.hidden_size * (shape.topk if options.exact else 1),
+        num_experts=shape.num_experts,
+        topk=shape.topk,
+        dtype=shape.hidden_dtype,
+    )
+    return Workspace(
+        config,
+        group,
+        max_tokens_per_rank=options.max_tokens_per_rank,
+        transport=options.transport,
+        combine_dtype=None if options.exact else options.combine_dtype,
+        timeout_s=options.timeout_s,
+        open_timeout_s=options.open_timeout_s,
+    )

@@ -137,8 +137,8 @@ class Exchange:
         fits = terms_RH.dtype == dtype and tuple(shape) == (num_rows, terms_RH.shape[1])
         return terms_RH[:num_rows] if fits else None
 
-    def combine(self, partial_VH: torch.Tensor) -> torch.Tensor:
-        """This rank's rows, each the sum of all ranks' terms. Answers the last dispatch."""
+    def combine(self, partial_VH: torch.Tensor, out_TH: torch.Tensor | None = None) -> torch.Tensor:
+        """This rank's rows, each the sum of all ranks' terms, in `out_TH` if it is given. Answers the last dispatch."""
         layer, got, num_rows = self._taken()
         self._pending = None
         if partial_VH.shape[0] != num_rows:
@@ -146,7 +146,13 @@ class Exchange:
                 f"vLLM's experts returned {partial_VH.shape[0]} rows for the {num_rows} that were dispatched; tokenferry needs "
                 "one for each, so switch it off for this model"
             )
-        return layer.combine(_all_rows(layer, got, partial_VH), got)
+        partial_VH = partial_VH.contiguous()
+        if out_TH is None:
+            return layer.combine(partial_VH, got)
+        is_apart = out_TH.untyped_storage().data_ptr() != partial_VH.untyped_storage().data_ptr()
+        if is_apart and out_TH.is_contiguous() and out_TH.dtype == got.hidden.dtype:
+            return layer.combine(partial_VH, got, out_TH)
+        return out_TH.copy_(layer.combine(partial_VH, got))
 
     @contextlib.contextmanager
     def engine_step(self) -> Iterator[None]:
@@ -192,14 +198,3 @@ class Exchange:
         if self._pending is None:
             raise StateError("combine: no dispatch waits for it")
         return self._pending
-
-
-def _all_rows(layer: Dispatcher, got: Dispatched, partial_VH: torch.Tensor) -> torch.Tensor:
-    """The partial rows as a combine takes them: on symmetric transports it wants the static number of rows, of which it reads the
-    first V."""
-    if partial_VH.shape[0] == got.hidden.shape[0]:
-        return partial_VH.contiguous()
-    terms_RH = layer.combine_input()
-    if partial_VH.data_ptr() != terms_RH.data_ptr():
-        terms_RH[: partial_VH.shape[0]].copy_(partial_VH)
-    return terms_RH

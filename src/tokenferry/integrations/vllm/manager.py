@@ -109,7 +109,7 @@ def manager_class(original: type) -> type:
             self, hidden_states: torch.Tensor, output: torch.Tensor, is_sequence_parallel: bool = False
         ) -> torch.Tensor:
             if self.exchange.is_pending:
-                return output.copy_(self.exchange.combine(hidden_states))
+                return self.exchange.combine(hidden_states, output)
             theirs: torch.Tensor = super().combine_into_output(hidden_states, output, is_sequence_parallel)
             return theirs
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import threading
 import time
+import weakref
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from tokenferry.transports.busy import WaitClock
 from tokenferry.transports.collective.messages import (
     CONNECTION_GONE,
     CommunicationError,
@@ -23,20 +26,54 @@ from tokenferry.transports.collective.messages import (
 _NO_TAG = 999_999
 """Of messages that nobody sends."""
 _WAKE = datetime.timedelta(milliseconds=1)
+_NO_TORCH_TIMEOUT = datetime.timedelta(days=30)
+_LONGEST_TICK_S = 0.25
+_TICKS_PER_TIMEOUT = 20
 
 
 class GlooCommunicator(Communicator):
     """See `Communicator`.
 
+    A wait of gloo's that times out closes all connections, and cannot be prolonged. So the limit is a thread's, which knows what
+    busy peers say, and closes them itself.
+
     Every operation begins with a header. Rows are received only after the headers agreed: gloo ends the process when a
     message is larger than the buffer that was posted for it.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float, open_timeout_s: float) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, timeout_s: float, open_timeout_s: float, clock: WaitClock
+    ) -> None:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
+        self._clock = clock
+        self._waiting_since_s: float | None = None
+        self._given_up = False
         self._pid = os.getpid()
         # Half the time for connecting: the ranks must still be able to tell one another why it failed.
         self._backend: Any = dist.ProcessGroupGloo(store, rank, size, datetime.timedelta(seconds=open_timeout_s / 2))
+
+        self._stopped = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(weakref.ref(self), self._stopped), daemon=True, name="tokenferry-gloo")
+        watcher.start()
+
+    def wait(self, peer: int, work: Any, started_s: float) -> None:
+        """Waits for a message from or to `peer`. Its time-out began at `started_s`."""
+        self._waiting_since_s = started_s
+        try:
+            work.wait(_NO_TORCH_TIMEOUT)
+        except RuntimeError as error:
+            waited_s = time.monotonic() - started_s
+            raise CommunicationError(peer, waited_s, "" if self._given_up else CONNECTION_GONE) from error
+        finally:
+            self._waiting_since_s = None
+
+    def look_after_wait(self) -> float:
+        """Ends a wait that is in vain. Returns after how many seconds to look again."""
+        started_s, timeout_s = self._waiting_since_s, self.timeout_s
+        if started_s is not None and self._clock.is_over(started_s, timeout_s) and self._waiting_since_s == started_s:
+            self._given_up = True
+            self.abort()
+        return min(_LONGEST_TICK_S, timeout_s / _TICKS_PER_TIMEOUT)
 
     def exchange_headers(self, header: Header) -> list[Header]:
         pending = self.start(header, [()] * self.size, [()] * self.size)
@@ -67,6 +104,7 @@ class GlooCommunicator(Communicator):
         that the thread stayed until the peer acted. gloo's own `abort` and `shutdown` leave it there too (torch 2.13), but gloo
         closes all connections of a backend when any receive on it times out: so one is posted here that can only time out.
         """
+        self._stopped.set()
         backend, self._backend = self._backend, _Closed()
         if isinstance(backend, _Closed) or self.size == 1 or os.getpid() != self._pid:
             return
@@ -127,11 +165,15 @@ class GlooPending:
 
     def _wait(self, works: list[tuple[int, Any]]) -> None:
         for peer, work in works:
-            waited_s = time.monotonic() - self._start
-            left_s = max(self._communicator.timeout_s - waited_s, 0.001)
-            try:
-                work.wait(datetime.timedelta(seconds=left_s))
-            except RuntimeError as error:
-                waited_s = time.monotonic() - self._start
-                is_late = "imed out" in str(error) or "timeout" in str(error)
-                raise CommunicationError(peer, waited_s, "" if is_late else CONNECTION_GONE) from error
+            self._communicator.wait(peer, work, self._start)
+
+
+def _watch(communicator: weakref.ref[GlooCommunicator], stopped: threading.Event) -> None:
+    """The thread. It keeps nothing alive."""
+    tick_s = 0.0
+    while not stopped.wait(tick_s):
+        watched = communicator()
+        if watched is None:
+            return
+        tick_s = watched.look_after_wait()
+        del watched

@@ -69,6 +69,7 @@ class Communicator(ABC):
     rank: int
     size: int
     timeout_s: float
+    """May be set at any moment, and counts for waits under way too."""
 
     @property
     def peers(self) -> list[int]:

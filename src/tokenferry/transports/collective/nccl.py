@@ -21,6 +21,7 @@ from tokenferry.channel import RendezvousStore
 from tokenferry.errors import PeerFailedError
 from tokenferry.groups import EPGroup
 from tokenferry.transports.base import AbortRecord
+from tokenferry.transports.busy import WaitClock
 from tokenferry.transports.collective.messages import (
     HEADER_WORDS,
     CommunicationError,
@@ -48,8 +49,9 @@ class NcclCommunicator(Communicator):
         timeout_s: float,
         open_timeout_s: float,
         peers_record: Callable[[], AbortRecord | None] = lambda: None,
+        clock: WaitClock | None = None,
     ) -> None:
-        self.rank, self.size, self.device, self.timeout_s = group.rank, group.size, group.device, timeout_s
+        self.rank, self.size, self.device, self.timeout_s = group.rank, group.size, group.device, open_timeout_s
         self._store, self._peers_record = store, peers_record
         self._pid = os.getpid()
         options = dist.ProcessGroupNCCL.Options()
@@ -61,10 +63,10 @@ class NcclCommunicator(Communicator):
         # Without these calls run on a stream of the backend's, which costs the host two events and two waits.
         self._gathers_here, self._reduces_here = AllgatherOptions(), ReduceScatterOptions()
         self._gathers_here.asyncOp = self._reduces_here.asyncOp = False
-        self._watchdog = Watchdog(self, open_timeout_s)
+        self._watchdog = Watchdog(self, clock or WaitClock(lambda: 0, open_timeout_s))
         self._watchdog.start()
         self._connect()
-        self._watchdog.timeout_s = timeout_s
+        self.timeout_s = timeout_s
 
     def _connect(self) -> None:
         """NCCL connects a pair of ranks at the first message between them, with the host waiting: that belongs to opening."""

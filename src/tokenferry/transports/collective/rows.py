@@ -9,6 +9,7 @@ import logging
 
 import torch
 
+from tokenferry.dispatched import FLOAT8, HiddenRows, QuantizedRows, num_scales
 from tokenferry.reference import sum_in_rank_order
 from tokenferry.transports.base import TransportSettings, mask_padding
 
@@ -49,11 +50,14 @@ class RowWork:
         idx_TK.copy_(mask_padding(topk_idx_TK, num_real_tokens))
         weights_TK.copy_(topk_weights_TK)
 
-    def sum_terms(self, terms_RTH: torch.Tensor, own_TH: torch.Tensor, num_wanted: int) -> torch.Tensor:
-        """[T', H] of the result's dtype: the terms of all ranks, in rank order, in float32, rounded once. This rank's is
-        `own_TH`; its place in `terms_RTH` is not read."""
+    def sum_terms(
+        self, terms_RTH: torch.Tensor, own_TH: torch.Tensor, num_wanted: int, out_TH: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[T', H] of the result's dtype, in `out_TH` if it is given: the terms of all ranks, in rank order, in float32, rounded
+        once. This rank's is `own_TH`; its place in `terms_RTH` is not read."""
         terms = [own_TH if rank == self._rank else term for rank, term in enumerate(terms_RTH.unbind())]
-        return sum_in_rank_order([term[:num_wanted] for term in terms]).to(self._result_dtype)
+        total = sum_in_rank_order([term[:num_wanted] for term in terms])
+        return total.to(self._result_dtype) if out_TH is None else out_TH.copy_(total)
 
 
 class KernelRowWork(RowWork):
@@ -108,12 +112,16 @@ class KernelRowWork(RowWork):
         else:
             launch(grid, topk_idx_TK, topk_weights_TK, num_real_tokens, idx_TK, weights_TK, num_rows, num_rows, 1)
 
-    def sum_terms(self, terms_RTH: torch.Tensor, own_TH: torch.Tensor, num_wanted: int) -> torch.Tensor:
+    def sum_terms(
+        self, terms_RTH: torch.Tensor, own_TH: torch.Tensor, num_wanted: int, out_TH: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """See `RowWork`."""
         num_rows, hidden_size = own_TH.shape
-        out = torch.empty((num_wanted, hidden_size), dtype=self._result_dtype, device=self._device)
+        out = out_TH
+        if out is None:
+            out = torch.empty((num_wanted, hidden_size), dtype=self._result_dtype, device=self._device)
         if num_wanted:
-            launch = self._sum[not own_TH.data_ptr() % self._alignment]
+            launch = self._sum[not (own_TH.data_ptr() | out.data_ptr()) % self._alignment]
             launch(-(-out.numel() // _BLOCK), terms_RTH, own_TH, out, num_rows, num_wanted)
         return out
 
@@ -135,10 +143,37 @@ def row_work(settings: TransportSettings) -> RowWork:
 
 
 def wire_rows(settings: TransportSettings, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """New gathered tensors of `num_rows` rows: hidden, ids, weights."""
-    config, device = settings.config, settings.group.device
+    """New gathered tensors of `num_rows` rows: hidden as it travels, ids, weights."""
+    config, device, row_format = settings.config, settings.group.device, settings.dispatch_format
+    if row_format.is_quantized:
+        hidden = torch.empty((num_rows, row_format.wire_bytes(config)), dtype=torch.uint8, device=device)
+    else:
+        hidden = torch.empty((num_rows, row_format.columns(config)), dtype=row_format.dtype(config), device=device)
     return (
-        torch.empty((num_rows, config.hidden_size), dtype=config.dtype, device=device),
+        hidden,
         torch.empty((num_rows, config.topk), dtype=settings.index_dtype, device=device),
         torch.empty((num_rows, config.topk), dtype=torch.float32, device=device),
     )
+
+
+def message_of(hidden: HiddenRows, settings: TransportSettings) -> torch.Tensor:
+    """Rows of the format as they travel, in one message: [T, wire bytes] uint8 of quantized ones, each row's values before its
+    scales; others as they are."""
+    if not isinstance(hidden, QuantizedRows):
+        return hidden
+    num_rows, hidden_size = hidden.shape
+    num_bytes = settings.dispatch_format.wire_bytes(settings.config)
+    message = torch.zeros((num_rows, num_bytes), dtype=torch.uint8, device=hidden.device)  # zeros: a row is rounded up
+    message[:, :hidden_size] = hidden.values.view(torch.uint8)
+    message[:, hidden_size : hidden_size + 4 * hidden.scales.shape[1]].view(torch.float32).copy_(hidden.scales)
+    return message
+
+
+def rows_of(message: torch.Tensor, settings: TransportSettings) -> HiddenRows:
+    """The inverse of `message_of`: the values and the scales of all rows, each in a tensor of their own."""
+    if not settings.dispatch_format.is_quantized:
+        return message
+    hidden_size = settings.config.hidden_size
+    values = message[:, :hidden_size].contiguous().view(FLOAT8)
+    scales = message[:, hidden_size : hidden_size + 4 * num_scales(hidden_size)].view(torch.float32).contiguous()
+    return QuantizedRows(values, scales)

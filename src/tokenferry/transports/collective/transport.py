@@ -16,10 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
+from tokenferry.dispatched import HiddenRows
 from tokenferry.errors import PeerError, PeerFailedError, Phase, StateError
-from tokenferry.reference import pad_rows
+from tokenferry.reference import in_format, pad_rows
 from tokenferry.step import FLAG_DONE, Announced, StepRequest, StepTensors
 from tokenferry.transports.base import AbortRecord, Gathered, Transport, TransportSettings, closed_meanwhile
+from tokenferry.transports.busy import BusyBoard, WaitClock
 from tokenferry.transports.collective.gloo import GlooCommunicator
 from tokenferry.transports.collective.messages import (
     CommunicationError,
@@ -28,7 +30,7 @@ from tokenferry.transports.collective.messages import (
     Pending,
 )
 from tokenferry.transports.collective.nccl import NcclCommunicator
-from tokenferry.transports.collective.rows import row_work, wire_rows
+from tokenferry.transports.collective.rows import message_of, row_work, rows_of, wire_rows
 from tokenferry.transports.local import LocalTransport
 from tokenferry.transports.settling import agree_on_record, known_record
 
@@ -84,7 +86,8 @@ class CollectiveTransport(Transport):
         self._per_token = step_tensors.per_token()
         self._rows = row_work(settings)
         self._most_reduced_bytes = _most_reduced_bytes(settings)
-        self._communicator = _open_communicator(settings)
+        self._busy = BusyBoard(settings)
+        self._communicator = _open_communicator(settings, WaitClock(self._busy.num_signs, settings.open_timeout_s))
 
     @property
     def nbytes(self) -> int:
@@ -163,26 +166,28 @@ class CollectiveTransport(Transport):
 
     # --- dispatch ---------------------------------------------------------------------------------------------------
 
-    def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
+    def dispatch(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
         self._begin_dispatch(layer, hidden, topk_idx, topk_weights, overlaps=False)
         return self.dispatch_end()
 
-    def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    def dispatch_begin(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         self._begin_dispatch(layer, hidden, topk_idx, topk_weights, overlaps=True)
 
     def _begin_dispatch(
-        self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, *, overlaps: bool
+        self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor, *, overlaps: bool
     ) -> None:
         self._layer, self._operation = layer, DISPATCH
         self._num_supplied, real = hidden.shape[0], self._request.num_real_tokens
+        hidden = in_format(hidden, self._settings.dispatch_format)
         if self._num_supplied < self._request.num_tokens:
             hidden, topk_idx, topk_weights = pad_rows(hidden, topk_idx, topk_weights, self._request.num_tokens)
         gathered = wire_rows(self._settings, sum(self._counts))
         size = self._settings.group.size
         slots = [rows.narrow(0, self._first_row, self._request.num_tokens) for rows in gathered]
-        own = (hidden, topk_idx, topk_weights)
+        message = message_of(hidden, self._settings)
+        own = (message, topk_idx, topk_weights)
         if not self._rows.travels_as_it_is(topk_idx, topk_weights, real):
-            own = (hidden, slots[1], slots[2])
+            own = (message, slots[1], slots[2])
             self._rows.write_routing(slots[1], slots[2], topk_idx, topk_weights, real)
         pending = self._gather(gathered, own, overlaps=overlaps) if self._are_equal and self._counts[0] else None
         if pending is None:
@@ -198,7 +203,8 @@ class CollectiveTransport(Transport):
         dispatch, self._dispatch = self._dispatch, None
         assert dispatch is not None, "the workspace orders the halves"
         self._finish(dispatch.pending)
-        return Gathered(*dispatch.gathered)
+        message, idx, weights = dispatch.gathered
+        return Gathered(rows_of(message, self._settings), idx, weights)
 
     # --- combine ----------------------------------------------------------------------------------------------------
 
@@ -209,21 +215,22 @@ class CollectiveTransport(Transport):
                 self._combine_input = torch.empty(shape, dtype=self._settings.combine_dtype, device=self._settings.group.device)
         return self._combine_input
 
-    def combine(self, partial: torch.Tensor) -> torch.Tensor:
-        self._begin_combine(partial, overlaps=False)
-        return self.combine_end()
+    def combine(self, partial: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        self._begin_combine(partial, overlaps=False, out=out)
+        return self.combine_end(out)
 
     def combine_begin(self, partial: torch.Tensor) -> None:
         self._begin_combine(partial, overlaps=True)
 
-    def _begin_combine(self, partial: torch.Tensor, *, overlaps: bool) -> None:
+    def _begin_combine(self, partial: torch.Tensor, *, overlaps: bool, out: torch.Tensor | None = None) -> None:
         self._operation = COMBINE
         rank, size = self._settings.group.rank, self._settings.group.size
         rows = partial.to(self._settings.combine_dtype)
         own_rows, hidden_size = self._counts[rank], rows.shape[1]
         num_bytes = own_rows * hidden_size * rows.element_size()
         if self._are_equal and 0 < num_bytes <= self._most_reduced_bytes:
-            reduced = rows.new_empty((own_rows, hidden_size))
+            fits = out is not None and out.dtype == rows.dtype and out.shape[0] == own_rows
+            reduced = out if out is not None and fits else rows.new_empty((own_rows, hidden_size))
             pending = self._reduce_scatter(reduced, rows, overlaps=overlaps)
             if pending is not None:
                 self._combine = _Combine(pending, reduced, None, rows)
@@ -233,14 +240,17 @@ class CollectiveTransport(Transport):
         pending = self._start([(rows,) for rows in outgoing], [(term,) for term in terms.unbind()])
         self._combine = _Combine(pending, terms, outgoing[rank], rows)
 
-    def combine_end(self) -> torch.Tensor:
+    def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
         self.launched = True
         combine, self._combine = self._combine, None
         assert combine is not None, "the workspace orders the halves"
         self._finish(combine.pending)
         if combine.own is None:
-            return combine.received[: self._num_supplied].to(self._settings.result_dtype)
-        return self._rows.sum_terms(combine.received, combine.own, self._num_supplied)
+            combined = combine.received[: self._num_supplied]
+            if out is None:
+                return combined.to(self._settings.result_dtype)
+            return out if combine.received is out else out.copy_(combined)
+        return self._rows.sum_terms(combine.received, combine.own, self._num_supplied, out)
 
     # --- peers ------------------------------------------------------------------------------------------------------
 
@@ -308,7 +318,8 @@ class CollectiveTransport(Transport):
         elsewhere = self._settings.group.waiting.who_waits_elsewhere(error.rank, self._settings.name, grace=not has_failed)
         if elsewhere is not None:
             phase, reason = "counts-disagree", elsewhere
-        record = AbortRecord(error.rank, rank, phase, self._request.index, self._layer, error.waited_s, reason)
+        detail = "" if has_failed else self._busy.in_words()
+        record = AbortRecord(error.rank, rank, phase, self._request.index, self._layer, error.waited_s, reason, detail)
         return self._settle(record, grace_s=RECORD_GRACE_S if has_failed else 0.0)
 
     def _settle(self, record: AbortRecord, grace_s: float = 0.0) -> PeerError:
@@ -319,6 +330,9 @@ class CollectiveTransport(Transport):
         finally:
             self._communicator.abort()
         return agreed.error_for(self._settings.group.rank)
+
+    def set_timeout(self, timeout_s: float) -> None:
+        self._communicator.timeout_s = timeout_s
 
     def fail(self, reason: str) -> None:
         rank = self._settings.group.rank
@@ -374,9 +388,9 @@ def _most_reduced_bytes(settings: TransportSettings) -> float:
     return REDUCED_BYTES_OF_TWO if has_one_order else math.inf
 
 
-def _open_communicator(settings: TransportSettings) -> Communicator:
+def _open_communicator(settings: TransportSettings, clock: WaitClock) -> Communicator:
     group = settings.group
     store = group.rendezvous.under(f"{settings.name}/communicator")
     if group.device.type == "cpu":
-        return GlooCommunicator(store.store, group.rank, group.size, settings.timeout_s, settings.open_timeout_s)
-    return NcclCommunicator(store, group, settings.timeout_s, settings.open_timeout_s, lambda: known_record(settings))
+        return GlooCommunicator(store.store, group.rank, group.size, settings.timeout_s, settings.open_timeout_s, clock)
+    return NcclCommunicator(store, group, settings.timeout_s, settings.open_timeout_s, lambda: known_record(settings), clock)

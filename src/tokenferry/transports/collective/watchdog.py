@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from tokenferry.errors import PeerFailedError
+from tokenferry.transports.busy import WaitClock
 from tokenferry.transports.collective.messages import CommunicationError
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class _Watched(Protocol):
     rank: int
     device: torch.device
     timeout_s: float
+    """May change at any moment."""
 
     def post_position(self, number: int) -> None: ...
     def positions(self, number: int) -> list[bool]: ...
@@ -65,15 +67,16 @@ class Call:
 class Watchdog(threading.Thread):
     """Looks after the calls of one communicator.
 
+    A call is given up after the communicator's `timeout_s`, unless `clock` knows of signs of life.
+
     Attributes:
-        timeout_s: after which a call is given up.
         error: what it found, for the next call of the workspace to raise. An exception of the thread's own stands here too: when
             it only ended the thread, nothing was aborted, and the host waited for ever.
     """
 
-    def __init__(self, communicator: _Watched, timeout_s: float) -> None:
+    def __init__(self, communicator: _Watched, clock: WaitClock) -> None:
         super().__init__(daemon=True, name="tokenferry-nccl-watchdog")
-        self._communicator, self.timeout_s = communicator, timeout_s
+        self._communicator, self._clock = communicator, clock
         self._calls: deque[Call] = deque()
         self._lock = threading.Lock()  # the calling thread and this one both drop finished calls
         self._number = 0
@@ -159,11 +162,12 @@ class Watchdog(threading.Thread):
         if call is None:
             return
         waited_s = time.monotonic() - call.started_s
-        if waited_s > self.timeout_s / 2 and self._posted != call.number:
+        timeout_s = self._communicator.timeout_s
+        if waited_s > timeout_s / 2 and self._posted != call.number:
             with contextlib.suppress(PeerFailedError):  # the store is lost; `_late_rank` says so if the call does not end
                 self._communicator.post_position(call.number)
             self._posted = call.number
-        if waited_s > self.timeout_s:
+        if self._clock.is_over(call.started_s, timeout_s):
             self._give_up(self._late_rank(call, waited_s))
         elif waited_s > _QUICK_S and (said := self._communicator.what_peers_said(waited_s)) is not None:
             self._give_up(said)

@@ -16,7 +16,7 @@ from tokenferry.transports.symmetric.loading import LoadedKernels, RoutingDtypes
 
 SUPPLIED = ("hidden_ptr", "topk_idx_ptr", "topk_weights_ptr", "num_supplied", "num_real_ptr", "layer")
 """What a dispatch that sends is given at every call, in this order."""
-SUMMED = ("partial_ptr", "is_in_place", "out_ptr", "num_out", "layer")
+SUMMED = ("partial_ptr", "num_partial", "is_in_place", "out_ptr", "num_out", "layer")
 """What a combine that receives is given at every call, in this order."""
 
 
@@ -153,6 +153,6 @@ def _bind_rows(kernels: RowKernels, dispatch_fixed: dict[str, int], combine_fixe
         dispatch_send=dispatch(SUPPLIED, mode=MODE_SEND),
         dispatch_receive=dispatch(SUPPLIED[4:], **nothing_supplied, mode=MODE_RECEIVE),
         combine=combine(SUMMED, mode=MODE_BOTH),
-        combine_send=combine(("partial_ptr", "is_in_place", "layer"), out_ptr=0, num_out=0, mode=MODE_SEND),
+        combine_send=combine(("partial_ptr", "num_partial", "is_in_place", "layer"), out_ptr=0, num_out=0, mode=MODE_SEND),
         combine_receive=combine(SUMMED, mode=MODE_RECEIVE),
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from tokenferry.config import MoEConfig
+from tokenferry.dispatched import SAME, RowFormat
 from tokenferry.errors import ConfigError
 from tokenferry.kernels.control_block import CONTROL_BYTES, COUNT_PACKET_BYTES, FLAG_BYTES, MAX_RANKS, SPARE_BYTES
 
@@ -102,12 +103,18 @@ def plan(
     multicast: bool = False,
     slot_rows: int | None = None,
     index_dtype: torch.dtype = torch.int32,
+    dispatch_format: RowFormat = SAME,
 ) -> Layout:
     """The layout for C = `max_tokens_per_rank` rows a rank.
 
     Raises:
-        ConfigError: rows are not a multiple of 8 bytes, or too many for 32-bit packet numbers, or too many ranks.
+        ConfigError: rows are not a multiple of 8 bytes, or too many for 32-bit packet numbers, or too many ranks; or a dispatch
+            format that symmetric transports do not carry yet.
     """
+    if not dispatch_format.is_same:
+        raise ConfigError(
+            f"dispatch_format {dispatch_format.name!r} is not carried by symmetric transports yet; use transport='collective'"
+        )
     row_bytes = config.hidden_size * config.dtype.itemsize
     wire_row_bytes = config.hidden_size * combine_dtype.itemsize
     for what, num_bytes in (("hidden rows", row_bytes), ("combine rows", wire_row_bytes)):
@@ -163,7 +170,16 @@ def required_bytes(
     combine_dtype: torch.dtype,
     multicast: bool,
     index_dtype: torch.dtype = torch.int32,
+    dispatch_format: RowFormat = SAME,
 ) -> int:
     """What a rank holds: the buffer, the table of addresses (with its own once more, for `solo`), and the step's counts."""
-    layout = plan(config, ep_size, max_tokens_per_rank, combine_dtype, multicast=multicast, index_dtype=index_dtype)
+    layout = plan(
+        config,
+        ep_size,
+        max_tokens_per_rank,
+        combine_dtype,
+        multicast=multicast,
+        index_dtype=index_dtype,
+        dispatch_format=dispatch_format,
+    )
     return layout.num_bytes + (ep_size + 1) * 8 + (3 + 2 * ep_size) * 4

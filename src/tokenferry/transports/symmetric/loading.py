@@ -16,6 +16,8 @@ from tokenferry.kernels.abort import SIGNATURE as ABORT_SIGNATURE
 from tokenferry.kernels.abort import abort_kernel
 from tokenferry.kernels.combine import SIGNATURE as COMBINE_SIGNATURE
 from tokenferry.kernels.combine import combine_kernel
+from tokenferry.kernels.control_words import SIGNATURE as ADD_SIGNATURE
+from tokenferry.kernels.control_words import add_kernel
 from tokenferry.kernels.counts import SIGNATURE as COUNTS_SIGNATURE
 from tokenferry.kernels.counts import counts_kernel
 from tokenferry.kernels.dispatch import SIGNATURE as DISPATCH_SIGNATURE
@@ -71,6 +73,7 @@ class LoadedKernels:
 
     counts: Launch
     abort: Launch
+    add: Launch
     rows: RowKernels
     few: RowKernels | None
     few_tokens: int
@@ -137,6 +140,7 @@ def _load(
     kernels = LoadedKernels(
         counts=prepare(counts_kernel, COUNTS_SIGNATURE, {"LANES": lanes, "PDL": pdl}, 1, device),
         abort=prepare(abort_kernel, ABORT_SIGNATURE, {"PDL": 0}, 1, device),
+        add=prepare(add_kernel, ADD_SIGNATURE, {"PDL": 0}, 1, device),
         rows=rows,
         few=None if few is None else load_row_kernels(settings, few.tuning, multicast=multicast, flag_block=tuning.block),
         few_tokens=-1 if few is None else few.max_tokens,

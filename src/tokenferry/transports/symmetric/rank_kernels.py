@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tokenferry.dispatched import HiddenRows
 from tokenferry.kernels.control_block import NUM_REAL_OFFSET
 from tokenferry.kernels.launch import BoundLaunch
 from tokenferry.step import StepRequest
@@ -13,7 +14,7 @@ from tokenferry.transports.symmetric.loading import RoutingDtypes
 from tokenferry.transports.symmetric.regions import RegionTensors
 
 PACKET_BYTES = 16
-"""Partial rows are loaded in packets of this size, at addresses that are multiples of it."""
+"""Partial rows are loaded in packets of this size, and sums stored, at addresses that are multiples of it."""
 
 
 class RankKernels(Transport):
@@ -64,11 +65,12 @@ class RankKernels(Transport):
         self.launched = True
         self._launches.counts(request.num_tokens, request.flags, known_real)
 
-    def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
+    def dispatch(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
         self._send_rows(self._rows.dispatch, layer, hidden, topk_idx, topk_weights)
         return self._regions.gathered
 
-    def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    def dispatch_begin(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        assert isinstance(hidden, torch.Tensor), "the layout refuses other formats"
         self._sending = (hidden, topk_idx, topk_weights)  # kept: another stream may get the memory of what the caller drops
         self._send_rows(self._rows.dispatch_send, layer, hidden, topk_idx, topk_weights)
         self._sent_dtypes = topk_idx.dtype, topk_weights.dtype
@@ -86,11 +88,12 @@ class RankKernels(Transport):
         self,
         launches: dict[RoutingDtypes, BoundLaunch],
         layer: int,
-        hidden: torch.Tensor,
+        hidden: HiddenRows,
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
     ) -> None:
         self._layer, self._num_supplied = layer, hidden.shape[0]
+        assert isinstance(hidden, torch.Tensor), "the layout refuses other formats"
         address = hidden.data_ptr()
         if address % self._dispatch_alignment:
             hidden = hidden.clone()
@@ -103,30 +106,34 @@ class RankKernels(Transport):
     def combine_input(self) -> torch.Tensor:
         return self._regions.terms_RH
 
-    def combine(self, partial: torch.Tensor) -> torch.Tensor:
-        return self._combine(self._rows.combine, _aligned(partial))
+    def combine(self, partial: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self._combine(self._rows.combine, _aligned(partial), out)
 
     def combine_begin(self, partial: torch.Tensor) -> None:
         self._partial = partial = _aligned(partial)
         self.launched = True
-        self._rows.combine_send[partial.dtype](partial.data_ptr(), self._is_in_place(partial), self._layer)
+        self._rows.combine_send[partial.dtype](partial.data_ptr(), partial.shape[0], self._is_in_place(partial), self._layer)
 
-    def combine_end(self) -> torch.Tensor:
+    def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
         partial = self._partial
         assert partial is not None, "the workspace orders the halves"
-        combined = self._combine(self._rows.combine_receive, partial)
+        combined = self._combine(self._rows.combine_receive, partial, out)
         self._partial = None
         if partial.is_cuda:  # it may be a copy of our own, made on the stream of `combine_begin`
             partial.record_stream(torch.cuda.current_stream(partial.device))
         return combined
 
-    def _combine(self, launches: dict[torch.dtype, BoundLaunch], partial: torch.Tensor) -> torch.Tensor:
-        settings, num_rows = self._settings, self._num_supplied
-        out = torch.empty((num_rows, settings.config.hidden_size), dtype=settings.result_dtype, device=settings.group.device)
+    def _combine(
+        self, launches: dict[torch.dtype, BoundLaunch], partial: torch.Tensor, wanted: torch.Tensor | None
+    ) -> torch.Tensor:
+        settings, num_rows, out = self._settings, self._num_supplied, wanted
+        if out is None or out.data_ptr() % PACKET_BYTES:
+            shape = num_rows, settings.config.hidden_size
+            out = torch.empty(shape, dtype=settings.result_dtype, device=settings.group.device)
         in_place = self._is_in_place(partial)
         self.launched = True
-        launches[partial.dtype](partial.data_ptr(), in_place, out.data_ptr(), num_rows, self._layer)
-        return out
+        launches[partial.dtype](partial.data_ptr(), partial.shape[0], in_place, out.data_ptr(), num_rows, self._layer)
+        return out if wanted is None or wanted is out else wanted.copy_(out)
 
     def _is_in_place(self, partial: torch.Tensor) -> bool:
         return partial.data_ptr() == self._terms_address and partial.dtype == self._settings.combine_dtype

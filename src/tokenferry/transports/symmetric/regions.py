@@ -9,7 +9,7 @@ import torch
 from tokenferry.kernels import control_block
 from tokenferry.transports.base import Gathered, TransportSettings
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
-from tokenferry.transports.symmetric.layout import Layout, Region
+from tokenferry.transports.symmetric.layout import MAX_TIMEOUT_S, Layout, Region
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class RegionTensors:
         return cls(Gathered(empty, empty, empty), empty)
 
 
+def limits_of(settings: TransportSettings) -> int:
+    """How long a kernel waits, as the control block has it."""
+    return control_block.limits(settings.timeout_s, min(settings.open_timeout_s, MAX_TIMEOUT_S))
+
+
 def initialise(settings: TransportSettings, buffer: SymmetricBuffer, layout: Layout, mirror_address: int) -> None:
     """Fills the control block and empties the slots. The buffer is zero elsewhere.
 
@@ -49,7 +54,7 @@ def initialise(settings: TransportSettings, buffer: SymmetricBuffer, layout: Lay
         mirror_address: of the host word that gets a copy of the abort record, or 0.
     """
     control = torch.zeros(control_block.CONTROL_BYTES // 8, dtype=torch.int64, device="cpu")
-    control[control_block.TIMEOUT_OFFSET // 8] = int(settings.timeout_s * 1e9)
+    control[control_block.LIMITS_OFFSET // 8] = limits_of(settings)
     control[control_block.MIRROR_OFFSET // 8] = mirror_address
     control[control_block.PEER_TABLE_OFFSET // 8] = buffer.table_address
     # Little-endian: the group's size is the lower half, and the upper half is the int32 at DIRTY_ROWS_OFFSET.

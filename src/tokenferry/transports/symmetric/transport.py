@@ -6,24 +6,44 @@ The protocol is in docs/symmetric.md; what crosses is in `kernels.wire`, and whe
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
+from typing import Final
 
 import torch
 
-from tokenferry.errors import TransportUnavailableError
+from tokenferry.dispatched import HiddenRows
+from tokenferry.errors import ConfigError, TransportUnavailableError
+from tokenferry.graph_capture import is_capturing
 from tokenferry.kernels import wire
-from tokenferry.kernels.control_block import COUNTERS_OFFSET, OBSERVER_OFFSET, RECORD_OFFSET, SOLO_COUNTERS_OFFSET, Record
+from tokenferry.kernels.control_block import (
+    COUNTERS_OFFSET,
+    LIMITS_OFFSET,
+    OBSERVER_OFFSET,
+    RECORD_OFFSET,
+    SIGNS_OFFSET,
+    SOLO_COUNTERS_OFFSET,
+    Record,
+)
 from tokenferry.kernels.launch import check_addresses
-from tokenferry.kernels.wire_interpreter import Observer, claim_records
+from tokenferry.kernels.wire_interpreter import Observer, add_to_words, claim_records
 from tokenferry.step import StepRequest, StepTensors
 from tokenferry.transports.base import AbortRecord, Gathered, TransportSettings, closed_meanwhile
+from tokenferry.transports.busy import BusyBoard
 from tokenferry.transports.settling import agree_on_record
 from tokenferry.transports.symmetric.bound_launches import RankView, Resources
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
-from tokenferry.transports.symmetric.layout import Layout, plan
+from tokenferry.transports.symmetric.layout import MAX_TIMEOUT_S, Layout, plan
 from tokenferry.transports.symmetric.loading import load_together, sums_in_the_switch
 from tokenferry.transports.symmetric.rank_kernels import RankKernels, SoloKernels
-from tokenferry.transports.symmetric.regions import RegionTensors
+from tokenferry.transports.symmetric.regions import RegionTensors, limits_of
+from tokenferry.transports.symmetric.side_stream import SideStream
 from tokenferry.transports.symmetric.tuning import FewTokens, Tuning, choose_few_tokens, choose_tuning
+
+_REASONS: Final = {
+    "failed": "rank {0.rank} gave up",
+    "too-few-rows": "combine in layer {0.layer} was given fewer partial rows than the ranks bring tokens",
+}
+"""What a rank has failed with that blames itself in a record."""
 
 
 class SymmetricTransport(RankKernels):
@@ -59,9 +79,11 @@ class SymmetricTransport(RankKernels):
             multicast=multicast,
             slot_rows=slot_rows,
             index_dtype=settings.index_dtype,
+            dispatch_format=settings.dispatch_format,
         )
         buffer = SymmetricBuffer(group, layout.num_bytes, f"{settings.name}/memory", settings.open_timeout_s)
         self._is_cpu = group.device.type == "cpu"
+        self._side: SideStream | None = None
         try:
             check_addresses(buffer.addresses)
             if multicast and group.size > 1 and not buffer.multicast_address:
@@ -70,8 +92,11 @@ class SymmetricTransport(RankKernels):
             if tuning is None:
                 tuning = choose_tuning(settings, layout)
                 few = None if multicast_rows and sums_in_the_switch(settings) else choose_few_tokens(settings, layout, tuning)
+            self._side = None if self._is_cpu else SideStream(group.device)
             loaded = load_together(settings, layout, tuning, few, buffer, multicast=multicast_rows)
         except BaseException:
+            if self._side is not None:
+                self._side.close()
             buffer.close()
             raise
         resources = Resources(settings, step_tensors, buffer, layout, loaded.kernels)
@@ -91,13 +116,13 @@ class SymmetricTransport(RankKernels):
         super().begin_step(request, layer)
         self._raise_after()
 
-    def dispatch(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
+    def dispatch(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
         self._raise_known()
         gathered = super().dispatch(layer, hidden, topk_idx, topk_weights)
         self._raise_after()
         return gathered
 
-    def dispatch_begin(self, layer: int, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    def dispatch_begin(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         self._raise_known()
         super().dispatch_begin(layer, hidden, topk_idx, topk_weights)
 
@@ -107,9 +132,9 @@ class SymmetricTransport(RankKernels):
         self._raise_after()
         return gathered
 
-    def combine(self, partial: torch.Tensor) -> torch.Tensor:
+    def combine(self, partial: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         self._raise_known()
-        combined = super().combine(partial)
+        combined = super().combine(partial, out)
         self._raise_after()
         return combined
 
@@ -117,9 +142,9 @@ class SymmetricTransport(RankKernels):
         self._raise_known()
         super().combine_begin(partial)
 
-    def combine_end(self) -> torch.Tensor:
+    def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
         self._raise_known()
-        combined = super().combine_end()
+        combined = super().combine_end(out)
         self._raise_after()
         return combined
 
@@ -143,12 +168,13 @@ class SymmetricTransport(RankKernels):
             return closed_meanwhile()
         record = Record.unpack(word)
         settings, step = self._settings, record.step_near(self._request.index)
-        reason = f"rank {record.rank} gave up" if record.phase == "failed" else ""
-        phase = "data-missing" if record.phase == "failed" else record.phase
-        if record.phase != "failed" and record.reporter == settings.group.rank:
+        reason = _REASONS.get(record.phase, "").format(record)
+        phase = "data-missing" if reason else record.phase
+        if not reason and record.reporter == settings.group.rank:
             elsewhere = settings.group.waiting.who_waits_elsewhere(record.rank, settings.name)
             phase, reason = (phase, reason) if elsewhere is None else ("counts-disagree", elsewhere)
-        mine = AbortRecord(record.rank, record.reporter, phase, step, record.layer, settings.timeout_s, reason)
+        detail = BusyBoard(settings).in_words()
+        mine = AbortRecord(record.rank, record.reporter, phase, step, record.layer, settings.timeout_s, reason, detail)
         return agree_on_record(settings, mine).error_for(settings.group.rank)
 
     def check_known(self) -> None:
@@ -162,6 +188,27 @@ class SymmetricTransport(RankKernels):
             word = int(self._buffer.tensor[RECORD_OFFSET : RECORD_OFFSET + 8].view(torch.int64).item())
             if word:
                 raise self._settled(word)
+
+    def give_sign_of_life(self) -> None:
+        group = self._settings.group
+        self._add_to_words(self._buffer.table_address, group.size, group.rank, SIGNS_OFFSET, 1)
+
+    def set_timeout(self, timeout_s: float) -> None:
+        if timeout_s > MAX_TIMEOUT_S:
+            raise ConfigError(f"timeout_s is {timeout_s}, but {MAX_TIMEOUT_S} at most on symmetric transports; lower it")
+        settings = replace(self._settings, timeout_s=timeout_s)
+        lacking = limits_of(settings) - limits_of(self._settings)
+        self._add_to_words(self._buffer.own_table_address, 1, -1, LIMITS_OFFSET, lacking)
+        self._settings = settings
+
+    def _add_to_words(self, table_address: int, size: int, skipped: int, offset: int, amount: int) -> None:
+        """See `add_kernel`. Not by the kernel on CPUs, as in `_abort`."""
+        if self._side is None:
+            table = (ctypes.c_int64 * size).from_address(table_address)
+            add_to_words([address + offset for place, address in enumerate(table) if place != skipped], amount)
+            return
+        with self._side.current():
+            self._resources.kernels.add(1, table_address, size, skipped, offset, amount)
 
     def fail(self, reason: str) -> None:
         settings = self._settings
@@ -184,10 +231,13 @@ class SymmetricTransport(RankKernels):
             claim_records(self._buffer.addresses, record.pack())
             return
         args = (1, self._buffer.table_address, self._settings.group.size, record.pack())
-        stream = torch.cuda.Stream(self._settings.group.device)
+        device = self._settings.group.device
+        may_wait = not is_capturing(device)  # CUDA refuses to wait while the calling thread captures a graph
+        stream = torch.cuda.Stream(device)
         with torch.cuda.stream(stream):
             self._resources.kernels.abort(*args)
-        stream.synchronize()
+        if may_wait:
+            stream.synchronize()
 
     def observe(self, observer: Observer) -> None:
         """Shows every packet to `observer`. In the interpreter alone."""
@@ -203,6 +253,8 @@ class SymmetricTransport(RankKernels):
                 torch.cuda.current_stream(device).synchronize()
             else:
                 torch.cuda.synchronize(device)
+        if self._side is not None:
+            self._side.close()
         self._record = ctypes.c_int64(0)
         self._buffer.close()
         self._regions = RegionTensors.none()

@@ -1,0 +1,96 @@
+"""The tables of README.md and docs/transformers.md from records of `tokenferry bench model`, as Markdown.
+
+python benchmarks/model_table.py RESULTS.jsonl [MORE.jsonl ...]            # README.md: what a user gets, in short
+python benchmarks/model_table.py RESULTS.jsonl [MORE.jsonl ...] --all      # docs/transformers.md: every way and mode
+
+A figure that stands in several files is the last file's.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tokenferry.benchmarking.model_table import shown
+
+Point = tuple[str, int, int]
+"""Configuration, batch of each rank, tokens of each prompt."""
+Records = dict[tuple[Point, str, str], dict]
+"""By point, way and mode."""
+
+NAMES = {
+    "p2p": "tokenferry, `p2p`",
+    "collective": "tokenferry over NCCL",
+    "transformers": "transformers' own expert parallelism",
+    "plain": "the whole model on each GPU",
+}
+THEIRS = ("compile", "compile-batched", "eager", "eager-batched")
+OURS = ("graph-compiled", "graph", "eager")
+
+
+def read(paths: list[Path]) -> Records:
+    lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return {(point_of(line), line["way"], line["mode"]): line for line in lines if "mode" in line}
+
+
+def point_of(record: dict) -> Point:
+    return record["config"], record["batch"], record["prompt"]
+
+
+def best(records: Records, point: Point, way: str, modes: tuple[str, ...], name: str) -> tuple[float, str] | None:
+    """The smallest figure of those modes, and its mode."""
+    found = [(records[point, way, mode][name], mode) for mode in modes if name in records.get((point, way, mode), {})]
+    return min(found, default=None)
+
+
+def row(title: str, cells: list[str]) -> str:
+    return f"| {title} | {' | '.join(cells)} |"
+
+
+def short_table(records: Records) -> Iterator[str]:
+    """ms a token in `generate()`, ours beside the best form of transformers' own; then a decode step alone, as a graph."""
+    points = list(dict.fromkeys(point for point, _, _ in records))
+    yield row("ms a token", [f"{config} × {batch}, prompt {prompt}" for config, batch, prompt in points])
+    yield "|---" * (len(points) + 1) + "|"
+    yield from compared(records, points, "`generate()`", "token_ms", OURS, THEIRS)
+    yield from compared(records, points, "a step alone, as a graph", "step_ms", OURS[:2], ("graph", "graph-batched"))
+
+
+def compared(
+    records: Records, points: list[Point], what: str, name: str, ours: tuple[str, ...], theirs: tuple[str, ...]
+) -> Iterator[str]:
+    left = [best(records, point, "p2p", ours, name) for point in points]
+    right = [best(records, point, "transformers", theirs, name) for point in points]
+    yield row(f"{what}: tokenferry", [named(each) for each in left])
+    yield row(f"{what}: transformers' own expert parallelism, its best form", [named(each) for each in right])
+    pairs = zip(left, right, strict=True)
+    yield row("ratio", ["-" if mine is None or other is None else f"{other[0] / mine[0]:.2f}" for mine, other in pairs])
+
+
+def named(found: tuple[float, str] | None) -> str:
+    return "-" if found is None else f"{shown(found[0])} ({found[1]})"
+
+
+def whole_table(records: Records) -> Iterator[str]:
+    """A table for each configuration: every way and mode, and by point the token and the step alone."""
+    for config in dict.fromkeys(point[0] for point, _, _ in records):
+        points = [point for point in dict.fromkeys(point for point, _, _ in records) if point[0] == config]
+        yield row(f"{config}: token / step", [f"{batch} × {prompt}" for _, batch, prompt in points])
+        yield "|---" * (len(points) + 1) + "|"
+        for way, mode in dict.fromkeys((way, mode) for point, way, mode in records if point in points):
+            mine = [records.get((point, way, mode), {}) for point in points]
+            yield row(f"{NAMES[way]}: {mode}", [f"{shown(r.get('token_ms'))} / {shown(r.get('step_ms'))}" for r in mine])
+        yield ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--all", action="store_true")
+    given = parser.parse_args()
+    table: Callable[[Records], Iterator[str]] = whole_table if given.all else short_table
+    print("\n".join(table(read(given.results))))
+
+
+if __name__ == "__main__":
+    main()

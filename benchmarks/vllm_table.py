@@ -1,0 +1,45 @@
+"""The records of `vllm_engine.py` as text."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """A line for each way that rows went, and for each load what its exchange takes."""
+    head = records[0]
+    lines = [
+        f"{head['device']}, torch {head['torch']}, vLLM {head['vllm']}, {head['attention']}, transport {head['transports']}, "
+        f"engine started in {head['start_s']:.0f} s",
+        f"{'mode':7}{'load':>7}  {'exchange':18}{'step ms':>9}{'forward ms':>11}{'meeting ms':>11}{'tokens/s':>10}",
+    ]
+    timed = [record for record in records if "step_ms" in record]
+    for record in timed:
+        requests = sum(int(count) for count in record["load"].split("/"))
+        step_ms, forward_ms, meeting_ms = (statistics.median(record[name]) for name in ("step_ms", "forward_ms", "meeting_ms"))
+        lines.append(
+            f"{record['mode']:7}{record['load']:>7}  {record['arm']:18}{step_ms:9.3f}{forward_ms:11.3f}{meeting_ms:11.3f}"
+            f"{1e3 * requests / step_ms:10.0f}"
+        )
+    for mode, load in dict.fromkeys((record["mode"], record["load"]) for record in timed):
+        lines.append(verdict(mode, load, [each for each in timed if (each["mode"], each["load"]) == (mode, load)], head))
+    lines += [f"{each['mode']} {each['load']} tokens alike: {each['tokens_alike']}" for each in records if "tokens_alike" in each]
+    for record in records:
+        if "kernels_us_and_count_a_step" in record:
+            lines.append(f"kernels of {record['arm']}, {record['mode']} {record['load']}: us a step, launches a step")
+            lines += [f"  {us:9.1f} {count:6.1f}  {name[:70]}" for name, us, count in record["kernels_us_and_count_a_step"][:12]]
+    return "\n".join(lines)
+
+
+def verdict(mode: str, load: str, records: Sequence[dict[str, Any]], head: dict[str, Any]) -> str:
+    """What the exchange takes of a step, vLLM's and ours, and how much faster steps are."""
+    clock = "forward_ms" if mode == "graphs" else "step_ms"
+    of = {record["arm"]: statistics.median(record[clock]) for record in records}
+    steps = {record["arm"]: statistics.median(record["step_ms"]) for record in records}
+    theirs, ours = (1e3 * (of[arm] - of["none"]) / head["model"]["num_hidden_layers"] for arm in ("stock", "ours"))
+    gone = f"{1 - ours / theirs:.0%} gone" if theirs > 0 else "nothing to save"
+    padding = f", padding rows {1e3 * (of['none'] - of['none, no padding']):.0f} us a step" if "none, no padding" in of else ""
+    return (
+        f"{mode} {load}: exchange {theirs:.1f} us a layer, ours {ours:.1f} ({gone}){padding}; "
+        f"steps/s x{steps['stock'] / steps['ours']:.3f}"
+    )

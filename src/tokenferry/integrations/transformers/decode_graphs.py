@@ -1,0 +1,320 @@
+"""Decode steps of `generate()` as CUDA graphs: a forward of one new token for each sequence is recorded once and then replayed.
+
+What is replayed is right for one cache, one shape of each argument, and one phase of the cache (`cache_state.py`). The first such
+forward is not recorded: it loads, or compiles, what a recording must not. The second is, unless the first has compiled
+something; what the compiler takes for a number of this step, it may take for any number in the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol
+
+import torch
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import counters
+from transformers import StaticCache
+from transformers.utils.generic import ModelOutput
+
+from tokenferry.errors import PeerError
+from tokenferry.integrations.transformers.cache_state import (
+    HostState,
+    NotRecordable,
+    ReplayedState,
+    check_kind,
+    phase_of,
+)
+from tokenferry.integrations.transformers.fixed_inputs import FixedInputs, shape_key
+from tokenferry.integrations.transformers.model_facts import model_facts
+from tokenferry.integrations.transformers.static_caches import StaticCaches
+from tokenferry.lifecycle import WrongCallerError
+from tokenferry.recording import Recorded, Recorder
+from tokenferry.workspace import Workspace
+
+_log = logging.getLogger(__name__)
+
+MOST_GRAPHS: Final = 8
+"""Kept for a model: two phases of each cache that `StaticCaches` keeps. Their launches take some kilobytes each, and what
+they compute with is shared."""
+_MOST_SHAPES: Final = 32
+"""Sets of fixed inputs, of kilobytes each."""
+_LONGEST: Final = 500
+"""Of a reason in the log. A compiler's may have pages."""
+
+
+class MakesRecorder(Protocol):
+    """`Recorder`, or what stands in for it in tests."""
+
+    def __call__(self, workspace: Workspace) -> Recorder: ...
+
+
+@dataclasses.dataclass(eq=False)
+class _Graph:
+    recorded: Recorded
+    fixed: FixedInputs
+    cache: weakref.ref[StaticCache]
+    state: ReplayedState
+    is_counted: bool = True
+    """Recording it has counted the tokens of its first replay."""
+
+    def fits(self, cache: StaticCache) -> bool:
+        return self.cache() is cache and self.state.holds()
+
+
+class Forward(NamedTuple):
+    """A way to compute a model's forward.
+
+    Attributes:
+        name: distinguishes it from the model's others, in the log too.
+        compiles: calling it may compile something, which a recording must not meet.
+        is_one_graph: where compiling it fails, nothing of it has run.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    compiles: bool = False
+    is_one_graph: bool = False
+
+
+class DecodeGraphs:
+    """The graphs of one model, and the caches that they are of.
+
+    Attributes:
+        caches: for calls that name none.
+        returns_cache: whether the call under way hands its cache to the caller, who may keep it.
+        wants_compiled: whether the call under way may compile.
+        stopped: whether no forward of the model can be recorded, so that nothing is tried any more.
+
+    Args:
+        forget_step: called where a recording failed, which may have begun a step in vain.
+    """
+
+    def __init__(self, workspace: Workspace, forget_step: Callable[[], None], make_recorder: MakesRecorder = Recorder) -> None:
+        self.caches = StaticCaches()
+        self.returns_cache = self.wants_compiled = False
+        self.stopped = False
+        self._workspace = workspace
+        self._forget_step, self._make_recorder = forget_step, make_recorder
+        self._recorder: Recorder | None = None
+        self._inputs: OrderedDict[Hashable, FixedInputs] = OrderedDict()
+        self._warm: dict[tuple[Any, ...], weakref.ref[StaticCache]] = {}
+        self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
+        self._given_up: set[str] = set()
+        self._said: set[str] = set()
+        self._model_facts: Hashable = None
+        self._depth = 0
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs that are kept now."""
+        return len(self._graphs)
+
+    def takes(self, cache: object) -> bool:
+        """Whether decode forwards on this cache come here."""
+        return not self.stopped and type(cache) is StaticCache
+
+    def say_once(self, text: str, *, level: int = logging.WARNING) -> None:
+        """Logs a line that has not been logged for this model."""
+        if text not in self._said:
+            self._said.add(text)
+            _log.log(level, "%s", text)
+
+    def run(self, forwards: Sequence[Forward], otherwise: Callable[..., Any], **inputs: Any) -> Any:
+        """One forward, from a graph where it can be recorded.
+
+        Args:
+            forwards: the first one is recorded; where it cannot be, from then on the next one.
+            otherwise: what runs where none can be, and in their place for what is no decode forward, such as parts of a prompt.
+
+        Returns:
+            As the forwards. Its logits are overwritten by the next call.
+
+        Raises:
+            As the forwards; PeerTimeoutError, PeerFailedError also for an earlier step.
+        """
+        if not _is_decode(inputs):
+            return otherwise(**inputs)
+        try:
+            cache = check_kind(inputs["past_key_values"])
+            key = _ambient_of(self._workspace.device), shape_key(inputs)
+            phase = phase_of(cache)
+            for forward in forwards:
+                if forward.name not in self._given_up:
+                    outputs = self._run_form(forward, (forward.name, key, id(cache), phase), cache, inputs)
+                    if outputs is not None:
+                        return outputs
+            self.stopped = True
+        except NotRecordable as reason:
+            self.say_once(f"generate() runs decode steps eagerly: {reason}")
+        return otherwise(**inputs)
+
+    def _run_form(self, forward: Forward, name: tuple[Any, ...], cache: StaticCache, inputs: Mapping[str, Any]) -> Any:
+        """One forward: replayed; recorded and replayed; or to warm up. None: it is given up, and nothing of it has run."""
+        graph = self._graphs.get(name)
+        if graph is not None and graph.fits(cache):
+            self._graphs.move_to_end(name)
+            graph.fixed.fill(inputs)
+            return self._replay(graph)
+        before, fixed = HostState(cache), self._fixed_inputs(name[1], inputs)
+        warm = self._warm.get(name)
+        if warm is None or warm() is not cache:
+            return self._warm_up(forward, name, cache, before, fixed.arguments(inputs))
+        graph = self._record(forward, cache, before, fixed, inputs)
+        if graph is None:
+            return None
+        self._drop_dead()
+        while len(self._graphs) >= MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+        self._graphs[name] = graph
+        return self._replay(graph)
+
+    @contextlib.contextmanager
+    def call(self, model: Any) -> Iterator[None]:
+        """Around a `generate()` of the model; another one may be inside. Where the model is not what it was (`model_facts.py`),
+        graphs are of one that is no more, and go."""
+        if not self._depth:
+            facts = model_facts(model)
+            if facts != self._model_facts:
+                self.drop()
+            self._model_facts = facts
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                self.caches.take_back()
+                self._drop_dead()
+
+    def drop(self) -> None:
+        """Lets go of all graphs and of their memory; they are recorded anew when they are needed."""
+        if self._graphs and self._workspace.device.type == "cuda":
+            torch.cuda.current_stream(self._workspace.device).synchronize()  # the last replay may still run
+        self._graphs.clear()
+        self._warm.clear()
+        self._recorder = None
+
+    def close(self) -> None:
+        """Lets go of graphs, fixed inputs and caches, for good."""
+        self.stopped = True
+        self.drop()
+        self._inputs.clear()
+        self.caches.clear()
+
+    def _fixed_inputs(self, key: Hashable, inputs: Mapping[str, Any]) -> FixedInputs:
+        fixed = self._inputs.get(key)
+        if fixed is not None:
+            self._inputs.move_to_end(key)
+            fixed.fill(inputs)
+            return fixed
+        if len(self._inputs) >= _MOST_SHAPES:  # graphs read them, so that these go too
+            self.drop()
+            self._inputs.clear()
+        fixed = self._inputs[key] = FixedInputs(inputs, self._workspace.device)
+        return fixed
+
+    def _warm_up(
+        self, forward: Forward, name: tuple[Any, ...], cache: StaticCache, before: HostState, arguments: Mapping[str, Any]
+    ) -> Any:
+        """The forward itself, until it meets nothing that is new to it."""
+        num_compiled = _num_compiled()
+        busy = self._workspace.busy("compiling a decode step") if forward.compiles else contextlib.nullcontext()
+        try:
+            with busy:
+                outputs = forward.call(**arguments)
+        except TorchDynamoException as error:
+            if not forward.is_one_graph:
+                raise
+            before.restore()
+            self._give_up(forward, error)
+            return None
+        if not forward.compiles or _num_compiled() == num_compiled:
+            self._warm[name] = weakref.ref(cache)
+        return outputs
+
+    def _record(
+        self, forward: Forward, cache: StaticCache, before: HostState, fixed: FixedInputs, inputs: Mapping[str, Any]
+    ) -> _Graph | None:
+        if self._recorder is None:
+            self._recorder = self._make_recorder(self._workspace)
+        arguments = fixed.arguments(inputs)
+        try:
+            with self._workspace.busy("recording a decode step"):
+                recorded = self._recorder.record(lambda: forward.call(**arguments))
+            return _Graph(recorded, fixed, weakref.ref(cache), before.replays(HostState(cache)))
+        except BaseException as error:
+            self._forget_step()
+            before.restore()
+            if isinstance(error, PeerError | WrongCallerError) or not isinstance(error, Exception):
+                raise
+            self._give_up(forward, error)
+            return None
+
+    def _replay(self, graph: _Graph) -> Any:
+        with self._workspace.replaying(graph.recorded.num_steps):
+            graph.recorded.replay()
+        if graph.is_counted:
+            graph.is_counted = False
+        else:
+            graph.state.advance()
+        self._workspace.check(wait=False)  # of earlier steps, with which generate() has synchronised
+        return _handed_out(graph.recorded.result)
+
+    def _give_up(self, forward: Forward, error: Exception) -> None:
+        """It is not tried any more: what fails for one shape would fail for the next, and each failure costs memory."""
+        self._given_up.add(forward.name)
+        for name in [name for name in self._graphs if name[0] == forward.name]:
+            del self._graphs[name]
+        reason = " ".join((str(error) if isinstance(error, NotRecordable) else f"{type(error).__name__}: {error}").split())
+        self.say_once(f"decode steps of generate() go on without CUDA graphs of the {forward.name} forward: {reason[:_LONGEST]}")
+
+    def _drop_dead(self) -> None:
+        for name in [name for name, graph in self._graphs.items() if graph.cache() is None]:
+            del self._graphs[name]
+
+
+def _is_decode(inputs: Mapping[str, Any]) -> bool:
+    """One new token for each sequence, and a cache that holds what came before."""
+    token_ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+    return (
+        isinstance(token_ids, torch.Tensor) and token_ids.dim() == 2 and token_ids.shape[1] == 1
+        and getattr(cache, "is_initialized", False)
+    )  # fmt: skip
+
+
+def _num_compiled() -> int:
+    """Graphs that the compiler has made in this process."""
+    return int(counters["stats"]["unique_graphs"])
+
+
+def _ambient_of(device: torch.device) -> Hashable:
+    """What of torch's ambient state becomes part of a recording."""
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return autocast, torch.is_inference_mode_enabled()
+
+
+def _handed_out(result: Any) -> Any:
+    """A forward's outputs for `generate()`, which copies the logits, but keeps hidden states and the like as they are."""
+    if not isinstance(result, ModelOutput):
+        return _cloned(result)
+    extra = [name for name, value in result.items() if name != "logits" and not isinstance(value, StaticCache)]
+    if not extra:
+        return result
+    own = copy.copy(result)
+    for name in extra:
+        own[name] = _cloned(result[name])
+    return own
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cloned(each) for each in value)
+    return value

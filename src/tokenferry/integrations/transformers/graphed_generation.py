@@ -1,0 +1,160 @@
+"""The places at which transformers' `generate()` asks a model for a cache and for its decode forward, and gets ours.
+
+They are those of its own compilation with a static cache. transformers 5.17 and 5.23 have them alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch.nn.functional import pad
+from transformers import CompileConfig, StaticCache
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.masking_utils import create_masks_for_generate
+
+from tokenferry.integrations.transformers.cache_state import is_plain
+from tokenferry.integrations.transformers.decode_graphs import DecodeGraphs, Forward
+from tokenferry.integrations.transformers.graph_choice import StepGraphs
+from tokenferry.integrations.transformers.static_caches import expected_bytes
+
+_ONE_AT_A_TIME: Final = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+_MASKED: Final = ("sdpa", "eager")
+_SHARE_OF_FREE_MEMORY: Final = 0.5
+"""A static cache that would take more of what is free is left alone: its length is a bound, and few answers come near it."""
+_GIB: Final = 1 << 30
+
+
+class GraphedGeneration:
+    """What a model class gains, mixed in before it, for decode steps as CUDA graphs.
+
+    `expert_parallel.graphs` has them; None: all is as transformers has it.
+    """
+
+    expert_parallel: Any
+
+    @property
+    def _decode_graphs(self) -> DecodeGraphs | None:
+        graphs: StepGraphs | None = self.expert_parallel.graphs
+        return None if graphs is None else graphs.decode
+
+    def _call_with_graphs(self) -> contextlib.AbstractContextManager[None]:
+        """Around a `generate()`."""
+        graphs = self._decode_graphs
+        return contextlib.nullcontext() if graphs is None else graphs.call(self)
+
+    def _prepare_cache_for_generation(
+        self: Any, generation_config: Any, model_kwargs: Any, generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> Any:
+        prepare = super()._prepare_cache_for_generation  # type: ignore[misc]
+        graphs, named = self._decode_graphs, generation_config.cache_implementation
+        if graphs is not None and not graphs.stopped:
+            graphs.returns_cache = bool(generation_config.return_dict_in_generate)
+            given = model_kwargs.get("past_key_values")
+            if given is not None or named is not None:
+                kind = named if given is None else type(given).__name__
+                if "static" not in kind.lower():
+                    graphs.say_once(
+                        f"generate() runs decode steps eagerly: the cache {kind!r} that was asked for cannot be part of a CUDA "
+                        "graph; leave it out, or ask for a static one"
+                    )
+            elif generation_config.use_cache is not False and generation_mode in _ONE_AT_A_TIME:
+                reason = self._why_no_static_cache(batch_size * generation_config.num_return_sequences, max_cache_length)
+                if reason is None:
+                    graphs.say_once("generate() takes a static cache, so that decode steps are CUDA graphs", level=logging.INFO)
+                    generation_config.cache_implementation = "static"
+                else:
+                    graphs.say_once(f"generate() takes a growing cache and runs decode steps eagerly: {reason}")
+        try:
+            return prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        finally:
+            generation_config.cache_implementation = named
+
+    def _prepare_static_cache(
+        self: Any,
+        cache_implementation: str,
+        batch_size: int,
+        max_cache_len: int,
+        prefill_chunk_size: int | None,
+        model_kwargs: Any,
+    ) -> Any:
+        graphs = self._decode_graphs
+        is_own = graphs is not None and not graphs.stopped and not graphs.returns_cache
+        if not is_own or "offloaded" in cache_implementation or self.config.is_encoder_decoder:
+            return super()._prepare_static_cache(  # type: ignore[misc]
+                cache_implementation, batch_size, max_cache_len, prefill_chunk_size, model_kwargs
+            )
+        config = self.config.get_text_config(decoder=True)
+        kind = batch_size, self.dtype, torch.is_inference_mode_enabled()
+        return graphs.caches.lend(kind, max_cache_len, lambda length: StaticCache(config=config, max_cache_len=length))
+
+    def create_masks_for_generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own, or transformers' for all models. Where a decode step is a graph, the mask is part of it if it can
+        be: what makes one is a dozen launches that the device would wait for."""
+        graphs, own = self._decode_graphs, getattr(super(), "create_masks_for_generate", None)
+        cache: Any = kwargs.get("past_key_values")
+        embeds = kwargs.get("inputs_embeds")
+        if own is not None or graphs is None or embeds is None or embeds.shape[1] != 1 or not graphs.takes(cache):
+            return (own or create_masks_for_generate)(*args, **kwargs)
+        if not is_plain(cache) or self.config._attn_implementation not in _MASKED or not cache.is_initialized:
+            return create_masks_for_generate(*args, **kwargs)
+        mask = kwargs.get("attention_mask")
+        # As long as the cache, so that it keeps its shape from step to step; what lies ahead is masked by causality.
+        return None if mask is None else pad(mask, (0, cache.layers[0].max_cache_len - mask.shape[1]))
+
+    def _valid_auto_compile_criteria(self: Any, model_kwargs: Any, generation_config: Any) -> bool:
+        graphs, cache = self._decode_graphs, model_kwargs.get("past_key_values")
+        may_compile = bool(super()._valid_auto_compile_criteria(model_kwargs, generation_config))  # type: ignore[misc]
+        if graphs is None or type(cache) is not StaticCache:
+            return may_compile
+        graphs.wants_compiled = may_compile and (self._can_compile_fullgraph or generation_config.compile_config is not None)
+        return graphs.takes(cache) or generation_config.compile_config is not None
+
+    def get_compiled_call(self: Any, compile_config: Any) -> Callable[..., Any]:
+        """As the model's own; where decode steps are CUDA graphs, what records and replays them: the compiled forward, for which
+        the compiler makes no graphs of its own, and the forward as it is where that is not to be."""
+        compiled = super().get_compiled_call  # type: ignore[misc]
+        graphs = self._decode_graphs
+        if graphs is None or graphs.stopped:
+            return compiled(compile_config)  # type: ignore[no-any-return]
+        forwards, otherwise = [Forward("eager", self.__call__)], self.__call__
+        if graphs.wants_compiled:
+            config = without_graphs(compile_config or CompileConfig(fullgraph=True))
+            call = compiled(config)
+            forwards.insert(0, Forward("compiled", call, compiles=True, is_one_graph=config.fullgraph))
+            otherwise = otherwise if compile_config is None else call
+        return functools.partial(graphs.run, forwards, otherwise)
+
+    def _why_no_static_cache(self: Any, batch_size: int, num_tokens: int) -> str | None:
+        if self.config.is_encoder_decoder or not self._supports_default_dynamic_cache():
+            return f"{type(self).__name__} makes a cache of its own"
+        if "flash" in str(self.config._attn_implementation):
+            return f"{self.config._attn_implementation} asks the device for lengths in each step"
+        if self.device.type != "cuda":
+            return None
+        config = self.config.get_text_config(decoder=True)
+        needed = expected_bytes(config, batch_size, num_tokens, self.dtype)
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        free = torch.cuda.mem_get_info(self.device)[0] + unused
+        if needed > _SHARE_OF_FREE_MEMORY * free:
+            return (
+                f"a static one of {num_tokens} tokens for {batch_size} sequences would take {needed / _GIB:.1f} of the "
+                f"{free / _GIB:.1f} GiB that are free; lower max_new_tokens"
+            )
+        return None
+
+
+def without_graphs(compile_config: Any) -> Any:
+    """The same compilation without CUDA graphs of the compiler's own."""
+    config: Any = CompileConfig(**compile_config.to_dict())
+    if config.options:
+        config.mode, config.options = None, {**config.options, "triton.cudagraphs": False}
+    elif config.mode == "max-autotune":
+        config.mode = "max-autotune-no-cudagraphs"
+    elif config.mode == "reduce-overhead":
+        config.mode = "default"
+    return config

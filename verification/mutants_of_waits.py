@@ -1,0 +1,64 @@
+"""Seeded changes of how long ranks wait for one another."""
+
+from __future__ import annotations
+
+from verification.mutant import Mutant
+
+ORDER = "tests/test_kernel_order.py::"
+BUSY = "test_a_busy_rank_is_waited_for_as_long_as_it_gives_signs_of_life"
+INTERPRETED, GLOO = f"tests/interpreter/test_busy.py::{BUSY}", f"tests/ranks/test_busy.py::{BUSY}"
+_KERNELS = "src/tokenferry/kernels"
+_TRANSPORTS = "src/tokenferry/transports"
+
+OF_WAITS = (
+    Mutant(
+        "kernels-take-no-notice-of-signs-of-life",
+        f"{_KERNELS}/wire_interpreter.py",
+        "since = now if signs != before else since",
+        "since = since if signs != before else since",
+        (f"{INTERPRETED}[busy-before-a-step]",),
+    ),
+    Mutant(
+        "signs-of-life-count-for-ever-in-kernels",
+        f"{_KERNELS}/wire_interpreter.py",
+        "if now - since >= timeout or now - begin >= longest:",
+        "if now - since >= timeout:",
+        (f"{INTERPRETED}[busy-without-end]",),
+    ),
+    Mutant(
+        "signs-of-life-count-for-ever-on-hosts",
+        f"{_TRANSPORTS}/busy.py",
+        " or now_s - started_s > max(timeout_s, self._longest_s)",
+        "",
+        ("tests/test_watchdog.py::test_signs_of_life_do_not_put_off_the_end_for_ever",),
+    ),
+    Mutant(
+        "a-busy-rank-gives-one-sign",
+        f"{_TRANSPORTS}/busy.py",
+        "            stopped.wait(min(LONGEST_PERIOD_S, self._timeout_s() / _PERIODS_PER_TIMEOUT))\n",
+        "            stopped.wait()\n",
+        (f"{GLOO}[busy-before-a-step]",),
+    ),
+    Mutant(
+        "a-busy-rank-counts-until-it-says-otherwise",
+        f"{_TRANSPORTS}/busy.py",
+        "            if has_changed and not is_first:\n",
+        "            if seen and not is_first:\n",
+        (f"{GLOO}[stopped-while-busy]",),
+    ),
+    Mutant(
+        "gloo-waits-keep-the-limit-they-began-with",
+        f"{_TRANSPORTS}/collective/transport.py",
+        "        self._communicator.timeout_s = timeout_s\n",
+        "        return\n",
+        (f"{GLOO}[limit-is-raised-amid-a-wait]",),
+    ),
+    Mutant(
+        "kernels-read-their-limit-in-the-cache",
+        f"{_KERNELS}/wire_ptx.py",
+        "ld.relaxed.sys.global.v2.u32 {{%i, %longest}}",
+        "ld.global.v2.u32 {{%i, %longest}}",
+        (f"{ORDER}test_whatever_waits_for_a_peer_looks_at_the_control_block_past_the_caches[dispatch-90]",),
+    ),
+)
+"""Of time-outs, and of what busy ranks do to them."""
