@@ -55,6 +55,12 @@ class FixedLinear(nn.Linear):
 
     batch_invariant: Final = True
 
+    def prepare(self) -> None:
+        """On CUDA: loads what a call launches. Loading waits for the device, so not amid steps."""
+        weight: torch.Tensor = self.weight
+        if weight.is_cuda:
+            self(torch.zeros(1, self.in_features, dtype=weight.dtype, device=weight.device))
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., N]."""
         rows_TD = input.reshape(-1, self.in_features)

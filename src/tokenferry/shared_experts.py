@@ -83,6 +83,12 @@ class SharedExperts(nn.Module):
         if self.output_gate is not None:
             nn.init.normal_(self.output_gate, std=H**-0.5)
 
+    def prepare(self) -> None:
+        """On CUDA, if batch-invariant: loads what a call launches. Loading waits for the device, so not amid steps."""
+        weight: torch.Tensor = self.up_proj
+        if self.batch_invariant and weight.is_cuda:
+            self(torch.zeros(1, self.config.hidden_size, dtype=weight.dtype, device=weight.device))
+
     @torch.no_grad()
     def forward(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H], same dtype; T may be 0. Activation and output gate are float32, each rounded once.

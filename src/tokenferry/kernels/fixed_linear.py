@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from tokenferry.kernels import wire
-from tokenferry.kernels.launch import has_pdl, launch_unbound
+from tokenferry.kernels.launch import POINTER_ALIGNMENT, has_pdl, launch_unbound
 
 SIGNATURE = {
     "rows": "*ROWS",
@@ -31,7 +31,7 @@ ROWS_OF_TILE = 64
 NUM_WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # one form for all numbers of rows: a peer would wait while another is compiled
 def fixed_linear_kernel(
     rows,
     weight,
@@ -116,6 +116,8 @@ def fixed_linear(
     constants = constants_of(D, N, rows_TD.dtype, has_bias=bias_N is not None, pdl=has_pdl(rows_TD.device))
     tiles = triton.cdiv(T, ROWS_OF_TILE) * triton.cdiv(N, columns_of_tile(N))
     rows_TD, weight_ND = rows_TD.contiguous(), weight_ND.contiguous()
+    if rows_TD.data_ptr() % POINTER_ALIGNMENT:  # else another form would be compiled
+        rows_TD = rows_TD.clone()
     bias_N = weight_ND if bias_N is None else bias_N.contiguous()  # without one the pointer is not followed
     arguments = (rows_TD, weight_ND, bias_N, out_TN, T)
     launch_unbound(fixed_linear_kernel, tiles, arguments, constants, num_warps=NUM_WARPS, device=rows_TD.device)
