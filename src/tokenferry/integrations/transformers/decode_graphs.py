@@ -30,7 +30,7 @@ from tokenferry.integrations.transformers.cache_state import (
     check_kind,
     phase_of,
 )
-from tokenferry.integrations.transformers.compiled_layers import CompiledLayers
+from tokenferry.integrations.transformers.compiled_forwards import CompiledBySize, CompiledLayers
 from tokenferry.integrations.transformers.fixed_inputs import FixedInputs, shape_key
 from tokenferry.integrations.transformers.model_facts import model_facts
 from tokenferry.integrations.transformers.static_caches import StaticCaches
@@ -110,7 +110,7 @@ class DecodeGraphs:
         self._given_up: set[str] = set()
         self._said: set[str] = set()
         self._model_facts: Hashable = None
-        self._layers: CompiledLayers | None = None
+        self._compiled: Forward | None = None
         self._depth = 0
 
     @property
@@ -128,11 +128,15 @@ class DecodeGraphs:
             self._said.add(text)
             _log.log(level, "%s", text)
 
-    def compiled_layers(self, model: Any) -> Forward | None:
-        """The model's forward with its layers compiled, if that is how it is to be compiled, and it has such layers."""
-        if self._layers is None and self.by_layers:
-            self._layers = CompiledLayers(model)
-        return Forward("compiled", self._layers) if self._layers is not None and self._layers.has_layers else None
+    def compiled(self, model: Any) -> Forward:
+        """The model's forward, compiled where the call says nothing about it."""
+        if self._compiled is None:
+            layers = CompiledLayers(model)
+            if self.by_layers and layers.has_layers:
+                self._compiled = Forward("compiled", layers)
+            else:
+                self._compiled = Forward("compiled", CompiledBySize(model), is_one_graph=True)
+        return self._compiled
 
     def run(self, forwards: Sequence[Forward], otherwise: Callable[..., Any], **inputs: Any) -> Any:
         """One forward, from a graph where it can be recorded.
@@ -192,7 +196,7 @@ class DecodeGraphs:
             facts = model_facts(model)
             if facts != self._model_facts:
                 self.drop()
-                self._layers = None
+                self._compiled = None
             self._model_facts = facts
         self._depth += 1
         try:
@@ -217,7 +221,7 @@ class DecodeGraphs:
         self.drop()
         self._inputs.clear()
         self.caches.clear()
-        self._layers = None
+        self._compiled = None
 
     def _fixed_inputs(self, key: Hashable, inputs: Mapping[str, Any]) -> FixedInputs:
         fixed = self._inputs.get(key)

@@ -1,13 +1,18 @@
-"""A model's forward with its decoder layers compiled one by one: a layer like another one is not compiled again.
+"""Two ways to compile a model's forward for decode steps that are recorded.
 
-A whole forward of 48 layers is compiled 48 times as long as one layer. What would keep the layers' code apart is their number, by
-which each finds its part of the cache; here each is handed its part alone, and the compiler takes the number for any number.
+By size: each batch size has code of its own, in which the size is a number. In code for any size the kernels are slower, and the
+compiler makes such code once it meets a second size. The length of the cache may become an input of it.
+
+By layers: a layer like another one is not compiled again, while a whole forward of 48 layers is compiled 48 times as long as one.
+What would keep the layers' code apart is their number, by which each finds its part of the cache; here each is handed its part
+alone, and the compiler takes the number for any number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, Final
 
 import torch
@@ -17,6 +22,20 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 _KNOWN: Final = (StaticLayer, StaticSlidingWindowLayer)
+
+
+class CompiledBySize:
+    """A model's forward."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._by_size: dict[int, Callable[..., Any]] = {}
+
+    def __call__(self, **inputs: Any) -> Any:
+        size = inputs["input_ids"].shape[0]
+        if size not in self._by_size:
+            self._by_size[size] = torch.compile(_renamed(self._model, f"decode_{size}"), fullgraph=True)
+        return self._by_size[size](**inputs)
 
 
 class CompiledLayers:
@@ -64,6 +83,16 @@ class CompiledLayers:
             return layer._call_impl(*args, **kwargs)
 
         return call
+
+
+def _renamed(model: Any, name: str) -> Callable[..., Any]:
+    """A function of this name that calls the model. The compiler knows a function by its code, and what it has seen of sizes by
+    the name and the place of the code."""
+
+    def forward(**inputs: Any) -> Any:
+        return model(**inputs)
+
+    return FunctionType(forward.__code__.replace(co_name=name), forward.__globals__, name, None, forward.__closure__)
 
 
 class _Part(Cache):
