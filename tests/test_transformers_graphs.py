@@ -317,30 +317,21 @@ def test_each_batch_size_is_compiled_apart(graphed: Graphed, monkeypatch: pytest
     assert graphed.stand_in.num_replayed >= 42
 
 
-@pytest.mark.parametrize("graphed", ["qwen3_moe", "gpt_oss", "deepseek_v3"], indirect=True)
-def test_layers_that_are_compiled_one_by_one(graphed: Graphed, monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_all(graphed, monkeypatch, "eager", by_layers=True)
-    for batch in (2, 3):
-        graphed.expect_equal(batch, new_tokens=20)
-    assert graphed.stand_in.num_replayed >= 28
-    assert {name for name, *_ in graphed.decode._graphs} == {"compiled"}
-
-
-def test_layers_that_do_not_compile_run_as_they_are(
+def test_a_size_that_does_not_compile_is_recorded_as_it_is(
     graphed: Graphed, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
 ) -> None:
-    compile_all(graphed, monkeypatch, refuse, by_layers=True)
+    compile_all(graphed, monkeypatch, refuse)
     graphed.expect_equal(new_tokens=8)
     assert {name for name, *_ in graphed.decode._graphs} == {"eager"}
     assert "without CUDA graphs of the compiled forward: BackendCompilerFailed" in said.messages[1]
 
 
-def compile_all(graphed: Graphed, monkeypatch: pytest.MonkeyPatch, backend: Any, by_layers: bool = False) -> None:
+def compile_all(graphed: Graphed, monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
     """On CPUs too, and by a backend that the stand-in can follow."""
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda call, **kwargs: compiled(call, backend=backend, **kwargs))
     monkeypatch.setattr(type(graphed.model), "_valid_auto_compile_criteria", lambda *_: True)
-    graphed.decode.by_layers, graphed.decode.wants_compiled = by_layers, True
+    graphed.decode.wants_compiled = True
     torch._dynamo.reset()
 
 

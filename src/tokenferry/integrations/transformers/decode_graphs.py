@@ -30,7 +30,7 @@ from tokenferry.integrations.transformers.cache_state import (
     check_kind,
     phase_of,
 )
-from tokenferry.integrations.transformers.compiled_forwards import CompiledBySize, CompiledLayers
+from tokenferry.integrations.transformers.compiled_forwards import CompiledBySize
 from tokenferry.integrations.transformers.fixed_inputs import FixedInputs, shape_key
 from tokenferry.integrations.transformers.model_facts import model_facts
 from tokenferry.integrations.transformers.static_caches import StaticCaches
@@ -90,7 +90,6 @@ class DecodeGraphs:
         caches: for calls that name none.
         lends_caches: whether the call under way may have one of them.
         wants_compiled: whether the call under way may compile.
-        by_layers: compiling is layer by layer, where the call says nothing about it.
         stopped: whether no forward of the model can be recorded, so that nothing is tried any more.
 
     Args:
@@ -99,7 +98,7 @@ class DecodeGraphs:
 
     def __init__(self, workspace: Workspace, forget_step: Callable[[], None], make_recorder: MakesRecorder = Recorder) -> None:
         self.caches = StaticCaches()
-        self.lends_caches = self.wants_compiled = self.by_layers = False
+        self.lends_caches = self.wants_compiled = False
         self.stopped = False
         self._workspace = workspace
         self._forget_step, self._make_recorder = forget_step, make_recorder
@@ -131,11 +130,7 @@ class DecodeGraphs:
     def compiled(self, model: Any) -> Forward:
         """The model's forward, compiled where the call says nothing about it."""
         if self._compiled is None:
-            layers = CompiledLayers(model)
-            if self.by_layers and layers.has_layers:
-                self._compiled = Forward("compiled", layers)
-            else:
-                self._compiled = Forward("compiled", CompiledBySize(model), is_one_graph=True)
+            self._compiled = Forward("compiled", CompiledBySize(model), is_one_graph=True)
         return self._compiled
 
     def run(self, forwards: Sequence[Forward], otherwise: Callable[..., Any], **inputs: Any) -> Any:
@@ -249,10 +244,7 @@ class DecodeGraphs:
             before.restore()
             self._give_up(forward, error)
             return None
-        failure = getattr(forward.call, "failure", None)
-        if failure is not None:
-            self._give_up(forward, failure)
-        elif _num_compiled() == num_compiled:
+        if _num_compiled() == num_compiled:
             self._warm[name] = weakref.ref(cache)
         return outputs
 
