@@ -1,11 +1,13 @@
 """How dispatch and combine are cut into programs: from tables that were measured, the same on all ranks."""
 
 import types
+from typing import Any
 
 import pytest
 import torch
 
 import tokenferry as tf
+from tokenferry.transports.symmetric.bound_launches import BoundLaunches
 from tokenferry.transports.symmetric.layout import MAX_PROGRAMS, Layout, plan
 from tokenferry.transports.symmetric.tuning import (
     H100_X2,
@@ -47,18 +49,28 @@ def test_the_smallest_wave_that_has_a_thread_for_each_packet(num_packets: int, n
 
 
 @pytest.mark.parametrize(
-    ("max_tokens_per_rank", "ep_size", "max_tokens"),
+    ("max_tokens_per_rank", "ep_size", "max_tokens", "fewest_tokens"),
     [
-        pytest.param(4096, 2, 37, id="33792-threads-for-901-packets-a-row"),
-        pytest.param(4096, 8, 5, id="shared-by-seven-peers"),
-        pytest.param(75, 2, 37, id="where-every-step-goes-in-slots"),
+        pytest.param(4096, 2, 37, 9, id="33792-threads-for-901-packets-a-row"),
+        pytest.param(4096, 8, 5, 1, id="shared-by-seven-peers"),
+        pytest.param(75, 2, 37, 9, id="where-every-step-goes-in-slots"),
     ],
 )
 def test_few_tokens_have_a_thread_for_each_packet(
-    max_tokens_per_rank: int, ep_size: int, max_tokens: int, monkeypatch: pytest.MonkeyPatch
+    max_tokens_per_rank: int, ep_size: int, max_tokens: int, fewest_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = few_tokens_of(settings(max_tokens_per_rank, ep_size=ep_size), monkeypatch)
-    assert few == FewTokens(tuning=Tuning(num_warps=8, max_programs=132), max_tokens=max_tokens)
+    assert few == FewTokens(tuning=Tuning(num_warps=8, max_programs=132), max_tokens=max_tokens, fewest_tokens=fewest_tokens)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "expected"),
+    [(0, "fewest"), (9, "fewest"), (10, "few"), (37, "few"), (38, "rows")],
+    ids=lambda value: f"T{value}" if isinstance(value, int) else value,
+)
+def test_a_rank_launches_by_its_own_tokens(num_tokens: int, expected: str) -> None:
+    launches: Any = {"counts": None, "rows": "rows", "few": "few", "few_tokens": 37, "fewest": "fewest", "fewest_tokens": 9}
+    assert BoundLaunches(**launches).rows_for(num_tokens) == expected
 
 
 def test_few_tokens_go_in_slots(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,13 +74,21 @@ class BoundLaunches:
 
     Attributes:
         counts: takes num_tokens, flags and num_real.
-        few: for steps to which this rank brings at most `few_tokens` rows.
+        few, fewest: for steps to which this rank brings at most `few_tokens`, or at most `fewest_tokens` rows.
     """
 
     counts: BoundLaunch
     rows: RowLaunches
     few: RowLaunches
     few_tokens: int
+    fewest: RowLaunches
+    fewest_tokens: int
+
+    def rows_for(self, num_tokens: int) -> RowLaunches:
+        """Those for a step to which this rank brings so many rows."""
+        if num_tokens <= self.fewest_tokens:
+            return self.fewest
+        return self.few if num_tokens <= self.few_tokens else self.rows
 
 
 def bind_launches(resources: Resources, view: RankView) -> BoundLaunches:
@@ -136,6 +144,8 @@ def bind_launches(resources: Resources, view: RankView) -> BoundLaunches:
         rows=rows,
         few=rows if kernels.few is None else bind(kernels.few),
         few_tokens=kernels.few_tokens,
+        fewest=rows if kernels.fewest is None else bind(kernels.fewest),
+        fewest_tokens=kernels.fewest_tokens,
     )
 
 

@@ -70,6 +70,7 @@ class LoadedKernels:
         rows: their grid is the same on all ranks.
         few: for steps to which this rank brings at most `few_tokens` rows. Slots need no agreement, and in bulk rounds its CTAs
             see to the flags of all CTAs that a launch of `rows` has.
+        fewest: the same kernels in fewer programs, for steps of at most `fewest_tokens` rows.
     """
 
     counts: Launch
@@ -78,6 +79,8 @@ class LoadedKernels:
     rows: RowKernels
     few: RowKernels | None
     few_tokens: int
+    fewest: RowKernels | None
+    fewest_tokens: int
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,8 @@ def _load(
         rows=rows,
         few=None if few is None else load_row_kernels(settings, few.tuning, multicast=multicast, flag_block=tuning.block),
         few_tokens=-1 if few is None else few.max_tokens,
+        fewest=None,
+        fewest_tokens=-1 if few is None else few.fewest_tokens,
     )
     grid = choose_grid(settings, layout, tuning, rows.resident, is_virtual=buffer.is_virtual)
     return Loaded(mirror, _with_grid(kernels, grid))
@@ -152,10 +157,11 @@ def _load(
 
 def _with_grid(kernels: LoadedKernels, grid: int) -> LoadedKernels:
     """Launches for few tokens have no more CTAs than there are flags: each of them sets one at least, behind what it has sent."""
-    few = kernels.few
+    few = fewest = kernels.few
     if few is not None:
         few = replace(few, grid=min(few.grid, grid, few.resident))
-    return replace(kernels, rows=replace(kernels.rows, grid=grid), few=few)
+        fewest = replace(few, grid=max(1, few.grid // 2))
+    return replace(kernels, rows=replace(kernels.rows, grid=grid), few=few, fewest=fewest)
 
 
 def load_row_kernels(settings: TransportSettings, tuning: Tuning, *, multicast: bool, flag_block: int = 0) -> RowKernels:

@@ -61,7 +61,7 @@ class RankKernels(Transport):
             known_real, self._num_real_ptr = request.num_real_tokens, self.view.counters_ptr + NUM_REAL_OFFSET
         else:  # read when the kernels run
             known_real, self._num_real_ptr = 0, request.num_real_tokens.data_ptr()
-        self._rows = self._launches.few if request.num_tokens <= self._launches.few_tokens else self._launches.rows
+        self._rows = self._launches.rows_for(request.num_tokens)
         self.launched = True
         self._launches.counts(request.num_tokens, request.flags, known_real)
 

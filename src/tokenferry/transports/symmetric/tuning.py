@@ -57,6 +57,7 @@ class TuningTable:
             largest step is taken.
         largest: for larger steps, and for workspaces whose steps may be bulk.
         few_tokens: for a rank that brings no more packets than this wave has threads, in a workspace that takes a larger one.
+        fewest_share: one part in so many of that wave's threads, for whose packets half of its programs are better.
     """
 
     hardware: str
@@ -65,6 +66,7 @@ class TuningTable:
     waves: tuple[Wave, ...]
     largest: Wave
     few_tokens: Wave
+    fewest_share: int
 
 
 H100_X2 = TuningTable(
@@ -78,10 +80,12 @@ H100_X2 = TuningTable(
     ),
     largest=Wave(num_warps=16, programs_per_sm=2),
     few_tokens=Wave(num_warps=8, programs_per_sm=1),
+    fewest_share=4,
 )
 """Small programs begin sooner, and large ones keep more packets under way. More than two programs on an SM did not help at any
 T from 128 to 4096. At T = 1 the largest wave takes 1.9 microseconds a round trip more than the one for few tokens; at T = 128 and
-H = 7168 that one takes 1.7 more than the largest (2xH200-2026-11-26-tune-few-tokens.jsonl)."""
+H = 7168 that one takes 1.7 more than the largest (2xH200-2026-11-26-tune-few-tokens.jsonl). Half of its programs take 0.2 less
+at H = 2048 up to T = 32, and 1.1 more at H = 7168 and T = 32 (2xH200-2026-11-26-no-tickets.jsonl)."""
 
 INTERPRETED = Tuning(num_warps=8, max_programs=1)
 """In the interpreter programs run one after another: the first of two would wait for ever."""
@@ -109,10 +113,12 @@ def choose_tuning(settings: TransportSettings, layout: Layout, table: TuningTabl
 
 @dataclass(frozen=True, kw_only=True)
 class FewTokens:
-    """How launches are cut of a rank that brings at most `max_tokens` rows to a step, in a workspace for larger steps."""
+    """How launches are cut of a rank that brings at most `max_tokens` rows to a step, in a workspace for larger steps. Up to
+    `fewest_tokens` rows half of the programs do."""
 
     tuning: Tuning
     max_tokens: int
+    fewest_tokens: int = -1
 
 
 def choose_few_tokens(
@@ -129,8 +135,9 @@ def choose_few_tokens(
     if few.num_threads >= tuning.num_threads:
         return None
     num_peers = max(1, settings.group.size - 1)
-    most = few.num_threads // (packets_per_row(settings) * num_peers)
-    return FewTokens(tuning=few, max_tokens=min(most, layout.slot_rows))
+    packets = packets_per_row(settings) * num_peers
+    most, fewest = few.num_threads // packets, few.num_threads // table.fewest_share // packets
+    return FewTokens(tuning=few, max_tokens=min(most, layout.slot_rows), fewest_tokens=min(fewest, layout.slot_rows))
 
 
 def packets_per_row(settings: TransportSettings) -> int:
