@@ -23,7 +23,6 @@ from tokenferry.testing.data import make_inputs
 from tokenferry.testing.numeric import same_bits
 from tokenferry.workspace import Workspace
 
-PRELOAD: Final = ("torch", "tokenferry.workspace", "tokenferry.testing.data", "tokenferry.benchmarking.round_trip")
 CAPACITY: Final = 8
 STEPS: Final = (1, 0, 5)
 """In step number s rank r brings (STEPS[s] + r) rows, but at most CAPACITY: other numbers on every rank, and none on rank 0."""
@@ -108,6 +107,8 @@ def try_transports(run: Run, progress: Callable[[str], None]) -> list[Trial]:
     answers: dict[str, list[dict[str, Any]]] = defaultdict(list)
     progress(f"self-test: {run.num_ranks} ranks on {run.device}{', interpreted kernels' if run.interpreted else ''}")
     ended = "it was not reached"
+    # The fork server imports torch alone beforehand: kernels see as they are imported whether they are interpreted, and it does
+    # not have the ranks' environment.
     try:
         run_processes(
             try_as_rank,
@@ -115,7 +116,6 @@ def try_transports(run: Run, progress: Callable[[str], None]) -> list[Trial]:
             (run.device, run.transports, run.interpreted),
             timeout_s=TIMEOUT_S[run.device],
             env=run.environment,
-            preload=PRELOAD,
             on_message=lambda _, message: answers[message["transport"]].append(message),
         )
     except RankFailedError as error:
