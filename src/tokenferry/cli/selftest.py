@@ -11,7 +11,8 @@ from tokenferry.errors import RankFailedError
 from tokenferry.supervisor import run_processes
 
 TIMEOUT_S: Final = {"cpu": 60.0, "cuda": 120.0}
-"""Of one run of ranks, which takes a few seconds on an idle machine. On GPUs without a warm cache of compiled kernels the first one compiles for about half a minute."""
+"""Of one run of ranks, which takes a few seconds on an idle machine. On GPUs without a warm cache of compiled kernels the first
+one compiles for about half a minute."""
 
 Outcome = Literal["passed", "wrong bits", "failed"]
 
