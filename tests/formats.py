@@ -1,34 +1,39 @@
 """Cases of dispatch and combine with rows of other formats, which every transport runs."""
 
+from functools import partial
+
 import torch
 
 from cases import Case, StepCase
 from tokenferry.dispatched import RowFormat
 
+plain = partial(StepCase, payload="normal")
+"""A hostile step has a NaN or an infinity in each block: its quantized rows are NaN, and say nothing of scales."""
 FP8, POWERS = "fp8_block128", RowFormat("fp8_block128", power_of_two_scales=True)
 FORMATS = {
-    "EP1-fp8": (1, Case(hidden_size=256, dispatch_format=FP8, steps=(StepCase((5,)), StepCase((3,), quantized=True)))),
-    "EP2-fp8": (2, Case(hidden_size=256, dispatch_format=FP8, steps=(StepCase((7, 0), layers=2), StepCase((3, 8))))),
-    "EP3-fp8-H144": (3, Case(hidden_size=144, dispatch_format=FP8, steps=(StepCase((2, 5, 1), halves=True, own_buffer=True),))),
-    "EP4-fp8-fp32-rows": (4, Case(hidden_size=16, dtype=torch.float32, dispatch_format=FP8, steps=(StepCase((1, 2, 0, 4)),))),
-    "EP2-fp8-powers-of-two": (2, Case(hidden_size=128, dtype=torch.float16, dispatch_format=POWERS, steps=(StepCase((3, 4)),))),
+    "EP1-fp8": (1, Case(hidden_size=256, dispatch_format=FP8, steps=(plain((5,)), plain((3,), quantized=True)))),
+    "EP2-fp8": (2, Case(hidden_size=256, dispatch_format=FP8, steps=(plain((7, 0), layers=2), plain((3, 8))))),
+    "EP3-fp8-H144": (3, Case(hidden_size=144, dispatch_format=FP8, steps=(plain((2, 5, 1), halves=True, own_buffer=True),))),
+    "EP4-fp8-fp32-rows": (4, Case(hidden_size=16, dtype=torch.float32, dispatch_format=FP8, steps=(plain((1, 2, 0, 4)),))),
+    "EP2-fp8-hostile": (2, Case(hidden_size=144, dispatch_format=FP8, steps=(StepCase((3, 4)), StepCase((0, 2), halves=True)))),
+    "EP2-fp8-powers-of-two": (2, Case(hidden_size=128, dtype=torch.float16, dispatch_format=POWERS, steps=(plain((3, 4)),))),
     "EP2-fp8-quantized": (
         2,
-        Case(hidden_size=256, dispatch_format=FP8, steps=(StepCase((4, 6), quantized=True), StepCase((0, 3), quantized=True))),
+        Case(hidden_size=256, dispatch_format=FP8, steps=(plain((4, 6), quantized=True), plain((0, 3), quantized=True))),
     ),
     "EP2-fp8-fewer-rows": (
         2,
         Case(
             hidden_size=256,
             dispatch_format=FP8,
-            steps=(StepCase((6, 3), supplied=(2, 0), layers=2), StepCase((6, 3), supplied=(1, 3), quantized=True)),
+            steps=(plain((6, 3), supplied=(2, 0), layers=2), plain((6, 3), supplied=(1, 3), quantized=True)),
         ),
     ),
     "EP2-fp8-padding": (
         2,
-        Case(hidden_size=128, dispatch_format=FP8, steps=(StepCase((4, 6), real=(2, 0), real_as_tensor=True),)),
+        Case(hidden_size=128, dispatch_format=FP8, steps=(plain((4, 6), real=(2, 0), real_as_tensor=True),)),
     ),
-    "EP2-fp8-equal": (2, Case(hidden_size=128, dispatch_format=FP8, counts="equal", steps=(StepCase((4, 4)), StepCase((0, 0))))),
-    "EP2-bytes": (2, Case(dispatch_format="bytes", steps=(StepCase((7, 0), layers=2), StepCase((3, 8), supplied=(2, 5))))),
-    "EP3-bytes-B72": (3, Case(dispatch_format=RowFormat("bytes", row_bytes=72), steps=(StepCase((2, 5, 1), halves=True),))),
+    "EP2-fp8-equal": (2, Case(hidden_size=128, dispatch_format=FP8, counts="equal", steps=(plain((4, 4)), plain((0, 0))))),
+    "EP2-bytes": (2, Case(dispatch_format="bytes", steps=(plain((7, 0), layers=2), plain((3, 8), supplied=(2, 5))))),
+    "EP3-bytes-B72": (3, Case(dispatch_format=RowFormat("bytes", row_bytes=72), steps=(plain((2, 5, 1), halves=True),))),
 }

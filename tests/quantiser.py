@@ -54,7 +54,7 @@ def quantize_rows(rows: torch.Tensor, *, power_of_two: bool = False) -> tuple[to
 
 def difficult_rows(dtype: torch.dtype, columns: int) -> torch.Tensor:
     """Rows that a careless quantiser gets wrong, each in its own block: ties, zeros of both signs, blocks of one large number,
-    smallest numbers, and in the last two rows NaNs and infinities."""
+    smallest numbers; then a row of infinities among ones, and two with NaNs too."""
     generator = torch.Generator().manual_seed(11)
     plain = torch.randn(5, columns, generator=generator)
     ties = torch.arange(columns) % 64 * 4.0 + 200.0
@@ -64,5 +64,8 @@ def difficult_rows(dtype: torch.dtype, columns: int) -> torch.Tensor:
     hostile = torch.tensor(HOSTILE)[torch.randint(len(HOSTILE), (2, columns), generator=generator)]
     if columns > 128:
         hostile[0, :128] = -0.0
+    infinite = torch.ones(columns)
+    infinite[3::128] = torch.inf
     scale = torch.tensor([1.0, 1e-4, 1e-6, 3e4, 1e-38])[:, None]
-    return torch.cat([plain * scale, ties[None], -ties[None], lonely[None], torch.zeros(1, columns), hostile]).to(dtype)
+    lone = (ties[None], -ties[None], lonely[None], torch.zeros(1, columns), infinite[None])
+    return torch.cat([plain * scale, *lone, hostile]).to(dtype)

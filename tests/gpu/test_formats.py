@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import tokenferry as tf
-from cases import BULK_ROWS, ON_GPUS, Case, StepCase, run_case
-from formats import POWERS
+from cases import BULK_ROWS, ON_GPUS, Case, run_case
+from formats import POWERS, plain
 from rank_pool import RankPools
 from tokenferry.testing import run_ranks
 from tokenferry.testing.numeric import first_difference
@@ -23,19 +23,19 @@ def many(group: tf.EPGroup, cases: list[Case]) -> list[int]:
     return [run_case(group, case) for case in cases]
 
 
-def steps_of(world_size: int) -> tuple[StepCase, ...]:
+def steps_of(world_size: int) -> tuple[object, ...]:
     """In slots, in bulk, and between the two. Few shapes: each is compiled anew on a machine without a cache."""
     empty = (0,) * (world_size - 1)
     few = tuple(range(1, world_size + 1))
     return (
-        StepCase(few, layers=3),
-        StepCase((BULK_ROWS, *empty), layers=2),
-        StepCase((*empty, BULK_ROWS), quantized=True, halves=True),
-        StepCase((0,) * world_size, layers=2),
-        StepCase((128,) * world_size, quantized=True, layers=2, own_buffer=True),
-        StepCase((2, *empty), layers=3),
-        StepCase((BULK_ROWS,) * world_size, supplied=(300,) * world_size),
-        StepCase((40,) * world_size, supplied=(3,) * world_size, quantized=True, real=(2,) * world_size, real_as_tensor=True),
+        plain(few, layers=3),
+        plain((BULK_ROWS, *empty), layers=2),
+        plain((*empty, BULK_ROWS), quantized=True, halves=True),
+        plain((0,) * world_size, layers=2),
+        plain((128,) * world_size, quantized=True, layers=2, own_buffer=True),
+        plain((2, *empty), layers=3),
+        plain((BULK_ROWS,) * world_size, supplied=(300,) * world_size),
+        plain((40,) * world_size, supplied=(3,) * world_size, quantized=True, real=(2,) * world_size, real_as_tensor=True),
     )
 
 
@@ -62,7 +62,7 @@ def virtual(group: tf.EPGroup, world_size: int, case: Case) -> list[int]:
 @pytest.mark.gpu(count=1)
 @pytest.mark.parametrize("dispatch_format", ["fp8_block128", "bytes"])
 def test_eight_virtual_ranks_give_the_bits_of_the_reference(on_ranks: RankPools, dispatch_format: str) -> None:
-    steps = (StepCase(tuple(range(8))), StepCase((0, 0, 3, BULK_ROWS, 0, 1, 2, 0)), StepCase((5,) * 8, quantized=True))
+    steps = (plain(tuple(range(8))), plain((0, 0, 3, BULK_ROWS, 0, 1, 2, 0)), plain((5,) * 8, quantized=True))
     case = Case(hidden_size=272, dispatch_format=dispatch_format, transport="p2p", capacity=BULK_ROWS, steps=steps)
     assert on_ranks(virtual, 1, 8, case, backend="nccl", timeout_s=150, env=VIRTUAL) == [[len(steps)] * 8]
 
@@ -71,7 +71,7 @@ def test_eight_virtual_ranks_give_the_bits_of_the_reference(on_ranks: RankPools,
 @pytest.mark.parametrize("transport", ["local", "collective"])
 def test_one_rank_gives_the_bits_of_the_reference(transport: str) -> None:
     cases = [
-        dataclasses.replace(case, transport=transport, capacity=256, steps=(StepCase((128,)), StepCase((5,), quantized=True)))
+        dataclasses.replace(case, transport=transport, capacity=256, steps=(plain((128,)), plain((5,), quantized=True)))
         for case in cases_of(1)
     ]
     assert run_ranks(many, 1, cases, backend="nccl", timeout_s=300) == [[2] * len(cases)]

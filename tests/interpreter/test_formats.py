@@ -7,8 +7,8 @@ import torch
 
 import switch
 import tokenferry as tf
-from cases import Case, StepCase, run_case
-from formats import FORMATS
+from cases import Case, run_case
+from formats import FORMATS, plain
 from rank_pool import RankPools
 from tokenferry.dispatched import RowFormat
 from tokenferry.testing import run_ranks
@@ -51,13 +51,13 @@ def slots_and_bulk(world_size: int, dispatch_format: str | RowFormat, **changed:
     empty = (0,) * (world_size - 1)
     bulk, few = (7, *empty), (3,) * world_size
     steps = (
-        StepCase(few, layers=2),
-        StepCase(bulk, layers=2),
-        StepCase((*empty, 7), halves=True, quantized=True),
-        StepCase(few, layers=2, own_buffer=True, quantized=True),
-        StepCase((0,) * world_size, layers=2),
-        StepCase((2, *empty), layers=3),
-        StepCase(bulk, supplied=(4, *empty), own_buffer=True),
+        plain(few, layers=2),
+        plain(bulk, layers=2),
+        plain((*empty, 7), halves=True, quantized=True),
+        plain(few, layers=2, own_buffer=True, quantized=True),
+        plain((0,) * world_size, layers=2),
+        plain((2, *empty), layers=3),
+        plain(bulk, supplied=(4, *empty), own_buffer=True),
     )
     return Case(dispatch_format=dispatch_format, capacity=7, transport=SmallSlots(), steps=steps, **changed)
 
@@ -81,7 +81,7 @@ def over_multicast(group: tf.EPGroup, case: Case) -> int:
 
 @pytest.mark.parametrize("dispatch_format", ["fp8_block128", "bytes"])
 def test_multicast_carries_each_format(on_ranks: RankPools, dispatch_format: str) -> None:
-    steps = (StepCase((3, 0, 5)), StepCase((1, 2, 2), quantized=True, halves=True), StepCase((0, 0, 0)), StepCase((8, 1, 0)))
+    steps = (plain((3, 0, 5)), plain((1, 2, 2), quantized=True, halves=True), plain((0, 0, 0)), plain((8, 1, 0)))
     case = Case(hidden_size=272, dispatch_format=dispatch_format, steps=steps)
     assert on_ranks(over_multicast, 3, case, env=INTERPRETER) == [len(steps)] * 3
 
@@ -118,10 +118,10 @@ def test_slots_and_bulk_in_turn(on_ranks: RankPools, name: str, world_size: int)
 def test_launches_for_few_tokens_carry_each_format(on_ranks: RankPools, dispatch_format: str) -> None:
     """One program sees to three flags. In slots are at most two rows, and of bytes none."""
     steps = (
-        StepCase((1, 7), layers=2),
-        StepCase((2, 2), layers=2),
-        StepCase((0, 5), quantized=True, halves=True),
-        StepCase((2, 1)),
+        plain((1, 7), layers=2),
+        plain((2, 2), layers=2),
+        plain((0, 5), quantized=True, halves=True),
+        plain((2, 1)),
     )
     case = Case(hidden_size=256, dispatch_format=dispatch_format, transport=FewTokensOnly(), steps=steps)
     assert on_ranks(run_case, 2, case, env=INTERPRETER) == [sum(step.layers for step in steps)] * 2

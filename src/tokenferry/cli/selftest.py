@@ -10,8 +10,9 @@ from typing import Any, Final, Literal
 from tokenferry.errors import RankFailedError
 from tokenferry.supervisor import run_processes
 
-TIMEOUT_S: Final = {"cpu": 25.0, "cuda": 120.0}
-"""Of one run of ranks. On GPUs without a warm cache of compiled kernels the first one compiles for about half a minute."""
+TIMEOUT_S: Final = {"cpu": 60.0, "cuda": 120.0}
+"""Of one run of ranks, which takes a few seconds on an idle machine. On GPUs without a warm cache of compiled kernels the first
+one compiles for about half a minute."""
 
 Outcome = Literal["passed", "wrong bits", "failed"]
 
@@ -102,7 +103,8 @@ def try_transports(run: Run, progress: Callable[[str], None]) -> list[Trial]:
             on_message=lambda _, message: answers[message["transport"]].append(message),
         )
     except RankFailedError as error:
-        ended = f"rank {error.rank}: {error.traceback.strip().splitlines()[-1]}"
+        lines = error.traceback.strip().splitlines()  # of an exception the last line says it, of a stuck or killed rank the first
+        ended = f"rank {error.rank}: {lines[-1 if lines[0].startswith('Traceback') else 0]}"
     return [trial_of(run, transport, answers[transport], ended) for transport in run.transports]
 
 
