@@ -10,6 +10,7 @@ from tokenferry.config import HIDDEN_DTYPES, MoEConfig
 from tokenferry.dispatched import FLOAT8, Dispatched, HiddenRows, QuantizedRows, RowFormat, num_scales
 from tokenferry.errors import (
     CapacityError,
+    DtypeError,
     LayoutError,
     ShapeError,
     StateError,
@@ -185,7 +186,13 @@ class Dispatcher:
         """
         if torch.compiler.is_compiling():
             combined = self._workspace.operators.combine(self.layer, partial, self._num_supplied)
-            return combined if out is None else out.copy_(combined)
+            if out is None:
+                return combined
+            if out.shape != combined.shape:  # a copy would repeat a single row
+                raise ShapeError(f"out has shape {list(out.shape)} but the result has {list(combined.shape)}; they must be equal")
+            if out.dtype != combined.dtype:
+                raise DtypeError(f"out must be {combined.dtype}, got {out.dtype}; convert it with .to()")
+            return out.copy_(combined)
         workspace, layer = self._workspace, self.layer
         lifecycle = workspace.lifecycle
         if lifecycle.try_enter():
