@@ -34,6 +34,15 @@ def open_workspace(group: tf.EPGroup, transport: str, open_timeout_s: float = 60
     )
 
 
+def first_step(ws: tf.Workspace, dispatchers: list[tf.Dispatcher]) -> bool:
+    """With a limit that a machine with other work keeps too: what is slow in the first step is not what is tested."""
+    ws.set_timeout(60.0)
+    try:
+        return one_step(ws, dispatchers, 0)
+    finally:
+        ws.set_timeout(TIMEOUT_S)
+
+
 def step_as_told(ws: tf.Workspace, dispatchers: list[tf.Dispatcher]) -> Told:
     started_s = time.monotonic()
     try:
@@ -47,7 +56,7 @@ def waits_for_a_busy_rank(group: tf.EPGroup, transport: str, busy_s: float) -> T
     """Rank 1 is busy for `busy_s` before a step."""
     with open_workspace(group, transport) as ws:
         dispatchers = [ws.dispatcher() for _ in range(2)]
-        assert one_step(ws, dispatchers, 0)
+        assert first_step(ws, dispatchers)
         if group.rank == BUSY:
             with ws.busy("compiling"), ws.busy("capturing 3 graphs"):
                 time.sleep(busy_s)
@@ -58,7 +67,7 @@ def waits_amid_a_layer(group: tf.EPGroup, transport: str, busy_s: float) -> Told
     """Rank 1 is busy for `busy_s` between a dispatch and its combine."""
     with open_workspace(group, transport) as ws:
         dispatchers = [ws.dispatcher()]
-        assert one_step(ws, dispatchers, 0)
+        assert first_step(ws, dispatchers)
 
         def be_busy() -> None:
             with ws.busy("compiling experts"):
@@ -73,7 +82,7 @@ def busy_rank_stops(group: tf.EPGroup, transport: str) -> Told:
     """Rank 1's process is stopped while it is busy, after it was busy for more than a time-out."""
     with open_workspace(group, transport) as ws:
         dispatchers = [ws.dispatcher()]
-        assert one_step(ws, dispatchers, 0)
+        assert first_step(ws, dispatchers)
         if group.rank == BUSY:
             with ws.busy("compiling"):
                 time.sleep(2 * TIMEOUT_S)
@@ -88,7 +97,7 @@ def busy_without_end(group: tf.EPGroup, transport: str) -> Told:
     """Rank 1 stays busy for longer than `open_timeout_s`."""
     with open_workspace(group, transport, open_timeout_s=SHORT_OPEN_TIMEOUT_S) as ws:
         dispatchers = [ws.dispatcher()]
-        assert one_step(ws, dispatchers, 0)
+        assert first_step(ws, dispatchers)
         if group.rank == BUSY:
             with ws.busy("waiting for the moon"):
                 time.sleep(SHORT_OPEN_TIMEOUT_S + 2)
@@ -99,7 +108,7 @@ def busy_no_longer(group: tf.EPGroup, transport: str) -> Told:
     """Rank 1 was busy, and then is late without a word."""
     with open_workspace(group, transport) as ws:
         dispatchers = [ws.dispatcher()]
-        assert one_step(ws, dispatchers, 0)
+        assert first_step(ws, dispatchers)
         if group.rank == BUSY:
             with ws.busy("compiling"):
                 time.sleep(TIMEOUT_S / 2)
@@ -122,7 +131,7 @@ def waits_while_busy(group: tf.EPGroup, transport: str) -> Told:
     """Rank 0 waits within a block of its own for rank 1, which is late without a word."""
     with open_workspace(group, transport) as ws:
         dispatchers = [ws.dispatcher()]
-        assert one_step(ws, dispatchers, 0)
+        assert first_step(ws, dispatchers)
         if group.rank == BUSY:
             time.sleep(3 * TIMEOUT_S)
             return step_as_told(ws, dispatchers)
@@ -134,7 +143,7 @@ def limit_is_changed(group: tf.EPGroup, transport: str, timeout_s: float, late_s
     """Rank 0 changes its limit when it waits already, by another thread; rank 1 is late without being busy."""
     with open_workspace(group, transport) as ws:
         dispatchers = [ws.dispatcher()]
-        assert one_step(ws, dispatchers, 0)
+        assert first_step(ws, dispatchers)
         if group.rank == BUSY:
             ws.set_timeout(60.0)
             time.sleep(late_s)

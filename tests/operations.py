@@ -49,6 +49,7 @@ OPERATIONS = [
 ]
 CHECK = Operation("check", "dispatched", "dispatched", lambda s: s.ws.check(), "check")
 FAIL = Operation("fail", "dispatched", "dispatched", lambda s: s.ws.fail("a watchdog"), "fail")
+SET_TIMEOUT = Operation("set_timeout", "dispatched", "dispatched", lambda s: s.ws.set_timeout(3.0), "set_timeout")
 BY_NAME = {operation.name: operation for operation in OPERATIONS}
 
 

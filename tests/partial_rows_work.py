@@ -51,12 +51,17 @@ def overlaps(group: tf.EPGroup, transport: str) -> dict[str, str]:
         layer = ws.dispatcher()
         own = make_inputs(config, (2,) * group.size, seed=5)[group.rank]
         given = [each.to(ws.device) for each in (own.hidden, own.topk_idx, own.topk_weights)]
-        for name in ("next to it", "one row of it", "gathered rows"):
+        for name in ("next to it", "one row of it", "gathered rows", "combine_input"):
             ws.begin_step(2)
             got = layer.dispatch(*given)
             memory = torch.zeros(2 * group.size + 2, config.hidden_size, dtype=config.dtype, device=ws.device)
             partial = memory[:-2].copy_(own.partial)
-            out = {"next to it": memory[-2:], "one row of it": memory[-3:-1], "gathered rows": got.hidden[1:3]}[name]
+            out = {
+                "next to it": memory[-2:],
+                "one row of it": memory[-3:-1],
+                "gathered rows": got.hidden[1:3],
+                "combine_input": layer.combine_input()[:2],
+            }[name]
             try:
                 assert layer.combine(partial, got, out) is out
                 said[name] = ""

@@ -167,3 +167,31 @@ def test_an_eager_combine_answers_a_compiled_dispatch() -> None:
         got = torch.compile(layer.dispatch, fullgraph=True, backend="aot_eager")(*given)
         assert torch.equal(layer.combine(got.hidden, got), given[0])
         assert ws.step.num_tokens == ROWS
+
+
+@pytest.mark.parametrize(
+    ("rows", "out", "said"),
+    [
+        (3, torch.zeros(3, 16, dtype=torch.bfloat16), ""),
+        (1, torch.zeros(3, 16, dtype=torch.bfloat16), "they must be equal"),
+        (3, torch.zeros(3, 16), "out must be torch.bfloat16, got torch.float32"),
+    ],
+    ids=["right", "more-rows", "another-dtype"],
+)
+def test_memory_for_the_sums_is_checked_in_compiled_code_too(rows: int, out: torch.Tensor, said: str) -> None:
+    with tf.Workspace(CONFIG, tf.EPGroup(device="cpu"), max_tokens_per_rank=4, transport="local") as ws, torch.no_grad():
+        layer = ws.dispatcher()
+
+        def forward(hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+            ws.begin_step(hidden.shape[0])
+            got = layer.dispatch(hidden, topk_idx, topk_weights)
+            return layer.combine(got.hidden * 2, got, out)
+
+        given = torch.ones(rows, 16, dtype=torch.bfloat16), torch.zeros(rows, 2, dtype=torch.int64), torch.ones(rows, 2)
+        compiled = torch.compile(forward, fullgraph=True, backend="eager")
+        if said:
+            with pytest.raises(Exception, match=said):
+                compiled(*given, out)
+        else:
+            assert compiled(*given, out) is out
+            assert bool((out == 2).all())

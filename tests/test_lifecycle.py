@@ -11,6 +11,7 @@ from operations import (
     CHECK,
     FAIL,
     OPERATIONS,
+    SET_TIMEOUT,
     Operation,
     Surprise,
     interpose,
@@ -55,6 +56,41 @@ def test_closing_amid_a_call_gives_back_when_the_call_ends_and_stays(operation: 
         scene.ws.begin_step(T)
     scene.ws.close()
     assert between.calls.count("close") == 1
+
+
+def test_a_signal_handler_may_close_amid_set_timeout(transport: str) -> None:
+    """The thread would wait for itself, if it could not enter twice what keeps others out meanwhile."""
+    scene = scene_of(transport)
+    held: list[str] = []
+
+    def close() -> None:
+        scene.ws.close()
+        held.extend(between.calls)
+
+    between = interpose(scene, SET_TIMEOUT, close, before=True)
+    SET_TIMEOUT.call(scene)
+    assert held == ["abort"]
+    assert between.calls == ["abort", "set_timeout", "close"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_time_out_that_is_set_during_another_threads_reset_holds(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = scene_of("collective")
+    open_together = workspace_module.open_together
+
+    def opens(*args: Any) -> Any:
+        if when == "before":
+            on_another_thread(lambda: scene.ws.set_timeout(3.0))
+        opened = open_together(*args)
+        if when == "after":
+            on_another_thread(lambda: scene.ws.set_timeout(3.0))
+        return opened
+
+    monkeypatch.setattr(workspace_module, "open_together", opens)
+    scene.ws.reset()
+    assert scene.ws.timeout_s == 3.0
+    assert scene.ws.active_transport.innermost._communicator.timeout_s == 3.0
+    finish(scene, "opened")
 
 
 @pytest.mark.parametrize(("raises", "seen"), [(no_connection, StateError), (surprise, Surprise)], ids=["library", "ctrl-c"])

@@ -10,6 +10,7 @@ from tokenferry.config import HIDDEN_DTYPES, MoEConfig
 from tokenferry.dispatched import FLOAT8, Dispatched, HiddenRows, QuantizedRows, RowFormat, num_scales
 from tokenferry.errors import (
     CapacityError,
+    DtypeError,
     LayoutError,
     ShapeError,
     StateError,
@@ -172,7 +173,8 @@ class Dispatcher:
             partial: [V to R, H] bfloat16, float16 or float32, contiguous: for each gathered row the weighted sum over this rank's
                 experts. Rows >= V are not read, and need not be there. May be `combine_input()`, or its first rows.
             dispatched: the dispatch that this answers, to have the pairing checked.
-            out: [T', H] in `result_dtype`, contiguous, gets the result. It must not overlap `partial` or the gathered rows.
+            out: [T', H] in `result_dtype`, contiguous, gets the result. It must overlap neither `partial` nor what belongs to the
+                workspace: the gathered rows, and `combine_input()`, from which peers may still fetch.
 
         Returns:
             [T', H] in the workspace's `result_dtype`, the configuration's unless asked for: `out`, or the caller's own.
@@ -184,7 +186,13 @@ class Dispatcher:
         """
         if torch.compiler.is_compiling():
             combined = self._workspace.operators.combine(self.layer, partial, self._num_supplied)
-            return combined if out is None else out.copy_(combined)
+            if out is None:
+                return combined
+            if out.shape != combined.shape:  # a copy would repeat a single row
+                raise ShapeError(f"out has shape {list(out.shape)} but the result has {list(combined.shape)}; they must be equal")
+            if out.dtype != combined.dtype:
+                raise DtypeError(f"out must be {combined.dtype}, got {out.dtype}; convert it with .to()")
+            return out.copy_(combined)
         workspace, layer = self._workspace, self.layer
         lifecycle = workspace.lifecycle
         if lifecycle.try_enter():
@@ -344,8 +352,12 @@ class Dispatcher:
         check_tensor("out", out, workspace.config.hidden_size, (workspace.result_dtype,), workspace.device)
         if out.shape[0] != self._num_supplied:
             raise ShapeError(f"out has {out.shape[0]} rows but hidden had {self._num_supplied}; they must be equal")
-        fixed = workspace.active_transport.fixed_rows
-        for name, read in (("partial", partial), ("the gathered rows", fixed.hidden_RH if fixed else None)):
+        fixed, memory = workspace.active_transport.fixed_rows, workspace.active_transport.memory
+        for name, read in (
+            ("partial", partial),
+            ("the gathered rows", fixed.hidden_RH if fixed else None),
+            ("the workspace's buffer, combine_input() say,", memory.buffer if memory else None),
+        ):
             if read is not None and overlap(out, read):
                 raise LayoutError(f"out overlaps {name}, which are read while it is written; give memory of its own")
         return out

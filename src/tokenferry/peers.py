@@ -45,9 +45,10 @@ class PeerCalls:
     _captures = False
 
     def __init__(self) -> None:
-        self._telling = threading.Lock()
-        """Held while a thread beside the workspace's own uses the transport for `busy` and `set_timeout`, and while it is closed.
-        The lease would do, but a close that finds the lease used tells the peers that this rank is gone."""
+        self._telling = threading.RLock()
+        """Held while a thread beside the workspace's own uses the transport for `busy` and `set_timeout`, while it is closed, and
+        while the settings are replaced. The lease would do, but a close that finds the lease used tells the peers that this rank
+        is gone. `set_timeout` takes the lease too: a signal handler may close the workspace amid it, in its own thread."""
         self._signs = SignsOfLife()
 
     @property
@@ -165,7 +166,8 @@ class PeerCalls:
         check_seconds("timeout_s", timeout_s)
         with self._telling:
             if not self._lease.is_over:
-                self._transport.set_timeout(timeout_s)
+                with self._lease as transport:
+                    transport.set_timeout(timeout_s)
             self._settings = dataclasses.replace(self._settings, timeout_s=timeout_s)
 
     # --- failures ---------------------------------------------------------------------------------------------------

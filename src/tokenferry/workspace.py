@@ -124,12 +124,17 @@ class Workspace(GraphCalls):
         with plain_torch(group.device):
             self._step_tensors = StepTensors(group.rank, group.size, group.device)
             opened = open_together(self._requested, settings, self._step_tensors, phase)
-        self._settings = settings = opened.settings
-        self._lease, self.transport, self.decisions = Lease(opened.transport), opened.name, opened.decisions
+        with self._telling:
+            settings, timeout_s = opened.settings, self._settings.timeout_s
+            self._settings, self._lease = settings, Lease(opened.transport)
+        self.transport, self.decisions = opened.name, opened.decisions
         try:
             with plain_torch(group.device):
                 self.operators = Operators(self.number, settings, self._transport, self._step_tensors.packed)
             self.operators.serve(self)
+            if timeout_s != settings.timeout_s:  # another thread has set it meanwhile
+                with logged("the time-out that was set while the workspace opened does not hold"):
+                    self.set_timeout(timeout_s)
             settings.group.waiting.join(settings.name, position_of(self), settings.timeout_s)
         except BaseException:
             self._lease.end()
@@ -341,14 +346,14 @@ class Workspace(GraphCalls):
         old, generation = self._settings, self._settings.generation + 1
         old.group.waiting.leave(old.name)
         # Counted up before the ranks meet: a rank that comes too late finds a generation that the others have left.
-        self._settings = dataclasses.replace(
-            old,
-            group=group if group is not None else old.group,
-            generation=generation,
-            name=f"{self._base_name}/{generation}",
-            open_timeout_s=timeout_s if timeout_s is not None else old.open_timeout_s,
-        )
-        settings = self._settings
+        with self._telling:
+            self._settings = settings = dataclasses.replace(
+                self._settings,
+                group=group if group is not None else old.group,
+                generation=generation,
+                name=f"{self._base_name}/{generation}",
+                open_timeout_s=timeout_s if timeout_s is not None else old.open_timeout_s,
+            )
         self._step, self._step_index = None, 0
         self.lifecycle.restart()
         self.attached.pop(COUNTED_IN, None)
@@ -368,7 +373,8 @@ class Workspace(GraphCalls):
             self.lifecycle.break_off("reset", error)
             raise
         finally:
-            self._settings = dataclasses.replace(self._settings, open_timeout_s=old.open_timeout_s)
+            with self._telling:
+                self._settings = dataclasses.replace(self._settings, open_timeout_s=old.open_timeout_s)
 
     def __enter__(self) -> Workspace:
         self.lifecycle.require_open("with")

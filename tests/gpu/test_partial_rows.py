@@ -27,6 +27,7 @@ def test_sums_go_to_no_memory_that_others_read(on_ranks: RankPools, transport: s
         assert said["next to it"] == ""
         assert "out overlaps partial" in said["one row of it"]
         assert "out overlaps the gathered rows" in said["gathered rows"] or transport == "collective"
+        assert "out overlaps the workspace's buffer" in said["combine_input"] or transport == "collective"
 
 
 def in_graphs(group: tf.EPGroup) -> list[str]:

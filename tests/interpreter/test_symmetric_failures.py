@@ -112,6 +112,7 @@ def test_sums_go_to_no_memory_that_others_read() -> None:
         assert said["next to it"] == ""
         assert "out overlaps partial" in said["one row of it"]
         assert "out overlaps the gathered rows" in said["gathered rows"]
+        assert "out overlaps the workspace's buffer, combine_input() say" in said["combine_input"]
 
 
 # --- opening --------------------------------------------------------------------------------------------------------

@@ -105,12 +105,14 @@ class SignsOfLife:
         reason = _Reason(text, time.monotonic())
         with self._lock:
             self._reasons.append(reason)
-            if self._thread is None:
-                self._stopped = threading.Event()
-                arguments = (workspace, self._stopped)
-                self._thread = threading.Thread(target=self._run, args=arguments, daemon=True, name="tokenferry-busy")
-                self._thread.start()
         try:
+            with self._lock:
+                if self._thread is None:
+                    self._stopped = threading.Event()
+                    arguments = (workspace, self._stopped)
+                    thread = threading.Thread(target=self._run, args=arguments, daemon=True, name="tokenferry-busy")
+                    thread.start()  # which may fail: the next block tries again
+                    self._thread = thread
             yield
         finally:
             self._end(reason, workspace)
@@ -124,10 +126,13 @@ class SignsOfLife:
             self._stopped.set()
         if thread is not None:
             thread.join(_FAREWELL_S)  # a sign that is being given would otherwise come after the word that withdraws it
-        try:
-            workspace.withdraw_signs_of_life()
-        except PeerError as problem:
-            _log.warning("the peers could not be told that this rank is busy no longer: %s", problem)
+        with self._lock:
+            if self._reasons:  # another thread has entered a block meanwhile: its signs are not to be withdrawn
+                return
+            try:
+                workspace.withdraw_signs_of_life()
+            except PeerError as problem:
+                _log.warning("the peers could not be told that this rank is busy no longer: %s", problem)
 
     def _run(self, workspace: Busy, stopped: threading.Event) -> None:
         told = False
