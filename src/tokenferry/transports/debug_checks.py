@@ -144,8 +144,9 @@ class Canaries:
 
     def describe(self, number: int) -> str:
         place = [byte for gap in self._layout.gaps for byte in gap][number - 1]
-        before = [name for name, region in self._layout.regions.items() if region.end <= place]
-        after = [name for name, region in self._layout.regions.items() if region.offset > place]
+        there = {name: region for name, region in self._layout.regions.items() if region.num_bytes}  # scales are not, mostly
+        before = [name for name, region in there.items() if region.end <= place]
+        after = [name for name, region in there.items() if region.offset > place]
         return (
             f"byte {place} of the symmetric buffer, behind {(before or ['control'])[-1]!r} and before {(after or ['end'])[0]!r}"
         )
