@@ -19,7 +19,7 @@ from tokenferry.errors import (
 from tokenferry.lifecycle import Lifecycle, Stage
 from tokenferry.operators import Operators
 from tokenferry.step import Step
-from tokenferry.tensor_checks import check_tensor, fitting_rows, ids_out_of_range, made_contiguous, overlap
+from tokenferry.tensor_checks import check_tensor, fitting_rows, ids_out_of_range, lies_beside, made_contiguous, overlap
 from tokenferry.transports.base import Gathered, Transport
 
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -172,7 +172,8 @@ class Dispatcher:
             partial: [V to R, H] bfloat16, float16 or float32, contiguous: for each gathered row the weighted sum over this rank's
                 experts. Rows >= V are not read, and need not be there. May be `combine_input()`, or its first rows.
             dispatched: the dispatch that this answers, to have the pairing checked.
-            out: [T', H] in `result_dtype`, contiguous, gets the result. It must not overlap `partial` or the gathered rows.
+            out: [T', H] in `result_dtype`, contiguous, gets the result. It must not overlap `partial`, the gathered rows, or
+                `combine_input()`.
 
         Returns:
             [T', H] in the workspace's `result_dtype`, the configuration's unless asked for: `out`, or the caller's own.
@@ -209,7 +210,7 @@ class Dispatcher:
                 if had_gradient:
                     torch._C._set_grad_enabled(True)
                 lifecycle.leave()
-        self._begin_combine("combine", partial, dispatched)  # the long way: it says what is wrong
+        self._begin_combine("combine", partial, dispatched, out)  # the long way: it says what is wrong
         return self.combine_end(out)
 
     def combine_begin(self, partial: torch.Tensor, dispatched: Dispatched | None = None) -> None:
@@ -220,13 +221,17 @@ class Dispatcher:
         """
         self._begin_combine("combine_begin", partial, dispatched)
 
-    def _begin_combine(self, called: str, partial: torch.Tensor, dispatched: Dispatched | None) -> None:
-        """`called`: what the caller called, for messages."""
+    def _begin_combine(
+        self, called: str, partial: torch.Tensor, dispatched: Dispatched | None, out: torch.Tensor | None = None
+    ) -> None:
+        """`called`: what the caller called, for messages. `out` is looked at here, before anything has left."""
         workspace = self._workspace
         with _Guarded(workspace, called):
             self._check_pairing(called, dispatched)
             workspace.lifecycle.require("combine_begin", self.layer, called)
             self._check_partial(partial)
+            if out is not None:
+                self._checked_out(out, partial)
             workspace.active_transport.combine_begin(partial)
             self._sent = partial
             workspace.lifecycle.advance("combine_begin", self.layer)
@@ -344,10 +349,13 @@ class Dispatcher:
         check_tensor("out", out, workspace.config.hidden_size, (workspace.result_dtype,), workspace.device)
         if out.shape[0] != self._num_supplied:
             raise ShapeError(f"out has {out.shape[0]} rows but hidden had {self._num_supplied}; they must be equal")
+        if partial is not None and overlap(out, partial):
+            raise LayoutError("out overlaps partial, which are read while it is written; give memory of its own")
         fixed = workspace.active_transport.fixed_rows
-        for name, read in (("partial", partial), ("the gathered rows", fixed.hidden_RH if fixed else None)):
-            if read is not None and overlap(out, read):
-                raise LayoutError(f"out overlaps {name}, which are read while it is written; give memory of its own")
+        if fixed is not None and lies_beside(out, fixed.hidden_RH):
+            raise LayoutError(
+                "out overlaps the gathered rows or combine_input(), which peers read and write meanwhile; give memory of its own"
+            )
         return out
 
 

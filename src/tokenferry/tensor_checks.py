@@ -25,13 +25,22 @@ def made_contiguous(weights: torch.Tensor) -> torch.Tensor:
     return weights.contiguous()
 
 
-def overlap(tensor: torch.Tensor, rows: HiddenRows) -> bool:
+def overlap(tensor: torch.Tensor, rows: torch.Tensor) -> bool:
     """Whether a contiguous tensor has memory in common with contiguous rows."""
+    return tensor.device == rows.device and _meet(tensor, rows.data_ptr(), rows.nbytes)
+
+
+def lies_beside(tensor: torch.Tensor, rows: HiddenRows) -> bool:
+    """Whether a contiguous tensor has memory in common with the storage that rows are views of: a transport's whole buffer, where
+    they lie at fixed addresses."""
+    values = rows.values if isinstance(rows, QuantizedRows) else rows
+    storage = values.untyped_storage()
+    return tensor.device == values.device and _meet(tensor, storage.data_ptr(), storage.nbytes())
+
+
+def _meet(tensor: torch.Tensor, address: int, num_bytes: int) -> bool:
     begin = tensor.data_ptr()
-    return any(
-        tensor.device == each.device and begin < each.data_ptr() + each.nbytes and each.data_ptr() < begin + tensor.nbytes
-        for each in ((rows.values, rows.scales) if isinstance(rows, QuantizedRows) else (rows,))
-    )
+    return begin < address + num_bytes and address < begin + tensor.nbytes
 
 
 def ids_out_of_range(topk_idx: torch.Tensor, num_experts: int) -> int | None:

@@ -6,7 +6,7 @@ import pytest
 
 import tokenferry as tf
 from cases import BULK_ROWS, Case, StepCase, begin, run_layer
-from partial_rows_work import COUNTS, WANTED, no_row_more, overlaps, too_few
+from partial_rows_work import COUNTS, WANTED, no_row_more, overlaps, rows_behind_the_first, too_few
 from tokenferry.testing import run_ranks
 
 from .test_symmetric import CAPACITY, INTERPRETER
@@ -111,7 +111,13 @@ def test_sums_go_to_no_memory_that_others_read() -> None:
     for said in run_ranks(overlaps, 2, "p2p", env=INTERPRETER):
         assert said["next to it"] == ""
         assert "out overlaps partial" in said["one row of it"]
-        assert "out overlaps the gathered rows" in said["gathered rows"]
+        assert "out overlaps the gathered rows or combine_input()" in said["gathered rows"]
+        assert "out overlaps the gathered rows or combine_input()" in said["combine input"]
+
+
+@pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
+def test_rows_behind_the_first_of_combine_input_are_summed_as_they_were(halves: bool) -> None:
+    assert run_ranks(rows_behind_the_first, 2, "p2p", "bulk", halves, env=INTERPRETER, timeout_s=120) == [["", ""]] * 2
 
 
 # --- opening --------------------------------------------------------------------------------------------------------
