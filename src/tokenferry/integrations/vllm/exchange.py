@@ -63,6 +63,7 @@ class Exchange:
         self._workspaces: dict[Key, Workspace] = {}
         self._pending: tuple[Dispatcher, Dispatched, int] | None = None
         self._busy: list[tuple[str, contextlib.ExitStack]] = []
+        self._opens = True
         self.is_idle = False
 
     @property
@@ -92,7 +93,17 @@ class Exchange:
             return f"expert numbers of {ids.dtype}"
         if weights.shape[1] > self._num_experts:
             return f"{weights.shape[1]} weights or logits a row, with {self._num_experts} experts"
+        if not self._opens and _key(hidden, weights) not in self._workspaces:
+            return (
+                f"rows of {hidden.shape[1]} x {hidden.dtype} with {weights.shape[1]} numbers each came first when vLLM had "
+                "already given the memory to its KV cache"
+            )
         return None
+
+    def open_no_more(self) -> None:
+        """vLLM has counted the memory of the workspaces that are open, and gives the rest to its KV cache: rows of other kinds
+        are refused from now on. Does nothing where no workspace is open, for then there was no profile run."""
+        self._opens = not self._workspaces
 
     def dispatch(
         self,
@@ -109,7 +120,7 @@ class Exchange:
                 counts than the last, which all ranks see alike.
             counts: rows of each rank.
         """
-        key = hidden_TH.shape[1], ids_TK.shape[1], hidden_TH.dtype
+        key = _key(hidden_TH, ids_TK)
         workspace = self._workspaces.get(key) or self._open(key)
         state = forward.setdefault(MARK, _Forward())
         if state.counts.get(key) != tuple(counts):
@@ -157,6 +168,11 @@ class Exchange:
         if is_apart and out_TH.is_contiguous() and out_TH.dtype == got.hidden.dtype:
             return layer.combine(partial_VH, got, out_TH)
         return out_TH.copy_(layer.combine(partial_VH, got))
+
+    def check_known(self) -> None:
+        """Raises the failure of a peer that this host knows of, in any workspace. Waits for nothing; from any thread."""
+        for workspace in self.workspaces():
+            workspace.check(wait=False)
 
     @contextlib.contextmanager
     def engine_step(self) -> Iterator[None]:
@@ -215,3 +231,7 @@ class Exchange:
         if self._pending is None:
             raise StateError("combine: no dispatch waits for it")
         return self._pending
+
+
+def _key(hidden: torch.Tensor, routing: torch.Tensor) -> Key:
+    return hidden.shape[1], routing.shape[1], hidden.dtype
