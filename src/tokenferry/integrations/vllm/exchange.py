@@ -61,6 +61,7 @@ class Exchange:
         self._group, self._settings = group, settings
         self._max_tokens_per_rank, self._num_experts = max_tokens_per_rank, num_experts
         self._workspaces: dict[Key, Workspace] = {}
+        self._dispatchers: dict[Key, list[Dispatcher]] = {}
         self._pending: tuple[Dispatcher, Dispatched, int] | None = None
         self._busy: list[tuple[str, contextlib.ExitStack]] = []
         self._opens = True
@@ -132,7 +133,7 @@ class Exchange:
             with promise:
                 workspace.begin_step(num_tokens, 0 if self._masks_rows else num_tokens)
             state.counts[key] = tuple(counts)
-        layer = workspace.dispatcher_at(state.num_layers.get(key, 0))  # names the layer in errors
+        layer = self._layer(key, workspace, state.num_layers.get(key, 0))
         state.num_layers[key] = layer.layer + 1
         got = layer.dispatch(hidden_TH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous())
         # The host knows how many rows are real: experts that choose their tiles by the number of rows then see the true one,
@@ -204,6 +205,7 @@ class Exchange:
     def close(self) -> None:
         """Closes all workspaces. Calling it again does nothing."""
         opened, self._workspaces, self._pending = self._workspaces, {}, None
+        self._dispatchers.clear()
         with contextlib.ExitStack() as closing:
             for workspace in opened.values():
                 closing.callback(workspace.close)
@@ -226,6 +228,13 @@ class Exchange:
             hidden_size, dtype, topk, self._max_tokens_per_rank, self._group.size, workspace.transport, workspace.nbytes / 2**20,
         )  # fmt: skip
         return workspace
+
+    def _layer(self, key: Key, workspace: Workspace, number: int) -> Dispatcher:
+        """The dispatcher that names this layer of a forward in errors, made in the first forward."""
+        made = self._dispatchers.setdefault(key, [])
+        if number == len(made):
+            made.append(workspace.dispatcher_at(number))
+        return made[number]
 
     def _taken(self) -> tuple[Dispatcher, Dispatched, int]:
         if self._pending is None:
