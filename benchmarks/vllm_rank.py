@@ -1,6 +1,7 @@
 """One rank of `vllm_engine.py`: an engine, the loads that it serves, and what it measures."""
 
 import contextlib
+import datetime
 import hashlib
 import json
 import statistics
@@ -226,7 +227,7 @@ class Measurement:
         return {
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "ranks": self.rank.size, "torch": torch.__version__, "vllm": metadata.version("vllm"), "start_s": self.rank.start_s,
-            "attention": self.rank.options.attention, "compiled": self.rank.options.compiled,
+            "date": str(datetime.date.today()), "attention": self.rank.options.attention, "compiled": self.rank.options.compiled,
             "transports": [workspace.transport for workspace in workspaces],
             "workspace_mib": [workspace.nbytes / 2**20 for workspace in workspaces],
             "model": {name: getattr(config, name) for name in names},
