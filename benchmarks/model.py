@@ -39,7 +39,9 @@ def plot(source: Path, target: Path) -> None:
     from matplotlib import pyplot
 
     records = [record for record in map(json.loads, source.read_text().splitlines()) if "mode" in record]
-    points = list(dict.fromkeys((record["config"], record["batch"], record["prompt"]) for record in records))
+    points = list(
+        dict.fromkeys((record["config"], record["batch"], record["prompt"]) for record in records if "token_ms" in record)
+    )
     figure, axes = pyplot.subplots(1, len(points), figsize=(2.6 * len(points), 4.8), squeeze=False)
     for axis, point in zip(axes[0], points, strict=True):
         mine = {(r["way"], r["mode"]): r for r in records if (r["config"], r["batch"], r["prompt"]) == point}

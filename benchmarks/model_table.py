@@ -49,11 +49,11 @@ def row(title: str, cells: list[str]) -> str:
 
 
 def short_table(records: Records) -> Iterator[str]:
-    """A row for each point: ms a token in `generate()`, ours beside the best form of transformers' own; and of a step alone."""
+    """A row for each point at which transformers' own form was compiled too: ms a token in `generate()`, and of a step alone."""
     titles = ("tokenferry", "transformers", "ratio")
     yield row("model, batch of each rank, prompt", [*titles, *(f"step alone: {title}" for title in titles)])
     yield "|---" * (2 * len(titles) + 1) + "|"
-    for point in dict.fromkeys(point for point, _, _ in records):
+    for point in dict.fromkeys(point for point, _, mode in records if mode == "compile"):
         config, batch, prompt = point
         token = compared(records, point, "token_ms", OURS, THEIRS)
         yield row(f"{config}, {batch}, {prompt}", [*token, *compared(records, point, "step_ms", OURS[:2], GRAPHS)])

@@ -3,17 +3,19 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import tokenferry as tf
 from tokenferry.benchmarking import MODEL_POINTS, GroupTimer, ModelPoint, ModelRequest, is_right, model_table, run_model
+from tokenferry.benchmarking.model import Run
 from tokenferry.benchmarking.model_checks import common_prefix
 from tokenferry.benchmarking.model_modes import MODES
 from tokenferry.benchmarking.model_plan import parts_of
 from tokenferry.benchmarking.model_request import ALL_MODES, ALL_WAYS, REFERENCE
-from tokenferry.benchmarking.model_times import Replays
+from tokenferry.benchmarking.model_times import Decoder, NotCaptured, Replays
 from tokenferry.benchmarking.model_ways import WAYS, graphs_wanted
 from tokenferry.cli.bench_model import model_command, points
 from tokenferry.errors import ConfigError, DeviceError
@@ -176,3 +178,18 @@ def test_a_workspace_whose_replays_were_timed_is_as_before() -> None:
             assert ws.replaying != own
         assert ws.replaying == own
         assert replays.figures() == {}
+
+
+def test_a_forward_that_cannot_be_captured_is_not_run_and_the_next_mode_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Decoder) -> None:
+        raise NotCaptured("it asks the host")
+
+    monkeypatch.setattr(Decoder, "capture", refuse)
+    request = ModelRequest(
+        points=(ModelPoint("mixtral-8x7b:1", 1, 5),), ways=("plain",), families=(), new_tokens=3, rehearse=True
+    )
+    records = Run(tf.EPGroup.alone("cpu"), request, time.time(), None, None).measure()
+    assert [record["not_run"] for record in records if "not_run" in record] == [[["graph", 1, 5]]]
+    assert [record["mode"] for record in records if "mode" in record] == ["eager"]
+    assert all(is_right(record) for record in records)
+    assert "not run graph at 1 x 5: NotCaptured: it asks the host" in model_table(records)

@@ -28,7 +28,8 @@ from tokenferry.benchmarking.machine import Device, check_gpus, environment
 from tokenferry.benchmarking.model_checks import agreement, check_family
 from tokenferry.benchmarking.model_modes import MODES, Measured, Scene
 from tokenferry.benchmarking.model_plan import Part, parts_of
-from tokenferry.benchmarking.model_request import REFERENCE, ModelPoint, ModelRequest
+from tokenferry.benchmarking.model_request import ModelPoint, ModelRequest
+from tokenferry.benchmarking.model_times import NotCaptured
 from tokenferry.benchmarking.model_ways import WAYS
 from tokenferry.benchmarking.records import Record, append_record
 from tokenferry.benchmarking.timing import GroupTimer, Progress
@@ -108,12 +109,12 @@ def _measure(
 ) -> list[Record]:
     try:
         group = EPGroup(dist.group.WORLD, None if device == "cuda" else "cpu")
-        return _Run(group, request, started_s, output, progress).measure()
+        return Run(group, request, started_s, output, progress).measure()
     finally:
         dist.destroy_process_group()
 
 
-class _Run:
+class Run:
     """A run on one rank. The ranks agree on what comes next, since only what all of them have finished counts as finished."""
 
     def __init__(
@@ -174,9 +175,15 @@ class _Run:
                     while remaining and not self._is_late():
                         mode, point = remaining[0]
                         self.timer.say(f"{point.config}, {part.way}, {mode}: batch {point.batch}, prompt {point.prompt}")
-                        found = MODES[mode].measure(scene, point)
+                        try:
+                            found = self._record(part, mode, point, MODES[mode].measure(scene, point))
+                        except NotCaptured as error:
+                            found = {
+                                "not_run": [[mode, point.batch, point.prompt]],
+                                "reason": _first_line(error.__cause__ or error),
+                            }
                         remaining.pop(0)
-                        yield self._record(part, mode, point, found)
+                        yield found
                     self.timer.meet()
         except Exception as error:  # noqa: BLE001 - the other ways are still worth their time
             reason = _first_line(error)
@@ -185,7 +192,7 @@ class _Run:
             yield {"left_out": [[mode, point.batch, point.prompt] for mode, point in remaining], "reason": reason}
 
     def _record(self, part: Part, mode: str, point: ModelPoint, found: Measured) -> Record:
-        is_reference = (part.way, mode) == REFERENCE
+        is_reference = part.way == "plain" and point not in self._plain_tokens
         if is_reference:
             self._plain_tokens[point] = found.tokens
         record: Record = {"mode": mode, "layers": part.values.num_hidden_layers, "batch": point.batch, "prompt": point.prompt}

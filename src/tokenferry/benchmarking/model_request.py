@@ -15,7 +15,8 @@ ALL_MODES: Final = (
 )  # fmt: skip
 """Which way has which of them stands in `model_ways.WAYS`, and what they do in `model_modes.MODES`."""
 REFERENCE: Final = ("plain", "graph")
-"""The way and mode whose tokens the others are held against: the plain model's own forward, one step after another."""
+"""The way and mode whose tokens the others are held against: the plain model's own forward, one step after another. Where that
+cannot be captured, its next mode takes the place."""
 TINY_FAMILIES: Final = ("qwen3_moe", "gpt_oss", "mixtral")
 TINY_SIZES: Final = {
     "vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8,

@@ -49,8 +49,9 @@ def _remark(record: Mapping[str, Any]) -> str:
     where = f"{record['config']}, {record['way']}"
     if "error" in record:
         return f"{where}: {record['error']}"
-    left = ", ".join(f"{mode} at {batch} x {prompt}" for mode, batch, prompt in record["left_out"])
-    return f"{where}: left out {left}: {record['reason']}"
+    word = "not run" if "not_run" in record else "left out"
+    left = ", ".join(f"{mode} at {batch} x {prompt}" for mode, batch, prompt in record[word.replace(" ", "_")])
+    return f"{where}: {word} {left}: {record['reason']}"
 
 
 def per_layer_us(record: Mapping[str, Any], name: str) -> float | None:

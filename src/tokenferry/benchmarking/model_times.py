@@ -11,8 +11,13 @@ from typing import Any, Final
 import torch
 
 from tokenferry.benchmarking.timing import GroupTimer
+from tokenferry.graph_capture import captured
 
 WARM_STEPS: Final = 3
+
+
+class NotCaptured(Exception):
+    """A decode step that cannot be part of a CUDA graph, with the reason; nothing of it has run, on any rank."""
 
 
 class Decoder:
@@ -46,7 +51,11 @@ class Decoder:
 
     @torch.no_grad()
     def capture(self) -> None:
-        """From here on a step is a replay."""
+        """From here on a step is a replay.
+
+        Raises:
+            NotCaptured: the model's forward does what no capture allows.
+        """
         if self._ids.device.type != "cuda":
             return
         stream = torch.cuda.Stream()
@@ -57,9 +66,11 @@ class Decoder:
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         capturing = self._workspace.capturing() if self._workspace is not None else contextlib.nullcontext()
-        captured = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
-        with capturing, captured, self._as_in_generate():
-            self._forward(self._token)
+        try:
+            with capturing, captured(graph, stream=stream), self._as_in_generate():
+                self._forward(self._token)
+        except RuntimeError as error:
+            raise NotCaptured(f"{type(error).__name__}: {error}") from error
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = graph
 
