@@ -13,6 +13,7 @@ CPU_EXPERTS = "vllm.model_executor.layers.fused_moe.experts.cpu_moe"
 PARALLEL_STATE = "vllm.distributed.parallel_state"
 FORWARD_CONTEXT = "vllm.forward_context"
 CPU_WORKER = "vllm.v1.worker.cpu_worker"
+OUTPUTS = "vllm.v1.outputs"
 
 ALL2ALL_SOURCE = f"""
 from vllm.config import get_current_vllm_config
@@ -130,6 +131,7 @@ SOURCES = {
     "vllm.v1": "",
     "vllm.v1.worker": "",
     CPU_WORKER: CPU_WORKER_SOURCE,
+    OUTPUTS: "class AsyncModelRunnerOutput: ...",
 }
 
 
@@ -184,4 +186,14 @@ def forward(sizes: list[int]) -> Iterator[None]:
         contexts.pop()
 
 
-__all__ = ["ALL2ALL", "CPU_COMMUNICATOR", "CPU_EXPERTS", "PARALLEL_STATE", "current", "fake_config", "fake_vllm", "forward"]
+__all__ = [
+    "ALL2ALL",
+    "CPU_COMMUNICATOR",
+    "CPU_EXPERTS",
+    "OUTPUTS",
+    "PARALLEL_STATE",
+    "current",
+    "fake_config",
+    "fake_vllm",
+    "forward",
+]

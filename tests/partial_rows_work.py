@@ -72,6 +72,32 @@ def overlaps(group: tf.EPGroup, transport: str) -> dict[str, str]:
     return said
 
 
+def rows_behind_the_first(group: tf.EPGroup, transport: str, way: str, halves: bool) -> list[str]:
+    """Combines partial rows that lie in `combine_input()`, one row behind its begin: a copy to the place from which peers fetch
+    them would write over rows that are still to be copied. Once more with floats of another kind in the first rows."""
+    tokens, config = COUNTS[way], Case().config
+    with tf.Workspace(config, group, max_tokens_per_rank=CAPACITY, transport=transport, timeout_s=20) as ws:
+        layer, said = ws.dispatcher(), []
+        inputs = make_inputs(config, tokens, seed=6)
+        own, first = inputs[group.rank], sum(tokens[: group.rank])
+        given = [each.to(ws.device) for each in (own.hidden, own.topk_idx, own.topk_weights)]
+        for dtype, begin in ((torch.bfloat16, 1), (torch.float16, 0)):
+            terms = [each.partial.nan_to_num(0.5, 2.0, -2.0).clamp(-4, 4).to(dtype) for each in inputs]
+            total = sum(term.float() if dtype == config.dtype else term.to(config.dtype).float() for term in terms)
+            wanted = total[first : first + tokens[group.rank]].to(config.dtype)
+            ws.begin_step(tokens[group.rank])
+            got = layer.dispatch(*given)
+            partial = layer.combine_input().view(dtype)[begin : begin + sum(tokens)].copy_(terms[group.rank])
+            if halves:
+                layer.combine_begin(partial, got)
+                sums = layer.combine_end()
+            else:
+                sums = layer.combine(partial, got)
+            settle(ws)
+            said.append("" if torch.equal(sums.cpu(), wanted) else f"{dtype}: other sums")
+        return said
+
+
 WANTED = ["PeerFailedError", 1, True, True]
 
 

@@ -172,13 +172,19 @@ def test_vllms_module_is_not_imported_but_waited_for(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     for parent in [folder, *folder.parents][: plugin.MODULE.count(".")]:
         (parent / "__init__.py").touch()
-    (folder / "all2all.py").write_text("class AgRsAll2AllManager: pass\n")
+    # Its first import fails, as where a library that it looks for is broken, and vLLM tries again.
+    (folder / "all2all.py").write_text(
+        "import sys\nif not hasattr(sys, 'tried'):\n    sys.tried = True\n    raise OSError\nclass AgRsAll2AllManager: pass\n"
+    )
     code = (
-        "import importlib, sys\n"
+        "import importlib.util, sys\n"
         "from tokenferry.integrations.vllm import manager, plugin\n"
         "before = len(sys.meta_path)\n"
         "plugin.register(); plugin.register()\n"
         "assert plugin.MODULE not in sys.modules and len(sys.meta_path) == before + 1\n"
+        "assert importlib.util.find_spec(plugin.MODULE).origin.endswith('all2all.py'), 'asking is no import'\n"
+        "try: importlib.import_module(plugin.MODULE)\n"
+        "except OSError: pass\n"
         "module = importlib.import_module(plugin.MODULE)\n"
         "assert hasattr(module.AgRsAll2AllManager, manager.ORIGINAL) and len(sys.meta_path) == before\n"
     )

@@ -1,5 +1,6 @@
 """What rank processes do with our manager in the place of a small vLLM's."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenferry as tf
-from fake_vllm import ALL2ALL, CPU_COMMUNICATOR, PARALLEL_STATE, current, fake_config, forward, place_fake_vllm
+from fake_vllm import ALL2ALL, CPU_COMMUNICATOR, OUTPUTS, PARALLEL_STATE, current, fake_config, forward, place_fake_vllm
 from tokenferry.integrations.vllm import cpu, plugin
 from tokenferry.integrations.vllm.settings import LOGGER
 from tokenferry.testing import same_bits
@@ -254,3 +255,63 @@ def run_failing_step(group: tf.EPGroup) -> str:
     except (tf.PeerFailedError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing was raised"
+
+
+def run_asynchronous_failure(group: tf.EPGroup) -> list[str]:
+    """Rank 1 gives up while the others' steps still run: their workers have returned, the tokens come later. What rank 0 gets of
+    a step before that, and of this one."""
+    _, ours = managers(group, {})
+    from tokenferry.integrations.vllm import Worker
+
+    class Later(sys.modules[OUTPUTS].AsyncModelRunnerOutput):
+        """Its tokens reach the host when rank 1 has failed, if it is to fail."""
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def get_output(self) -> str:
+            workspace = ours.exchange.workspaces()[0]
+            if self.name == "second":
+                if group.rank == 1:
+                    workspace.fail("out of pages")
+                deadline = time.monotonic() + 20
+                while not workspace.lifecycle.error and time.monotonic() < deadline:
+                    with contextlib.suppress(tf.PeerError):  # what the device's own wait would have found
+                        workspace.check()
+            return self.name
+
+    def step(name: str) -> Any:
+        with forward([2, 1]):
+            ours.combine(ours.dispatch(*rows(group.rank, [2, 1][group.rank], 0, torch.bfloat16))[0])
+        return Later(name)
+
+    worker, said = Worker(step), []
+    for call, name in ((worker.execute_model, "first"), (worker.sample_tokens, "second")):
+        output = call(name)
+        try:
+            said.append(output.get_output())
+        except tf.PeerFailedError as error:
+            said.append(f"{error.rank}: {error.reason}")
+    return said
+
+
+def run_new_kinds_after_the_profile_run(group: tf.EPGroup) -> list[list[str]]:
+    """Rows of two kinds before vLLM has counted its memory, or none, and of a third after it: which calls were vLLM's own."""
+    _, ours = managers(group, {})
+    hidden, weights, ids = rows(group.rank, 2, 0, torch.bfloat16)
+    said = []
+
+    def carry(given: torch.Tensor) -> None:
+        ours.calls.clear()
+        with forward([2, 2]):
+            assert ours.combine(ours.dispatch(given, weights, ids)[0]).shape == given.shape
+        said.append(list(ours.calls))
+
+    from tokenferry.integrations.vllm import Worker
+
+    sys.modules["vllm.platforms"].current_platform.is_cpu = staticmethod(lambda: False)
+    Worker(lambda _: None).determine_available_memory()  # which has not run the model
+    Worker(lambda _: [carry(given) for given in (hidden, hidden.float())]).determine_available_memory()
+    for given in (hidden.half(), hidden.float(), hidden):
+        carry(given)
+    return said

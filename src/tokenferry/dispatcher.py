@@ -217,7 +217,7 @@ class Dispatcher:
                 if had_gradient:
                     torch._C._set_grad_enabled(True)
                 lifecycle.leave()
-        self._begin_combine("combine", partial, dispatched)  # the long way: it says what is wrong
+        self._begin_combine("combine", partial, dispatched, out)  # the long way: it says what is wrong
         return self.combine_end(out)
 
     def combine_begin(self, partial: torch.Tensor, dispatched: Dispatched | None = None) -> None:
@@ -228,13 +228,17 @@ class Dispatcher:
         """
         self._begin_combine("combine_begin", partial, dispatched)
 
-    def _begin_combine(self, called: str, partial: torch.Tensor, dispatched: Dispatched | None) -> None:
-        """`called`: what the caller called, for messages."""
+    def _begin_combine(
+        self, called: str, partial: torch.Tensor, dispatched: Dispatched | None, out: torch.Tensor | None = None
+    ) -> None:
+        """`called`: what the caller called, for messages. `out` is looked at here, before anything has left."""
         workspace = self._workspace
         with _Guarded(workspace, called):
             self._check_pairing(called, dispatched)
             workspace.lifecycle.require("combine_begin", self.layer, called)
             self._check_partial(partial)
+            if out is not None:
+                self._checked_out(out, partial)
             workspace.active_transport.combine_begin(partial)
             self._sent = partial
             workspace.lifecycle.advance("combine_begin", self.layer)

@@ -79,6 +79,14 @@ for label, (make, error, said) in OUTS.items():
     add(f"out-{label}", "dispatched", error, said, lambda s, m=make: s.dispatcher.combine(s.inputs.partial, s.got, m(s)))
     add(f"out-{label}-in-the-end", "combining", error, said, lambda s, m=make: s.dispatcher.combine_end(m(s)))
 
+add(
+    "out-one-row-more-beside-a-parameter",  # no plain tensor, so that it is checked the long way
+    "dispatched",
+    ShapeError,
+    "out has 4 rows but hidden had 3",
+    lambda s: s.dispatcher.combine(torch.nn.Parameter(s.inputs.partial), s.got, torch.zeros(T + 1, H)),
+)
+
 
 def another_workspaces_buffer(scene: Scene) -> None:
     with open_workspace("local") as other:

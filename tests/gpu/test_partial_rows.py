@@ -5,7 +5,7 @@ import torch
 
 import tokenferry as tf
 from cases import ON_GPUS, Case, same
-from partial_rows_work import COUNTS, WANTED, overlaps, too_few
+from partial_rows_work import COUNTS, WANTED, overlaps, rows_behind_the_first, too_few
 from rank_pool import RankPools
 from tokenferry.testing import run_ranks
 from tokenferry.testing.data import make_inputs
@@ -28,6 +28,13 @@ def test_sums_go_to_no_memory_that_others_read(on_ranks: RankPools, transport: s
         assert "out overlaps partial" in said["one row of it"]
         assert "out overlaps the gathered rows" in said["gathered rows"] or transport == "collective"
         assert "out overlaps the workspace's buffer" in said["combine_input"] or transport == "collective"
+
+
+@two_gpus
+@pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
+@pytest.mark.parametrize("way", COUNTS)
+def test_rows_behind_the_first_of_combine_input_are_summed_as_they_were(way: str, halves: bool) -> None:
+    assert run_ranks(rows_behind_the_first, 2, "p2p", way, halves, backend="nccl", timeout_s=120) == [["", ""]] * 2
 
 
 def in_graphs(group: tf.EPGroup) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 
 import tokenferry as tf
 from cases import BULK_ROWS, Case, StepCase, begin, run_layer
-from partial_rows_work import COUNTS, WANTED, no_row_more, overlaps, too_few
+from partial_rows_work import COUNTS, WANTED, no_row_more, overlaps, rows_behind_the_first, too_few
 from tokenferry.testing import run_ranks
 
 from .test_symmetric import CAPACITY, INTERPRETER
@@ -113,6 +113,11 @@ def test_sums_go_to_no_memory_that_others_read() -> None:
         assert "out overlaps partial" in said["one row of it"]
         assert "out overlaps the gathered rows" in said["gathered rows"]
         assert "out overlaps the workspace's buffer, combine_input() say" in said["combine_input"]
+
+
+@pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
+def test_rows_behind_the_first_of_combine_input_are_summed_as_they_were(halves: bool) -> None:
+    assert run_ranks(rows_behind_the_first, 2, "p2p", "bulk", halves, env=INTERPRETER, timeout_s=120) == [["", ""]] * 2
 
 
 # --- opening --------------------------------------------------------------------------------------------------------

@@ -6,11 +6,13 @@ import torch
 from tokenferry.testing import run_ranks
 from vllm_work import (
     run_against_plain_gathers,
+    run_asynchronous_failure,
     run_draft_model,
     run_failing_step,
     run_fallbacks,
     run_idle_worker,
     run_logits,
+    run_new_kinds_after_the_profile_run,
     run_other_counts_in_a_forward,
     run_slow_warm_up,
     run_worker_beside_other_managers,
@@ -81,3 +83,13 @@ def test_a_rank_whose_step_fails_is_named_by_the_others() -> None:
     first, second = run_ranks(run_failing_step, 2)
     assert second == "ValueError: out of pages"
     assert first.startswith("PeerFailedError") and "rank 1" in first and "out of pages" in first, first
+
+
+def test_tokens_of_an_asynchronous_step_are_not_given_out_where_a_peer_failed_in_it() -> None:
+    first, _ = run_ranks(run_asynchronous_failure, 2)
+    assert first == ["first", "1: out of pages"]
+
+
+def test_rows_of_a_new_kind_are_vllms_own_once_it_has_counted_its_memory() -> None:
+    theirs = ["dispatch", "combine"]
+    assert run_ranks(run_new_kinds_after_the_profile_run, 2) == [[[], [], theirs, [], []]] * 2

@@ -61,8 +61,10 @@ class Exchange:
         self._group, self._settings = group, settings
         self._max_tokens_per_rank, self._num_experts = max_tokens_per_rank, num_experts
         self._workspaces: dict[Key, Workspace] = {}
+        self._dispatchers: dict[Key, list[Dispatcher]] = {}
         self._pending: tuple[Dispatcher, Dispatched, int] | None = None
         self._busy: list[tuple[str, contextlib.ExitStack]] = []
+        self._opens = True
         self.is_idle = False
 
     @property
@@ -92,7 +94,17 @@ class Exchange:
             return f"expert numbers of {ids.dtype}"
         if weights.shape[1] > self._num_experts:
             return f"{weights.shape[1]} weights or logits a row, with {self._num_experts} experts"
+        if not self._opens and _key(hidden, weights) not in self._workspaces:
+            return (
+                f"rows of {hidden.shape[1]} x {hidden.dtype} with {weights.shape[1]} numbers each came first when vLLM had "
+                "already given the memory to its KV cache"
+            )
         return None
+
+    def open_no_more(self) -> None:
+        """vLLM has counted the memory of the workspaces that are open, and gives the rest to its KV cache: rows of other kinds
+        are refused from now on. Does nothing where no workspace is open, for then there was no profile run."""
+        self._opens = not self._workspaces
 
     def dispatch(
         self,
@@ -109,7 +121,7 @@ class Exchange:
                 counts than the last, which all ranks see alike.
             counts: rows of each rank.
         """
-        key = hidden_TH.shape[1], ids_TK.shape[1], hidden_TH.dtype
+        key = _key(hidden_TH, ids_TK)
         workspace = self._workspaces.get(key) or self._open(key)
         state = forward.setdefault(MARK, _Forward())
         if state.counts.get(key) != tuple(counts):
@@ -121,7 +133,7 @@ class Exchange:
             with promise:
                 workspace.begin_step(num_tokens, 0 if self._masks_rows else num_tokens)
             state.counts[key] = tuple(counts)
-        layer = workspace.dispatcher_at(state.num_layers.get(key, 0))  # names the layer in errors
+        layer = self._layer(key, workspace, state.num_layers.get(key, 0))
         state.num_layers[key] = layer.layer + 1
         got = layer.dispatch(hidden_TH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous())
         # The host knows how many rows are real: experts that choose their tiles by the number of rows then see the true one,
@@ -158,6 +170,11 @@ class Exchange:
             return layer.combine(partial_VH, got, out_TH)
         return out_TH.copy_(layer.combine(partial_VH, got))
 
+    def check_known(self) -> None:
+        """Raises the failure of a peer that this host knows of, in any workspace. Waits for nothing; from any thread."""
+        for workspace in self.workspaces():
+            workspace.check(wait=False)
+
     @contextlib.contextmanager
     def engine_step(self) -> Iterator[None]:
         """`Workspace.engine_step` of all workspaces that are open."""
@@ -188,6 +205,7 @@ class Exchange:
     def close(self) -> None:
         """Closes all workspaces. Calling it again does nothing."""
         opened, self._workspaces, self._pending = self._workspaces, {}, None
+        self._dispatchers.clear()
         with contextlib.ExitStack() as closing:
             for workspace in opened.values():
                 closing.callback(workspace.close)
@@ -211,7 +229,18 @@ class Exchange:
         )  # fmt: skip
         return workspace
 
+    def _layer(self, key: Key, workspace: Workspace, number: int) -> Dispatcher:
+        """The dispatcher that names this layer of a forward in errors, made in the first forward."""
+        made = self._dispatchers.setdefault(key, [])
+        if number == len(made):
+            made.append(workspace.dispatcher_at(number))
+        return made[number]
+
     def _taken(self) -> tuple[Dispatcher, Dispatched, int]:
         if self._pending is None:
             raise StateError("combine: no dispatch waits for it")
         return self._pending
+
+
+def _key(hidden: torch.Tensor, routing: torch.Tensor) -> Key:
+    return hidden.shape[1], routing.shape[1], hidden.dtype

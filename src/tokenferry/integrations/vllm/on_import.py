@@ -20,20 +20,27 @@ class OnImport(MetaPathFinder):
 
     def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
         self._name, self._then = name, then
+        self._is_asking = False
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Finds nothing but that module, which the finders behind this one find."""
-        if fullname != self._name:
+        """Finds nothing but that module, which the finders behind this one find. It stays until the module's code has run: some
+        only ask for the module, and an import that fails may be tried again."""
+        if fullname != self._name or self._is_asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._is_asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._is_asking = False
         if spec is None or spec.loader is None:
             return spec
         run, then = spec.loader.exec_module, self._then
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            then(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                then(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

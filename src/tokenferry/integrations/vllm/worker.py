@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm.platforms import current_platform
+from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from tokenferry.integrations.vllm.exchange import Exchange
 from tokenferry.integrations.vllm.settings import LOGGER, settings_from
@@ -41,7 +42,11 @@ class Worker(PlatformWorker):  # type: ignore[misc]
 
     def determine_available_memory(self) -> Any:
         with _busy("vLLM compiles the model and runs it once, to see how much memory is left"):
-            return super().determine_available_memory()
+            memory = super().determine_available_memory()
+        exchange = current_exchange()
+        if exchange is not None and not current_platform.is_cpu():
+            exchange.open_no_more()
+        return memory
 
     def compile_or_warm_up_model(self) -> Any:
         with _busy("vLLM warms up and captures graphs"):
@@ -49,16 +54,39 @@ class Worker(PlatformWorker):  # type: ignore[misc]
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         with _engine_step():
-            return super().execute_model(*args, **kwargs)
+            output = super().execute_model(*args, **kwargs)
+        return _checked_later(output)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         with _engine_step():
-            return super().sample_tokens(*args, **kwargs)
+            output = super().sample_tokens(*args, **kwargs)
+        return _checked_later(output)
 
     def execute_dummy_batch(self) -> None:
         exchange = current_exchange()
         with _engine_step(), exchange.idle() if exchange is not None else contextlib.nullcontext():
             super().execute_dummy_batch()
+
+
+class CheckedOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
+    """The output of a step that still ran when vLLM's worker had returned (asynchronous scheduling). Nobody gets its tokens if a
+    peer failed in that step, which is known once they are on the host."""
+
+    def __init__(self, output: Any, exchange: Exchange) -> None:
+        self._output, self._exchange = output, exchange
+
+    def get_output(self) -> Any:
+        """vLLM's own output. Raises PeerTimeoutError or PeerFailedError; vLLM calls it from a thread of its own."""
+        output = self._output.get_output()
+        self._exchange.check_known()
+        return output
+
+
+def _checked_later(output: Any) -> Any:
+    if not isinstance(output, AsyncModelRunnerOutput):
+        return output  # its tokens are on the host, and the step has looked
+    exchange = current_exchange()
+    return output if exchange is None else CheckedOutput(output, exchange)
 
 
 @contextlib.contextmanager

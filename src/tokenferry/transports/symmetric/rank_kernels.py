@@ -35,6 +35,7 @@ class RankKernels(Transport):
         self._dispatch_alignment = 16 if settings.dispatch_format.wire_bytes(config) % 16 == 0 else 8
         self._num_real_ptr = view.counters_ptr + NUM_REAL_OFFSET
         self._terms_address = regions.terms_RH.data_ptr()
+        self._terms_end = self._terms_address + regions.terms_RH.nbytes
         self._launches = bind_launches(resources, view)
         self._rows = self._launches.rows
 
@@ -109,10 +110,10 @@ class RankKernels(Transport):
         return self._regions.terms_RH
 
     def combine(self, partial: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        return self._combine(self._rows.combine, _aligned(partial), out)
+        return self._combine(self._rows.combine, self._readable(partial), out)
 
     def combine_begin(self, partial: torch.Tensor) -> None:
-        self._partial = partial = _aligned(partial)
+        self._partial = partial = self._readable(partial)
         self.launched = True
         self._rows.combine_send[partial.dtype](partial.data_ptr(), partial.shape[0], self._is_in_place(partial), self._layer)
 
@@ -136,6 +137,12 @@ class RankKernels(Transport):
         self.launched = True
         launches[partial.dtype](partial.data_ptr(), partial.shape[0], in_place, out.data_ptr(), num_rows, self._layer)
         return out if wanted is None or wanted is out else wanted.copy_(out)
+
+    def _readable(self, partial: torch.Tensor) -> torch.Tensor:
+        """Partial rows that packets can be loaded from, and that no copy to the terms' region writes over meanwhile."""
+        address = partial.data_ptr()
+        lies_askew = self._terms_address <= address < self._terms_end and not self._is_in_place(partial)
+        return partial.clone() if lies_askew or address % PACKET_BYTES else partial
 
     def _is_in_place(self, partial: torch.Tensor) -> bool:
         return partial.data_ptr() == self._terms_address and partial.dtype == self._settings.combine_dtype
@@ -166,8 +173,3 @@ class SoloKernels(RankKernels):
                 terms_RH = torch.empty_like(terms_RH)
             self._regions = RegionTensors(self._regions.gathered, terms_RH)
         return terms_RH
-
-
-def _aligned(partial: torch.Tensor) -> torch.Tensor:
-    """Partial rows that packets can be loaded from."""
-    return partial.clone() if partial.data_ptr() % PACKET_BYTES else partial
