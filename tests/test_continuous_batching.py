@@ -26,13 +26,16 @@ class Parallel:
     def __init__(self, *num_tokens: Any) -> None:
         self.num_tokens = list(num_tokens)
         self.thread = OneThread(waits=False)
-        self.took_part = 0
+        self.took_part = self.num_looks = 0
         self.swallowed: list[BaseException | None] = []
         self.num_real_tokens: torch.Tensor | None = None
         self.group = tf.EPGroup(device="cpu")
         self.workspace = tf.Workspace(
             tf.MoEConfig(hidden_size=8, num_experts=4, topk=1, dtype=torch.float32), self.group, max_tokens_per_rank=8
         )
+
+    def look_over(self) -> None:
+        self.num_looks += 1
 
     def take_part(self, *, done: bool) -> tuple[bool, int]:
         assert not done
@@ -76,6 +79,15 @@ def test_while_nobody_has_tokens_the_pauses_grow_to_ten_milliseconds() -> None:
 
 def test_tokens_in_between_make_the_next_pause_short_again() -> None:
     assert pauses_in(0, 0, 0, 5, 0) == [0.001, 0.002, 0.004, 0.001]
+
+
+def test_each_wait_looks_once_whether_the_experts_are_what_they_were() -> None:
+    parallel = Parallel(1, 1, 1)
+    event = waiting(parallel)
+    for num_waits in (1, 2):
+        event.wait(0.05)
+        assert parallel.num_looks == num_waits
+    assert parallel.took_part > 4
 
 
 def test_it_ends_in_time() -> None:

@@ -1,6 +1,8 @@
 """Which models get CUDA graphs, which caches are kept for them, and what of a cache a recording must not miss."""
 
+import gc
 import logging
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,6 +76,31 @@ def test_no_graphs_where_the_librarys_function_runs_experts_unless_asked_for(cap
     assert level == logging.WARNING
     assert "transformers' own function runs the experts of 2 of 2 MoE layers" in line
     assert has_graphs(loaded(True, kernels=False))
+
+
+def test_what_the_librarys_function_comes_to_run_is_left_out_until_ours_runs_it_again(caplog: pytest.LogCaptureFixture) -> None:
+    """An adapter, say, is put into a model that had graphs."""
+    model = loaded("auto")
+    graphs = make_graphs(model, lambda _: None, lambda: None)  # type: ignore[arg-type,return-value]
+    assert graphs is not None
+    seen = []
+    for holds in (True, False, False, True):
+        model.layers[1].kernels.holds = holds
+        graphs.look_over()
+        seen.append(graphs.left_out)
+    assert seen == [False, True, True, False]
+    [line] = caplog.messages
+    assert "transformers' own function runs the experts of 1 of 2 MoE layers" in line
+
+
+def test_graphs_that_were_asked_for_stay_whoever_runs_the_experts(caplog: pytest.LogCaptureFixture) -> None:
+    model = loaded(True)
+    graphs = make_graphs(model, lambda _: None, lambda: None)  # type: ignore[arg-type,return-value]
+    assert graphs is not None
+    model.layers[1].kernels.holds = False
+    graphs.look_over()
+    assert not graphs.left_out
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize(
@@ -226,8 +253,8 @@ def test_replays_count_what_the_host_counts(config: Any) -> None:
     decode(cache)
     state = before.replays(HostState(cache))
     counts = [getattr(layer, "cumulative_length_int", None) for layer in cache.layers]
-    assert state.holds()
-    state.advance()
+    assert state.holds(cache)
+    state.advance(cache)
     expected = [None if count is None else count + 1 for count in counts]
     assert [getattr(layer, "cumulative_length_int", None) for layer in cache.layers] == expected
 
@@ -250,10 +277,9 @@ def test_a_state_is_restored() -> None:
     decode(cache)
     cache.layers[0].keys, cache.layers[0].more = torch.zeros(1), 3  # type: ignore[union-attr]
     before.restore()
-    assert [
-        [value is vars(layer)[name] for name, value in values.items()] for layer, values in zip(cache.layers, kept, strict=True)
-    ]
-    assert not hasattr(cache.layers[0], "more")
+    for layer, values in zip(cache.layers, kept, strict=True):
+        assert vars(layer).keys() == values.keys()
+        assert all(vars(layer)[name] is value for name, value in values.items())
 
 
 def test_other_tensors_in_the_place_of_those_that_were_recorded_are_noticed() -> None:
@@ -262,7 +288,21 @@ def test_other_tensors_in_the_place_of_those_that_were_recorded_are_noticed() ->
     decode(cache)
     state = before.replays(HostState(cache))
     cache.reorder_cache(torch.zeros(1, dtype=torch.long))
-    assert not state.holds()
+    assert not state.holds(cache)
+
+
+def test_a_state_keeps_no_cache_alive() -> None:
+    cache = filled(new(16))
+    before = HostState(cache)
+    decode(cache)
+    state = before.replays(HostState(cache))
+    del before
+    kept = [weakref.ref(cache), weakref.ref(cache.layers[0].keys)]  # type: ignore[union-attr]
+    other = filled(new(16))
+    assert not state.holds(other)
+    del cache
+    gc.collect()
+    assert [each() for each in kept] == [None, None]
 
 
 class Growing(StaticLayer):

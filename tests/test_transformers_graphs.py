@@ -1,7 +1,9 @@
 """`generate()` with decode steps that are recorded and replayed, on one rank without a GPU: tokens, what is recorded when, what
 runs eagerly, and what the log says. `recorded_calls.py` stands in for CUDA graphs."""
 
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import tokenferry as tf
 from recorded_calls import NOT_PERMITTED, StandIn
+from tokenferry.integrations.transformers.compiled_forwards import CompiledBySize
 from tokenferry.integrations.transformers.decode_graphs import MOST_GRAPHS, DecodeGraphs
 from tokenferry.integrations.transformers.graph_choice import StepGraphs
 from tokenferry.integrations.transformers.idle_graph import IdleGraph
+from tokenferry.integrations.transformers.static_caches import MOST_KEPT
 from tokenferry.testing.tiny_models import make_tiny
 from transformers_work import load, prompts, quiet, unmodified
 
@@ -65,7 +70,9 @@ def graphed(request: pytest.FixtureRequest, paths: dict[str, Path], monkeypatch:
     parallel = model.expert_parallel
     decode = DecodeGraphs(parallel.workspace, parallel._end_step, stand_in)
     parallel.graphs = StepGraphs(
-        decode, IdleGraph(parallel.workspace, parallel._run_without_tokens, parallel._end_step, stand_in)
+        decode,
+        IdleGraph(parallel.workspace, parallel._run_without_tokens, parallel._end_step, stand_in),
+        parallel.layers,
     )
     yield Graphed(model, unmodified(path, dtype=torch.float32), stand_in)
     parallel.close()
@@ -118,6 +125,27 @@ def test_a_window_that_fills_while_decoding_takes_a_second_graph(graphed: Graphe
     """Of 16 tokens; for both it warms up first."""
     graphed.expect_equal(new_tokens=20)
     assert (graphed.stand_in.num_recorded, graphed.stand_in.num_replayed) == (2, 17)
+
+
+def test_a_cache_of_the_caller_goes_when_the_caller_lets_it_go_and_its_graph_too(graphed: Graphed) -> None:
+    cache = StaticCache(config=graphed.model.config, max_cache_len=20)
+    graphed.expect_equal(past_key_values=cache)
+    assert graphed.decode.num_graphs == 1
+    gone = weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert gone() is None
+    graphed.expect_equal(cache_implementation="dynamic")
+    assert graphed.decode.num_graphs == 0
+
+
+def test_graphs_of_caches_that_are_kept_no_longer_go(graphed: Graphed) -> None:
+    for batch in range(1, MOST_KEPT + 3):
+        graphed.expect_equal(batch)
+    assert graphed.stand_in.num_recorded == MOST_KEPT + 2
+    gc.collect()
+    graphed.expect_equal(MOST_KEPT + 2)
+    assert graphed.decode.num_graphs == MOST_KEPT
 
 
 # --- what belongs to the caller ---------------------------------------------------------------------------------------------
@@ -326,6 +354,21 @@ def test_a_size_that_does_not_compile_is_recorded_as_it_is(
     assert "without CUDA graphs of the compiled forward: BackendCompilerFailed" in said.messages[1]
 
 
+def test_a_forward_that_was_compiled_too_often_is_recorded_as_it_is(
+    graphed: Graphed, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+) -> None:
+    """What dynamo raises then is no TorchDynamoException."""
+
+    def refuse_more(*_: Any, **__: Any) -> Any:
+        raise FailOnRecompileLimitHit("64 of 64")
+
+    compile_all(graphed, monkeypatch, "eager")
+    monkeypatch.setattr(CompiledBySize, "__call__", refuse_more)
+    graphed.expect_equal(new_tokens=8)
+    assert graphed.stand_in.num_replayed == 6
+    assert "without CUDA graphs of the compiled forward: FailOnRecompileLimitHit: 64 of 64" in said.messages[1]
+
+
 def compile_all(graphed: Graphed, monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
     """On CPUs too, and by a backend that the stand-in can follow."""
     compiled = torch.compile
@@ -350,6 +393,17 @@ def test_a_rank_without_tokens_replays_its_step(graphed: Graphed) -> None:
     assert (graphed.stand_in.num_recorded, graphed.stand_in.num_replayed) == (1, 2)
     assert parallel.take_part(done=False) == (False, 0)
     assert parallel.take_part(done=True) == (True, 0)
+
+
+def test_a_step_without_tokens_is_recorded_anew_with_other_experts(graphed: Graphed) -> None:
+    """A rank without tokens runs its experts on the others' rows."""
+    parallel = graphed.model.expert_parallel
+    for _ in range(3):
+        parallel.finish()
+    experts = parallel.layers[0].module
+    experts.down_proj = torch.nn.Parameter(2 * experts.down_proj.detach())
+    parallel.finish()
+    assert (graphed.stand_in.num_recorded, graphed.stand_in.num_replayed) == (2, 3)
 
 
 def test_a_step_without_tokens_that_cannot_be_recorded_runs_eagerly(graphed: Graphed, said: pytest.LogCaptureFixture) -> None:

@@ -7,6 +7,8 @@ phases. What is not known is seen by comparing the layers before and after the r
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Hashable
 from typing import Any, Final
 
 import torch
@@ -21,6 +23,9 @@ _BY_IDENTITY: Final = (torch.Tensor, dict)
 
 Phase = tuple[bool, ...]
 """For each layer with a sliding window: whether it is full."""
+
+_Place = tuple[int, str | None]
+"""A layer's number; None: the dictionary of its attributes, else one that is the attribute of this name."""
 
 
 class NotRecordable(Exception):
@@ -59,19 +64,21 @@ class HostState:
     """
 
     def __init__(self, cache: StaticCache) -> None:
-        self._held: list[tuple[str, dict[Any, Any], dict[Any, Any]]] = []
-        """The layer's kind, a dictionary of it (of its attributes, or one that is an attribute), and a copy of that."""
-        for layer in cache.layers:
+        self._held: list[tuple[str, _Place, dict[Any, Any], dict[Any, Any]]] = []
+        """The layer's kind, where a dictionary of it is, that dictionary, and a copy of it."""
+        for number, layer in enumerate(cache.layers):
             kind, attributes = type(layer).__name__, vars(layer)
-            for holder in (attributes, *(value for value in attributes.values() if type(value) is dict)):
+            inner = [name for name, value in attributes.items() if type(value) is dict]
+            for place in ((number, None), *((number, name) for name in inner)):
+                holder = _dictionary_at(cache, place)
                 for name, value in holder.items():
                     if not isinstance(value, _PLAIN) and (holder is not attributes or type(value) is not dict):
                         raise NotRecordable(f"`{name}` of a {kind} of its cache is a {type(value).__name__}")
-                self._held.append((kind, holder, dict(holder)))
+                self._held.append((kind, place, holder, dict(holder)))
 
     def restore(self) -> None:
         """Undoes what a recording that failed has changed. What lies on the device has not changed."""
-        for _, holder, values in self._held:
+        for _, _, holder, values in self._held:
             holder.clear()
             holder.update(values)
 
@@ -82,34 +89,45 @@ class HostState:
             NotRecordable: the forward changes something on the host that a replay would not change.
         """
         counters, fixed = [], []
-        for (kind, holder, before), (_, other, now) in zip(self._held, after._held, strict=True):
+        for (kind, place, holder, before), (_, _, other, now) in zip(self._held, after._held, strict=True):
             for name in before.keys() | now.keys():
                 old, new = before.get(name), now.get(name)
                 if name == COUNTER and isinstance(old, int) and new == old + 1:
-                    counters.append(holder)
+                    counters.append(place)
                 elif holder is other and (old is new if isinstance(new, _BY_IDENTITY) else old == new):
-                    fixed.append((holder, name, new))
+                    fixed.append((place, name, new))
                 else:
                     raise NotRecordable(f"each forward changes `{name}` of a {kind} of its cache, on the host")
         return ReplayedState(counters, fixed)
 
 
 class ReplayedState:
-    """What a recorded forward relies on in its cache."""
+    """What a recorded forward relies on in its cache. It keeps neither the cache nor its tensors alive."""
 
-    def __init__(self, counters: list[dict[Any, Any]], fixed: list[tuple[dict[Any, Any], Any, Any]]) -> None:
+    def __init__(self, counters: list[_Place], fixed: list[tuple[_Place, Hashable, Any]]) -> None:
         self._counters = counters
-        self._objects = [each for each in fixed if isinstance(each[2], _BY_IDENTITY)]
+        self._tensors = [(place, name, weakref.ref(value)) for place, name, value in fixed if isinstance(value, torch.Tensor)]
         self._values = [each for each in fixed if not isinstance(each[2], _BY_IDENTITY)]
 
-    def holds(self) -> bool:
-        """Whether the cache still has the tensors that were recorded: reordering one for beams, say, puts others in their
-        place."""
-        return all(holder.get(name) is value for holder, name, value in self._objects) and all(
-            holder.get(name) == value for holder, name, value in self._values
-        )
+    def holds(self, cache: StaticCache) -> bool:
+        """Whether the cache, which was recorded, still has the tensors that were: reordering one for beams, say, puts others in
+        their place."""
+        try:
+            return all(
+                (known := tensor()) is not None and _dictionary_at(cache, place).get(name) is known
+                for place, name, tensor in self._tensors
+            ) and all(_dictionary_at(cache, place).get(name) == value for place, name, value in self._values)
+        except (IndexError, KeyError):  # it has lost a layer, or a layer a dictionary
+            return False
 
-    def advance(self) -> None:
+    def advance(self, cache: StaticCache) -> None:
         """Counts what one replay has added."""
-        for holder in self._counters:
-            holder[COUNTER] += 1
+        for place in self._counters:
+            _dictionary_at(cache, place)[COUNTER] += 1
+
+
+def _dictionary_at(cache: StaticCache, place: _Place) -> dict[Any, Any]:
+    number, name = place
+    attributes = vars(cache.layers[number])
+    found: dict[Any, Any] = attributes if name is None else attributes[name]
+    return found

@@ -101,10 +101,12 @@ class WaitingInSteps(threading.Event):
         super().__init__()
         self._parallel, self._compute_stream = parallel, compute_stream
         self._pause_s = _PAUSES_S[0]
+        self._is_first = True
 
     def wait(self, timeout: float | None = None) -> bool:
         """As that of `threading.Event`; a step may take longer."""
         end_s = float("inf") if timeout is None else time.monotonic() + timeout
+        self._is_first = True
         while not self.is_set() and (left_s := end_s - time.monotonic()) > 0:
             self._take_part(left_s)
         return self.is_set()
@@ -115,6 +117,9 @@ class WaitingInSteps(threading.Event):
             super().wait(min(left_s, _PAUSES_S[1]))
             return
         try:
+            if self._is_first:
+                parallel.look_over()
+                self._is_first = False
             with _on_stream(self._compute_stream()):
                 _, num_tokens = parallel.take_part(done=False)
         except PeerError as error:

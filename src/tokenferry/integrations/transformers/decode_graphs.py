@@ -8,7 +8,6 @@ something; what the compiler takes for a number of this step, it may take for an
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import logging
 import weakref
@@ -17,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.utils import counters
 from transformers import StaticCache
 from transformers.utils.generic import ModelOutput
@@ -47,6 +46,8 @@ _MOST_SHAPES: Final = 32
 """Sets of fixed inputs, of kilobytes each."""
 _MOST_COMPILED: Final = 64
 """Times that the compiler may take up the forward: it starts with a few special sizes, in each phase of a cache."""
+_THE_CACHE: Final = object()
+"""Stands in a recorded result where the cache stood."""
 _LONGEST: Final = 500
 """Of a reason in the log. A compiler's may have pages."""
 
@@ -59,6 +60,8 @@ class MakesRecorder(Protocol):
 
 @dataclasses.dataclass(eq=False)
 class _Graph:
+    """It does not keep its cache alive: one that nobody else keeps goes, and the graph with it."""
+
     recorded: Recorded
     fixed: FixedInputs
     cache: weakref.ref[StaticCache]
@@ -67,7 +70,7 @@ class _Graph:
     """Recording it has counted the tokens of its first replay."""
 
     def fits(self, cache: StaticCache) -> bool:
-        return self.cache() is cache and self.state.holds()
+        return self.cache() is cache and self.state.holds(cache)
 
 
 class Forward(NamedTuple):
@@ -167,7 +170,7 @@ class DecodeGraphs:
         if graph is not None and graph.fits(cache):
             self._graphs.move_to_end(name)
             graph.fixed.fill(inputs)
-            return self._replay(graph)
+            return self._replay(graph, cache)
         if forward.name in self._given_up:
             return None
         before, fixed = HostState(cache), self._fixed_inputs(name[1], inputs)
@@ -181,7 +184,7 @@ class DecodeGraphs:
         while len(self._graphs) >= MOST_GRAPHS:
             self._graphs.popitem(last=False)
         self._graphs[name] = graph
-        return self._replay(graph)
+        return self._replay(graph, cache)
 
     @contextlib.contextmanager
     def call(self, model: Any) -> Iterator[None]:
@@ -238,7 +241,7 @@ class DecodeGraphs:
         try:
             with self._workspace.busy("compiling a decode step"), torch._dynamo.config.patch(recompile_limit=_MOST_COMPILED):
                 outputs = forward.call(**arguments)
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             if not forward.is_one_graph:
                 raise
             before.restore()
@@ -257,6 +260,7 @@ class DecodeGraphs:
         try:
             with self._workspace.busy("recording a decode step"):
                 recorded = self._recorder.record(lambda: forward.call(**arguments))
+            recorded = dataclasses.replace(recorded, result=_without_cache(recorded.result))
             return _Graph(recorded, fixed, weakref.ref(cache), before.replays(HostState(cache)))
         except BaseException as error:
             self._forget_step()
@@ -266,15 +270,15 @@ class DecodeGraphs:
             self._give_up(forward, error)
             return None
 
-    def _replay(self, graph: _Graph) -> Any:
+    def _replay(self, graph: _Graph, cache: StaticCache) -> Any:
         with self._workspace.replaying(graph.recorded.num_steps):
             graph.recorded.replay()
         if graph.is_counted:
             graph.is_counted = False
         else:
-            graph.state.advance()
+            graph.state.advance(cache)
         self._workspace.check(wait=False)  # of earlier steps, with which generate() has synchronised
-        return _handed_out(graph.recorded.result)
+        return _handed_out(graph.recorded.result, cache)
 
     def _give_up(self, forward: Forward, error: Exception) -> None:
         """It is not tried any more: what fails for one shape would fail for the next, and each failure costs memory."""
@@ -308,22 +312,30 @@ def _ambient_of(device: torch.device) -> Hashable:
     return autocast, torch.is_inference_mode_enabled()
 
 
-def _handed_out(result: Any) -> Any:
-    """A forward's outputs for `generate()`, which copies the logits, but keeps hidden states and the like as they are."""
+def _without_cache(result: Any) -> Any:
+    """A forward's outputs, to be kept: with a stand-in for the cache."""
+    return _each(lambda value: _THE_CACHE if isinstance(value, StaticCache) else value, result)
+
+
+def _handed_out(result: Any, cache: StaticCache) -> Any:
+    """A recorded forward's outputs for `generate()`, which copies the logits, but keeps hidden states and the like."""
+
+    def own(value: Any) -> Any:
+        if value is _THE_CACHE:
+            return cache
+        return value.clone() if isinstance(value, torch.Tensor) else value
+
     if not isinstance(result, ModelOutput):
-        return _cloned(result)
-    extra = [name for name, value in result.items() if name != "logits" and not isinstance(value, StaticCache)]
-    if not extra:
-        return result
-    own = copy.copy(result)
-    for name in extra:
-        own[name] = _cloned(result[name])
-    return own
+        return _each(own, result)
+    return type(result)(**{name: value if name == "logits" else _each(own, value) for name, value in result.items()})
 
 
-def _cloned(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.clone()
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    """`change` of all that is in a forward's outputs."""
+    if isinstance(value, ModelOutput):
+        return type(value)(**{name: _each(change, inner) for name, inner in value.items()})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_each(change, inner) for inner in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_cloned(each) for each in value)
-    return value
+        return type(value)(_each(change, inner) for inner in value)
+    return change(value)

@@ -218,6 +218,7 @@ class ExpertParallel:
             StateError: another thread is in the middle of a call on the model.
         """
         with self.thread.inside("finish"):
+            self.look_over()
             while not self.take_part(done=True)[0]:
                 pass
             self.check()
@@ -225,11 +226,17 @@ class ExpertParallel:
     @torch.no_grad()
     def take_part(self, *, done: bool) -> tuple[bool, int]:
         """One step without tokens, all layers of it, in the last one too: a rank whose step is a graph cannot leave them out, and
-        all ranks must do the same. Returns whether every rank said done, and V. Raises as `finish`."""
-        if self.graphs is not None:
+        all ranks must do the same. Returns whether every rank said done, and V. Raises as `finish`. `look_over` comes before the
+        first of a row of them."""
+        if self.graphs is not None and not self.graphs.left_out:
             return self.graphs.idle.step(done=done)
         step = self._run_without_tokens(done)
         return step.all_done(), int(step.valid_tokens.item())
+
+    def look_over(self) -> None:
+        """Lets go of graphs if the experts are no longer those that they were recorded with."""
+        if self.graphs is not None:
+            self.graphs.look_over()
 
     def _run_without_tokens(self, done: bool) -> Step:
         nothing, step = self.shape.empty_rows(self.group.device), self._begin_step(0, done=done)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Final
 
 from tokenferry.errors import ConfigError
@@ -11,6 +11,8 @@ from tokenferry.groups import EPGroup
 from tokenferry.integrations.transformers.capturable import Loaded, why_not_captured
 from tokenferry.integrations.transformers.decode_graphs import DecodeGraphs
 from tokenferry.integrations.transformers.idle_graph import IdleGraph
+from tokenferry.integrations.transformers.layer import ExpertLayer
+from tokenferry.integrations.transformers.model_facts import experts_facts, is_served
 from tokenferry.integrations.transformers.settings import Options
 from tokenferry.step import Step
 
@@ -44,10 +46,30 @@ class StepGraphs:
     Attributes:
         decode: of decode steps of `generate()`.
         idle: of steps without tokens.
+        left_out: whether steps run eagerly for now, since layers that our kernels served are the library's.
+
+    Args:
+        layers: the model's. Graphs that were recorded with other experts than they have now are let go of.
+        stays: graphs are made whoever runs the experts.
     """
 
-    def __init__(self, decode: DecodeGraphs, idle: IdleGraph) -> None:
-        self.decode, self.idle = decode, idle
+    def __init__(self, decode: DecodeGraphs, idle: IdleGraph, layers: Sequence[ExpertLayer] = (), *, stays: bool = True) -> None:
+        self.decode, self.idle, self.left_out = decode, idle, False
+        self._layers, self._stays = layers, stays
+        self._experts_facts: Hashable = experts_facts(layers)
+
+    def look_over(self) -> None:
+        """Before steps, wherever the experts may have been changed: a replay would go on with those that were recorded."""
+        facts = experts_facts(self._layers)
+        if facts == self._experts_facts:
+            return
+        self.drop()
+        self._experts_facts = facts
+        num_by_the_library = sum(not is_served(layer) for layer in self._layers)
+        left_out = bool(num_by_the_library) and not self._stays
+        if left_out and not self.left_out:
+            _log.warning(_BY_THE_LIBRARY, num_by_the_library, len(self._layers))
+        self.left_out = left_out
 
     def drop(self) -> None:
         """Lets go of all graphs; they are recorded anew when they are needed."""
@@ -83,4 +105,5 @@ def make_graphs(
     if num_by_the_library and asked == "auto":
         _log.warning(_BY_THE_LIBRARY, num_by_the_library, len(layers))
         return None
-    return StepGraphs(DecodeGraphs(workspace, forget_step), IdleGraph(workspace, run_without_tokens, forget_step))
+    decode, idle = DecodeGraphs(workspace, forget_step), IdleGraph(workspace, run_without_tokens, forget_step)
+    return StepGraphs(decode, idle, layers, stays=asked is True)

@@ -44,10 +44,11 @@ class GraphedGeneration:
     @property
     def _decode_graphs(self) -> DecodeGraphs | None:
         graphs: StepGraphs | None = self.expert_parallel.graphs
-        return None if graphs is None else graphs.decode
+        return None if graphs is None or graphs.left_out else graphs.decode
 
     def _call_with_graphs(self) -> contextlib.AbstractContextManager[None]:
         """Around a `generate()`."""
+        self.expert_parallel.look_over()
         graphs = self._decode_graphs
         return contextlib.nullcontext() if graphs is None else graphs.call(self)
 

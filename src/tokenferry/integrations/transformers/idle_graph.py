@@ -76,12 +76,12 @@ class IdleGraph:
             with self._workspace.busy("recording a step without tokens"):
                 recorded = self._recorded[done] = self._recorder.record(lambda: _summary(self._run_layers(done)))
             return recorded
-        except (PeerError, WrongCallerError):
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever cannot be recorded can be run
-            self._has_failed = True
+        except BaseException as error:
             self._forget_step()
             self.drop()
+            if isinstance(error, PeerError | WrongCallerError) or not isinstance(error, Exception):
+                raise
+            self._has_failed = True  # whatever cannot be recorded can be run
             _log.warning(_FAILED, type(error).__name__, " ".join(str(error).split()))
             return None
 

@@ -163,7 +163,7 @@ def from_config(
         plain = copy.deepcopy(config)
         if hasattr(plain, "quantization_config"):
             del plain.quantization_config
-        known = dtype if isinstance(dtype, torch.dtype) else getattr(plain, "dtype", None) or torch.bfloat16
+        known = _known_dtype(dtype, plain)
         model_class, base = (_first(table[type(config)]) for table in (classes, auto_class._model_mapping))
         state = random_state(base, plain, known, group.device, seed)
         return model_class.from_pretrained(None, config=plain, state_dict=state, dtype=known, **kwargs, **placement)
@@ -194,6 +194,16 @@ def _make(
         expert_parallel.probe(model)
     expert_parallel.open(model)
     return model
+
+
+def _known_dtype(dtype: torch.dtype | str, config: Any) -> torch.dtype:
+    """What `from_config` is to make, as a dtype. Raises ConfigError for a name of none."""
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.bfloat16
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f'dtype must be a torch dtype, the name of one such as "bfloat16", or "auto"; got {dtype!r}')
+    return found
 
 
 def _first(classes: Any) -> Any:
