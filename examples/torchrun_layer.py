@@ -1,6 +1,6 @@
 """One mixture-of-experts layer under torchrun: router, dispatch, experts and combine, each rank with other tokens.
 
-    torchrun --nproc-per-node 2 examples/torchrun_layer.py     # GPUs over p2p or NCCL where each rank has one, else CPUs over gloo
+    torchrun --nproc-per-node 2 examples/torchrun_layer.py    # GPUs over p2p or NCCL where each rank has one, else CPUs over gloo
 
 Each rank compares its result with the same layer computed alone, without any exchange, from the weights of all experts.
 """

@@ -127,8 +127,8 @@ def run_processes(
 
 
 def _pickled_call(target: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
-    """Functions and classes of a module travel by name. Those of a notebook, or of `python -c`, have no module that a rank process
-    could import: cloudpickle, where it is installed, sends what they are made of."""
+    """Functions and classes of a module travel by name. Those of a notebook, or of `python -c`, have no module that a rank
+    process could import: cloudpickle, where it is installed, sends what they are made of."""
     call = None
     with contextlib.suppress(pickle.PicklingError, AttributeError, TypeError):
         call = pickle.dumps((target, args))
