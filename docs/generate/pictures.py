@@ -77,7 +77,7 @@ def buffer_layout() -> str:
     for row, (name, what, colour) in enumerate(regions):
         y = 10 + 34 * row
         parts += [box(10, y, 150, 30, COLOURS[colour], opacity=0.3), text(20, y + 20, name), text(175, y + 20, what)]
-    return picture(620, 20 + 34 * len(regions), parts)
+    return picture(680, 20 + 34 * len(regions), parts)
 
 
 ALL = {"data-flow.svg": data_flow, "time-line.svg": time_line, "buffer-layout.svg": buffer_layout}

@@ -1,6 +1,7 @@
 """What MkDocs builds beside the pages in docs/: the API reference, and tables, all from the code and the data.
 
-A page holds a line `<!-- made: NAME -->` where a table stands. Nothing that is made here is committed. Pictures are, since the README shows them: `make pictures`.
+A page holds a line `<!-- made: NAME -->` where a table stands. Nothing that is made here is
+committed. Pictures are, since the README shows them: `make pictures`.
 """
 
 import importlib
