@@ -35,8 +35,7 @@ def data_flow() -> str:
                 line([(122, top + 60), (180, there)], GREY, arrow=True),
                 line([(535, there), (595, top + 60)], GREY, arrow=True),
             ]
-        parts.append(line([(320, top + 70), (395, top + 70)], GREY, arrow=True))
-    parts += [text(357, 232, "experts", anchor="middle")]
+        parts += [line([(320, top + 70), (395, top + 70)], GREY, arrow=True), text(357, top + 62, "experts", anchor="middle")]
     return picture(720, 390, parts)
 
 
