@@ -74,9 +74,10 @@ package: $(INSTALLED) ## the sdist and the wheel in dist/, checked by twine; the
 	  print(sysconfig.get_path("purelib"))')/packages-of-venv.pth"
 	cd $(PACKAGE) && env -u PYTHONPATH bin/python -P $(abspath tests/installed_wheel.py) $(abspath src)
 
+# Without --quiet: with it MkDocs does not count its warnings, and links to nowhere pass.
 DOCS := $(VENV)/.docs
 docs: $(DOCS) ## the documentation site in site/; a warning, such as a link to nowhere, is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 pictures: $(INSTALLED) ## docs/pictures, from docs/generate and the records
 	$(BIN)/python docs/generate/draw.py

@@ -111,6 +111,12 @@ def test_every_error_and_every_variable_is_in_its_table() -> None:
     assert [variable.name for variable in env.table() if f"`{variable.name}`" not in variables] == []
 
 
+def test_every_mark_on_a_page_names_something_that_is_made() -> None:
+    marks = [mark for page in PAGES for mark in re.findall(r"<!-- made: (.+?) -->", page.read_text())]
+    assert sorted(marks) == sorted(site_pages.MADE)
+    assert all(site_pages.MADE[mark]() for mark in marks)
+
+
 def test_every_public_name_is_in_the_reference() -> None:
     import tokenferry
 

@@ -4,6 +4,7 @@ A page holds a line `<!-- made: NAME -->` where a table stands. Nothing that is 
 committed. Pictures are, since the README shows them: `make pictures`.
 """
 
+import ast
 import importlib
 import inspect
 import re
@@ -75,7 +76,14 @@ def variable_table() -> str:
     return "\n\n".join(sections)
 
 
-MADE = {"errors": error_table, "variables": variable_table, **performance.TABLES}
+def engine_loop() -> str:
+    """The function `serve` of the example, so that the page shows what the tests run."""
+    text = (ROOT / "examples" / "engine_loop.py").read_text()
+    serve = next(node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == "serve")
+    return f"```python\n{ast.get_source_segment(text, serve)}\n```"
+
+
+MADE = {"engine loop": engine_loop, "errors": error_table, "variables": variable_table, **performance.TABLES}
 
 
 def on_files(files: Any, config: Any) -> Any:
