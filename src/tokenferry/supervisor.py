@@ -135,7 +135,7 @@ def _pickled_call(target: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
     if hasattr(sys.modules["__main__"], "__file__") or (call is not None and b"__main__" not in call):
         return pickle.dumps((target, args)) if call is None else call
     try:
-        import cloudpickle  # type: ignore[import-not-found]
+        import cloudpickle
     except ImportError:
         raise ConfigError(
             "rank processes import the program that starts them, and this one has no file; save it as a .py file, or "
