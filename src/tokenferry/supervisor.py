@@ -74,7 +74,8 @@ def run_processes(
     """Run `target(rank, world_size, store_path, *args)` in one process per rank and return the results in rank order.
 
     Args:
-        target: a plain module-level function. `store_path` is for `torch.distributed.FileStore(store_path, world_size)`.
+        target: a plain module-level function; in a notebook or under `python -c`, with cloudpickle installed, any function.
+            `store_path` is for `torch.distributed.FileStore(store_path, world_size)`.
         timeout_s: deadline for the whole run; None for no deadline.
         store_dir: where the run's own folder (mode 0700, removed afterwards) is made; default the system's temporary folder.
         env: variables to set on top of this process's environment, before the rank imports anything. OMP_NUM_THREADS
@@ -87,19 +88,20 @@ def run_processes(
         RankFailedError: of the first failure: an exception (its traceback), death by a signal (its name), an exit without
             a result, or ranks that are stuck at the deadline (their numbers and stacks). All ranks are dead by then.
         ConfigError: `world_size` < 1, or `target` or `args` cannot be pickled, or are of a program that rank processes cannot
-            import: one typed at a prompt, read from standard input, or that would start them again as it is imported.
+            import: one read from standard input, typed at a prompt or in a notebook without cloudpickle being installed, or that
+            would start them again as it is imported.
     """
     if world_size < 1:
         raise ConfigError(f"world_size must be at least 1, got {world_size!r}")
     try:
-        call = pickle.dumps((target, tuple(args)))
+        call = _pickled_call(target, tuple(args))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"rank processes get the function and its arguments pickled, and these cannot be: {error}; give a plain function "
             "at the top of a module, no lambda and none within another, and arguments that pickle takes"
         ) from error
     if start_method != "fork":
-        _check_main_can_be_imported(call)
+        _check_main_can_be_imported()
         _check_main_is_guarded()
     deadline_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
     context = multiprocessing.get_context(start_method)
@@ -124,11 +126,29 @@ def run_processes(
             _end(ranks)
 
 
-def _check_main_can_be_imported(call: bytes) -> None:
-    """A program without a file fails in the rank processes only, with what says nothing about the cause."""
+def _pickled_call(target: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+    """Functions and classes of a module travel by name. Those of a notebook, or of `python -c`, have no module that a rank
+    process could import: cloudpickle, where it is installed, sends what they are made of."""
+    call = None
+    with contextlib.suppress(pickle.PicklingError, AttributeError, TypeError):
+        call = pickle.dumps((target, args))
+    if hasattr(sys.modules["__main__"], "__file__") or (call is not None and b"__main__" not in call):
+        return pickle.dumps((target, args)) if call is None else call
+    try:
+        import cloudpickle
+    except ImportError:
+        raise ConfigError(
+            "rank processes import the program that starts them, and this one has no file; save it as a .py file, or "
+            "`pip install cloudpickle`, which lets functions of a notebook travel without one"
+        ) from None
+    by_value: bytes = cloudpickle.dumps((target, args))
+    return by_value
+
+
+def _check_main_can_be_imported() -> None:
+    """A program read from standard input fails in the rank processes only, with what says nothing about the cause."""
     main_file = getattr(sys.modules["__main__"], "__file__", None)
-    from_stdin = main_file is not None and Path(main_file).name == "<stdin>"
-    if from_stdin or (main_file is None and b"__main__" in call):
+    if main_file is not None and Path(main_file).name == "<stdin>":
         raise ConfigError("rank processes import the program that starts them, and this one has no file; save it as a .py file")
 
 

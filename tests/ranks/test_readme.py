@@ -11,21 +11,15 @@ pytestmark = pytest.mark.ranks
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 EXAMPLE, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-SUMS = "[10.0, 10.0]", "[20.0, 20.0, 20.0]"
 
 
 def test_the_two_commands_are_shown() -> None:
     assert "make demo" in README and "make test" in README
 
 
-@pytest.mark.parametrize("how", ["python", "torchrun"])
-def test_the_first_program_prints_what_its_comments_say(how: str, tmp_path: Path) -> None:
+def test_the_first_program_prints_what_its_comment_says(tmp_path: Path) -> None:
     path = tmp_path / "example.py"
     path.write_text(EXAMPLE)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if how == "torchrun" else []
-    done = subprocess.run([sys.executable, *launcher, str(path)], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    if how == "python":
-        assert done.stdout.strip() == f"[{', '.join(SUMS)}]"
-    else:
-        assert all(text in done.stdout for text in SUMS)
+    assert done.stdout.strip() == "[[10.0, 10.0], [20.0, 20.0, 20.0]]"

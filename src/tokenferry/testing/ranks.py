@@ -28,14 +28,15 @@ def run_ranks(
     """Runs `worker(group, *args)` in `world_size` processes and returns the results in rank order.
 
     Args:
-        worker: a plain module-level function; `group` is the `EPGroup` of all ranks.
+        worker: a plain module-level function; in a notebook, with cloudpickle installed, any function. `group` is the `EPGroup`
+            of all ranks.
         backend: "gloo" puts rank r on the CPU, "nccl" on CUDA device r.
         timeout_s: deadline for the whole call, after which the stuck ranks are named.
         env: environment variables of the ranks, set before they import anything.
 
     Raises:
         RankFailedError: the FIRST failure, with its rank and traceback; the other ranks are ended.
-        ConfigError: `worker` is no plain module-level function, or the program cannot be imported by rank processes; see
+        ConfigError: `worker` is no such function, or the program cannot be imported by rank processes; see
             `supervisor.run_processes`.
         UsageError: torchrun started this process already.
     """
