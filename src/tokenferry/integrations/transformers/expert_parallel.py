@@ -348,9 +348,8 @@ class ExpertParallel:
     def _read_valid_rows(self, step: Step) -> int | None:
         """V, where the gathered tensors are longer than that: it costs one wait for the device a step, and saves experts that
         would look at C * EP rows. A graph cannot wait, and there they do."""
-        if self.workspace.active_transport.fixed_rows is None:
-            return None
-        if self.group.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        captured = self.group.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if captured or self.workspace.active_transport.fixed_rows is None:
             return None
         return int(step.valid_tokens.item())
 
@@ -378,13 +377,7 @@ class ExpertParallel:
     def _probe(self, probed: list[tuple[ExpertLayer, LayerShape]], layer: ExpertLayer, rows: Rows) -> torch.Tensor:
         """Notes what the layer is called with, and runs this rank's experts on it, so that a forward that cannot leave out the
         other ranks' experts shows itself here."""
-        shape = LayerShape(
-            hidden_size=rows.hidden_TH.shape[1],
-            num_experts=layer.num_experts,
-            topk=rows.topk_idx_TK.shape[1],
-            hidden_dtype=rows.hidden_TH.dtype,
-            weight_dtype=rows.topk_weights_TK.dtype,
-        )
+        shape = LayerShape.of(rows, layer.num_experts)
         probed.append((layer, shape))
         self._take_kernels(layer, shape)
         if layer.kernels is not None:

@@ -57,6 +57,17 @@ class LayerShape:
     hidden_dtype: torch.dtype
     weight_dtype: torch.dtype
 
+    @classmethod
+    def of(cls, rows: Rows, num_experts: int) -> LayerShape:
+        """As a layer was called with them."""
+        return cls(
+            hidden_size=rows.hidden_TH.shape[1],
+            num_experts=num_experts,
+            topk=rows.topk_idx_TK.shape[1],
+            hidden_dtype=rows.hidden_TH.dtype,
+            weight_dtype=rows.topk_weights_TK.dtype,
+        )
+
     def empty_rows(self, device: torch.device) -> Rows:
         """What a rank without tokens sends."""
         return Rows(
