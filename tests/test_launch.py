@@ -91,7 +91,9 @@ def test_an_error_in_on_message_ends_all_ranks():
 
 
 @pytest.mark.parametrize(("target", "world_size"), [(add_rank, 0), (lambda rank, world_size, store_path: None, 1)])
-def test_wrong_use_raises_before_anything_starts(target, world_size):
+def test_wrong_use_raises_before_anything_starts(target, world_size, monkeypatch):
+    # As in a program with a file; pytest-xdist's workers have none, like a notebook, from which a lambda travels by cloudpickle.
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", __file__, raising=False)
     with pytest.raises(ConfigError):
         run_processes(target, world_size, timeout_s=30)
 

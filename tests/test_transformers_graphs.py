@@ -5,7 +5,6 @@ import gc
 import logging
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import tokenferry as tf
+from graphed_model import LENGTH, Graphed
 from recorded_calls import NOT_PERMITTED, StandIn
 from tokenferry.integrations.transformers.compiled_forwards import CompiledBySize
 from tokenferry.integrations.transformers.decode_graphs import MOST_GRAPHS, DecodeGraphs
@@ -31,27 +31,6 @@ pytestmark = [
 ]
 
 TAKES_STATIC = "generate() takes a static cache, so that decode steps are CUDA graphs"
-LENGTH = 9
-
-
-@dataclass
-class Graphed:
-    """A model whose steps the stand-in records, and the unmodified model."""
-
-    model: Any
-    plain: Any
-    stand_in: StandIn
-
-    @property
-    def decode(self) -> DecodeGraphs:
-        decode: DecodeGraphs = self.model.expert_parallel.graphs.decode
-        return decode
-
-    def expect_equal(self, batch: int = 2, new_tokens: int = 6, **kwargs: Any) -> None:
-        """Both models give the same tokens."""
-        ids = torch.tensor(prompts((LENGTH,) * batch, batch))
-        expected = self.plain.generate(ids, max_new_tokens=new_tokens)
-        assert self.model.generate(ids, max_new_tokens=new_tokens, **kwargs).tolist() == expected.tolist()
 
 
 @pytest.fixture(scope="module")
