@@ -17,7 +17,10 @@ def handed_rows(hidden: torch.Tensor, ws: tf.Workspace, *, quantized: bool) -> t
     if row_format.is_same or (row_format.is_quantized and not quantized):
         return hidden
     columns = row_format.columns(config)
-    rows = hidden.view(torch.uint8).repeat(1, -(-columns // (config.hidden_size * config.dtype.itemsize)))
+    num_bytes = config.hidden_size * config.dtype.itemsize
+    # Flat first: [0, 1] may have strides that a view as bytes refuses.
+    as_bytes = hidden.reshape(-1).view(torch.uint8).reshape(count, num_bytes)
+    rows = as_bytes.repeat(1, -(-columns // num_bytes))
     rows = rows[:, :columns].contiguous()
     rows[:, : len(AWKWARD)] = torch.tensor(AWKWARD, dtype=torch.uint8)[:columns]
     if not row_format.is_quantized:
