@@ -26,6 +26,7 @@ NAMES = {
 }
 THEIRS = ("compile", "compile-batched", "eager", "eager-batched")
 OURS = ("graph-compiled", "graph", "eager")
+GRAPHS = ("graph", "graph-batched")
 
 
 def read(paths: list[Path]) -> Records:
@@ -48,23 +49,20 @@ def row(title: str, cells: list[str]) -> str:
 
 
 def short_table(records: Records) -> Iterator[str]:
-    """ms a token in `generate()`, ours beside the best form of transformers' own; then a decode step alone, as a graph."""
-    points = list(dict.fromkeys(point for point, _, _ in records))
-    yield row("ms a token", [f"{config} × {batch}, prompt {prompt}" for config, batch, prompt in points])
-    yield "|---" * (len(points) + 1) + "|"
-    yield from compared(records, points, "`generate()`", "token_ms", OURS, THEIRS)
-    yield from compared(records, points, "a step alone, as a graph", "step_ms", OURS[:2], ("graph", "graph-batched"))
+    """A row for each point: ms a token in `generate()`, ours beside the best form of transformers' own; and of a step alone."""
+    titles = ("tokenferry", "transformers", "ratio")
+    yield row("model, batch of each rank, prompt", [*titles, *(f"step alone: {title}" for title in titles)])
+    yield "|---" * (2 * len(titles) + 1) + "|"
+    for point in dict.fromkeys(point for point, _, _ in records):
+        config, batch, prompt = point
+        token = compared(records, point, "token_ms", OURS, THEIRS)
+        yield row(f"{config}, {batch}, {prompt}", [*token, *compared(records, point, "step_ms", OURS[:2], GRAPHS)])
 
 
-def compared(
-    records: Records, points: list[Point], what: str, name: str, ours: tuple[str, ...], theirs: tuple[str, ...]
-) -> Iterator[str]:
-    left = [best(records, point, "p2p", ours, name) for point in points]
-    right = [best(records, point, "transformers", theirs, name) for point in points]
-    yield row(f"{what}: tokenferry", [named(each) for each in left])
-    yield row(f"{what}: transformers' own expert parallelism, its best form", [named(each) for each in right])
-    pairs = zip(left, right, strict=True)
-    yield row("ratio", ["-" if mine is None or other is None else f"{other[0] / mine[0]:.2f}" for mine, other in pairs])
+def compared(records: Records, point: Point, name: str, ours: tuple[str, ...], theirs: tuple[str, ...]) -> list[str]:
+    """Our figure, theirs, and how many times ours it is."""
+    mine, other = best(records, point, "p2p", ours, name), best(records, point, "transformers", theirs, name)
+    return [named(mine), named(other), "-" if mine is None or other is None else f"{other[0] / mine[0]:.2f}"]
 
 
 def named(found: tuple[float, str] | None) -> str:

@@ -1,6 +1,7 @@
 """Round trips of every transport beside a plain copy: `tokenferry bench roundtrip` as a script that also writes JSON lines.
 
 python benchmarks/roundtrip.py OUTPUT.jsonl [--ranks 2] [--commit HASH] [--transports p2p,collective] [--capacity C]
+    [--format same,fp8_block128,fp8_block128-quantized,bytes]
 """
 
 import argparse
@@ -19,6 +20,7 @@ def main() -> int:
     parser.add_argument("--capacity", type=int)
     parser.add_argument("--hidden", default="7168,2048")
     parser.add_argument("--tokens", default="1,8,32,128,512,4096")
+    parser.add_argument("--format", default="same", help="same, fp8_block128, fp8_block128-quantized, bytes; several with commas")
     given = parser.parse_args()
     hidden_sizes = [int(size) for size in given.hidden.split(",")]
     tokens = [int(count) for count in given.tokens.split(",")]
@@ -30,6 +32,7 @@ def main() -> int:
         tokens=tokens,
         transports=transports,
         capacity=given.capacity,
+        formats=given.format.split(","),
         commit=given.commit,
     )
 

@@ -4,7 +4,7 @@
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,19 @@ def without_padding(ids: torch.Tensor, counts: tuple[int, ...], num_real: tuple[
     return masked
 
 
+def ids_in_turn(runner: Any, rank: int, size: int) -> torch.Tensor:
+    """Expert numbers of this rank's rows such that the ranks' experts get equally many rows, and equally many experts get any.
+
+    Example:
+        64 experts, top-8: token 3 of all ranks' goes to the experts 3, 11, 19, ..., 59.
+    """
+    config = runner.model_config.hf_config
+    num_experts, topk = config.num_experts, config.num_experts_per_tok
+    rows = torch.arange(runner.max_num_tokens, device=runner.device) * size + rank
+    choices = torch.arange(topk, device=runner.device) * (num_experts // topk)
+    return ((rows[:, None] + choices) % num_experts).to(torch.int32)
+
+
 class TimedGraph:
     """A graph whose replays are timed on the device."""
 
@@ -114,8 +127,20 @@ class Arms:
                 "none": silent(ours.cpu_group, num_layers, self._remembered, masks_padding=False),
                 "none, no padding": silent(ours.cpu_group, num_layers, self._remembered, masks_padding=True),
             }
+        self.is_balanced = False
+        """Whether rows go to experts in turn, as many to each rank's, instead of where the model sends them."""
+        self._ids_in_turn = ids_in_turn(runner, ours.rank, ours.world_size)
+        for manager in self.managers.values():
+            manager.dispatch = self._routed(manager.dispatch)
         self._graphs: dict[str, dict[int, dict[Any, Any]]] = {}
         self.replays: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def _routed(self, dispatch: Callable[..., Any]) -> Callable[..., Any]:
+        def routed(hidden: Any, weights: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
+            chosen = self._ids_in_turn[: ids.shape[0]] if self.is_balanced else ids
+            return dispatch(hidden, weights, chosen, *args, **kwargs)
+
+        return routed
 
     @contextlib.contextmanager
     def using(self, name: str, *, graphs: bool) -> Iterator[None]:
@@ -135,7 +160,7 @@ class Arms:
 
     @contextlib.contextmanager
     def remembering(self, num_real: tuple[int, ...]) -> Iterator[None]:
-        """Within it, without graphs, "none" exchanges as vLLM's own does, and remembers what came."""
+        """Within it, without graphs, "none" exchanges as vLLM's own does, and remembers what comes, from now on."""
         self._remembered.num_real = num_real
         try:
             with self.using("none", graphs=False):

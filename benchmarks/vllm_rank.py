@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,18 @@ FIRST_STEPS = 8
 
 @dataclass
 class Wave:
-    """What some requests took.
+    """What some requests took, step by step.
 
     Attributes:
-        step_ms: mean time between two forwards.
-        forward_ms: mean time of a replayed graph on the GPU; 0 without graphs.
-        meeting_ms: mean time in vLLM's host all-reduce before each forward, in which the earlier rank waits for the later.
+        step_ms: between two forwards.
+        forward_ms: of a replayed graph on the GPU; none without graphs.
+        meeting_ms: in vLLM's host all-reduce before each forward, in which the earlier rank waits for the later.
         tokens: of each request.
     """
 
-    step_ms: float
-    forward_ms: float
-    meeting_ms: float
+    step_ms: list[float]
+    forward_ms: list[float]
+    meeting_ms: list[float]
     tokens: list[list[int]] = field(default_factory=list)
 
 
@@ -104,11 +105,10 @@ class Rank:
             torch.cuda.synchronize()
         begins = [begin for begin, _ in self.meetings]
         first = min(FIRST_STEPS, len(begins) - 2)
-        replays = [begin.elapsed_time(end) for begin, end in self.arms.replays[first:]]
         return Wave(
-            step_ms=1e3 * (begins[-1] - begins[first]) / (len(begins) - 1 - first),
-            forward_ms=statistics.fmean(replays) if replays else 0.0,
-            meeting_ms=1e3 * statistics.fmean(end - begin for begin, end in self.meetings[first:]),
+            step_ms=[1e3 * (after - before) for before, after in pairwise(begins[first:])],
+            forward_ms=[begin.elapsed_time(end) for begin, end in self.arms.replays[first:]],
+            meeting_ms=[1e3 * (end - begin) for begin, end in self.meetings[first:]],
             tokens=[finished[key] for key in sorted(finished, key=lambda key: int(key.split("-")[1]))],
         )
 
@@ -126,7 +126,7 @@ def start_engine(options: Namespace) -> Any:
     }  # fmt: skip
     if not is_cpu:
         given["attention_backend"] = options.attention
-    if is_cpu or options.eager_only:
+    if is_cpu or options.modes == "eager":
         given["enforce_eager"] = True
     elif not options.compiled:
         given["compilation_config"] = {
@@ -198,19 +198,26 @@ class Measurement:
         with note("rows are remembered"):
             for load in loads(options):
                 self._remember(load)
-        modes = ["eager"] if options.device == "cpu" or options.eager_only else ["eager", "graphs"]
-        if "graphs" in modes:
-            for name in self.rank.arms.managers:
-                with note(f"graphs of {name} are captured"):
-                    self.rank.arms.capture(name)
-        for mode in modes:
-            for load in loads(options):
-                with note(f"{mode} {load}"):
-                    self._compare(mode, load)
+        for mode in options.modes.split(","):
+            self._run_mode(mode)
         if options.profile:
             for name in ("stock", "ours"):
-                self._profile(name, modes[-1], loads(options)[0])
+                self._profile(name, mode, loads(options)[0])
         self.rank.gather(None)
+
+    def _run_mode(self, mode: str) -> None:
+        arms = self.rank.arms
+        if mode == "balanced":
+            arms.is_balanced = True
+            for load in loads(self.rank.options):
+                self._remember(load)
+        if mode != "eager":
+            with note(f"graphs are captured: {mode}"):
+                for name in arms.managers:
+                    arms.capture(name)
+        for load in loads(self.rank.options):
+            with note(f"{mode} {load}"):
+                self._compare(mode, load)
 
     def about(self) -> dict[str, Any]:
         workspaces = self.rank.arms.managers["ours"].exchange.workspaces()
@@ -239,21 +246,15 @@ class Measurement:
         options, arms = self.rank.options, self.rank.arms
         steps: int = options.steps
         waves: dict[str, list[Wave]] = {name: [] for name in arms.managers if mode == "graphs" or "," not in name}
-        for turn in range(options.turns + 1):
-            for name in waves:
-                with arms.using(name, graphs=mode == "graphs"):
+        names, turns = list(waves), max(2, options.turns // 4) if mode == "eager" else options.turns
+        for turn in range(turns + 1):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                with arms.using(name, graphs=mode != "eager"):
                     wave = self._wave(load, FIRST_STEPS + 4 if turn == 0 else steps)
                 if turn:  # the first one is for what has to be warm
                     waves[name].append(wave)
         for name, own in waves.items():
-            told = self.rank.gather(own)
-            self.add(
-                arm=name, mode=mode, load="/".join(map(str, load)), steps=steps,
-                step_ms=[max(each) for each in zip(*([wave.step_ms for wave in rank] for rank in told), strict=True)],
-                forward_ms=[max(each) for each in zip(*([wave.forward_ms for wave in rank] for rank in told), strict=True)],
-                meeting_ms=[min(each) for each in zip(*([wave.meeting_ms for wave in rank] for rank in told), strict=True)],
-                waiting_ms=[max(each) for each in zip(*([wave.meeting_ms for wave in rank] for rank in told), strict=True)],
-            )  # fmt: skip
+            self.add(arm=name, mode=mode, load="/".join(map(str, load)), steps=steps, **times_of(self.rank.gather(own)))
         self._compare_tokens(mode, load, waves)
 
     def _compare_tokens(self, mode: str, load: tuple[int, ...], waves: dict[str, list[Wave]]) -> None:
@@ -288,6 +289,26 @@ class Measurement:
         common = [key for key in told[0] if all(key in each for each in told)]
         rows = sorted(((key, min(each[key][0] for each in told), told[0][key][1]) for key in common), key=lambda row: -row[1])
         self.add(arm=name, mode=mode, load="/".join(map(str, load)), kernels_us_and_count_a_step=rows[:40])
+
+
+def times_of(waves: list[list[Wave]]) -> dict[str, Any]:
+    """Of all ranks' waves: medians over all steps.
+
+    "forward_ms" is that of the rank whose graph ended soonest after its begin: it began last, and waited for nobody's begin. The
+    mean of each rank is beside it. So with "meeting_ms": the rank that came last has not waited.
+    """
+
+    def steps(name: str) -> list[tuple[float, ...]]:
+        return list(zip(*([value for wave in rank for value in getattr(wave, name)] for rank in waves), strict=True))
+
+    step_ms, forward_ms, meeting_ms = steps("step_ms"), steps("forward_ms"), steps("meeting_ms")
+    return {
+        "step_ms": statistics.median(max(each) for each in step_ms),
+        "step_ms_of_waves": [statistics.fmean(wave.step_ms) for wave in waves[0]],
+        "forward_ms": statistics.median(min(each) for each in forward_ms) if forward_ms else 0.0,
+        "forward_ms_of_ranks": [statistics.median(each) for each in zip(*forward_ms, strict=True)],
+        "meeting_ms": statistics.median(min(each) for each in meeting_ms),
+    }
 
 
 def rounded(value: Any) -> Any:

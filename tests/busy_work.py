@@ -105,6 +105,18 @@ def busy_no_longer(group: tf.EPGroup, transport: str) -> Told:
         return step_as_told(ws, dispatchers)
 
 
+def waits_while_busy(group: tf.EPGroup, transport: str) -> Told:
+    """Rank 0 waits within a block of its own for rank 1, which is late without a word."""
+    with open_workspace(group, transport) as ws:
+        dispatchers = [ws.dispatcher()]
+        assert one_step(ws, dispatchers, 0)
+        if group.rank == BUSY:
+            time.sleep(3 * TIMEOUT_S)
+            return step_as_told(ws, dispatchers)
+        with ws.busy("warming up"):
+            return step_as_told(ws, dispatchers)
+
+
 def limit_is_changed(group: tf.EPGroup, transport: str, timeout_s: float, late_s: float) -> Told:
     """Rank 0 changes its limit when it waits already, by another thread; rank 1 is late without being busy."""
     with open_workspace(group, transport) as ws:
@@ -196,6 +208,7 @@ SCENARIOS = (
     Scenario("stopped-while-busy", busy_rank_stops, given_up_a_time_out_after_its_last_sign),
     Scenario("busy-without-end", busy_without_end, given_up_after_open_timeout),
     Scenario("busy-no-longer", busy_no_longer, given_up_as_ever),
+    Scenario("waits-while-busy-itself", waits_while_busy, given_up_as_ever),
     Scenario("limit-is-raised-amid-a-wait", limit_is_changed, is_waited_for, (30.0, 2 * TIMEOUT_S)),
     Scenario("limit-is-lowered-amid-a-wait", limit_is_changed, given_up_before_the_old_limit, (0.3, 4 * TIMEOUT_S)),
 )

@@ -96,6 +96,12 @@ class CPUWorker:
     def init_device(self):
         pass
 
+    def determine_available_memory(self):
+        return self.step("memory")
+
+    def compile_or_warm_up_model(self):
+        return self.step("warm-up")
+
     def execute_model(self, scheduler_output):
         return self.step(scheduler_output)
 

@@ -41,10 +41,21 @@ class Setup:
     draft: str = ""
     """What follows the layers: "rows": one more layer on every second row, in the same step; "step": in a step of its own."""
     timeout_s: float = 20.0
+    partial_rows: int = 0
+    """How many rows the experts return, if not all gathered ones."""
 
     def __str__(self) -> str:
         parts = [self.transport, str(self.dtype).removeprefix("torch."), self.overlap, self.counts, self.draft]
         return "-".join(part for part in (*parts, "shared" * self.shared, "latent" * self.latent) if part)
+
+
+class FewerRows(Experts):
+    """Experts that return the first `num_rows` partial rows alone."""
+
+    num_rows = 0
+
+    def forward(self, dispatched: tf.Dispatched, out: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(dispatched, out)[: self.num_rows]
 
 
 SEEDED = threading.Lock()
@@ -79,7 +90,9 @@ class Model:
     def layer(self, setup: Setup, ws: tf.Workspace) -> MoELayer:
         """This rank's part of the one layer that the model repeats."""
         device = ws.device
-        experts = Experts(self.experts.config, ws.group.expert_range(E), dtype=setup.dtype, device=device)
+        kind = FewerRows if setup.partial_rows else Experts
+        experts = kind(self.experts.config, ws.group.expert_range(E), dtype=setup.dtype, device=device)
+        experts.num_rows = setup.partial_rows
         experts.load(self.experts.up_proj, self.experts.down_proj)
         optional = {}
         if setup.shared:

@@ -30,11 +30,15 @@ def scenarios(draw: st.DrawFn, capacity: int = 9) -> tuple[int, Case]:
             own_buffer=draw(st.booleans()),
             spare=draw(st.none() | st.integers(0, 2)),
             into_out=draw(st.booleans()),
+            quantized=draw(st.booleans()),
             seed=draw(st.integers(0, 1000)),
         )
 
+    hidden_size = draw(st.sampled_from([1, 2, 7, 16, 40, 144]))
+    formats = ["same", "same", "bytes", *["fp8_block128"] * 2 * (hidden_size % 16 == 0)]
     case = Case(
-        hidden_size=draw(st.sampled_from([1, 2, 7, 16, 40])),
+        hidden_size=hidden_size,
+        dispatch_format=draw(st.sampled_from(formats)),
         num_experts=num_experts,
         topk=draw(st.integers(1, min(4, num_experts))),
         dtype=draw(st.sampled_from(DTYPES)),

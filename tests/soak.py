@@ -1,6 +1,6 @@
 """Soak: random counts, padding, delays and paths (eager or graph) for as long as asked; every row of every step is checked.
 
-    python tests/soak.py --seconds 480 --ranks 2 --where gpu        # also: interpreter, virtual
+    python tests/soak.py --seconds 480 --ranks 2 --where gpu        # --where interpreter, virtual; --format
 
 All inputs are a hash of (seed, rank, step, layer, row, column), so that every rank knows on its own device what all ranks sent
 and what has to come back: rows, ids, weights and sums are compared bit by bit where they lie, and only the number of
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import tokenferry as tf
+from tokenferry.dispatched import QuantizedRows
 from tokenferry.testing import run_ranks
 from tokenferry.testing.ranks import run_virtual
 from tokenferry.transports.symmetric.layout import SLOT_ROWS
@@ -49,10 +50,11 @@ class Plan:
     seconds: float
     seed: int
     ranks: int
+    dispatch_format: str = "same"
 
     @property
     def config(self) -> tf.MoEConfig:
-        return tf.MoEConfig(hidden_size=16 if self.where == "interpreter" else 72, num_experts=EXPERTS, topk=TOPK)
+        return tf.MoEConfig(hidden_size=16 if self.where == "interpreter" else 144, num_experts=EXPERTS, topk=TOPK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,9 +201,10 @@ class Rank:
         for number, layer in enumerate(self.layers):
             if delays:
                 self.delay()
-            got = layer.dispatch(*expected.own(number))
+            own, *routing = expected.own(number)
+            got = layer.dispatch(self.handed(own, number), *routing)
             hidden, ids, weights = expected.gathered(number)
-            wrong_hidden = ((bits(got.hidden) != bits(hidden)) & expected.valid).sum()
+            wrong_hidden = self.wrong_hidden(got.hidden, hidden, expected.valid)
             wrong_ids = (got.topk_idx != ids).sum()
             wrong_weights = ((bits(got.topk_weights) != bits(weights)) & expected.valid).sum()
             partial = expected.partial(number)
@@ -212,6 +215,19 @@ class Rank:
             twin.wrong[1:] += torch.stack([wrong_hidden, wrong_ids, wrong_weights, wrong_out])
         if self.plan.where == "virtual":  # a full queue of launches holds a lock of the driver, which the ranks share
             torch.cuda.current_stream(ws.device).synchronize()
+
+    def handed(self, own: torch.Tensor, layer: int) -> torch.Tensor | QuantizedRows:
+        """Own rows as the format takes them; those of the second layer are quantized already."""
+        if self.plan.dispatch_format == "bytes":
+            return own.view(torch.uint8)
+        return tf.reference.quantize(own) if self.plan.dispatch_format == "fp8_block128" and layer == 1 else own
+
+    def wrong_hidden(self, got: torch.Tensor | QuantizedRows, wanted: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        if isinstance(got, QuantizedRows):
+            quantized = tf.reference.quantize(wanted)
+            values = got.values.view(torch.uint8) != quantized.values.view(torch.uint8)
+            return (values & valid).sum() + ((bits(got.scales) != bits(quantized.scales)) & valid).sum()
+        return ((bits(got.view(torch.bfloat16)) != bits(wanted)) & valid).sum()
 
     def look(self, block: int) -> None:
         """The host's look: no differences, counts as the others say, no error of a peer."""
@@ -269,7 +285,14 @@ def device_bytes(device: torch.device) -> int:
 def soak(group: tf.EPGroup, plan: Plan) -> Report:
     """The worker. Ranks agree to stop at a look, when rank 0's time is over."""
     twin_is_reference(plan, group.size, group.device)
-    with tf.Workspace(plan.config, group, max_tokens_per_rank=CAPACITY, transport="p2p", timeout_s=60) as ws:
+    with tf.Workspace(
+        plan.config,
+        group,
+        max_tokens_per_rank=CAPACITY,
+        transport="p2p",
+        dispatch_format=plan.dispatch_format,
+        timeout_s=60,
+    ) as ws:
         rank = Rank(ws, plan)
         rank.block(sorted(COUNTS[plan.where])[:: max(1, len(COUNTS[plan.where]) // 3)], delays=False)
         rank.look(0)
@@ -332,11 +355,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--where", choices=("interpreter", "gpu", "virtual"), default="interpreter")
+    parser.add_argument("--format", choices=("same", "fp8_block128", "bytes"), default="same")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="a file of JSON lines, one for each rank, to append to")
     parser.add_argument("--commit", default="unknown", help="for --out")
     options = parser.parse_args()
-    plan = Plan(options.where, options.seconds, options.seed, options.ranks)
+    plan = Plan(options.where, options.seconds, options.seed, options.ranks, options.format)
     reports = run(plan)
     common = {**dataclasses.asdict(plan), **environment(), "commit": options.commit, "date": time.strftime("%Y-%m-%d")}
     lines = [json.dumps({**common, **dataclasses.asdict(report)}) + "\n" for report in reports]

@@ -35,6 +35,7 @@ from tokenferry.kernels.launch import options, source, specify
 pytestmark = pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
 DISPATCH = {
+    "FORMAT": 0, "H": 7168, "HIDDEN": tl.bfloat16, "POWER_OF_TWO": 0,
     "ROW_WORDS": 3584, "K": 8, "IDX": tl.int64, "WEIGHTS": tl.bfloat16, "OUT_IDX": tl.int32, "WORDS": 4, "BLOCK": 256,
     "MULTICAST": 0, "MAX_PROGRAMS": 512, "FLAG_BLOCK": 0, "PDL": 1,
 }  # fmt: skip
@@ -56,6 +57,15 @@ VARIANTS = {
     ),
     "dispatch-multicast": (dispatch.dispatch_kernel, dispatch.SIGNATURE, {**DISPATCH, "MULTICAST": 1}, 8),
     "dispatch-few-tokens": (dispatch.dispatch_kernel, dispatch.SIGNATURE, {**DISPATCH, "FLAG_BLOCK": 512}, 8),
+    "dispatch-fp8": (dispatch.dispatch_kernel, dispatch.SIGNATURE, {**DISPATCH, "FORMAT": 1, "ROW_WORDS": 1848}, 8),
+    "dispatch-fp8-quantized": (dispatch.dispatch_kernel, dispatch.SIGNATURE, {**DISPATCH, "FORMAT": 2, "ROW_WORDS": 1848}, 8),
+    "dispatch-fp8-fp32-H2880-multicast": (
+        dispatch.dispatch_kernel,
+        dispatch.SIGNATURE,
+        {**DISPATCH, "FORMAT": 1, "H": 2880, "HIDDEN": tl.float32, "ROW_WORDS": 744, "MULTICAST": 1, "POWER_OF_TWO": 1},
+        8,
+    ),
+    "dispatch-bytes": (dispatch.dispatch_kernel, dispatch.SIGNATURE, {**DISPATCH, "FORMAT": 3}, 8),
     "combine": (combine.combine_kernel, combine.SIGNATURE, COMBINE, 8),
     "combine-few-tokens": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "FLAG_BLOCK": 512}, 8),
     "combine-16-warps": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "BLOCK": 512}, 16),

@@ -57,16 +57,29 @@ def waiting(parallel: Parallel) -> WaitingInSteps:
     return WaitingInSteps(parallel, lambda: None)  # type: ignore[arg-type]
 
 
+def pauses_in(*num_tokens: int) -> list[float]:
+    """Between steps in which the ranks have so many tokens, in seconds. After them a peer fails."""
+    pauses: list[float] = []
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(PeerFailedError):
+        patched.setattr(threading.Event, "wait", lambda event, timeout: pauses.append(timeout))
+        waiting(Parallel(*num_tokens, WHAT_FAILED)).wait(60)
+    return pauses
+
+
 def test_while_others_have_tokens_a_step_follows_the_other_without_a_pause() -> None:
-    parallel = Parallel(*[5] * 400)
-    waiting(parallel).wait(0.1)
-    assert parallel.took_part >= 200
+    assert pauses_in(*[5] * 100) == []
 
 
 def test_while_nobody_has_tokens_the_pauses_grow_to_ten_milliseconds() -> None:
-    parallel = Parallel()
-    waiting(parallel).wait(0.2)
-    assert 5 <= parallel.took_part <= 30
+    assert pauses_in(*[0] * 6) == [0.001, 0.002, 0.004, 0.008, 0.01, 0.01]
+
+
+def test_tokens_in_between_make_the_next_pause_short_again() -> None:
+    assert pauses_in(0, 0, 0, 5, 0) == [0.001, 0.002, 0.004, 0.001]
+
+
+def test_it_ends_in_time() -> None:
+    assert not waiting(Parallel()).wait(0.05)
 
 
 def test_a_request_ends_it_after_the_step_under_way() -> None:
@@ -277,14 +290,21 @@ def test_a_manager_of_either_release_is_adopted_once(name: str) -> None:
     assert manager._create_batch_processor().model_runner.compute_batch == compute
 
 
-def test_what_a_warm_up_swallows_is_raised() -> None:
+def test_what_a_warm_up_swallows_is_raised_and_the_model_has_its_attention_back() -> None:
     parallel: Any = Parallel()
+    attention: list[str] = []
     manager = SimpleNamespace(
-        _create_batch_processor=lambda: None, warmup=lambda: parallel.note_swallowed(WHAT_FAILED), _wake_up_loop=threading.Event()
+        _create_batch_processor=lambda: None,
+        warmup=lambda: parallel.note_swallowed(WHAT_FAILED),
+        _wake_up_loop=threading.Event(),
+        _original_attn_impl="sdpa",
+        model=SimpleNamespace(set_attn_implementation=attention.append),
     )
     adopt(manager, parallel)
     with pytest.raises(PeerFailedError):
         manager.warmup()
+    assert attention == ["sdpa"]
+    assert manager._original_attn_impl is None
 
 
 # --- configurations ------------------------------------------------------------------------------------------------------

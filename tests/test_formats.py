@@ -9,8 +9,11 @@ import torch
 
 import tokenferry as tf
 from tokenferry.dispatched import QuantizedRows, RowFormat
+from tokenferry.experts import Experts, ExpertsConfig
+from tokenferry.layer import MoELayer
 from tokenferry.router import Router, RouterConfig
 from tokenferry.testing import run_ranks
+from tokenferry.transports.symmetric.layout import plan
 
 H, T, C = 272, 3, 4
 S = 3
@@ -131,32 +134,31 @@ def test_quantized_rows_need_a_hidden_size_that_is_a_multiple_of_16(transport: s
         opened("fp8_block128", transport, config=config)
 
 
-@pytest.mark.parametrize("dispatch_format", ["fp8_block128", "bytes"])
-def test_symmetric_transports_say_that_they_do_not_carry_it_yet(dispatch_format: str) -> None:
-    with pytest.raises(tf.ConfigError, match=f"dispatch_format '{dispatch_format}' is not carried by symmetric transports yet"):
-        tf.Workspace.required_bytes(CONFIG, 2, C, transport="p2p", dispatch_format=dispatch_format)
+def test_rows_of_bytes_that_are_no_whole_packets_are_refused_by_symmetric_transports() -> None:
+    odd = RowFormat("bytes", row_bytes=44)
+    with pytest.raises(tf.ConfigError, match=r"hidden rows have 44 bytes .*, not a multiple of 8; pad them"):
+        tf.Workspace.required_bytes(CONFIG, 2, C, transport="p2p", dispatch_format=odd)
 
 
-def test_a_layer_says_that_it_takes_no_other_format_yet() -> None:
-    from tokenferry.experts import Experts, ExpertsConfig
-    from tokenferry.layer import MoELayer
+@pytest.mark.parametrize(
+    ("dispatch_format", "row_bytes"),
+    [("same", 2 * H), ("fp8_block128", H + 4 * 4), ("bytes", 2 * H), (RowFormat("bytes", row_bytes=64), 64)],
+    ids=["same", "fp8", "bytes", "bytes-64"],
+)
+def test_gathered_rows_take_the_bytes_of_their_format(dispatch_format: str | RowFormat, row_bytes: int) -> None:
+    layout = plan(CONFIG, 2, 1000, torch.bfloat16, dispatch_format=RowFormat.of(dispatch_format))
+    assert layout.hidden.num_bytes + layout.scales.num_bytes == 2000 * row_bytes
+    assert (layout.dispatch_slot_rows, layout.slot_rows) == (0 if str(dispatch_format).startswith("bytes") else 512, 512)
 
+
+def test_a_layer_refuses_rows_of_bytes() -> None:
     shape = ExpertsConfig(hidden_size=H, intermediate_size=16, num_experts=4)
     router = Router(RouterConfig(hidden_size=H, num_experts=4, topk=2))
-    with opened("fp8_block128") as ws, pytest.raises(tf.ConfigError, match="a MoELayer takes dispatch_format 'same' so far"):
+    with (
+        opened("bytes") as ws,
+        pytest.raises(tf.ConfigError, match="moves hidden rows, but the workspace has"),
+    ):
         MoELayer(ws, router, Experts(shape, range(4)))
-
-
-def test_experts_say_that_they_take_no_quantized_rows_yet() -> None:
-    from tokenferry.experts import Experts, ExpertsConfig
-
-    experts = Experts(ExpertsConfig(hidden_size=H, intermediate_size=16, num_experts=4), range(4))
-    with opened("fp8_block128") as ws:
-        dispatcher = ws.dispatcher()
-        ws.begin_step(T)
-        got = dispatcher.dispatch(torch.zeros(T, H, dtype=torch.bfloat16), *routing())
-        with pytest.raises(tf.UsageError, match=r"give them dispatched.hidden.dequantize\(\)"):
-            experts(got)
 
 
 # --- what it is -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 import tokenferry as tf
 from recorded_calls import NOT_PERMITTED, StandIn
@@ -57,7 +57,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(params=["qwen3_moe"])
 def graphed(request: pytest.FixtureRequest, paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphed]:
     # On CPUs a dispatch looks at its ids, which waits for the device, and grouped_mm at the rows of each expert.
-    monkeypatch.setattr("tokenferry.dispatcher._ids_out_of_range", lambda *_: None)
+    monkeypatch.setattr("tokenferry.dispatcher.ids_out_of_range", lambda *_: None)
     quiet()
     path, stand_in = paths[request.param], StandIn()
     model = load(path, tf.EPGroup(device="cpu"), dtype=torch.float32, experts_implementation="batched_mm")
@@ -122,12 +122,38 @@ def test_a_window_that_fills_while_decoding_takes_a_second_graph(graphed: Graphe
 # --- what belongs to the caller ---------------------------------------------------------------------------------------------
 
 
-def test_a_cache_that_was_returned_is_left_alone(graphed: Graphed) -> None:
+def test_a_cache_that_is_returned_can_be_continued_and_ours_is_kept(graphed: Graphed) -> None:
     ids = torch.tensor(prompts((LENGTH,), 0))
     made = graphed.model.generate(ids, max_new_tokens=6, return_dict_in_generate=True)
     keys = made.past_key_values.layers[0].keys
     before = keys.clone()
     graphed.model.generate(ids + 1, max_new_tokens=6)
+    assert graphed.stand_in.num_recorded == 1
+    assert torch.equal(keys, before)
+    expected = graphed.plain.generate(ids, max_new_tokens=40)
+    longer = graphed.model.generate(made.sequences, past_key_values=made.past_key_values, max_new_tokens=34)
+    assert longer.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("graphed", ["gpt_oss"], indirect=True)
+def test_a_cache_that_is_returned_grows_where_ours_could_not_be_made_one(
+    graphed: Graphed, said: pytest.LogCaptureFixture
+) -> None:
+    ids = torch.tensor(prompts((LENGTH,), 0))
+    made = graphed.model.generate(ids, max_new_tokens=6, return_dict_in_generate=True)
+    assert isinstance(made.past_key_values, DynamicCache)
+    [line] = said.messages
+    assert "the call returns its cache" in line
+
+
+def test_a_static_cache_that_was_asked_for_is_returned(graphed: Graphed) -> None:
+    ids = torch.tensor(prompts((LENGTH,), 0))
+    asked = {"max_new_tokens": 6, "cache_implementation": "static"}
+    made = graphed.model.generate(ids, return_dict_in_generate=True, **asked)
+    keys = made.past_key_values.layers[0].keys
+    before = keys.clone()
+    graphed.model.generate(ids + 1, **asked)
+    assert isinstance(made.past_key_values, StaticCache)
     assert torch.equal(keys, before)
 
 
@@ -279,6 +305,33 @@ def test_a_forward_that_does_not_compile_is_recorded_as_it_is(graphed: Graphed, 
     graphed.expect_equal(new_tokens=8, compile_config=config)
     assert graphed.stand_in.num_replayed == 6
     assert "without CUDA graphs of the compiled forward: BackendCompilerFailed" in said.messages[1]
+
+
+@pytest.mark.parametrize("graphed", ["qwen3_moe", "gpt_oss", "deepseek_v3"], indirect=True)
+def test_layers_that_are_compiled_one_by_one(graphed: Graphed, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_layers(graphed, monkeypatch, "eager")
+    for batch in (2, 3):
+        graphed.expect_equal(batch, new_tokens=20)
+    assert graphed.stand_in.num_replayed >= 28
+    assert {name for name, *_ in graphed.decode._graphs} == {"compiled"}
+
+
+def test_layers_that_do_not_compile_run_as_they_are(
+    graphed: Graphed, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+) -> None:
+    compile_layers(graphed, monkeypatch, refuse)
+    graphed.expect_equal(new_tokens=8)
+    assert {name for name, *_ in graphed.decode._graphs} == {"eager"}
+    assert "without CUDA graphs of the compiled forward: BackendCompilerFailed" in said.messages[1]
+
+
+def compile_layers(graphed: Graphed, monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
+    """On CPUs too, and by a backend that the stand-in can follow."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **kwargs: compiled(call, backend=backend, **kwargs))
+    monkeypatch.setattr(type(graphed.model), "_valid_auto_compile_criteria", lambda *_: True)
+    graphed.decode.by_layers = graphed.decode.wants_compiled = True
+    torch._dynamo.reset()
 
 
 def refuse(*_: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -210,6 +211,28 @@ def run_worker_beside_other_managers(group: tf.EPGroup) -> dict[str, list[str]]:
         outcome[name] = lines.copy()
         lines.clear()
     return outcome
+
+
+def run_slow_warm_up(group: tf.EPGroup) -> list[str]:
+    """Rank 1 compiles for longer than the time-out, between a dispatch and its combine: in the forward that opens the workspace,
+    and in the next one. Then it is late in a step, which is no warm-up."""
+    _, ours = managers(group, {"timeout_s": 2.0})
+    from tokenferry.integrations.vllm import Worker
+
+    def step(what: str) -> str:
+        with forward([2, 1]):
+            got = ours.dispatch(*rows(group.rank, [2, 1][group.rank], 0, torch.bfloat16))[0]
+            time.sleep(5.0 * group.rank)
+            ours.combine(got)
+        return what
+
+    worker, said = Worker(step), []
+    for call in (worker.determine_available_memory, worker.compile_or_warm_up_model, lambda: worker.execute_model("step")):
+        try:
+            said.append(call())
+        except tf.PeerError as error:
+            said.append(f"{type(error).__name__} for rank {error.rank}")
+    return said
 
 
 def run_failing_step(group: tf.EPGroup) -> str:

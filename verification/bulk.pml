@@ -19,6 +19,9 @@
  *   ALWAYS, NEVER      sets of ranks that always bring rows, or never: fewer states
  *   COUNTED_IN_SLOTS   up to so many rounds in a row go through slots, and count: a counter may be a whole range old when it is
  *                      looked at (a bug to be found)
+ *   COMBINE_IN_SLOTS   the combine of a round whose dispatch is bulk goes through slots, which hold the sentinel again once they
+ *                      are read (rows of bytes: their dispatch is bulk in every step); checked too: overwrote_unread_slot
+ *   UNCOUNTED_ROUNDS   such rounds do not count (a bug to be found)
  *   WRITE_AFTER_STEP   after the last combine of a step a rank writes its terms without any exchange (a bug to be found)
  *   UNORDERED_SIGNAL   the counter is an ordinary store (a bug to be found)
  */
@@ -63,6 +66,9 @@ bool row_unread[N * N];
 byte terms[N * N];    /* [holder][owner] term: the true round; written and fetched in the holder's memory */
 byte arrived[N * N], arrived_sent[N * N];
 byte ready[N * N], ready_sent[N * N];
+#ifdef COMBINE_IN_SLOTS
+byte term[N * N], term_sent[N * N]; /* [owner][holder] a term in a slot: the true round, or NOTHING */
+#endif
 byte entered;         /* ranks that have entered the exchange of counts; the last one opens it */
 bool opened;
 byte passed;
@@ -70,7 +76,7 @@ byte busy, brings;    /* bit r: rank r brings rows in this step; in the one that
 bool is_bulk;         /* else this step has one round through slots */
 byte slot_rounds;     /* how many of those there have been in a row, if they count */
 
-bool overwrote_unread_row, read_stale_row;
+bool overwrote_unread_row, overwrote_unread_slot, read_stale_row;
 
 /* Rows that a rank has sent and that are not visible yet. A signal waits for them. */
 #if N == 2
@@ -85,7 +91,13 @@ bool overwrote_unread_row, read_stale_row;
 #define RELEASED(src) LANDED(row_sent, src)
 #endif
 
-#define LANDS(i) \
+#ifdef COMBINE_IN_SLOTS
+#define LANDS_IN_SLOT(i) :: atomic { term_sent[i] != NOTHING -> term[i] = term_sent[i]; term_sent[i] = NOTHING }
+#else
+#define LANDS_IN_SLOT(i)
+#endif
+
+#define LANDS(i) LANDS_IN_SLOT(i) \
     :: atomic { row_sent[i] != NOTHING -> \
         overwrote_unread_row = row_unread[i]; assert(!overwrote_unread_row); \
         row[i] = row_sent[i]; row_sent[i] = NOTHING; row_unread[i] = true } \
@@ -185,6 +197,26 @@ proctype Rank(byte me) {
                     :: peer == N -> peer = 0; break
                     od
                 };
+#ifdef COMBINE_IN_SLOTS
+                /* combine: a term to every owner with rows; an owner waits for every rank's and empties the slot */
+                atomic {
+                    do
+                    :: peer < N && peer != me && (busy & (1 << peer)) ->
+                        overwrote_unread_slot = (term_sent[AT(peer, me)] != NOTHING || term[AT(peer, me)] != NOTHING);
+                        assert(!overwrote_unread_slot);
+                        term_sent[AT(peer, me)] = true_round; peer++
+                    :: peer < N && (peer == me || !(busy & (1 << peer))) -> peer++
+                    :: peer == N -> peer = 0; break
+                    od
+                };
+                do
+                :: atomic { peer < N && peer != me && tokens && term[AT(me, peer)] != NOTHING ->
+                    read_stale_row = (term[AT(me, peer)] != true_round); assert(!read_stale_row);
+                    term[AT(me, peer)] = NOTHING; peer++ }
+                :: atomic { peer < N && (peer == me || !tokens) -> peer++ }
+                :: atomic { peer == N -> peer = 0; break }
+                od;
+#else
                 /* combine: the counter, after the terms; an owner waits for every rank and fetches */
                 atomic { SIGNAL(ready_sent, EPOCH) };
                 do
@@ -198,7 +230,12 @@ proctype Rank(byte me) {
                 :: atomic { peer < N && (peer == me || !tokens) -> peer++ }
                 :: atomic { peer == N -> peer = 0; break }
                 od;
+#endif
+#ifdef UNCOUNTED_ROUNDS
+                atomic { true_round = (true_round + 1) % TRUE_ROUNDS; done++ }
+#else
                 atomic { next_round(); done++ }
+#endif
             :: atomic { done == ROUNDS -> done = 0; break }
             od
         fi;
@@ -219,6 +256,9 @@ init {
         byte i = 0;
         do
         :: i < N * N ->
+#ifdef COMBINE_IN_SLOTS
+            term[i] = NOTHING; term_sent[i] = NOTHING;
+#endif
             row[i] = NOTHING; row_sent[i] = NOTHING; terms[i] = NOTHING; arrived_sent[i] = NOTHING; ready_sent[i] = NOTHING; i++
         :: else -> break
         od;

@@ -115,14 +115,14 @@ OF_KERNELS = (
     ),
     Mutant(
         "kernel-keeps-the-ids-of-padding-rows",
-        f"{_KERNELS}/dispatch.py",
+        f"{_KERNELS}/routing_packets.py",
         "(row >= tl.minimum(num_supplied, num_real))",
         "(row >= num_supplied)",
         (f"{EXAMPLES}test_dispatch_and_combine_kernel",),
     ),
     Mutant(
         "kernel-keeps-the-ids-of-rows-not-supplied",
-        f"{_KERNELS}/dispatch.py",
+        f"{_KERNELS}/routing_packets.py",
         "present = row < num_supplied",
         "present = row < num_supplied + 1",
         (f"{EXAMPLES}test_rows_that_are_not_supplied_are_never_read",),

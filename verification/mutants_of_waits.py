@@ -42,8 +42,8 @@ OF_WAITS = (
     Mutant(
         "a-busy-rank-counts-until-it-says-otherwise",
         f"{_TRANSPORTS}/busy.py",
-        "            if has_changed and not is_first:\n",
-        "            if seen and not is_first:\n",
+        "            if num_signs > self._seen:\n",
+        "            if num_signs:\n",
         (f"{GLOO}[stopped-while-busy]",),
     ),
     Mutant(

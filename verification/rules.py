@@ -37,7 +37,7 @@ class Violation(Exception):
 @dataclass
 class Launch:
     """What a rank knows while a launch of it runs: of every rank, how many launches are over. `epoch` is what flags hold in a
-    bulk round: the number of bulk rounds, this one included."""
+    bulk round: the number of rounds with a bulk operation, this one included."""
 
     kind: str
     number: int
@@ -73,10 +73,12 @@ class Replay:
     Args:
         recordings: each rank's events, in its own order.
         slot_rows: steps in which a rank has more rows than this are bulk.
+        dispatch_slot_rows: the same for dispatches; 0 for rows of bytes, whose dispatches are always bulk. Default: `slot_rows`.
     """
 
-    def __init__(self, recordings: Sequence[Sequence[Event]], slot_rows: int) -> None:
-        self._recordings, self._slot_rows = recordings, slot_rows
+    def __init__(self, recordings: Sequence[Sequence[Event]], slot_rows: int, dispatch_slot_rows: int | None = None) -> None:
+        self._recordings = recordings
+        self._slot_rows = {"combine": slot_rows, "dispatch": slot_rows if dispatch_slot_rows is None else dispatch_slot_rows}
         self._size = len(recordings)
         self._ranks = [_Rank(received=[-1] * self._size) for _ in recordings]
         self._words: dict[Hashable, _Word] = {}
@@ -125,14 +127,14 @@ class Replay:
             return False
         if state.launches and state.launches[-1].kind == "combine":
             state.round += 1
-            state.bulk_rounds += self._is_bulk(state)
+            state.bulk_rounds += self._is_bulk(state, "dispatch") or self._is_bulk(state, "combine")
         number = len(state.launches)
         state.received[rank] = number - 1
         state.launches.append(Launch(str(event.place), number, state.round, state.bulk_rounds + 1, list(state.received)))
         return True
 
-    def _is_bulk(self, state: _Rank) -> bool:
-        return max(state.tokens.values()) > self._slot_rows
+    def _is_bulk(self, state: _Rank, kind: str) -> bool:
+        return max(state.tokens.values()) > self._slot_rows[kind]
 
     def _waits_are_over(self, rank: int, state: _Rank, launch: Launch) -> bool:
         """What leaves no event: the waits for counts and signals at the end of a launch. Learns what they tell."""
@@ -143,7 +145,7 @@ class Replay:
             for peer in peers:
                 sent_in, state.tokens[peer] = self._counts[peer, rank, state.step]
                 self._learn(state, peer, sent_in)
-        elif launch.kind in ("dispatch", "combine") and self._is_bulk(state):
+        elif launch.kind in ("dispatch", "combine") and self._is_bulk(state, launch.kind):
             region = "arrived" if launch.kind == "dispatch" else "ready"
             waited_for = [peer for peer in peers if state.tokens[peer if region == "arrived" else rank]]
             signals = {peer: self._signal_of(region, rank, peer, launch.epoch) for peer in waited_for}

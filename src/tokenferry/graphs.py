@@ -145,8 +145,9 @@ class GraphRunner:
         keys = [(bucket, False) for bucket in reversed(self.buckets)] + [(0, True)]  # the largest first: others reuse its memory
         recorder = Recorder(self.workspace)
         try:
-            for bucket, done in keys:
-                self._captured[bucket, done] = self._capture_one(bucket, done, recorder)
+            with self._busy_alone(f"capturing {len(keys)} graphs"):
+                for bucket, done in keys:
+                    self._captured[bucket, done] = self._capture_one(bucket, done, recorder)
         except BaseException:
             self.close()
             raise
@@ -159,8 +160,13 @@ class GraphRunner:
             for _ in range(self._num_warmups):
                 self._warm_up(bucket, done)
         stream.synchronize()
-        with workspace.equal_counts():
+        with workspace.busy("capturing a graph"), workspace.equal_counts():
             return recorder.record(lambda: self._forward(bucket, done))
+
+    def _busy_alone(self, reason: str) -> contextlib.AbstractContextManager[None]:
+        """`Workspace.busy`, but where the warm-up is with the peers: a wait for a dead one there must end as ever."""
+        with_peers = self.workspace.active_transport.counts_pass_through_hosts
+        return contextlib.nullcontext() if with_peers else self.workspace.busy(reason)
 
     def _warm_up(self, bucket: int, done: bool) -> None:
         """Alone on symmetric transports. With the peers on the collective one, whose library connects ranks at first use."""

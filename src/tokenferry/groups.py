@@ -53,11 +53,12 @@ class EPGroup:
     """The ranks that share a model's experts. All ranks make their groups on a process group in the same order.
 
     Args:
-        process_group: a `torch.distributed` process group (`torch.distributed.group.WORLD` for all ranks). None makes a
-            group of one; the default group is never taken without being asked for. Under torchrun a group of one is made by
-            `EPGroup.alone()`, since there None is mostly a WORLD that was read before `init_process_group()`.
-        device: where this rank's tensors live. Default: the current CUDA device if the process group speaks NCCL (or, for a
-            group of one, if there is CUDA), else the CPU.
+        process_group: a `torch.distributed` process group (`torch.distributed.group.WORLD` for all ranks), of any backend: the
+            ranks meet in its store, and no row travels through it. None makes a group of one; the default group is never taken
+            without being asked for. Under torchrun a group of one is made by `EPGroup.alone()`, since there None is mostly a
+            WORLD that was read before `init_process_group()`.
+        device: where this rank's tensors live, `cuda:1` for a gloo group too. Default: the current CUDA device if the process
+            group speaks NCCL (or, for a group of one, if there is CUDA), else the CPU.
 
     Attributes:
         rank, size: this rank's number and how many there are.

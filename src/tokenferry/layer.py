@@ -69,10 +69,10 @@ class MoELayer(nn.Module):
             raise ConfigError(f"shared_overlap must be one of {', '.join(get_args(SharedOverlap))}; got {shared_overlap!r}")
         if (latent_down is None) != (latent_up is None):
             raise ConfigError("latent_down and latent_up belong together; give both or neither")
-        if not workspace.dispatch_format.is_same:
+        if workspace.dispatch_format.name == "bytes":
             raise ConfigError(
-                f"a MoELayer takes dispatch_format 'same' so far, got {str(workspace.dispatch_format)!r}; call the "
-                "dispatcher and the experts yourself"
+                "a MoELayer moves hidden rows, but the workspace has dispatch_format 'bytes'; call the dispatcher and experts of "
+                "your own"
             )
         self.workspace, self.dispatcher = workspace, workspace.dispatcher()
         self.router, self.experts, self.shared_experts = router, experts, shared_experts

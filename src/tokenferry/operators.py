@@ -126,7 +126,7 @@ class Operators:
         self.counts, self.counts_address = counts, counts.data_ptr()
         self.handle = object()
         """Stands for the handle of a dispatch that is made in compiled code."""
-        fixed = transport.fixed_rows
+        fixed = None if self._is_quantized else transport.fixed_rows
         self.fixed = None if fixed is None else Gathered(*(_alone(tensor) for tensor in _tensors(fixed)))
         self.fixed_addresses = [tensor.data_ptr() for tensor in _tensors(self.fixed)] if self.fixed is not None else None
 

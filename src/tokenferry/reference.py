@@ -47,7 +47,8 @@ def quantize(rows: torch.Tensor, *, power_of_two_scales: bool = False) -> Quanti
         num_rows, -(-size // SCALE_BLOCK), SCALE_BLOCK
     )
     largest = padded.abs().amax(2)
-    scales = largest.clamp(min=SMALLEST_AMAX) / FLOAT8_MAX
+    # Divided by a tensor: on CUDA torch multiplies by the reciprocal of a number, which was off by one unit in the last place.
+    scales = largest.clamp(min=SMALLEST_AMAX) / torch.full_like(largest, FLOAT8_MAX)
     if power_of_two_scales:
         mantissa, exponent = torch.frexp(scales)  # scales = mantissa * 2 ** exponent, 0.5 <= mantissa < 1
         scales = torch.ldexp(torch.ones_like(scales), torch.where(mantissa == 0.5, exponent - 1, exponent))

@@ -10,7 +10,7 @@ from batching_work import generate_batch, serve, settings
 from rank_pool import RankPools
 from tokenferry.integrations.transformers.continuous_batching import StepGraph
 from tokenferry.testing.tiny_models import make_tiny
-from transformers_work import Work, load, prompts, quiet, unmodified
+from transformers_work import Work, generate, load, prompts, quiet, unmodified
 
 pytestmark = [pytest.mark.gpu(count=2), pytest.mark.filterwarnings("default")]  # transformers warns of its own affairs
 
@@ -129,12 +129,14 @@ def fail_capturing(group: tf.EPGroup, path: Path, warmup: bool) -> tuple[str, bo
         except Exception as error:
             said = f"{type(error).__name__}: {error}".splitlines()[0]
         asking.remove()
+    generated = generate(model, work, group.rank)[0]
     model.expert_parallel.finish()
     tokens = generate_batch(model, work, group.rank, use_cuda_graph=True)
     model.expert_parallel.finish()
     model.expert_parallel.close()
     plain = unmodified(path, dtype=torch.float32).to(group.device)
-    return said, tokens == generate_batch(plain, work, group.rank, use_cuda_graph=False)
+    equal = generated == generate(plain, work, group.rank)[0]
+    return said, equal and tokens == generate_batch(plain, work, group.rank, use_cuda_graph=False)
 
 
 @pytest.mark.parametrize("warmup", [True, False], ids=["warming up", "generating"])

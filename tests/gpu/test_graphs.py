@@ -32,6 +32,7 @@ SETUPS = [
     Setup(transport="p2p", dtype=BF16, shared=True, latent=True, overlap="stream"),
     Setup(transport="p2p", dtype=BF16, shared=True, overlap="between"),
     Setup(transport="p2p", dtype=torch.float32, layers=2),
+    Setup(transport="p2p", dtype=BF16, partial_rows=600),
     Setup(transport="p2p", dtype=BF16, draft="rows"),
     Setup(transport="p2p", dtype=BF16, draft="step"),
     Setup(transport="collective", dtype=BF16, shared=True, overlap="stream"),

@@ -57,7 +57,7 @@ def decode_all(group: tf.EPGroup, paths: list[Path], dtype: torch.dtype) -> dict
 def _decode(group: tf.EPGroup, path: Path, dtype: torch.dtype) -> tuple[float, float]:
     rows, columns = PROMPTS[group.rank]
     ids = torch.randint(3, 259, (rows, columns), generator=torch.Generator().manual_seed(group.rank)).to(group.device)
-    model = load(path, group, transport="p2p", dtype=dtype)
+    model = load(path, group, transport="p2p", dtype=dtype, cuda_graphs=False)
     assert all(layer.kernels is not None for layer in model.expert_parallel.layers)
     leave_garbage(model.expert_parallel)
     eager = decode(model, ids, by_graph=False)
@@ -126,7 +126,7 @@ def float8_logits(group: tf.EPGroup, float8: Path, plain: Path) -> tuple[bool, f
     quiet()
     # it asks for the package accelerate, which nothing here needs
     FineGrainedFP8HfQuantizer.validate_environment = lambda *_, **__: None  # type: ignore[method-assign]
-    model = load(float8, group, transport="p2p")
+    model = load(float8, group, transport="p2p", cuda_graphs=False)
     kernels = [layer.kernels for layer in model.expert_parallel.layers]
     is_float8 = all(each is not None and each.borrowed.weights.up_proj.dtype == torch.float8_e4m3fn for each in kernels)
     ids = torch.tensor([[5, 6, 7 + group.rank, 9]], device=group.device)

@@ -19,12 +19,15 @@ from .test_symmetric import CAPACITY, INTERPRETER, random_steps
 pytestmark = pytest.mark.interpreter
 
 
-def record(group: tf.EPGroup, steps: list[StepCase]) -> tuple[int, list[Event]]:
-    """Runs the steps with random delays; returns the slots' rows, and what this rank did, with places for addresses."""
+def record(group: tf.EPGroup, steps: list[StepCase], dispatch_format: str = "same") -> tuple[int, int, list[Event]]:
+    """Runs the steps with random delays; returns the slots' rows of combines and dispatches, and what this rank did, with places
+    for addresses."""
     from tokenferry.kernels.wire_interpreter import Observer
 
     config = tf.MoEConfig(hidden_size=16, num_experts=8, topk=2)
-    with tf.Workspace(config, group, max_tokens_per_rank=CAPACITY, transport=Opens("p2p"), timeout_s=20) as ws:
+    with tf.Workspace(
+        config, group, max_tokens_per_rank=CAPACITY, transport=Opens("p2p"), dispatch_format=dispatch_format, timeout_s=20
+    ) as ws:
         transport = exchangeable(ws).inner
         layout, bases = transport.memory.layout, transport._buffer.addresses
         slots = {"dispatch_slots": layout.dispatch_slot_bytes, "combine_slots": layout.combine_slot_bytes}
@@ -32,7 +35,7 @@ def record(group: tf.EPGroup, steps: list[StepCase]) -> tuple[int, list[Event]]:
         def place(address: int) -> tuple:
             holder = max((base, rank) for rank, base in enumerate(bases) if base <= address)[1]
             offset = address - bases[holder]
-            for region in ("counts", "arrived", "ready", "dispatch_slots", "combine_slots", "hidden"):
+            for region in ("counts", "arrived", "ready", "dispatch_slots", "combine_slots", "hidden", "scales"):
                 start = getattr(layout, region).offset
                 if start <= offset < getattr(layout, region).end:
                     unit = slots.get(region, 0)
@@ -75,7 +78,7 @@ def record(group: tf.EPGroup, steps: list[StepCase]) -> tuple[int, list[Event]]:
                 run_layer(ws, dispatcher, step, number)
                 time.sleep(delays.choice((0, 0, 0.004)))
         exchangeable(ws).inner = transport
-    return layout.slot_rows, events
+    return layout.slot_rows, layout.dispatch_slot_rows, events
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long)])
@@ -90,9 +93,25 @@ def test_recorded_events_obey_the_rules_of_the_models(on_ranks: RankPools, world
         StepCase((2, *empty), layers=2),
     ]
     recordings = on_ranks(record, world_size, steps, env=INTERPRETER, timeout_s=120)
-    replayed = Replay([events for _, events in recordings], recordings[0][0]).run()
+    replayed = Replay([events for _, _, events in recordings], *recordings[0][:2]).run()
     assert all(replayed[kind] > 0 for kind in ("count", "send", "poll", "restore", "signal", "launch"))
     assert replayed["poll"] == replayed["restore"]
+
+
+@pytest.mark.parametrize("dispatch_format", ["fp8_block128", "bytes"])
+def test_recorded_events_of_other_formats_obey_the_rules(on_ranks: RankPools, dispatch_format: str) -> None:
+    """Dispatches of bytes are bulk beside combines in slots."""
+    steps = [
+        *random_steps(2, 15, 2, 4),
+        StepCase((4, 0), layers=2),
+        StepCase((0, 3), layers=2),
+        StepCase((0, 0)),
+        StepCase((2, 5)),
+    ]
+    recordings = on_ranks(record, 2, steps, dispatch_format, env=INTERPRETER, timeout_s=120)
+    replayed = Replay([events for _, _, events in recordings], *recordings[0][:2]).run()
+    assert replayed["send"] > 0 and replayed["poll"] == replayed["restore"] > 0
+    assert replayed["signal"] > 0 or dispatch_format != "bytes"
 
 
 # --- the rules find what they are for ---------------------------------------------------------------------------------

@@ -12,3 +12,8 @@ def test_each_rank_chooses_alone_and_sums_are_right() -> None:
     setup = Setup(transport="p2p", capacity=5, buckets=(2, 4))
     steps = [(1, 4), (0, 5), (3, 0), (5, 2)]  # a bucket beside another, eager, idle
     run_ranks(run_steps, 2, setup, steps, timeout_s=150, env={"TRITON_INTERPRET": "1"})
+
+
+def test_layers_whose_experts_return_no_more_rows_than_there_are_tokens() -> None:
+    setup = Setup(transport="p2p", capacity=5, buckets=(2, 4), partial_rows=7)
+    run_ranks(run_steps, 2, setup, [(1, 4), (5, 2), (0, 3)], timeout_s=150, env={"TRITON_INTERPRET": "1"})

@@ -26,6 +26,14 @@ def test_every_row_of_random_steps_is_right_and_memory_stays(seconds: float, ran
     assert all(report.steps >= min(20, 2 * seconds) and report.seconds >= seconds for report in reports)
 
 
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("dispatch_format", ["fp8_block128", "bytes"])
+def test_every_row_of_other_formats_is_right(dispatch_format: str) -> None:
+    reports = run(Plan("interpreter", 30, seed=2, ranks=2, dispatch_format=dispatch_format))
+    assert all(report.steps >= 10 for report in reports)
+
+
 class Spoiled:
     """A dispatcher that changes the last bit of the last valid element of one of its results."""
 

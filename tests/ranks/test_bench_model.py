@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 import tokenferry as tf
-from tokenferry.benchmarking import MODEL_POINTS, ModelPoint, ModelRequest, is_right, model_table, run_model
+from tokenferry.benchmarking import MODEL_POINTS, GroupTimer, ModelPoint, ModelRequest, is_right, model_table, run_model
 from tokenferry.benchmarking.model_checks import common_prefix
 from tokenferry.benchmarking.model_modes import MODES
 from tokenferry.benchmarking.model_plan import parts_of
 from tokenferry.benchmarking.model_request import ALL_MODES, ALL_WAYS, REFERENCE
+from tokenferry.benchmarking.model_times import Replays
 from tokenferry.benchmarking.model_ways import WAYS, graphs_wanted
 from tokenferry.cli.bench_model import model_command, points
 from tokenferry.errors import ConfigError, DeviceError
@@ -73,7 +74,14 @@ def test_what_the_budget_leaves_out_is_said(tmp_path: Path, capsys: pytest.Captu
 def test_a_way_that_fails_says_why_and_the_next_one_is_measured() -> None:
     """Peer memory on CPUs is for the interpreter alone."""
     point = ModelPoint("mixtral-8x7b:1", 1, 5)
-    request = ModelRequest(points=(point,), ways=("p2p", "collective"), families=("mixtral",), new_tokens=3, rehearse=True)
+    request = ModelRequest(
+        points=(point,),
+        ways=("p2p", "collective"),
+        modes=("graph", "eager"),
+        families=("mixtral",),
+        new_tokens=3,
+        rehearse=True,
+    )
     records = run_model(request, 2, device="cpu")
     errors = [record["error"] for record in records if "error" in record]
     assert len(errors) == 2 and all(error.startswith("TransportUnavailableError") for error in errors)
@@ -157,3 +165,14 @@ def test_a_request_that_cannot_be_met_is_refused(changed: dict, message: str) ->
 def test_without_gpus_it_says_so() -> None:
     with pytest.raises(DeviceError, match=r"bench model needs 99 CUDA GPUs.*--rehearse"):
         model_command(99, [], "1", "1", "all", 1.0, None)
+
+
+def test_a_workspace_whose_replays_were_timed_is_as_before() -> None:
+    group = tf.EPGroup.alone("cpu")
+    config = tf.MoEConfig(hidden_size=8, num_experts=2, topk=1)
+    with tf.Workspace(config, group, max_tokens_per_rank=2) as ws:
+        own = ws.replaying
+        with Replays(GroupTimer(group), ws) as replays:
+            assert ws.replaying != own
+        assert ws.replaying == own
+        assert replays.figures() == {}

@@ -86,3 +86,16 @@ def test_the_program_of_the_page_runs(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "measure.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^tiny +8 .* yes$", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_formats_are_measured_and_compared_like_the_rows_themselves() -> None:
+    formats = ("fp8_block128", "fp8_block128-quantized", "bytes")
+    points = benchmarking.round_trip_points((256,), (3,), ("local",), 1, formats=formats)
+    records = benchmarking.run_round_trips([point for point in points if point.tokens == (3,)], 1, device="cpu")
+    assert {(record["dispatch_format"], record["quantized"]) for record in records} == {
+        ("fp8_block128", False),
+        ("fp8_block128", True),
+        ("bytes", False),
+    }
+    assert all(record["correct"] for record in records)
+    assert "fp8_block128-quantized" in benchmarking.round_trip_table(records)

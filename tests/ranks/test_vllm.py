@@ -12,6 +12,7 @@ from vllm_work import (
     run_idle_worker,
     run_logits,
     run_other_counts_in_a_forward,
+    run_slow_warm_up,
     run_worker_beside_other_managers,
 )
 
@@ -68,6 +69,12 @@ def test_a_worker_warns_if_tokenferry_is_on_and_not_used() -> None:
     assert outcome["ours"] == outcome["another, off"] == []
     (line,) = outcome["another"]
     assert line.startswith("tokenferry is switched on, but nothing goes through it")
+
+
+def test_a_rank_that_compiles_is_waited_for_and_one_that_is_late_is_not() -> None:
+    first, second = run_ranks(run_slow_warm_up, 2)
+    assert first == ["memory", "warm-up", "PeerTimeoutError for rank 1"]
+    assert second[:2] == ["memory", "warm-up"]
 
 
 def test_a_rank_whose_step_fails_is_named_by_the_others() -> None:

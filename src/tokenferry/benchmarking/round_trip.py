@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import product
 from typing import Any, Final
 
 import torch
@@ -17,9 +18,8 @@ import torch
 from tokenferry.benchmarking.host_times import begin_step_and_host_times
 from tokenferry.benchmarking.machine import Device, check_gpus, copy_rate, environment
 from tokenferry.benchmarking.records import Record
-from tokenferry.benchmarking.round_trip_data import NUM_EXPERTS, RoundTripPoint, differences, inputs_of, partial_of, wire_bytes
+from tokenferry.benchmarking.round_trip_data import RoundTripPoint, differences, inputs_of, partial_of, wire_bytes
 from tokenferry.benchmarking.timing import GroupTimer, Progress
-from tokenferry.config import MoEConfig
 from tokenferry.errors import ConfigError, TokenferryError
 from tokenferry.groups import EPGroup
 from tokenferry.testing import run_ranks
@@ -28,6 +28,7 @@ from tokenferry.workspace import Workspace
 CHAIN: Final = 20
 """Round trips in a graph."""
 SEED: Final = 1
+QUANTIZED_SUFFIX: Final = "-quantized"
 
 
 def round_trip_points(
@@ -37,6 +38,7 @@ def round_trip_points(
     num_ranks: int,
     *,
     capacity: int | None = None,
+    formats: Sequence[str] = ("same",),
 ) -> list[RoundTripPoint]:
     """The points of the usual table.
 
@@ -44,6 +46,7 @@ def round_trip_points(
     rank 0 beside the largest number on all others.
 
     Args:
+        formats: each a dispatch format, or "fp8_block128-quantized": rows that are quantized before the timed part.
         capacity: C of every workspace. Engines open one for their largest step, and then run small ones in it. None: C = T.
 
     Raises:
@@ -52,7 +55,7 @@ def round_trip_points(
     if capacity is not None and max(tokens) > capacity:
         raise ConfigError(f"capacity is {capacity}, but a rank is to bring {max(tokens)} tokens; raise it, or leave these out")
     points = []
-    for transport in transports:
+    for transport, given in product(transports, formats):
         orders = ("rank", "any") if transport == "collective" else ("rank",)
         for hidden_size in hidden_sizes:
             cases = [((count,) * num_ranks, order) for count in tokens for order in orders]
@@ -65,6 +68,8 @@ def round_trip_points(
                     tokens=counts,
                     capacity=capacity or max(counts),
                     combine_order=order,
+                    dispatch_format=given.removesuffix(QUANTIZED_SUFFIX),
+                    quantized=given.endswith(QUANTIZED_SUFFIX),
                 )
                 for counts, order in cases
             ]
@@ -171,10 +176,15 @@ def _time_chain(timer: GroupTimer, ws: Workspace, point: RoundTripPoint) -> tupl
 @contextmanager
 def opened(group: EPGroup, point: RoundTripPoint) -> Iterator[Workspace]:
     """A workspace for the point."""
-    config = MoEConfig(hidden_size=point.hidden_size, num_experts=NUM_EXPERTS, topk=point.topk)
     counts: Any = "equal" if point.transport == "collective" else "uneven"
     order: Any = point.combine_order
     with Workspace(
-        config, group, max_tokens_per_rank=point.capacity, transport=point.transport, combine_order=order, counts=counts
+        point.config,
+        group,
+        max_tokens_per_rank=point.capacity,
+        transport=point.transport,
+        dispatch_format=point.dispatch_format,
+        combine_order=order,
+        counts=counts,
     ) as ws:
         yield ws

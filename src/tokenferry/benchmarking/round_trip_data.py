@@ -7,6 +7,9 @@ from typing import Any, Final
 
 import torch
 
+from tokenferry import reference
+from tokenferry.config import MoEConfig
+from tokenferry.dispatched import HiddenRows, QuantizedRows, RowFormat
 from tokenferry.reference import sum_in_rank_order
 
 NUM_EXPERTS: Final = 64
@@ -22,6 +25,8 @@ class RoundTripPoint:
         capacity: C that the workspace is opened with.
         combine_order: as `Workspace` takes it. With "any" the sums are not compared: their bits are not promised.
         in_place: whether the partial rows stand in `combine_input()`, where the transport has one.
+        dispatch_format: as `Workspace` takes it. The hidden rows of "bytes" are the bytes of bfloat16 rows.
+        quantized: whether rows of "fp8_block128" are quantized before the timed part; else the dispatch quantizes them.
     """
 
     transport: str
@@ -31,13 +36,20 @@ class RoundTripPoint:
     topk: int = 8
     combine_order: str = "rank"
     in_place: bool = True
+    dispatch_format: str = "same"
+    quantized: bool = False
+
+    @property
+    def config(self) -> MoEConfig:
+        """Of the workspace."""
+        return MoEConfig(hidden_size=self.hidden_size, num_experts=NUM_EXPERTS, topk=self.topk)
 
 
 @dataclass(frozen=True)
 class RankInputs:
     """What one rank dispatches."""
 
-    hidden: torch.Tensor
+    hidden: HiddenRows
     topk_idx: torch.Tensor
     topk_weights: torch.Tensor
 
@@ -47,8 +59,10 @@ def inputs_of(point: RoundTripPoint, rank: int, seed: int, device: torch.device)
     generator = torch.Generator(device).manual_seed(seed * 1000 + rank)
     count = point.tokens[rank]
     choices = (count, point.topk)
+    hidden = torch.randn((count, point.hidden_size), generator=generator, device=device, dtype=torch.bfloat16)
+    rows: HiddenRows = hidden.view(torch.uint8) if point.dispatch_format == "bytes" else hidden
     return RankInputs(
-        torch.randn((count, point.hidden_size), generator=generator, device=device, dtype=torch.bfloat16),
+        reference.quantize(hidden) if point.quantized else rows,
         torch.randint(NUM_EXPERTS, choices, generator=generator, device=device, dtype=torch.int32),
         torch.rand(choices, generator=generator, device=device, dtype=torch.float32),
     )
@@ -68,8 +82,10 @@ def differences(point: RoundTripPoint, rank: int, seed: int, got: Any, out: torc
     terms = [partial_of(point, each, seed, device) for each in ranks]
     start = sum(point.tokens[:rank])
     sums = sum_in_rank_order(terms).to(torch.bfloat16)[start : start + point.tokens[rank]]
+    row_format = RowFormat.of(point.dispatch_format)
+    wanted = [reference.in_format(rows.hidden, row_format) for rows in everyone]
     pairs = {
-        "hidden": (got.hidden[:num_valid], torch.cat([rows.hidden for rows in everyone])),
+        **dict(zip(("hidden", "scales"), zip(_parts([got.hidden[:num_valid]]), _parts(wanted), strict=True), strict=False)),
         "topk_idx": (got.topk_idx[:num_valid], torch.cat([rows.topk_idx for rows in everyone])),
         "topk_weights": (got.topk_weights[:num_valid], torch.cat([rows.topk_weights for rows in everyone])),
         "combined": (out, sums),
@@ -79,9 +95,17 @@ def differences(point: RoundTripPoint, rank: int, seed: int, got: Any, out: torc
     return [f"{name}: {int((a != b).sum())} elements" for name, (a, b) in pairs.items() if not torch.equal(a, b)]
 
 
+def _parts(rows: list[HiddenRows]) -> list[torch.Tensor]:
+    """The tensors that rows consist of, all ranks' one behind the other."""
+    quantized = [each for each in rows if isinstance(each, QuantizedRows)]
+    if not quantized:
+        return [torch.cat(rows)]  # type: ignore[arg-type]
+    return [torch.cat([each.values.view(torch.uint8) for each in quantized]), torch.cat([each.scales for each in quantized])]
+
+
 def wire_bytes(point: RoundTripPoint, rank: int) -> int:
     """Bytes that rank `rank` sends: its tokens to every other rank, and its terms for their tokens."""
     num_tokens, num_ranks = point.tokens[rank], len(point.tokens)
-    row_bytes, choice_bytes = point.hidden_size * 2, point.topk * 8
+    row_bytes, choice_bytes = RowFormat.of(point.dispatch_format).wire_bytes(point.config), point.topk * 8
     dispatched = num_tokens * (num_ranks - 1) * (row_bytes + choice_bytes)
-    return dispatched + (sum(point.tokens) - num_tokens) * row_bytes
+    return dispatched + (sum(point.tokens) - num_tokens) * point.hidden_size * 2

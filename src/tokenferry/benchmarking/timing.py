@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 
+from tokenferry.graph_capture import captured
 from tokenferry.groups import EPGroup
 
 Progress = Callable[[str], None]
@@ -68,7 +69,7 @@ class GroupTimer:
             work()
         self.meet()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with captured(graph, stream=stream):
             work()
         times = []
         for _ in range(self.repeats):

@@ -26,6 +26,7 @@ def round_trip_command(
     tokens: Sequence[int] = TOKENS,
     transports: Sequence[str] = TRANSPORTS,
     capacity: int | None = None,
+    formats: Sequence[str] = ("same",),
     commit: str = "unknown",
 ) -> int:
     """`tokenferry bench roundtrip`: the exit code, 1 if a result was wrong."""
@@ -34,7 +35,7 @@ def round_trip_command(
         remedy = f"give --ranks {found} at most" if found else "run it on a machine with GPUs"
         raise DeviceError(f"bench roundtrip needs {gpus(ranks)}, found {found}; {remedy}")
     benchmarking.check_output(output)
-    points = benchmarking.round_trip_points(hidden_sizes, tokens, transports, ranks, capacity=capacity)
+    points = benchmarking.round_trip_points(hidden_sizes, tokens, transports, ranks, capacity=capacity, formats=formats)
     records = benchmarking.run_round_trips(points, ranks, progress=say)
     if output is not None:
         benchmarking.write_records(records, output, commit=commit)

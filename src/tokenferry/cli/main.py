@@ -15,6 +15,9 @@ from tokenferry.cli.terminal import accept_any_text
 TYPER_INTERRUPTED: Final = 130
 """The exit code with which typer leaves, without a word, on a Ctrl-C that comes before or after a command's own work."""
 
+FORMATS_HELP: Final = (
+    "Of hidden rows, several with commas: same, fp8_block128, fp8_block128-quantized (before the timed part), bytes."
+)
 PRESETS_HELP: Final = (
     f"Names with commas between them, or all: {', '.join(preset.name for preset in PRESETS)}. "
     f"With --rehearse: {', '.join(preset.name for preset in REHEARSAL)}."
@@ -99,13 +102,14 @@ app.add_typer(bench, name="bench")
 def bench_roundtrip(
     ranks: int = typer.Option(2, min=1, help="GPUs to use."),
     capacity: int = typer.Option(None, min=1, help="Rows a rank that workspaces are opened for. Default: as many as it brings."),
+    formats: str = typer.Option("same", "--format", help=FORMATS_HELP),
     output: Path = typer.Option(None, help="Write the records there, one JSON object a line."),
 ) -> None:
     """Time dispatch + combine on p2p and collective, beside a plain copy."""
     with one_line_errors():
         from tokenferry.cli.bench import round_trip_command
 
-        raise typer.Exit(round_trip_command(ranks, output, capacity=capacity))
+        raise typer.Exit(round_trip_command(ranks, output, capacity=capacity, formats=formats.split(",")))
 
 
 @bench.command("layer")
@@ -131,6 +135,7 @@ def bench_model(
     batches: str = typer.Option("8", help="Prompts of each rank, with --random-init."),
     prompts: str = typer.Option("128", help="Tokens of each prompt, with --random-init."),
     ways: str = typer.Option("all", help=f"Names with commas between them, or all: {', '.join(ALL_WAYS)}."),
+    modes: str = typer.Option("", help="Names with commas between them, of docs/benchmarking.md.  [default: all]"),
     new_tokens: int = typer.Option(64, min=2, help="New tokens of each prompt."),
     capacity: int = typer.Option(4096, min=1, help="Most tokens of a forward on a rank (max_tokens_per_rank)."),
     transport: options.Transport = "p2p",
@@ -153,6 +158,7 @@ def bench_model(
                 ways,
                 budget_s,
                 output,
+                modes=modes,
                 new_tokens=new_tokens,
                 capacity=capacity,
                 transport=transport,

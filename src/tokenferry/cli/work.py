@@ -110,6 +110,7 @@ def answer_batch(
         stopping_criteria=[progress(send, stop_ids)],
         return_dict_in_generate=True,
         output_logits=job.keep_logits,
+        disable_compile=True,  # compiling takes longer than it saves in one run
     )
     new_ids_BN = generated.sequences[:, inputs["input_ids"].shape[1] :].tolist()
     answers = []

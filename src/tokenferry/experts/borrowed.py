@@ -64,6 +64,7 @@ class BorrowedExperts:
         max_rows: int,
         out_dtypes: Iterable[torch.dtype],
         index_dtype: torch.dtype = torch.int32,
+        quantized_rows: bool = False,
     ) -> None:
         """Compiles and loads the kernels, and takes their memory, for calls with up to `max_rows` gathered rows.
 
@@ -75,6 +76,7 @@ class BorrowedExperts:
             max_rows: C·EP. No row may name an expert twice.
             out_dtypes: of the partial rows that calls will ask for: the workspace's `combine_dtype`, and others if need be.
             index_dtype: of the ids that a dispatch gives.
+            quantized_rows: whether it gives `QuantizedRows`.
         """
         from tokenferry.experts import triton_path  # here: Triton is not everywhere
 
@@ -90,6 +92,7 @@ class BorrowedExperts:
                 batch_invariant=self.batch_invariant,
                 max_rows=max_rows,
                 hidden_dtype=self.dtype,
+                quantized_rows=quantized_rows,
             )
 
     @torch.no_grad()
@@ -104,4 +107,5 @@ class BorrowedExperts:
             scratch=self.scratch,
             batch_invariant=self.batch_invariant,
             max_rows=self._max_rows,
+            dtype=self.dtype,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from tokenferry.activations import Activation
 from tokenferry.config import HIDDEN_DTYPES
-from tokenferry.dispatched import FLOAT8, Dispatched
+from tokenferry.dispatched import FLOAT8, Dispatched, QuantizedRows
 from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, StateError, check_kind
 from tokenferry.experts import torch_path
 from tokenferry.experts.float8 import quantize_weights
@@ -38,6 +39,7 @@ def apply_experts(
     scratch: ExpertScratch | None = None,
     batch_invariant: bool = False,
     max_rows: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The weighted sum, for each gathered row, over this rank's experts.
 
@@ -56,6 +58,9 @@ def apply_experts(
         scratch: working memory for the kernels of CUDA tensors; layers that never run at the same time share one. None: the
             library's operators, which are slower and take temporary memory for R·K pairs.
         batch_invariant: with `scratch`: a row's bits do not depend on how many other rows there are.
+        dtype: with `QuantizedRows`: of the rows between the products, and of a new `out`; of hidden rows otherwise. Default: the
+            weights', bfloat16 for float8 weights. float8 weights multiply `QuantizedRows` as they are, others what these stand
+            for, rounded to `dtype`.
         max_rows: with `scratch`: a promise that no expert gets more rows (C·EP, if no row names an expert twice).
 
     Returns:
@@ -66,8 +71,13 @@ def apply_experts(
     """
     hidden_RH = dispatched.hidden
     check_operands(hidden_RH, weights, activation)
+    is_quantized = isinstance(hidden_RH, QuantizedRows)
+    if not is_quantized:
+        dtype = hidden_RH.dtype
+    elif dtype is None:
+        dtype = torch.bfloat16 if weights.up_scale is not None else weights.up_proj.dtype
     if out is None:
-        out = torch.empty_like(hidden_RH)
+        out = torch.empty(hidden_RH.shape, dtype=dtype, device=hidden_RH.device)
     else:
         check_out(out, hidden_RH)
     if hidden_RH.shape[0] == 0:
@@ -78,9 +88,21 @@ def apply_experts(
         from tokenferry.experts import triton_path  # here: Triton is not everywhere
 
         return triton_path.run(
-            dispatched, weights, first_expert, activation, out, scratch, batch_invariant=batch_invariant, max_rows=max_rows
+            dispatched,
+            weights,
+            first_expert,
+            activation,
+            out,
+            scratch,
+            batch_invariant=batch_invariant,
+            max_rows=max_rows,
+            dtype=dtype,
         )
-    return torch_path.run(torch_path.choose_path(hidden_RH, weights), dispatched, weights, first_expert, activation, out)
+    if is_quantized:
+        hidden_RH = hidden_RH.dequantize(torch.float32 if weights.up_scale is not None else dtype)
+        dispatched = replace(dispatched, hidden=hidden_RH)
+    path = torch_path.choose_path(hidden_RH, weights)
+    return torch_path.run(path, dispatched, weights, first_expert, activation, out, dtype=dtype, is_rounded=is_quantized)
 
 
 class Experts(KeepsPrecision):
@@ -282,6 +304,7 @@ class Experts(KeepsPrecision):
                 batch_invariant=self.batch_invariant,
                 max_rows=self._max_rows,
                 hidden_dtype=self.dtype,
+                quantized_rows=workspace.dispatch_format.is_quantized,
             )
 
     @torch.no_grad()
@@ -301,6 +324,7 @@ class Experts(KeepsPrecision):
             scratch=self.scratch,
             batch_invariant=self.batch_invariant,
             max_rows=self._max_rows,
+            dtype=self.dtype,
         )
 
     def extra_repr(self) -> str:

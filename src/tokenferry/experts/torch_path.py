@@ -37,15 +37,26 @@ Path = Literal["trimmed", "static", "dense"]
 
 
 def run(
-    path: Path, dispatched: Dispatched, weights: ExpertWeights, first_expert: int, activation: Activation, out: torch.Tensor
+    path: Path,
+    dispatched: Dispatched,
+    weights: ExpertWeights,
+    first_expert: int,
+    activation: Activation,
+    out: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    is_rounded: bool = False,
 ) -> torch.Tensor:
-    """`apply_experts` by `path`, on checked operands."""
+    """`apply_experts` by `path`, on checked operands. With `is_rounded` the hidden rows are what quantized ones stand for, and
+    the rows between the products have `dtype`."""
     hidden_RH, num_local_experts = dispatched.hidden, weights.up_proj.shape[0]
     local_RK = _local_ids(dispatched.topk_idx, first_expert, num_local_experts)
     if path == "dense":
         output_PH, position_RK = _every_expert_on_every_row(hidden_RH, local_RK, weights, activation)
     else:
-        output_PH, position_RK = _experts_on_sorted_pairs(hidden_RH, local_RK, weights, activation, trim=path == "trimmed")
+        output_PH, position_RK = _experts_on_sorted_pairs(
+            hidden_RH, local_RK, weights, activation, dtype or hidden_RH.dtype, trim=path == "trimmed", is_rounded=is_rounded
+        )
     if weights.norm_scale is not None:
         output_PH = _norm(output_PH, weights.norm_scale, weights.norm_epsilon)
     return _weighted_sum(output_PH, position_RK, local_RK < num_local_experts, dispatched.topk_weights, out)
@@ -58,7 +69,14 @@ def _local_ids(topk_idx_RK: torch.Tensor, first_expert: int, num_local_experts: 
 
 
 def _experts_on_sorted_pairs(
-    hidden_RH: torch.Tensor, local_RK: torch.Tensor, weights: ExpertWeights, activation: Activation, *, trim: bool
+    hidden_RH: torch.Tensor,
+    local_RK: torch.Tensor,
+    weights: ExpertWeights,
+    activation: Activation,
+    dtype: torch.dtype,
+    *,
+    trim: bool,
+    is_rounded: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs by pair, and where each choice's pair is. Without `trim`, outputs behind the last local pair are undefined."""
     num_local_experts, topk = weights.up_proj.shape[0], local_RK.shape[1]
@@ -73,14 +91,14 @@ def _experts_on_sorted_pairs(
         position_RK = position_RK.clamp(max=max(num_pairs - 1, 0))  # beyond the end the choice is not local: masked later
     bias_index_P = sorted_P.clamp(max=num_local_experts - 1)
     pairs_PH = hidden_RH.index_select(0, order_P // topk)
-    up_PN = _grouped_linear(pairs_PH, weights.up_proj, ends_L, weights.up_scale)
+    up_PN = _grouped_linear(pairs_PH, weights.up_proj, ends_L, weights.up_scale, is_rounded=is_rounded)
     if weights.up_bias is not None:
         up_PN += weights.up_bias.index_select(0, bias_index_P)
-    activated_PI = activation(up_PN).to(hidden_RH.dtype)
+    activated_PI = activation(up_PN).to(dtype)
     output_PH = _grouped_linear(activated_PI, weights.down_proj, ends_L, weights.down_scale)
     if weights.down_bias is not None:
         output_PH += weights.down_bias.index_select(0, bias_index_P)
-    return output_PH.to(hidden_RH.dtype), position_RK
+    return output_PH.to(dtype), position_RK
 
 
 def _every_expert_on_every_row(
@@ -104,11 +122,16 @@ def _every_expert_on_every_row(
 
 
 def _grouped_linear(
-    rows_PX: torch.Tensor, weight_LYX: torch.Tensor, ends_L: torch.Tensor, scale: torch.Tensor | None = None
+    rows_PX: torch.Tensor,
+    weight_LYX: torch.Tensor,
+    ends_L: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    *,
+    is_rounded: bool = False,
 ) -> torch.Tensor:
     """Each expert's rows times its [Y, X] transposed: [P, Y]. Rows of expert l end at ends[l]; behind the last: undefined."""
     if scale is not None:
-        return _scaled_grouped_linear(rows_PX, weight_LYX, ends_L, scale)
+        return _scaled_grouped_linear(rows_PX, weight_LYX, ends_L, scale, is_rounded=is_rounded)
     if rows_PX.is_cuda or (_aligned(rows_PX) and _aligned(weight_LYX)):
         return F.grouped_mm(rows_PX, weight_LYX.transpose(1, 2), offs=ends_L)
     output_PY = rows_PX.new_empty(rows_PX.shape[0], weight_LYX.shape[1])
@@ -121,7 +144,7 @@ def _grouped_linear(
 
 
 def _scaled_grouped_linear(
-    rows_PX: torch.Tensor, weight_LYX: torch.Tensor, ends_L: torch.Tensor, scale: torch.Tensor
+    rows_PX: torch.Tensor, weight_LYX: torch.Tensor, ends_L: torch.Tensor, scale: torch.Tensor, *, is_rounded: bool
 ) -> torch.Tensor:
     """The same for block-scaled float8, on CPUs: what the kernel computes, in float32, as its sums are until they are stored.
 
@@ -132,7 +155,8 @@ def _scaled_grouped_linear(
     for expert, end in enumerate(ends_L.tolist()):
         if end > begin:
             weight_YX = float8.dequantize(weight_LYX[expert], scale[expert])
-            output_PY[begin:end] = float8.rounded_rows(rows_PX[begin:end]) @ weight_YX.t()
+            rows = rows_PX[begin:end] if is_rounded else float8.rounded_rows(rows_PX[begin:end])
+            output_PY[begin:end] = rows @ weight_YX.t()
         begin = end
     return output_PY
 

@@ -15,7 +15,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tokenferry.activations import Activation
-from tokenferry.dispatched import Dispatched
+from tokenferry.dispatched import Dispatched, QuantizedRows
 from tokenferry.experts.plan import Plan, Tiles
 from tokenferry.experts.scratch import Buffers, ExpertScratch
 from tokenferry.experts.variants import Variant, chosen_plan, descriptor_block, row_shape, specs, variant_of
@@ -28,10 +28,14 @@ INTERPRETED_PROGRAMS = 3
 KERNELS_NAME = "loaded_expert_kernels"
 """Under which a scratch keeps what was loaded for the experts that share it."""
 
+Rows = tuple[torch.Tensor, torch.Tensor, int]
+"""Rows of a product, their scales, and the stride of these."""
+
 TABLE_ARGUMENTS = ("topk_idx", "valid_tokens", "counts", "offsets", "pairs", "first_row", "num_rows", "first_expert")
 QUANTIZE_ARGUMENTS = ("rows", "counts", "valid_tokens", "out", "scales", "first_row", "num_rows")
 PRODUCT_ARGUMENTS = (
-    "rows", "row_scales", "weights", "scales", "bias", "out", "counts", "offsets", "pairs", "first_row", "alpha", "limit",
+    "rows", "row_scales", "scale_stride", "weights", "scales", "bias", "out", "counts", "offsets", "pairs", "first_row", "alpha",
+    "limit",
 )  # fmt: skip
 SUM_ARGUMENTS = (
     "outputs", "topk_idx", "topk_weights", "valid_tokens", "out", "first_row", "num_rows", "first_expert", "norm_scale",
@@ -60,7 +64,8 @@ class LoadedExperts:
 
     table: BoundLaunch
     quantize: tuple[BoundLaunch, ...]
-    """Of the rows of the first and of the second product; empty if no launch wants them quantized."""
+    """Of the rows of the first and of the second product; of the second's alone where the gathered rows come quantized; empty if
+    no launch wants them quantized."""
     up: tuple[Product, ...]
     down: tuple[Product, ...]
     sum: BoundLaunch
@@ -93,6 +98,7 @@ def prepare(
     batch_invariant: bool,
     max_rows: int,
     hidden_dtype: torch.dtype | None = None,
+    quantized_rows: bool = False,
 ) -> None:
     """Loads the kernels, and takes the memory, for calls with up to `max_rows` gathered rows.
 
@@ -104,10 +110,19 @@ def prepare(
         batch_invariant: see `apply_experts`.
         max_rows: C·EP.
         hidden_dtype: of the rows; default: the weights'.
+        quantized_rows: whether a dispatch gives `QuantizedRows`.
     """
     dtype = hidden_dtype or weights.up_proj.dtype
     variant = variant_of(
-        weights, activation, topk, dtype, index_dtype, out_dtype, batch_invariant=batch_invariant, max_rows=max_rows
+        weights,
+        activation,
+        topk,
+        dtype,
+        index_dtype,
+        out_dtype,
+        batch_invariant=batch_invariant,
+        max_rows=max_rows,
+        quantized_rows=quantized_rows,
     )
     load(variant, scratch)
     scratch.reserve(row_shape(variant), max_rows, variant.num_local_experts, dtype)
@@ -124,29 +139,37 @@ def run(
     batch_invariant: bool = False,
     max_rows: int | None = None,
     plan: Plan | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """`apply_experts` on checked operands, R > 0. Rows >= V of `out` are left as they are."""
+    """`apply_experts` on checked operands, R > 0. Rows >= V of `out` are left as they are. `QuantizedRows` have a `dtype`."""
     scratch.poison()
-    hidden_RH, idx_RK = dispatched.hidden.contiguous(), dispatched.topk_idx.contiguous()
+    hidden, idx_RK = dispatched.hidden, dispatched.topk_idx.contiguous()
     weights_RK, valid = dispatched.topk_weights.float().contiguous(), dispatched.valid_tokens
     target = out if out.is_contiguous() else out.contiguous()
-    aligned = all(tensor.data_ptr() % POINTER_ALIGNMENT == 0 for tensor in (hidden_RH, idx_RK, weights_RK, target))
+    gathered: Rows
+    if isinstance(hidden, QuantizedRows):
+        scales = hidden.scales if hidden.scales.stride(1) == 1 else hidden.scales.contiguous()
+        gathered = hidden.values.contiguous(), scales, scales.stride(0)
+    else:
+        gathered, dtype = (hidden.contiguous(), valid, 0), hidden.dtype
+    assert dtype is not None, "quantized rows come with the dtype of what is made of them"
+    aligned = all(t.data_ptr() % POINTER_ALIGNMENT == 0 for t in (gathered[0], gathered[1], idx_RK, weights_RK, target))
     variant = variant_of(
         weights,
         activation,
         idx_RK.shape[1],
-        hidden_RH.dtype,
+        dtype,
         idx_RK.dtype,
         target.dtype,
         aligned=aligned,
         batch_invariant=batch_invariant,
         max_rows=max_rows,
         plan=plan,
+        quantized_rows=isinstance(hidden, QuantizedRows),
     )
     loaded = load(variant, scratch)
-    buffers = scratch.reserve(row_shape(variant), idx_RK.shape[0], variant.num_local_experts, hidden_RH.dtype)
+    buffers = scratch.reserve(row_shape(variant), idx_RK.shape[0], variant.num_local_experts, dtype)
     table = (buffers.counts_L, buffers.offsets_L, buffers.pairs_P)
-    dtype = hidden_RH.dtype
     up = (_or(weights.up_scale, valid), valid if weights.up_bias is None else weights.up_bias.to(dtype).contiguous())
     down = (_or(weights.down_scale, valid), valid if weights.down_bias is None else weights.down_bias.to(dtype).contiguous())
     norm = (_or(weights.norm_scale, valid), weights.norm_epsilon)
@@ -154,11 +177,11 @@ def run(
         loaded.table(idx_RK, valid, *table, first_row, buffers.num_rows, first_expert)
         settings = (*table, first_row, activation.alpha, activation.limit)
         bounds = (first_row, buffers.num_rows)
-        rows = _quantized(loaded, 0, hidden_RH, buffers, valid, bounds)
+        rows = (gathered, gathered) if variant.quantized_rows else _quantized(loaded, 0, gathered, buffers, valid, bounds)
         for product in loaded.up:
             matrices = weights_argument(weights.up_proj, activation, product)
             product.launch(*rows[product.prequantized], matrices, *up, buffers.activated_PI, *settings)
-        rows = _quantized(loaded, 1, buffers.activated_PI, buffers, valid, bounds)
+        rows = _quantized(loaded, -1, (buffers.activated_PI, valid, 0), buffers, valid, bounds)
         for product in loaded.down:
             matrices = weights_argument(weights.down_proj, None, product)
             product.launch(*rows[product.prequantized], matrices, *down, buffers.outputs_PH, *settings)
@@ -167,14 +190,15 @@ def run(
 
 
 def _quantized(
-    loaded: LoadedExperts, which: int, rows: torch.Tensor, buffers: Buffers, valid: torch.Tensor, bounds: tuple[int, int]
-) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-    """Rows of product 0 or 1 with their scales: as they are (no scales are read), and quantized if a launch wants that."""
+    loaded: LoadedExperts, which: int, rows: Rows, buffers: Buffers, valid: torch.Tensor, bounds: tuple[int, int]
+) -> tuple[Rows, ...]:
+    """Rows of the first product (which: 0) or of the second (-1) as they are, whose scales nobody reads, and quantized if a
+    launch wants that."""
     if not loaded.quantize:
-        return ((rows, valid),)
-    quantized, scales = buffers.quantized[2 * which : 2 * which + 2]
-    loaded.quantize[which](rows, buffers.counts_L, valid, quantized, scales, *bounds)
-    return ((rows, valid), (quantized, scales))
+        return (rows,)
+    quantized, scales = buffers.quantized[:2] if which == 0 else buffers.quantized[2:]
+    loaded.quantize[which](rows[0], buffers.counts_L, valid, quantized, scales, *bounds)
+    return (rows, (quantized, scales, scales.shape[1]))
 
 
 def weights_argument(matrices: torch.Tensor, activation: Activation | None, product: Product) -> torch.Tensor | TensorDescriptor:

@@ -55,6 +55,8 @@ class Variant:
     plan: Plan | None = None
     """None: the default for these shapes."""
     norm: bool = False
+    quantized_rows: bool = False
+    """Whether the gathered rows are float8 with scales; `dtype` is then that of the rows between the products."""
 
     @property
     def has_float8_weights(self) -> bool:
@@ -80,6 +82,7 @@ def variant_of(
     batch_invariant: bool = False,
     max_rows: int | None = None,
     plan: Plan | None = None,
+    quantized_rows: bool = False,
 ) -> Variant:
     """The variant that such operands ask for. `aligned`: operands that are not given here begin at multiples of 16 bytes."""
     L, H, I = weights.down_proj.shape
@@ -114,6 +117,7 @@ def variant_of(
         max_rows=max_rows,
         plan=plan,
         norm=weights.norm_scale is not None,
+        quantized_rows=quantized_rows,
     )
 
 
@@ -181,7 +185,8 @@ def specs(variant: Variant, device: torch.device) -> Specs:
     down = tuple(_gemm_spec(variant, tiles, False, pdl, overlaps=place > 0) for place, tiles in enumerate(chosen.down))
     quantize: tuple[KernelSpec, ...] = ()
     if _prequantizes(variant, chosen):
-        quantize = tuple(_quantize_spec(variant, chosen, is_first_product, pdl) for is_first_product in (True, False))
+        products = (False,) if variant.quantized_rows else (True, False)
+        quantize = tuple(_quantize_spec(variant, chosen, is_first_product, pdl) for is_first_product in products)
     return Specs(table, quantize, up, down, total)
 
 
@@ -237,6 +242,8 @@ def _gemm_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int,
     sizes = (variant.hidden_size, variant.intermediate_size)
     depth, width = sizes if is_first_product else sizes[::-1]
     scaled = variant.has_float8_weights
+    gathered = is_first_product and variant.quantized_rows
+    quantized = gathered or (scaled and tiles.prequantize)
     has_map = uses_tensor_map(variant, tiles, is_first_product, pdl)
     constants = {
         "L": variant.num_local_experts,
@@ -252,7 +259,8 @@ def _gemm_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int,
         "ACTIVATION": variant.activation if is_first_product else "none",
         "BIAS": variant.up_bias if is_first_product else variant.down_bias,
         "SCALED": scaled,
-        "QUANTIZED": scaled and tiles.prequantize,
+        "QUANTIZED": quantized,
+        "GATHERED": gathered,
         "TENSOR_MAP": has_map,
         "MIN_ROWS": tiles.min_rows,
         "MAX_ROWS": tiles.max_rows,
@@ -265,7 +273,7 @@ def _gemm_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int,
         "OVERLAPS": overlaps,
         "PDL": pdl,
     }
-    rows_dtype = variant.weight_dtype if scaled and tiles.prequantize else variant.dtype
+    rows_dtype = torch.float8_e4m3fn if quantized else variant.dtype
     return specify(
         expert_gemm_kernel,
         GEMM_SIGNATURE,

@@ -13,8 +13,8 @@ import torch
 
 from tokenferry.activations import Activation
 from tokenferry.config import HIDDEN_DTYPES
-from tokenferry.dispatched import FLOAT8, SCALE_BLOCK
-from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, UsageError, check_kind
+from tokenferry.dispatched import FLOAT8, SCALE_BLOCK, HiddenRows, QuantizedRows
+from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, check_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +121,12 @@ class ExpertWeights:
         )
 
 
-def check_operands(hidden_RH: torch.Tensor, weights: ExpertWeights, activation: Activation) -> None:
+def check_operands(hidden_RH: HiddenRows, weights: ExpertWeights, activation: Activation) -> None:
     """Raises where hidden rows, weights and activation do not fit one another."""
     L, H, I = weights.down_proj.shape
-    if not isinstance(hidden_RH, torch.Tensor):
-        raise UsageError("experts do not take QuantizedRows yet; give them dispatched.hidden.dequantize() as hidden rows")
-    if hidden_RH.dim() != 2 or hidden_RH.shape[1] != H:
-        raise ShapeError(f"hidden must be [R, {H}] (down_proj is {[L, H, I]}), got {list(hidden_RH.shape)}")
+    rows_RH = hidden_RH.values if isinstance(hidden_RH, QuantizedRows) else hidden_RH
+    if rows_RH.dim() != 2 or rows_RH.shape[1] != H:
+        raise ShapeError(f"hidden must be [R, {H}] (down_proj is {[L, H, I]}), got {list(rows_RH.shape)}")
     if weights.up_proj.shape != (L, activation.num_columns(I), H):
         raise ShapeError(
             f"up_proj must be {[L, activation.num_columns(I), H]} for {activation.name} and a down_proj of {[L, H, I]}, "
@@ -140,16 +139,27 @@ def check_operands(hidden_RH: torch.Tensor, weights: ExpertWeights, activation: 
         raise ShapeError(
             f"norm_scale must be float32 [{H}] on {hidden_RH.device}, got {scale.dtype} {list(scale.shape)} on {scale.device}"
         )
-    if weights.up_scale is not None:
-        if hidden_RH.dtype not in (torch.bfloat16, torch.float16):
-            raise DtypeError(f"hidden is {hidden_RH.dtype} but float8 experts take bfloat16 or float16; convert it")
-    elif hidden_RH.dtype != weights.up_proj.dtype:
-        raise DtypeError(f"hidden is {hidden_RH.dtype} but the experts are {weights.up_proj.dtype}; convert one of them")
+    _check_hidden_dtype(hidden_RH, weights)
     if hidden_RH.device != weights.up_proj.device:
         raise DeviceError(f"hidden is on {hidden_RH.device} but the experts are on {weights.up_proj.device}; move one of them")
 
 
-def check_out(out: torch.Tensor, hidden_RH: torch.Tensor) -> None:
+def _check_hidden_dtype(hidden_RH: HiddenRows, weights: ExpertWeights) -> None:
+    if isinstance(hidden_RH, QuantizedRows):
+        wanted = (hidden_RH.shape[0], -(-hidden_RH.shape[1] // SCALE_BLOCK))
+        values, scales = hidden_RH.values, hidden_RH.scales
+        if values.dtype != FLOAT8 or scales.dtype != torch.float32:
+            raise DtypeError(f"hidden must have float8_e4m3fn values and float32 scales, got {values.dtype} and {scales.dtype}")
+        if scales.shape != wanted:
+            raise ShapeError(f"hidden.scales must be {list(wanted)} for values {list(values.shape)}, got {list(scales.shape)}")
+    elif weights.up_scale is not None:
+        if hidden_RH.dtype not in (torch.bfloat16, torch.float16):
+            raise DtypeError(f"hidden is {hidden_RH.dtype} but float8 experts take bfloat16 or float16; convert it")
+    elif hidden_RH.dtype != weights.up_proj.dtype:
+        raise DtypeError(f"hidden is {hidden_RH.dtype} but the experts are {weights.up_proj.dtype}; convert one of them")
+
+
+def check_out(out: torch.Tensor, hidden_RH: HiddenRows) -> None:
     """Raises where `out` does not fit the gathered rows."""
     if out.shape != hidden_RH.shape:
         raise ShapeError(f"out is {list(out.shape)} but there are {list(hidden_RH.shape)} gathered rows; use combine_input()")

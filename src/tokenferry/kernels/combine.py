@@ -20,6 +20,7 @@ SIGNATURE = {
     "slots_offset": "i64",
     "slot_bytes": "i64",
     "slot_rows": "i32",
+    "counted_rows": "i32",
     "num_flags": "i32",
     "terms_offset": "i64",
     "partial_ptr": "i64",
@@ -164,6 +165,7 @@ def combine_kernel(
     slots_offset,
     slot_bytes,
     slot_rows,
+    counted_rows,
     num_flags,
     terms_offset,
     partial_ptr,
@@ -198,6 +200,7 @@ def combine_kernel(
         is_in_place: whether `partial_ptr` is the `terms` region itself.
         out_ptr, num_out: [num_out, H] OUT with num_out <= T. Terms of rows beyond it are received and dropped.
         mode: MODE_SEND, MODE_RECEIVE or both. A launch that only sends is given no `out_ptr`.
+        counted_rows: rounds of steps with more rows than that are counted: those in which the dispatch or the combine is bulk.
         num_flags, FLAG_BLOCK: see `dispatch_kernel`. A flag stands for the terms of each block of FLAG_BLOCK packets whose number
             is the flag's, modulo `num_flags`.
 
@@ -241,8 +244,9 @@ def combine_kernel(
     num_tokens = tl.where(is_short, 0, num_tokens)
     in_slots = largest <= slot_rows
     is_bulk = (largest > slot_rows) & (size > 1)
+    is_counted = (largest > counted_rows) & (size > 1)
     ticket = tl.zeros([], tl.int64)
-    if is_bulk & (mode >= wire.MODE_RECEIVE):
+    if is_counted & (mode >= wire.MODE_RECEIVE):
         ticket = wire.take_ticket(counters_ptr)
     blamed = wire.blame(step, layer, rank, wire.DATA_MISSING)
     hints_ptr = buffer_ptr + counts_offset + ((step + 1) & 1) * size * wire.COUNT_PACKET_BYTES + wire.COUNT_PACKET_STEP_OFFSET
@@ -381,7 +385,7 @@ def combine_kernel(
                 s7 = tl.where(source == 0, h3, s7 + h3)
             kept = live & (packet < num_out * PER_ROW)
             store_sum(out_ptr, index * PER_PACKET, kept, s0, s1, s2, s3, s4, s5, s6, s7, WIRE, OUT, WORDS)
-        if is_bulk:
+        if is_counted:
             wire.end_round(counters_ptr, ticket, programs, round_number)
         if pid == 0:  # the next dispatch reads it
             tl.store(wire.field(buffer_ptr, wire.DIRTY_ROWS_OFFSET, tl.int32), num_valid)

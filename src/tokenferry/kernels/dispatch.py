@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import wire
+from tokenferry.kernels import fp8_rows, routing_packets, wire
 
 SIGNATURE = {
     "buffer_ptr": "i64",
@@ -22,15 +22,21 @@ SIGNATURE = {
     "slot_rows": "i32",
     "num_flags": "i32",
     "out_hidden_offset": "i64",
+    "out_scales_offset": "i64",
     "out_idx_offset": "i64",
     "out_weights_offset": "i64",
     "hidden_ptr": "i64",
+    "scales_ptr": "i64",
     "topk_idx_ptr": "i64",
     "topk_weights_ptr": "i64",
     "num_supplied": "i32",
     "num_real_ptr": "i64",
     "layer": "i32",
     "mode": "i32",
+    "FORMAT": "constexpr",
+    "H": "constexpr",
+    "HIDDEN": "constexpr",
+    "POWER_OF_TWO": "constexpr",
     "ROW_WORDS": "constexpr",
     "K": "constexpr",
     "IDX": "constexpr",
@@ -46,35 +52,6 @@ SIGNATURE = {
 
 
 @triton.jit
-def load_routing(word, topk_idx_ptr, topk_weights_ptr, num_supplied, K: tl.constexpr, IDX: tl.constexpr, WEIGHTS: tl.constexpr):
-    """Words of the routing message, [rows][K numbers, then K float32 weights]. A number that is negative, or needs more than 32
-    bits, travels as -1: cut off, 2**32 + 3 would be expert 3.
-
-    Example:
-        K = 2, one row with numbers (3, 5) and weights (0.5, 0.25): words 3, 5, 0x3F000000, 0x3E800000.
-    """
-    row = word // (2 * K)
-    column = word - row * (2 * K)
-    present = row < num_supplied
-    place = row.to(tl.int64) * K + column
-    idx = tl.load(topk_idx_ptr.to(tl.pointer_type(IDX)) + place, mask=present & (column < K), other=-1)
-    idx = tl.where(idx == idx.to(tl.int32), idx, -1).to(tl.int32)
-    weight = tl.load(topk_weights_ptr.to(tl.pointer_type(WEIGHTS)) + place - K, mask=present & (column >= K), other=0.0)
-    bits = weight.to(tl.float32).to(tl.uint32, bitcast=True)
-    return tl.where(column < K, tl.maximum(idx, -1).to(tl.uint32, bitcast=True), bits)
-
-
-@triton.jit
-def mask_routing(word, bits, num_words, num_supplied, num_real, K: tl.constexpr):
-    """The words as they travel: the number -1 in rows of padding or not supplied, escaped, and 0 behind the message's end."""
-    row = word // (2 * K)
-    is_idx = word - row * (2 * K) < K
-    minus_one = tl.full(bits.shape, 0xFFFFFFFF, tl.uint32)
-    bits = tl.where(is_idx & (row >= tl.minimum(num_supplied, num_real)), minus_one, bits)
-    return tl.where(word < num_words, wire.escape(bits), 0)
-
-
-@triton.jit
 def next_share(begin, blocks, programs):
     """Where this program begins in the next list of blocks, so that all lists together are dealt out evenly.
 
@@ -83,29 +60,6 @@ def next_share(begin, blocks, programs):
     """
     begin -= tl.where(blocks < programs, blocks, blocks % programs)
     return tl.where(begin < 0, begin + programs, begin)
-
-
-@triton.jit
-def store_routing(word, bits, live, idx_ptr, weights_ptr, first_row, K: tl.constexpr, OUT_IDX: tl.constexpr):
-    """The inverse of `load_routing`, into the gathered tensors from row `first_row` on."""
-    row = word // (2 * K)
-    column = word - row * (2 * K)
-    place = (row + first_row).to(tl.int64) * K + column
-    idx = tl.maximum(bits.to(tl.int32, bitcast=True), -1)
-    tl.store(idx_ptr.to(tl.pointer_type(OUT_IDX)) + place, idx.to(OUT_IDX), mask=live & (column < K))
-    weight = bits.to(tl.float32, bitcast=True)
-    tl.store(weights_ptr.to(tl.pointer_type(tl.float32)) + place - K, weight, mask=live & (column >= K))
-
-
-@triton.jit
-def store_routing_packet(
-    word, r0, r1, r2, r3, num_words, idx_ptr, weights_ptr, first_row, K: tl.constexpr, OUT_IDX: tl.constexpr
-):
-    """`store_routing` for the four words of a packet that begins at `word`, as far as the message goes."""
-    store_routing(word, r0, word < num_words, idx_ptr, weights_ptr, first_row, K, OUT_IDX)
-    store_routing(word + 1, r1, word + 1 < num_words, idx_ptr, weights_ptr, first_row, K, OUT_IDX)
-    store_routing(word + 2, r2, word + 2 < num_words, idx_ptr, weights_ptr, first_row, K, OUT_IDX)
-    store_routing(word + 3, r3, word + 3 < num_words, idx_ptr, weights_ptr, first_row, K, OUT_IDX)
 
 
 @triton.jit
@@ -124,15 +78,21 @@ def dispatch_kernel(
     slot_rows,
     num_flags,
     out_hidden_offset,
+    out_scales_offset,
     out_idx_offset,
     out_weights_offset,
     hidden_ptr,
+    scales_ptr,
     topk_idx_ptr,
     topk_weights_ptr,
     num_supplied,
     num_real_ptr,
     layer,
     mode,
+    FORMAT: tl.constexpr,
+    H: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
     ROW_WORDS: tl.constexpr,
     K: tl.constexpr,
     IDX: tl.constexpr,
@@ -159,12 +119,15 @@ def dispatch_kernel(
         counts_offset, arrived_offset, slots_offset, out_hidden_offset, out_idx_offset, out_weights_offset: of regions within a
             buffer.
         hidden_ptr, topk_idx_ptr, topk_weights_ptr: the caller's tensors [num_supplied, ROW_WORDS words], [num_supplied, K] twice.
-            Rows from num_supplied to T travel as zeros with id -1.
+            Rows from num_supplied to T travel as zeros with id -1. Where `fp8_rows` has the format, [num_supplied, H] of HIDDEN,
+            or of float8 with their scales at `scales_ptr`.
         num_real_ptr: an int32; rows from it on are padding and travel with id -1.
         mode: MODE_SEND, MODE_RECEIVE or both. A launch that only receives is given num_supplied 0.
         num_flags: how many flags each rank sets at each peer in a bulk round, as agreed between the ranks.
         FLAG_BLOCK: 0 if each CTA has the flag of its index, and there are as many. Else the launch has fewer CTAs than there are
             flags, and they share them out.
+        FORMAT, H, POWER_OF_TWO: of the rows: see `fp8_rows`. Rows of bytes are sent as they are, never to slots.
+        ROW_WORDS: of a row in a slot.
         WORDS: words of a packet: 4, or 2 if rows are not a multiple of 16 bytes.
 
     Example:
@@ -175,6 +138,7 @@ def dispatch_kernel(
     counters_ptr = counters_ptr.to(tl.int64)
     step_counts = step_counts_ptr.to(tl.int64).to(tl.pointer_type(tl.int32))
     hidden_ptr = hidden_ptr.to(tl.int64)
+    scales_ptr = scales_ptr.to(tl.int64)
     topk_idx_ptr = topk_idx_ptr.to(tl.int64)
     topk_weights_ptr = topk_weights_ptr.to(tl.int64)
     pid = tl.program_id(0)
@@ -182,8 +146,11 @@ def dispatch_kernel(
     lanes = tl.arange(0, BLOCK)
     ROW_BYTES: tl.constexpr = ROW_WORDS * 4
     PER_ROW: tl.constexpr = ROW_WORDS // WORDS
+    IS_FP8: tl.constexpr = FORMAT == fp8_rows.QUANTIZE or FORMAT == fp8_rows.QUANTIZED
+    THREADS: tl.constexpr = (H + 511) // 512 * 32 if IS_FP8 else PER_ROW  # that a row is sent by
+    GATHERED: tl.constexpr = H if IS_FP8 else ROW_BYTES
     nearest_ptr = tl.load(peer_table + wire.add_mod(rank + 1, size))
-    supplied = num_supplied * PER_ROW
+    supplied = num_supplied * THREADS
     # Routing packets go to the programs after those with hidden rows.
     routing_program = pid - ((supplied + BLOCK - 1) // BLOCK) % programs
     routing_program = tl.where(routing_program < 0, routing_program + programs, routing_program)
@@ -203,45 +170,80 @@ def dispatch_kernel(
     round_number = wire.read_round(counters_ptr)
     step = tl.load(wire.field(counters_ptr, wire.STEP_OFFSET, tl.int32))
     packet = pid * BLOCK + lanes
-    n0, n1, n2, n3 = wire.load(hidden_ptr + packet.to(tl.int64) * (WORDS * 4), packet < supplied, WORDS)
+    if IS_FP8:
+        n0, n1, n2, n3, n4, n5, n6, n7 = fp8_rows.load_first_words(
+            packet, hidden_ptr, scales_ptr, num_supplied, H, FORMAT, HIDDEN
+        )
+    else:
+        n0, n1, n2, n3 = wire.load(hidden_ptr + packet.to(tl.int64) * (WORDS * 4), packet < supplied, WORDS)
     m0 = tl.zeros([BLOCK], tl.uint32)
     m1 = m0
     m2 = m0
     m3 = m0
     if routing_program * (BLOCK * 4) < num_supplied * (2 * K):
-        m0 = load_routing(word, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
-        m1 = load_routing(word + 1, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
-        m2 = load_routing(word + 2, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
-        m3 = load_routing(word + 3, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
+        m0 = routing_packets.load_routing(word, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
+        m1 = routing_packets.load_routing(word + 1, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
+        m2 = routing_packets.load_routing(word + 2, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
+        m3 = routing_packets.load_routing(word + 3, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
     in_slots = largest <= slot_rows
     routing_offset = (slot_rows.to(tl.int64) * ROW_BYTES + 15) // 16 * 16
-    hidden_place_offset = out_hidden_offset + first_row.to(tl.int64) * ROW_BYTES
+    hidden_place_offset = out_hidden_offset + first_row.to(tl.int64) * GATHERED
 
     # Hidden rows go to every peer and to their place in this rank's buffer. The next packets are loaded while these are sent.
     num_sent = num_tokens * (mode & wire.MODE_SEND)
-    num_packets = num_sent * PER_ROW
+    num_packets = num_sent * THREADS
     for b in range(pid, (num_packets + BLOCK - 1) // BLOCK, programs):
         packet = b * BLOCK + lanes
         live = packet < num_packets
-        offset = packet.to(tl.int64) * (WORDS * 4)
-        w0 = wire.escape(n0)
-        w1 = wire.escape(n1)
-        w2 = wire.escape(n2)
-        w3 = wire.escape(n3)
         following = packet + programs * BLOCK
-        n0, n1, n2, n3 = wire.load(hidden_ptr + following.to(tl.int64) * (WORDS * 4), following < supplied, WORDS)
+        if IS_FP8:
+            w0, w1, w2, w3, s0, s1, s2, s3 = fp8_rows.words_to_send(
+                packet, n0, n1, n2, n3, n4, n5, n6, n7, hidden_ptr, num_supplied, H, FORMAT, HIDDEN, POWER_OF_TWO, BLOCK
+            )
+            n0, n1, n2, n3, n4, n5, n6, n7 = fp8_rows.load_first_words(
+                following, hidden_ptr, scales_ptr, num_supplied, H, FORMAT, HIDDEN
+            )
+            is_value, is_scale = fp8_rows.sends_what(packet, live, H)
+            values_here, scales_here = fp8_rows.offsets(packet, H, (H + 511) // 512 * 16, H)
+            values_in_slot, scales_in_slot = fp8_rows.offsets(packet, ROW_BYTES, ROW_BYTES, H)
+            values_offset = tl.where(in_slots, values_in_slot, values_here)
+            scales_offset = tl.where(in_slots, scales_in_slot + H, scales_here)
+            scales_place_offset = out_scales_offset + first_row.to(tl.int64) * ((H + 511) // 512 * 16)
+        else:
+            offset = packet.to(tl.int64) * (WORDS * 4)
+            w0 = fp8_rows.escape(n0, FORMAT)
+            w1 = fp8_rows.escape(n1, FORMAT)
+            w2 = fp8_rows.escape(n2, FORMAT)
+            w3 = fp8_rows.escape(n3, FORMAT)
+            n0, n1, n2, n3 = wire.load(hidden_ptr + following.to(tl.int64) * (WORDS * 4), following < supplied, WORDS)
         if MULTICAST:
-            target_offset = tl.where(in_slots, slots_offset + rank * slot_bytes, hidden_place_offset)
-            wire.multicast(multicast_ptr + target_offset + offset, w0, w1, w2, w3, live, buffer_ptr, WORDS)
+            slot_offset = slots_offset + rank * slot_bytes
+            target_ptr = multicast_ptr + tl.where(in_slots, slot_offset, hidden_place_offset)
+            if IS_FP8:
+                wire.multicast(target_ptr + values_offset, w0, w1, w2, w3, is_value, buffer_ptr, 4)
+                target_ptr = multicast_ptr + tl.where(in_slots, slot_offset, scales_place_offset)
+                wire.multicast(target_ptr + scales_offset, s0, s1, s2, s3, is_scale, buffer_ptr, 4)
+            else:
+                wire.multicast(target_ptr + offset, w0, w1, w2, w3, live, buffer_ptr, WORDS)
         else:
             peer_ptr = nearest_ptr
             for i in range(1, size):
                 peer = wire.add_mod(rank + i, size)
                 slot_offset = slots_offset + (rank - (rank > peer).to(tl.int32)) * slot_bytes
                 target_ptr = peer_ptr + tl.where(in_slots, slot_offset, hidden_place_offset)
-                peer_ptr = tl.load(peer_table + wire.add_mod(peer + 1, size))
-                wire.send(target_ptr + offset, w0, w1, w2, w3, live, buffer_ptr, WORDS)
-            wire.store(buffer_ptr + hidden_place_offset + offset, w0, w1, w2, w3, live, WORDS)
+                if IS_FP8:
+                    scales_ptr_there = peer_ptr + tl.where(in_slots, slot_offset, scales_place_offset)
+                    wire.send(target_ptr + values_offset, w0, w1, w2, w3, is_value, buffer_ptr, 4)
+                    wire.send(scales_ptr_there + scales_offset, s0, s1, s2, s3, is_scale, buffer_ptr, 4)
+                    peer_ptr = tl.load(peer_table + wire.add_mod(peer + 1, size))
+                else:
+                    peer_ptr = tl.load(peer_table + wire.add_mod(peer + 1, size))
+                    wire.send(target_ptr + offset, w0, w1, w2, w3, live, buffer_ptr, WORDS)
+            if IS_FP8:
+                wire.store(buffer_ptr + hidden_place_offset + values_here, w0, w1, w2, w3, is_value, 4)
+                wire.store(buffer_ptr + scales_place_offset + scales_here, s0, s1, s2, s3, is_scale, 4)
+            else:
+                wire.store(buffer_ptr + hidden_place_offset + offset, w0, w1, w2, w3, live, WORDS)
 
     # Expert numbers and weights, four words a packet.
     num_words = num_sent * (2 * K)
@@ -249,15 +251,15 @@ def dispatch_kernel(
     for b in range(routing_program, (num_packets + BLOCK - 1) // BLOCK, programs):
         packet = b * BLOCK + lanes
         word = packet * 4
-        r0 = mask_routing(word, m0, num_words, num_supplied, num_real, K)
-        r1 = mask_routing(word + 1, m1, num_words, num_supplied, num_real, K)
-        r2 = mask_routing(word + 2, m2, num_words, num_supplied, num_real, K)
-        r3 = mask_routing(word + 3, m3, num_words, num_supplied, num_real, K)
+        r0 = routing_packets.mask_routing(word, m0, num_words, num_supplied, num_real, K)
+        r1 = routing_packets.mask_routing(word + 1, m1, num_words, num_supplied, num_real, K)
+        r2 = routing_packets.mask_routing(word + 2, m2, num_words, num_supplied, num_real, K)
+        r3 = routing_packets.mask_routing(word + 3, m3, num_words, num_supplied, num_real, K)
         following = word + programs * (BLOCK * 4)
-        m0 = load_routing(following, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
-        m1 = load_routing(following + 1, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
-        m2 = load_routing(following + 2, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
-        m3 = load_routing(following + 3, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
+        m0 = routing_packets.load_routing(following, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
+        m1 = routing_packets.load_routing(following + 1, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
+        m2 = routing_packets.load_routing(following + 2, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
+        m3 = routing_packets.load_routing(following + 3, topk_idx_ptr, topk_weights_ptr, num_supplied, K, IDX, WEIGHTS)
         peer_ptr = nearest_ptr
         for i in range(1, size + 1):
             peer = wire.add_mod(rank + i, size)
@@ -270,7 +272,7 @@ def dispatch_kernel(
                 offset = slot_offset + routing_offset + packet.to(tl.int64) * 16
                 wire.send(target_ptr + offset, r0, r1, r2, r3, packet < num_packets, buffer_ptr, 4)
             else:
-                store_routing_packet(
+                routing_packets.store_routing_packet(
                     word,
                     r0,
                     r1,
@@ -310,13 +312,15 @@ def dispatch_kernel(
                 blamed_source = wire.set_blamed_rank(blamed, source)
                 hint_ptr = hints_ptr + source * wire.COUNT_PACKET_BYTES
                 num_packets = source_tokens * PER_ROW
-                target_ptr = buffer_ptr + out_hidden_offset + source_row.to(tl.int64) * ROW_BYTES
+                target_ptr = buffer_ptr + out_hidden_offset + source_row.to(tl.int64) * GATHERED
                 blocks = (num_packets + BLOCK - 1) // BLOCK
                 for b in range(begin, blocks, programs):
                     packet = b * BLOCK + lanes
                     live = packet < num_packets
                     offset = packet.to(tl.int64) * (WORDS * 4)
                     w0, w1, w2, w3 = wire.poll_and_clear(slot_ptr + offset, live, buffer_ptr, blamed_source, hint_ptr, WORDS)
+                    if IS_FP8:
+                        offset = fp8_rows.place_of_received(packet, out_scales_offset - out_hidden_offset, source_row, H)
                     wire.store(target_ptr + offset, w0, w1, w2, w3, live, WORDS)
                 begin = next_share(begin, blocks, programs)
                 num_words = source_tokens * (2 * K)
@@ -329,7 +333,7 @@ def dispatch_kernel(
                     word = packet * 4
                     offset = slot_ptr + routing_offset + packet.to(tl.int64) * 16
                     r0, r1, r2, r3 = wire.poll_and_clear(offset, packet < num_packets, buffer_ptr, blamed_source, hint_ptr, 4)
-                    store_routing_packet(
+                    routing_packets.store_routing_packet(
                         word,
                         r0,
                         r1,

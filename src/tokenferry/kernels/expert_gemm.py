@@ -5,12 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import expert_math, wire
+from tokenferry.kernels import expert_math, expert_tiles, wire
 from tokenferry.kernels.expert_math import SCALE_BLOCK
 
 SIGNATURE = {
     "rows": "*ROWS",
     "row_scales": "*fp32",
+    "scale_stride": "i32",
     "weights": "*WEIGHT",
     "scales": "*fp32",
     "bias": "*DTYPE",
@@ -35,6 +36,7 @@ SIGNATURE = {
     "BIAS": "constexpr",
     "SCALED": "constexpr",
     "QUANTIZED": "constexpr",
+    "GATHERED": "constexpr",
     "TENSOR_MAP": "constexpr",
     "MIN_ROWS": "constexpr",
     "MAX_ROWS": "constexpr",
@@ -77,64 +79,10 @@ def columns_of(
 
 
 @triton.jit
-def weights_tile(
-    pointers,
-    column,
-    depth,
-    d,
-    DEPTH: tl.constexpr,
-    NUM_COLUMNS: tl.constexpr,
-    STRIDE_D: tl.constexpr,
-    MASKED: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """The weights [BD, columns] at depth d, zeros beyond the last depth. `pointers` point at depth 0. MASKED: some columns may be
-    beyond the last.
-
-    Example:
-        DEPTH 6, BD 4, d 4: two rows of weights and two of zeros.
-    """
-    # Stacks that lie [depth, expert, column] may be longer than an int32 counts, along the depth alone.
-    step = tl.cast(d, tl.int64) * STRIDE_D if DEPTH * STRIDE_D >= 2**31 else d * STRIDE_D
-    if DEPTH % BD == 0 and not MASKED:
-        return tl.load(pointers + step)
-    elif not MASKED:
-        return tl.load(pointers + step, mask=(d + depth < DEPTH)[:, None], other=0.0)
-    elif DEPTH % BD == 0:
-        return tl.load(pointers + step, mask=(column < NUM_COLUMNS)[None, :], other=0.0)
-    else:
-        return tl.load(pointers + step, mask=(d + depth < DEPTH)[:, None] & (column < NUM_COLUMNS)[None, :], other=0.0)
-
-
-@triton.jit
-def mapped_tile(
-    weights,
-    expert,
-    half,
-    first_column,
-    d,
-    STRIDE_D: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """The weights [BD, BN] of gates (half 0) or ups (half 1), by a descriptor whose last dimension is the one that lies side by
-    side: the depth, or else the columns.
-
-    Example:
-        A descriptor of blocks [1, 1, BD, BN], with STRIDE_D 96: the block at [expert, half, d, first_column].
-    """
-    if STRIDE_D == 1:
-        w = tl.trans(tl.reshape(weights.load([expert, half, first_column, d]), [BN, BD]))
-    else:
-        w = tl.reshape(weights.load([expert, half, d, first_column]), [BD, BN])
-    return w.to(tl.float32) if UPCAST else w
-
-
-@triton.jit
 def product_tile(
     rows,
     row_scales,
+    scale_stride,
     weights,
     scales,
     bias,
@@ -160,6 +108,7 @@ def product_tile(
     BIAS: tl.constexpr,
     SCALED: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    GATHERED: tl.constexpr,
     TENSOR_MAP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -173,7 +122,7 @@ def product_tile(
     position = begin + tl.minimum(lanes, num - 1)  # a missing row is replaced by an existing one; it is never stored
     pair = tl.load(pairs + position)
     if IS_FIRST_PRODUCT:
-        source = (pair // K if QUANTIZED else first_row + pair // K).to(tl.int64)
+        source = (pair // K if QUANTIZED and not GATHERED else first_row + pair // K).to(tl.int64)
     else:
         source = position.to(tl.int64)
     # Where columns are what lies side by side, clamping them would part what one access loads.
@@ -181,15 +130,14 @@ def product_tile(
     column = columns_of(first_column, WIDTH, GATED, INTERLEAVED, WIDTH % BN != 0 and not MASKED, BN)
     depth = tl.arange(0, BD)
     a = rows + source[:, None] * DEPTH + depth[None, :]
+    DEQUANTIZE: tl.constexpr = QUANTIZED and not SCALED
+    DTYPE: tl.constexpr = out.dtype.element_ty
     PAIRED: tl.constexpr = GATED and INTERLEAVED and (STRIDE_D != 1 or not TENSOR_MAP)
     if TENSOR_MAP and PAIRED:
         # Gates and ups lie side by side: one tile, one product, whose columns come in pairs.
         total = tl.zeros([BM, BB], tl.float32)
         for d in range(0, DEPTH, BD):
-            if DEPTH % BD == 0:
-                x = tl.load(a + d)
-            else:
-                x = tl.load(a + d, mask=(d + depth < DEPTH)[None, :], other=0.0)
+            x = expert_tiles.rows_tile(a, row_scales, scale_stride, source, d, depth, DEPTH, BD, DEQUANTIZE, DTYPE)
             w = tl.reshape(weights.load([expert, 0, d, 2 * first_column]), [BD, BB])
             if UPCAST:
                 x = x.to(tl.float32)
@@ -200,16 +148,13 @@ def product_tile(
         total = tl.zeros([BM, BN], tl.float32)
         second = tl.zeros([BM, BN], tl.float32)
         for d in range(0, DEPTH, BD):
-            if DEPTH % BD == 0:
-                x = tl.load(a + d)
-            else:
-                x = tl.load(a + d, mask=(d + depth < DEPTH)[None, :], other=0.0)
+            x = expert_tiles.rows_tile(a, row_scales, scale_stride, source, d, depth, DEPTH, BD, DEQUANTIZE, DTYPE)
             if UPCAST:
                 x = x.to(tl.float32)
-            w = mapped_tile(weights, expert, 0, first_column, d, STRIDE_D, BN, BD, UPCAST)
+            w = expert_tiles.mapped_tile(weights, expert, 0, first_column, d, STRIDE_D, BN, BD, UPCAST)
             total = tl.dot(x, w, total, input_precision="ieee")
             if GATED:
-                w = mapped_tile(weights, expert, 1, first_column, d, STRIDE_D, BN, BD, UPCAST)
+                w = expert_tiles.mapped_tile(weights, expert, 1, first_column, d, STRIDE_D, BN, BD, UPCAST)
                 second = tl.dot(x, w, second, input_precision="ieee")
     elif SCALED:
         total = tl.zeros([BM, BB], tl.float32)
@@ -221,14 +166,11 @@ def product_tile(
         column_block = tl.minimum(column, NUM_COLUMNS - 1) // SCALE_BLOCK
         scale_of_column = scales + (expert * COLUMN_BLOCKS + column_block) * DEPTH_BLOCKS
         for d in range(0, DEPTH, BD):
-            if DEPTH % BD == 0:
-                x = tl.load(a + d)
-            else:
-                x = tl.load(a + d, mask=(d + depth < DEPTH)[None, :], other=0.0)
-            w = weights_tile(b, column, depth, d, DEPTH, NUM_COLUMNS, STRIDE_D, MASKED, BD)
+            x = expert_tiles.rows_tile(a, row_scales, scale_stride, source, d, depth, DEPTH, BD, DEQUANTIZE, DTYPE)
+            w = expert_tiles.weights_tile(b, column, depth, d, DEPTH, NUM_COLUMNS, STRIDE_D, MASKED, BD)
             if QUANTIZED:
                 q = x
-                row_scale = tl.load(row_scales + source * DEPTH_BLOCKS + d // SCALE_BLOCK)
+                row_scale = tl.load(row_scales + source * scale_stride + d // SCALE_BLOCK)
             else:
                 q, row_scale = expert_math.quantize(x.to(tl.float32))
             column_scale = tl.load(scale_of_column + d // SCALE_BLOCK)
@@ -238,11 +180,8 @@ def product_tile(
         b = weights + expert.to(tl.int64) * STRIDE_E + column[None, :].to(tl.int64) * STRIDE_N
         b += depth[:, None].to(tl.int64) * STRIDE_D
         for d in range(0, DEPTH, BD):
-            if DEPTH % BD == 0:
-                x = tl.load(a + d)
-            else:
-                x = tl.load(a + d, mask=(d + depth < DEPTH)[None, :], other=0.0)
-            w = weights_tile(b, column, depth, d, DEPTH, NUM_COLUMNS, STRIDE_D, MASKED, BD)
+            x = expert_tiles.rows_tile(a, row_scales, scale_stride, source, d, depth, DEPTH, BD, DEQUANTIZE, DTYPE)
+            w = expert_tiles.weights_tile(b, column, depth, d, DEPTH, NUM_COLUMNS, STRIDE_D, MASKED, BD)
             if UPCAST:  # Triton's interpreter multiplies bfloat16 as if it were integers
                 x = x.to(tl.float32)
                 w = w.to(tl.float32)
@@ -275,6 +214,7 @@ def product_tile(
 def expert_gemm_kernel(
     rows,
     row_scales,
+    scale_stride,
     weights,
     scales,
     bias,
@@ -299,6 +239,7 @@ def expert_gemm_kernel(
     BIAS: tl.constexpr,
     SCALED: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    GATHERED: tl.constexpr,
     TENSOR_MAP: tl.constexpr,
     MIN_ROWS: tl.constexpr,
     MAX_ROWS: tl.constexpr,
@@ -317,7 +258,9 @@ def expert_gemm_kernel(
     Args:
         rows: of the first product the gathered rows [R, DEPTH], read through `pairs`; of the second [pairs, DEPTH], in the order
             of `pairs`. QUANTIZED: `quantize_rows_kernel` has written the rows of this chunk as float8, with `row_scales`; the
-            bits of `out` are the same as when a tile quantizes them itself.
+            bits of `out` are the same as when a tile quantizes them itself. GATHERED: the gathered rows came as float8. For
+            weights that are not SCALED they become numbers of the dtype of `out` as they are read.
+        scale_stride: from a row's scales to the next row's.
         weights: element (expert, column, depth) lies at expert * STRIDE_E + column * STRIDE_N + depth * STRIDE_D; with TENSOR_MAP
             a descriptor of [experts, gate or up, WIDTH, DEPTH] in blocks of [1, 1, BN, BD]; where columns and not depths lie side
             by side, of [experts, gate or up, DEPTH, WIDTH] in blocks of [1, 1, BD, BN], and if gates and ups are interleaved
@@ -366,15 +309,15 @@ def expert_gemm_kernel(
         first_column = (within // tiles_m) * BN
         if BM == BM_FEW or num - done <= BM_FEW:
             product_tile(
-                rows, row_scales, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done, num - done,
-                first_column, K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, IS_FIRST_PRODUCT, GATED, INTERLEAVED, ACTIVATION,
-                BIAS, SCALED, QUANTIZED, TENSOR_MAP, BM_FEW, BN, BD, UPCAST,
+                rows, row_scales, scale_stride, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done,
+                num - done, first_column, K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, IS_FIRST_PRODUCT, GATED, INTERLEAVED,
+                ACTIVATION, BIAS, SCALED, QUANTIZED, GATHERED, TENSOR_MAP, BM_FEW, BN, BD, UPCAST,
             )  # fmt: skip
         else:
             product_tile(
-                rows, row_scales, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done, num - done,
-                first_column, K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, IS_FIRST_PRODUCT, GATED, INTERLEAVED, ACTIVATION,
-                BIAS, SCALED, QUANTIZED, TENSOR_MAP, BM, BN, BD, UPCAST,
+                rows, row_scales, scale_stride, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done,
+                num - done, first_column, K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, IS_FIRST_PRODUCT, GATED, INTERLEAVED,
+                ACTIVATION, BIAS, SCALED, QUANTIZED, GATHERED, TENSOR_MAP, BM, BN, BD, UPCAST,
             )  # fmt: skip
     if OVERLAPS:
         wire.wait_for_previous_kernel(PDL)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import wire
+from tokenferry.kernels import wire_float8
 
 FP8_MAX: tl.constexpr = tl.constexpr(448.0)
 """Largest finite float8_e4m3fn."""
@@ -116,4 +116,4 @@ def quantize(x, POWER_OF_TWO: tl.constexpr = False):
         224, -448, 1 and zeros: scale 1. 112, -224, 0.5: scale 0.5 and the same float8. Zeros: scale 1e-4 / 448.
     """
     scale = block_scale(tl.max(magnitude(x), 1), POWER_OF_TWO)
-    return wire.to_float8(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))), scale
+    return wire_float8.to_float8(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))), scale

@@ -361,11 +361,6 @@ if not INTERPRETED:
             return word.to(tl.float32, bitcast=True), word.to(tl.float32, bitcast=True)
 
     @triton.jit
-    def to_float8(x):
-        """Numbers of magnitude up to 448 as float8_e4m3fn, rounded to nearest, to even from the middle; a NaN becomes 0x7F."""
-        return x.to(tl.float8e4nv)
-
-    @triton.jit
     def wait_for_previous_kernel(PDL: tl.constexpr):
         """Programmatic dependent launch: before this, nothing that the previous kernel wrote is visible."""
         if PDL:
@@ -394,7 +389,6 @@ else:
         signal,
         store,
         take_ticket,
-        to_float8,
         unpack,
         wait_for_previous_kernel,
     )

@@ -335,6 +335,11 @@ def unpack(word, DTYPE):
     return tuple(_tensor(half, tl.float32) for half in halves)
 
 
+def pack_float8(a, b, c, d):
+    values = [_to_float8(_array(x)).astype(np.uint32) for x in (a, b, c, d)]
+    return _tensor(sum(value << np.uint32(8 * place) for place, value in enumerate(values)), tl.uint32)
+
+
 def to_float8(x):
     """Not by the interpreter's own conversion, which loses a carry (7.85 becomes 4)."""
     return _tensor(_to_float8(_array(x)), tl.float8e4nv)

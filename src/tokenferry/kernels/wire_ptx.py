@@ -149,4 +149,7 @@ MULTICAST_SUM = (
 
 PACK_BFLOAT16 = "cvt.rn.bf16x2.f32 $0, $1, $2;"
 PACK_FLOAT16 = "cvt.rn.f16x2.f32 $0, $1, $2;"
+PACK_FLOAT8 = (
+    "{ .reg .b16 %l, %h; cvt.rn.satfinite.e4m3x2.f32 %l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 %h, $4, $3; mov.b32 $0, {%l, %h}; }"
+)
 UNPACK_FLOAT16 = "{ .reg .f16 %l, %h; mov.b32 {%l, %h}, $2; cvt.f32.f16 $0, %l; cvt.f32.f16 $1, %h; }"

@@ -38,20 +38,24 @@ class BusyBoard:
     def sign(self, reason: str, busy_s: float) -> None:
         """A sign of life of this rank, which has been busy with `reason` for so long."""
         self._store.set(str(self._rank), json.dumps([reason, busy_s]))
+        self._store.add(f"signs/{self._rank}", 1)
         self._store.add("signs", 1)
 
     def withdraw(self) -> None:
         """This rank is busy no longer."""
         self._store.set(str(self._rank), json.dumps(None))
 
-    def num_signs(self) -> int:
-        """How many signs all ranks have given."""
-        return self._store.add("signs", 0)
+    def num_peers_signs(self) -> int:
+        """How many signs the other ranks have given. It may fall short of one that this rank gives at the moment, never count it:
+        a rank that waits within its own block would wait for itself otherwise."""
+        of_all = self._store.add("signs", 0)  # first: `sign` counts this one last
+        return of_all - self._store.add(f"signs/{self._rank}", 0)
 
-    def in_words(self) -> str:
-        """Who has been busy up to now, or until its signs ended; empty if nobody, or the store is lost. For errors."""
+    def in_words(self, reporter: int) -> str:
+        """Who has been busy up to now, or until its signs ended, beside the rank that reports a late one; empty if nobody, or the
+        store is lost. For errors."""
         try:
-            words = {rank: self._word(str(rank)) for rank in range(self._size)}
+            words = {rank: self._word(str(rank)) for rank in range(self._size) if rank != reporter}
         except PeerError:
             return ""
         return "; ".join(
@@ -136,7 +140,7 @@ class WaitClock:
     """Whether a wait of this host is in vain. Half a time-out passes before the store is asked: ordinary waits ask nothing.
 
     Args:
-        num_signs: `BusyBoard.num_signs`.
+        num_signs: `BusyBoard.num_peers_signs`.
         longest_s: what signs of life can make of a time-out.
     """
 
@@ -156,11 +160,10 @@ class WaitClock:
         if now_s - self._since_s <= timeout_s / 2:
             return False
         with contextlib.suppress(PeerError):  # without the store there are no signs
-            seen = self._num_signs()
-            is_first, has_changed = self._seen is None, seen != self._seen
-            self._seen = seen
-            if has_changed and not is_first:
-                self._since_s = now_s
-            if is_first:
+            num_signs = self._num_signs()
+            if self._seen is None:
+                self._seen = num_signs
                 return False
+            if num_signs > self._seen:
+                self._seen, self._since_s = num_signs, now_s
         return now_s - self._since_s > timeout_s or now_s - started_s > max(timeout_s, self._longest_s)

@@ -77,8 +77,12 @@ def adopt(manager: Any, parallel: ExpertParallel) -> Any:
 
     def warmup() -> None:
         parallel.note_swallowed(None)
-        warm_up()
-        parallel.raise_swallowed()  # transformers logs what a warm-up raises, and goes on
+        try:
+            warm_up()
+            parallel.raise_swallowed()  # transformers logs what a warm-up raises, and goes on
+        except BaseException:
+            _put_attention_back(manager)
+            raise
 
     manager._create_batch_processor, manager.warmup = create_batch_processor, warmup
     return manager
@@ -155,7 +159,8 @@ class Steps:
         """Forwards of this rank alone, and the graphs that are captured after them."""
         self._warms_up = True
         try:
-            self._warm_up(model)
+            with self._parallel.workspace.busy("warming up continuous batching"):
+                self._warm_up(model)
         finally:
             self._warms_up = False
 
@@ -188,7 +193,11 @@ class Steps:
     def _capture(self, forward: Callable[..., None], stream: torch.cuda.Stream, *args: Any) -> None:
         graph, workspace, runner = torch.cuda.CUDAGraph(), self._parallel.workspace, self._runner
         try:
-            with workspace.capturing() as num_steps, captured(graph, stream=stream, pool=runner.graph_pool_id):
+            with (
+                workspace.busy("capturing a forward of continuous batching"),
+                workspace.capturing() as num_steps,
+                captured(graph, stream=stream, pool=runner.graph_pool_id),
+            ):
                 forward(*args)
         except BaseException as error:
             runner.mem_pool = torch.cuda.MemPool()
@@ -258,6 +267,13 @@ class StepGraph:
     def reset(self) -> None:
         """Lets go of the graph."""
         self._graph.reset()
+
+
+def _put_attention_back(manager: Any) -> None:
+    """What `manager.stop()` does of a manager that was started: with paged attention `generate()` would fail."""
+    if manager._original_attn_impl is not None:
+        manager.model.set_attn_implementation(manager._original_attn_impl)
+        manager._original_attn_impl = None
 
 
 def _compute_stream(manager: Any) -> torch.cuda.Stream | None:

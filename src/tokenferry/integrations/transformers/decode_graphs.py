@@ -30,6 +30,7 @@ from tokenferry.integrations.transformers.cache_state import (
     check_kind,
     phase_of,
 )
+from tokenferry.integrations.transformers.compiled_layers import CompiledLayers
 from tokenferry.integrations.transformers.fixed_inputs import FixedInputs, shape_key
 from tokenferry.integrations.transformers.model_facts import model_facts
 from tokenferry.integrations.transformers.static_caches import StaticCaches
@@ -44,6 +45,8 @@ MOST_GRAPHS: Final = 8
 they compute with is shared."""
 _MOST_SHAPES: Final = 32
 """Sets of fixed inputs, of kilobytes each."""
+_MOST_COMPILED: Final = 64
+"""Times that the compiler may take up the forward: it starts with a few special sizes, in each phase of a cache."""
 _LONGEST: Final = 500
 """Of a reason in the log. A compiler's may have pages."""
 
@@ -72,13 +75,11 @@ class Forward(NamedTuple):
 
     Attributes:
         name: distinguishes it from the model's others, in the log too.
-        compiles: calling it may compile something, which a recording must not meet.
-        is_one_graph: where compiling it fails, nothing of it has run.
+        is_one_graph: it is compiled as one graph, so that where compiling fails, nothing of it has run.
     """
 
     name: str
     call: Callable[..., Any]
-    compiles: bool = False
     is_one_graph: bool = False
 
 
@@ -87,8 +88,9 @@ class DecodeGraphs:
 
     Attributes:
         caches: for calls that name none.
-        returns_cache: whether the call under way hands its cache to the caller, who may keep it.
+        lends_caches: whether the call under way may have one of them.
         wants_compiled: whether the call under way may compile.
+        by_layers: compiling is layer by layer, where the call says nothing about it.
         stopped: whether no forward of the model can be recorded, so that nothing is tried any more.
 
     Args:
@@ -97,7 +99,7 @@ class DecodeGraphs:
 
     def __init__(self, workspace: Workspace, forget_step: Callable[[], None], make_recorder: MakesRecorder = Recorder) -> None:
         self.caches = StaticCaches()
-        self.returns_cache = self.wants_compiled = False
+        self.lends_caches = self.wants_compiled = self.by_layers = False
         self.stopped = False
         self._workspace = workspace
         self._forget_step, self._make_recorder = forget_step, make_recorder
@@ -108,6 +110,7 @@ class DecodeGraphs:
         self._given_up: set[str] = set()
         self._said: set[str] = set()
         self._model_facts: Hashable = None
+        self._layers: CompiledLayers | None = None
         self._depth = 0
 
     @property
@@ -124,6 +127,12 @@ class DecodeGraphs:
         if text not in self._said:
             self._said.add(text)
             _log.log(level, "%s", text)
+
+    def compiled_layers(self, model: Any) -> Forward | None:
+        """The model's forward with its layers compiled, if that is how it is to be compiled, and it has such layers."""
+        if self._layers is None and self.by_layers:
+            self._layers = CompiledLayers(model)
+        return Forward("compiled", self._layers) if self._layers is not None and self._layers.has_layers else None
 
     def run(self, forwards: Sequence[Forward], otherwise: Callable[..., Any], **inputs: Any) -> Any:
         """One forward, from a graph where it can be recorded.
@@ -145,10 +154,9 @@ class DecodeGraphs:
             key = _ambient_of(self._workspace.device), shape_key(inputs)
             phase = phase_of(cache)
             for forward in forwards:
-                if forward.name not in self._given_up:
-                    outputs = self._run_form(forward, (forward.name, key, id(cache), phase), cache, inputs)
-                    if outputs is not None:
-                        return outputs
+                outputs = self._run_form(forward, (forward.name, key, id(cache), phase), cache, inputs)
+                if outputs is not None:
+                    return outputs
             self.stopped = True
         except NotRecordable as reason:
             self.say_once(f"generate() runs decode steps eagerly: {reason}")
@@ -161,6 +169,8 @@ class DecodeGraphs:
             self._graphs.move_to_end(name)
             graph.fixed.fill(inputs)
             return self._replay(graph)
+        if forward.name in self._given_up:
+            return None
         before, fixed = HostState(cache), self._fixed_inputs(name[1], inputs)
         warm = self._warm.get(name)
         if warm is None or warm() is not cache:
@@ -182,6 +192,7 @@ class DecodeGraphs:
             facts = model_facts(model)
             if facts != self._model_facts:
                 self.drop()
+                self._layers = None
             self._model_facts = facts
         self._depth += 1
         try:
@@ -206,6 +217,7 @@ class DecodeGraphs:
         self.drop()
         self._inputs.clear()
         self.caches.clear()
+        self._layers = None
 
     def _fixed_inputs(self, key: Hashable, inputs: Mapping[str, Any]) -> FixedInputs:
         fixed = self._inputs.get(key)
@@ -224,9 +236,8 @@ class DecodeGraphs:
     ) -> Any:
         """The forward itself, until it meets nothing that is new to it."""
         num_compiled = _num_compiled()
-        busy = self._workspace.busy("compiling a decode step") if forward.compiles else contextlib.nullcontext()
         try:
-            with busy:
+            with self._workspace.busy("compiling a decode step"), torch._dynamo.config.patch(recompile_limit=_MOST_COMPILED):
                 outputs = forward.call(**arguments)
         except TorchDynamoException as error:
             if not forward.is_one_graph:
@@ -234,7 +245,10 @@ class DecodeGraphs:
             before.restore()
             self._give_up(forward, error)
             return None
-        if not forward.compiles or _num_compiled() == num_compiled:
+        failure = getattr(forward.call, "failure", None)
+        if failure is not None:
+            self._give_up(forward, failure)
+        elif _num_compiled() == num_compiled:
             self._warm[name] = weakref.ref(cache)
         return outputs
 
@@ -269,14 +283,13 @@ class DecodeGraphs:
     def _give_up(self, forward: Forward, error: Exception) -> None:
         """It is not tried any more: what fails for one shape would fail for the next, and each failure costs memory."""
         self._given_up.add(forward.name)
-        for name in [name for name in self._graphs if name[0] == forward.name]:
-            del self._graphs[name]
         reason = " ".join((str(error) if isinstance(error, NotRecordable) else f"{type(error).__name__}: {error}").split())
         self.say_once(f"decode steps of generate() go on without CUDA graphs of the {forward.name} forward: {reason[:_LONGEST]}")
 
     def _drop_dead(self) -> None:
         for name in [name for name, graph in self._graphs.items() if graph.cache() is None]:
             del self._graphs[name]
+        self._warm = {name: cache for name, cache in self._warm.items() if cache() is not None}
 
 
 def _is_decode(inputs: Mapping[str, Any]) -> bool:

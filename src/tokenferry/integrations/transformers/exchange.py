@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from tokenferry.dispatched import Dispatched
+from tokenferry.dispatched import Dispatched, QuantizedRows
 from tokenferry.dispatcher import Dispatcher
 from tokenferry.integrations.transformers.local_experts import LocalExperts
 from tokenferry.integrations.transformers.stopwatch import Stopwatch
@@ -57,10 +57,13 @@ def exchange_sums(
     num_gathered = got.hidden.shape[0]
     num_rows = num_gathered if num_valid_rows is None else num_valid_rows
     if num_rows == 0:
-        partial_RH = got.hidden.new_empty(num_gathered, got.hidden.shape[1])
+        partial_RH = rows.hidden_TH.new_empty(num_gathered, got.hidden.shape[1])
     else:
+        hidden_RH = got.hidden[:num_rows]
+        if isinstance(hidden_RH, QuantizedRows):
+            hidden_RH = hidden_RH.dequantize(rows.hidden_TH.dtype)
         partial_RH = experts.partial(
-            got.hidden[:num_rows], got.topk_idx[:num_rows], _weights(got, rows)[:num_rows], partial_dtype
+            hidden_RH, got.topk_idx[:num_rows], _weights(got, rows)[:num_rows], partial_dtype
         ).contiguous()
     with stopwatch.running():
         if num_rows not in (0, num_gathered):

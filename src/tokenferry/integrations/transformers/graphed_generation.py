@@ -20,8 +20,12 @@ from transformers.masking_utils import create_masks_for_generate
 from tokenferry.integrations.transformers.cache_state import is_plain
 from tokenferry.integrations.transformers.decode_graphs import DecodeGraphs, Forward
 from tokenferry.integrations.transformers.graph_choice import StepGraphs
-from tokenferry.integrations.transformers.static_caches import expected_bytes
+from tokenferry.integrations.transformers.static_caches import expected_bytes, growing
 
+_ASKED_FOR: Final = (
+    "generate() runs decode steps eagerly: the cache {!r} that was asked for cannot be part of a CUDA graph; leave it out, or "
+    "ask for a static one"
+)
 _ONE_AT_A_TIME: Final = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _MASKED: Final = ("sdpa", "eager")
 _SHARE_OF_FREE_MEMORY: Final = 0.5
@@ -53,20 +57,18 @@ class GraphedGeneration:
         prepare = super()._prepare_cache_for_generation  # type: ignore[misc]
         graphs, named = self._decode_graphs, generation_config.cache_implementation
         if graphs is not None and not graphs.stopped:
-            graphs.returns_cache = bool(generation_config.return_dict_in_generate)
-            given = model_kwargs.get("past_key_values")
+            given, returns = model_kwargs.get("past_key_values"), bool(generation_config.return_dict_in_generate)
+            graphs.lends_caches = not returns
             if given is not None or named is not None:
                 kind = named if given is None else type(given).__name__
                 if "static" not in kind.lower():
-                    graphs.say_once(
-                        f"generate() runs decode steps eagerly: the cache {kind!r} that was asked for cannot be part of a CUDA "
-                        "graph; leave it out, or ask for a static one"
-                    )
-            elif generation_config.use_cache is not False and generation_mode in _ONE_AT_A_TIME:
-                reason = self._why_no_static_cache(batch_size * generation_config.num_return_sequences, max_cache_length)
+                    graphs.say_once(_ASKED_FOR.format(kind))
+            elif _takes_a_cache(generation_config, generation_mode):
+                num_sequences = batch_size * generation_config.num_return_sequences
+                reason = self._why_no_static_cache(num_sequences, max_cache_length, returns)
                 if reason is None:
                     graphs.say_once("generate() takes a static cache, so that decode steps are CUDA graphs", level=logging.INFO)
-                    generation_config.cache_implementation = "static"
+                    generation_config.cache_implementation, graphs.lends_caches = "static", True
                 else:
                     graphs.say_once(f"generate() takes a growing cache and runs decode steps eagerly: {reason}")
         try:
@@ -83,7 +85,7 @@ class GraphedGeneration:
         model_kwargs: Any,
     ) -> Any:
         graphs = self._decode_graphs
-        is_own = graphs is not None and not graphs.stopped and not graphs.returns_cache
+        is_own = graphs is not None and not graphs.stopped and graphs.lends_caches
         if not is_own or "offloaded" in cache_implementation or self.config.is_encoder_decoder:
             return super()._prepare_static_cache(  # type: ignore[misc]
                 cache_implementation, batch_size, max_cache_len, prefill_chunk_size, model_kwargs
@@ -122,21 +124,35 @@ class GraphedGeneration:
         if graphs is None or graphs.stopped:
             return compiled(compile_config)  # type: ignore[no-any-return]
         forwards, otherwise = [Forward("eager", self.__call__)], self.__call__
-        if graphs.wants_compiled:
+        layers = graphs.compiled_layers(self) if graphs.wants_compiled and compile_config is None else None
+        if layers is not None:
+            forwards.insert(0, layers)
+        elif graphs.wants_compiled:
             config = without_graphs(compile_config or CompileConfig(fullgraph=True))
             call = compiled(config)
-            forwards.insert(0, Forward("compiled", call, compiles=True, is_one_graph=config.fullgraph))
+            forwards.insert(0, Forward("compiled", call, is_one_graph=config.fullgraph))
             otherwise = otherwise if compile_config is None else call
         return functools.partial(graphs.run, forwards, otherwise)
 
-    def _why_no_static_cache(self: Any, batch_size: int, num_tokens: int) -> str | None:
+    def _with_growing_cache(self, generated: Any) -> Any:
+        """What `generate()` has made, for the caller: with a growing cache, which can be continued, in the place of one that we
+        keep."""
+        graphs = self._decode_graphs
+        cache: Any = getattr(generated, "past_key_values", None)
+        if graphs is not None and graphs.caches.holds(cache):
+            generated.past_key_values = growing(cache, self.config.get_text_config(decoder=True))  # type: ignore[attr-defined]
+        return generated
+
+    def _why_no_static_cache(self: Any, batch_size: int, num_tokens: int, returns: bool) -> str | None:
+        config = self.config.get_text_config(decoder=True)
         if self.config.is_encoder_decoder or not self._supports_default_dynamic_cache():
             return f"{type(self).__name__} makes a cache of its own"
         if "flash" in str(self.config._attn_implementation):
             return f"{self.config._attn_implementation} asks the device for lengths in each step"
+        if returns and not is_plain(StaticCache(config=config, max_cache_len=1)):
+            return "the call returns its cache, and one with sliding windows or linear attention cannot be made a growing one"
         if self.device.type != "cuda":
             return None
-        config = self.config.get_text_config(decoder=True)
         needed = expected_bytes(config, batch_size, num_tokens, self.dtype)
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         free = torch.cuda.mem_get_info(self.device)[0] + unused
@@ -146,6 +162,12 @@ class GraphedGeneration:
                 f"{free / _GIB:.1f} GiB that are free; lower max_new_tokens"
             )
         return None
+
+
+def _takes_a_cache(generation_config: Any, mode: Any) -> bool:
+    """Whether a static cache will do: beams put their sequences in another order, and assistants take tokens back."""
+    is_assistant = getattr(generation_config, "is_assistant", False)
+    return generation_config.use_cache is not False and mode in _ONE_AT_A_TIME and not is_assistant
 
 
 def without_graphs(compile_config: Any) -> Any:

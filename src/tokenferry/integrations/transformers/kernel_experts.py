@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tokenferry.activations import Activation, ActivationName
-from tokenferry.dispatched import Dispatched
+from tokenferry.dispatched import Dispatched, RowFormat
 from tokenferry.errors import UsageError
 from tokenferry.experts import BorrowedExperts, ExpertScratch, ExpertWeights
 from tokenferry.groups import EPGroup
@@ -114,6 +114,7 @@ def prepare_together(
                 topk=shape.topk,
                 max_rows=options.max_tokens_per_rank * group.size,
                 out_dtypes=[options.combine_dtype or shape.hidden_dtype],
+                quantized_rows=RowFormat.of(options.dispatch_format).is_quantized,
             )
         except Exception as error:  # noqa: BLE001  # Triton, its compilers and the driver have no error in common
             failed[each] = f"its kernels could not be loaded: {type(error).__name__}: {' '.join(str(error).split())}"

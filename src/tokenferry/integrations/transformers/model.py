@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig
 
+from tokenferry.dispatched import RowFormat
 from tokenferry.errors import ConfigError, StateError
 from tokenferry.groups import EPGroup
 from tokenferry.integrations.transformers.checkpoint import check_files
@@ -40,6 +41,7 @@ def from_pretrained(
     exact: bool = False,
     serialize: bool = False,
     combine_dtype: torch.dtype | None = torch.float32,
+    dispatch_format: str | RowFormat = "same",
     timeout_s: float = 30.0,
     open_timeout_s: float = 300.0,
     cuda_graphs: CudaGraphs = "auto",
@@ -62,6 +64,8 @@ def from_pretrained(
         serialize: a second thread that calls the model waits until the first is through. Otherwise it gets a `StateError`.
         combine_dtype: in which the experts' partial sums travel. float32 keeps a bfloat16 model's tokens nearest to the
             unmodified model's; None = the model's own dtype, half the bytes. `exact` leaves it unused.
+        dispatch_format: of hidden rows on their way: "same", or "fp8_block128" for half the bytes and float8's rounding of each
+            row; the same on all ranks. `exact` takes "same" alone.
         timeout_s: how long to wait for another rank in a step.
         open_timeout_s: how long the ranks may take to load, one after another.
         cuda_graphs: decode steps of `generate()`, and steps of a rank without tokens, are CUDA graphs. "auto": on GPUs, unless
@@ -91,6 +95,7 @@ def from_pretrained(
         timeout_s=timeout_s,
         open_timeout_s=open_timeout_s,
         cuda_graphs=cuda_graphs,
+        dispatch_format=dispatch_format,
     )
 
     def read(classes: Any, placement: dict[str, Any]) -> Any:
@@ -115,6 +120,7 @@ def from_config(
     exact: bool = False,
     serialize: bool = False,
     combine_dtype: torch.dtype | None = torch.float32,
+    dispatch_format: str | RowFormat = "same",
     timeout_s: float = 30.0,
     open_timeout_s: float = 300.0,
     cuda_graphs: CudaGraphs = "auto",
@@ -132,7 +138,7 @@ def from_config(
         config: a configuration of transformers. A quantization in it is left out: the weights are of `dtype`.
         seed: of the weights.
         dtype: "auto" = the configuration's, else bfloat16.
-        group, max_tokens_per_rank, transport, exact, serialize, combine_dtype, timeout_s, open_timeout_s,
+        group, max_tokens_per_rank, transport, exact, serialize, combine_dtype, dispatch_format, timeout_s, open_timeout_s,
             cuda_graphs, auto_class, kwargs: as for `from_pretrained`.
 
     Raises:
@@ -148,6 +154,7 @@ def from_config(
         timeout_s=timeout_s,
         open_timeout_s=open_timeout_s,
         cuda_graphs=cuda_graphs,
+        dispatch_format=dispatch_format,
     )
 
     def read(classes: Any, placement: dict[str, Any]) -> Any:
@@ -255,7 +262,7 @@ class ExpertParallelModel(GraphedGeneration):
                 raise
             parallel.settle_forward(None)
             parallel.check()
-            return generated
+            return self._with_growing_cache(generated)
 
     def init_continuous_batching(
         self, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 
 from tokenferry.config import MoEConfig
+from tokenferry.dispatched import RowFormat
+from tokenferry.errors import ConfigError
 from tokenferry.groups import EPGroup
 from tokenferry.integrations.transformers.exchange import Rows
 from tokenferry.workspace import Workspace
@@ -33,6 +35,16 @@ class Options:
     open_timeout_s: float
     cuda_graphs: CudaGraphs = "auto"
     """Whether decode steps of `generate()` are CUDA graphs."""
+    dispatch_format: str | RowFormat = "same"
+
+    def __post_init__(self) -> None:
+        row_format = RowFormat.of(self.dispatch_format)
+        if row_format.name == "bytes":
+            raise ConfigError("dispatch_format 'bytes' carries no hidden rows of a model; take 'same' or 'fp8_block128'")
+        if self.exact and not row_format.is_same:
+            raise ConfigError(
+                f"exact=True and dispatch_format {row_format.name!r} exclude one another; take dispatch_format='same'"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +79,7 @@ def open_workspace(group: EPGroup, options: Options, shape: LayerShape) -> Works
         group,
         max_tokens_per_rank=options.max_tokens_per_rank,
         transport=options.transport,
+        dispatch_format=options.dispatch_format,
         combine_dtype=None if options.exact else options.combine_dtype,
         timeout_s=options.timeout_s,
         open_timeout_s=options.open_timeout_s,

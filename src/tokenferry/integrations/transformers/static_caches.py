@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 MOST_KEPT: Final = 4
 """Caches that are kept for later calls, of different batches and lengths."""
@@ -62,6 +62,10 @@ class StaticCaches:
             each.is_lent = False
         self._drop(lambda free: len(free) > MOST_KEPT or _bytes_of(free[:-1]) > MOST_KEPT_BYTES)
 
+    def holds(self, cache: object) -> bool:
+        """Whether it is one of these."""
+        return any(each.cache is cache for each in self._kept)
+
     def clear(self) -> None:
         """Forgets all."""
         self._kept.clear()
@@ -96,3 +100,11 @@ def expected_bytes(config: Any, batch_size: int, num_tokens: int, dtype: torch.d
     if getattr(config, "kv_lora_rank", None):  # latent attention, whose caches hold what the latents expand to
         both = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     return int(config.num_hidden_layers * batch_size * num_tokens * heads * both * dtype.itemsize)
+
+
+def growing(cache: StaticCache, config: Any) -> DynamicCache:
+    """A copy that grows, of a cache whose layers are all `StaticLayer`s. Waits for the device."""
+    copied, num_tokens = DynamicCache(config=config), int(cache.get_seq_length())
+    for number, layer in enumerate(cache.layers):
+        copied.update(layer.keys[:, :, :num_tokens].clone(), layer.values[:, :, :num_tokens].clone(), number)  # type: ignore[union-attr,index]
+    return copied

@@ -26,6 +26,9 @@ _log = logging.getLogger(LOGGER)
 MARK: Final = "tokenferry"
 """Key under which a forward's own dict holds how far it is."""
 
+WARM_UP_S: Final = 1800.0
+"""How long ranks wait for one another while they open a workspace, or while one says that it is busy: each compiles a model."""
+
 Key = tuple[int, int, torch.dtype]
 
 
@@ -59,6 +62,7 @@ class Exchange:
         self._max_tokens_per_rank, self._num_experts = max_tokens_per_rank, num_experts
         self._workspaces: dict[Key, Workspace] = {}
         self._pending: tuple[Dispatcher, Dispatched, int] | None = None
+        self._busy: list[tuple[str, contextlib.ExitStack]] = []
         self.is_idle = False
 
     @property
@@ -163,6 +167,16 @@ class Exchange:
             yield
 
     @contextlib.contextmanager
+    def busy(self, reason: str) -> Iterator[None]:
+        """`Workspace.busy` of all workspaces that are open, or are opened within it."""
+        with contextlib.ExitStack() as signs:
+            for workspace in self.workspaces():
+                signs.enter_context(workspace.busy(reason))
+            self._busy.append((reason, signs))
+            signs.callback(self._busy.remove, (reason, signs))
+            yield
+
+    @contextlib.contextmanager
     def idle(self) -> Iterator[None]:
         """Around a forward that only keeps the others company."""
         before, self.is_idle = self.is_idle, True
@@ -187,7 +201,10 @@ class Exchange:
             transport=self._settings.transport,
             combine_order=self._settings.combine_order,
             timeout_s=self._settings.timeout_s,
+            open_timeout_s=WARM_UP_S,
         )
+        for reason, signs in self._busy:
+            signs.enter_context(workspace.busy(reason))
         _log.info(
             "tokenferry carries rows of %d x %s with %d numbers each, up to %d from each of %d ranks: transport %s, %.1f MiB",
             hidden_size, dtype, topk, self._max_tokens_per_rank, self._group.size, workspace.transport, workspace.nbytes / 2**20,

@@ -24,7 +24,8 @@ _log = logging.getLogger(LOGGER)
 
 
 class Worker(PlatformWorker):  # type: ignore[misc]
-    """vLLM's own worker, with `Workspace.engine_step()` around each step. Where tokenferry is off it does nothing.
+    """vLLM's own worker, with `Workspace.engine_step()` around each step, and `Workspace.busy()` around what it compiles, warms
+    up and captures before the first one. Where tokenferry is off it does nothing.
 
     A rank without requests runs dummy forwards to keep the others company: on CPUs their rows are masked, so that no expert
     computes them.
@@ -37,6 +38,14 @@ class Worker(PlatformWorker):  # type: ignore[misc]
                 "tokenferry is switched on, but nothing goes through it: it serves --data-parallel-size 2 or more with "
                 "--enable-expert-parallel and --all2all-backend allgather_reducescatter, vLLM's default"
             )
+
+    def determine_available_memory(self) -> Any:
+        with _busy("vLLM compiles the model and runs it once, to see how much memory is left"):
+            return super().determine_available_memory()
+
+    def compile_or_warm_up_model(self) -> Any:
+        with _busy("vLLM warms up and captures graphs"):
+            return super().compile_or_warm_up_model()
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         with _engine_step():
@@ -59,6 +68,13 @@ def _engine_step() -> Iterator[None]:
         yield
         return
     with exchange.engine_step():
+        yield
+
+
+@contextlib.contextmanager
+def _busy(reason: str) -> Iterator[None]:
+    exchange = current_exchange()
+    with exchange.busy(reason) if exchange is not None else contextlib.nullcontext():
         yield
 
 

@@ -87,7 +87,7 @@ class CollectiveTransport(Transport):
         self._rows = row_work(settings)
         self._most_reduced_bytes = _most_reduced_bytes(settings)
         self._busy = BusyBoard(settings)
-        self._communicator = _open_communicator(settings, WaitClock(self._busy.num_signs, settings.open_timeout_s))
+        self._communicator = _open_communicator(settings, WaitClock(self._busy.num_peers_signs, settings.open_timeout_s))
 
     @property
     def nbytes(self) -> int:
@@ -318,7 +318,7 @@ class CollectiveTransport(Transport):
         elsewhere = self._settings.group.waiting.who_waits_elsewhere(error.rank, self._settings.name, grace=not has_failed)
         if elsewhere is not None:
             phase, reason = "counts-disagree", elsewhere
-        detail = "" if has_failed else self._busy.in_words()
+        detail = "" if has_failed else self._busy.in_words(rank)
         record = AbortRecord(error.rank, rank, phase, self._request.index, self._layer, error.waited_s, reason, detail)
         return self._settle(record, grace_s=RECORD_GRACE_S if has_failed else 0.0)
 

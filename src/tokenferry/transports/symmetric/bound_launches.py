@@ -12,9 +12,9 @@ from tokenferry.step import StepTensors
 from tokenferry.transports.base import TransportSettings
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 from tokenferry.transports.symmetric.layout import Layout
-from tokenferry.transports.symmetric.loading import LoadedKernels, RoutingDtypes, RowKernels
+from tokenferry.transports.symmetric.loading import Given, LoadedKernels, RowKernels
 
-SUPPLIED = ("hidden_ptr", "topk_idx_ptr", "topk_weights_ptr", "num_supplied", "num_real_ptr", "layer")
+SUPPLIED = ("hidden_ptr", "scales_ptr", "topk_idx_ptr", "topk_weights_ptr", "num_supplied", "num_real_ptr", "layer")
 """What a dispatch that sends is given at every call, in this order."""
 SUMMED = ("partial_ptr", "num_partial", "is_in_place", "out_ptr", "num_out", "layer")
 """What a combine that receives is given at every call, in this order."""
@@ -60,9 +60,9 @@ class RowLaunches:
     SUMMED, `combine_send` SUMMED without `out_ptr` and `num_out`.
     """
 
-    dispatch: dict[RoutingDtypes, BoundLaunch]
-    dispatch_send: dict[RoutingDtypes, BoundLaunch]
-    dispatch_receive: dict[RoutingDtypes, BoundLaunch]
+    dispatch: dict[Given, BoundLaunch]
+    dispatch_send: dict[Given, BoundLaunch]
+    dispatch_receive: dict[Given, BoundLaunch]
     combine: dict[torch.dtype, BoundLaunch]
     combine_send: dict[torch.dtype, BoundLaunch]
     combine_receive: dict[torch.dtype, BoundLaunch]
@@ -112,20 +112,23 @@ def bind_launches(resources: Resources, view: RankView) -> BoundLaunches:
         **common,
         "multicast_ptr": view.multicast_ptr,
         "counts_offset": layout.counts.offset,
-        "slot_rows": layout.slot_rows,
         "num_flags": kernels.rows.grid,
     }
     dispatch_fixed = {
         **rows_fixed,
+        "slot_rows": layout.dispatch_slot_rows,
         "arrived_offset": layout.arrived.offset,
         "slots_offset": layout.dispatch_slots.offset,
         "slot_bytes": layout.dispatch_slot_bytes,
         "out_hidden_offset": layout.hidden.offset,
+        "out_scales_offset": layout.scales.offset,
         "out_idx_offset": layout.topk_idx.offset,
         "out_weights_offset": layout.topk_weights.offset,
     }
     combine_fixed = {
         **rows_fixed,
+        "slot_rows": layout.slot_rows,
+        "counted_rows": min(layout.slot_rows, layout.dispatch_slot_rows),
         "ready_offset": layout.ready.offset,
         "slots_offset": layout.combine_slots.offset,
         "slot_bytes": layout.combine_slot_bytes,
@@ -149,7 +152,7 @@ def bind_launches(resources: Resources, view: RankView) -> BoundLaunches:
 def _bind_rows(kernels: RowKernels, dispatch_fixed: dict[str, int], combine_fixed: dict[str, int], *, alone: bool) -> RowLaunches:
     dispatches = kernels.dispatch_alone if alone else kernels.dispatch
 
-    def dispatch(varying: tuple[str, ...], **fixed: int) -> dict[RoutingDtypes, BoundLaunch]:
+    def dispatch(varying: tuple[str, ...], **fixed: int) -> dict[Given, BoundLaunch]:
         given = {**dispatch_fixed, **fixed}
         return {key: launch.bind(given, varying, grid=kernels.grid) for key, launch in dispatches.items()}
 
@@ -157,11 +160,11 @@ def _bind_rows(kernels: RowKernels, dispatch_fixed: dict[str, int], combine_fixe
         given = {**combine_fixed, **fixed}
         return {key: launch.bind(given, varying, grid=kernels.grid) for key, launch in kernels.combine.items()}
 
-    nothing_supplied = dict.fromkeys(SUPPLIED[:4], 0)
+    nothing_supplied = dict.fromkeys(SUPPLIED[:5], 0)
     return RowLaunches(
         dispatch=dispatch(SUPPLIED, mode=MODE_BOTH),
         dispatch_send=dispatch(SUPPLIED, mode=MODE_SEND),
-        dispatch_receive=dispatch(SUPPLIED[4:], **nothing_supplied, mode=MODE_RECEIVE),
+        dispatch_receive=dispatch(SUPPLIED[5:], **nothing_supplied, mode=MODE_RECEIVE),
         combine=combine(SUMMED, mode=MODE_BOTH),
         combine_send=combine(("partial_ptr", "num_partial", "is_in_place", "layer"), out_ptr=0, num_out=0, mode=MODE_SEND),
         combine_receive=combine(SUMMED, mode=MODE_RECEIVE),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from tokenferry.config import MoEConfig
-from tokenferry.dispatched import SAME, RowFormat
+from tokenferry.dispatched import SAME, RowFormat, num_scales
 from tokenferry.errors import ConfigError
 from tokenferry.kernels.control_block import CONTROL_BYTES, COUNT_PACKET_BYTES, FLAG_BYTES, MAX_RANKS, SPARE_BYTES
 
@@ -51,11 +51,14 @@ class Layout:
         counts: count packets, [2 parities][source rank].
         arrived, ready: flags of bulk rounds, [source rank][program]: dispatch rows are there; combine terms may be fetched.
         step_counts, solo_step_counts: the step's counts, for the kernels.
-        dispatch_slots, combine_slots: [source, this rank left out], of `slot_rows` rows each.
-        hidden, topk_idx, topk_weights: the gathered rows. terms: the combine input.
+        dispatch_slots, combine_slots: [source, this rank left out], of `dispatch_slot_rows` and `slot_rows` rows each.
+        hidden, scales, topk_idx, topk_weights: the gathered rows; scales of quantized ones alone, `scale_words(H)` words a row.
+        terms: the combine input.
     """
 
     slot_rows: int
+    dispatch_slot_rows: int
+    """Rows of bytes may have any words, also those of an empty slot: their dispatch is bulk in every step, and has no slots."""
     dispatch_slot_bytes: int
     combine_slot_bytes: int
     counts: Region
@@ -66,6 +69,7 @@ class Layout:
     dispatch_slots: Region
     combine_slots: Region
     hidden: Region
+    scales: Region
     topk_idx: Region
     topk_weights: Region
     terms: Region
@@ -90,6 +94,11 @@ class Layout:
         return [range(begin, end) for begin, end in zip(begins, ends, strict=True)]
 
 
+def scale_words(hidden_size: int) -> int:
+    """float32 words of a row of gathered scales: whole packets of four, of which the last ones may be unused."""
+    return _round_up(num_scales(hidden_size), 4)
+
+
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
@@ -108,34 +117,34 @@ def plan(
     """The layout for C = `max_tokens_per_rank` rows a rank.
 
     Raises:
-        ConfigError: rows are not a multiple of 8 bytes, or too many for 32-bit packet numbers, or too many ranks; or a dispatch
-            format that symmetric transports do not carry yet.
+        ConfigError: rows are not a multiple of 8 bytes, or too many for 32-bit packet numbers, or too many ranks.
     """
-    if not dispatch_format.is_same:
-        raise ConfigError(
-            f"dispatch_format {dispatch_format.name!r} is not carried by symmetric transports yet; use transport='collective'"
-        )
-    row_bytes = config.hidden_size * config.dtype.itemsize
+    is_quantized = dispatch_format.is_quantized
+    row_bytes = dispatch_format.wire_bytes(config)
     wire_row_bytes = config.hidden_size * combine_dtype.itemsize
     for what, num_bytes in (("hidden rows", row_bytes), ("combine rows", wire_row_bytes)):
         if num_bytes % 8:
+            remedy = "them" if dispatch_format.name == "bytes" else "hidden_size"
             raise ConfigError(
-                f"{what} have {num_bytes} bytes (hidden_size {config.hidden_size}), not a multiple of 8; pad hidden_size, or use "
+                f"{what} have {num_bytes} bytes (hidden_size {config.hidden_size}), not a multiple of 8; pad {remedy}, or use "
                 "transport='collective'"
             )
     if ep_size > MAX_RANKS:
         raise ConfigError(f"symmetric transports serve up to {MAX_RANKS} ranks, got {ep_size}; use transport='collective'")
     rows = max_tokens_per_rank * ep_size
     num_packets = max(rows * each // (16 if each % 16 == 0 else 8) for each in (row_bytes, wire_row_bytes))
+    if is_quantized:
+        num_packets = max(num_packets, rows * scale_words(config.hidden_size) * 8)  # threads: eight for each scale
     if max(num_packets, rows * config.topk * 2) > 2**31 - 2**20:
         raise ConfigError(f"{rows} gathered rows make {num_packets} packets, more than 2**31; lower max_tokens_per_rank")
     if slot_rows is None:
         slot_rows = SLOT_ROWS if ep_size <= MOST_WITH_ALL_SLOT_ROWS else SLOT_ROWS_OF_MANY
     slot_rows = min(max_tokens_per_rank, slot_rows)
+    dispatch_slot_rows = 0 if dispatch_format.name == "bytes" else slot_rows
     num_dispatch_slots = ep_size if multicast and ep_size > 1 else ep_size - 1
-    dispatch_slot_bytes = _round_up(slot_rows * row_bytes, 16) + _round_up(slot_rows * 2 * config.topk * 4, 16)
+    dispatch_slot_bytes = _round_up(dispatch_slot_rows * row_bytes, 16) + _round_up(dispatch_slot_rows * 2 * config.topk * 4, 16)
     combine_slot_bytes = _round_up(slot_rows * wire_row_bytes, 16)
-    is_ever_bulk = max_tokens_per_rank > slot_rows
+    is_ever_bulk = max_tokens_per_rank > min(slot_rows, dispatch_slot_rows)
     flag_bytes = ep_size * MAX_PROGRAMS * FLAG_BYTES if is_ever_bulk else 0
     sizes = {
         "counts": 2 * ep_size * COUNT_PACKET_BYTES,
@@ -145,7 +154,8 @@ def plan(
         "solo_step_counts": 4 * 4,
         "dispatch_slots": num_dispatch_slots * dispatch_slot_bytes,
         "combine_slots": (ep_size - 1) * combine_slot_bytes,
-        "hidden": rows * row_bytes,
+        "hidden": rows * (config.hidden_size if is_quantized else row_bytes),
+        "scales": rows * scale_words(config.hidden_size) * 4 if is_quantized else 0,
         "topk_idx": rows * config.topk * index_dtype.itemsize,
         "topk_weights": rows * config.topk * 4,
         "terms": rows * wire_row_bytes,
@@ -157,6 +167,7 @@ def plan(
         offset = _round_up(offset + num_bytes + CANARY_BYTES, ALIGNMENT)
     return Layout(
         slot_rows=slot_rows,
+        dispatch_slot_rows=dispatch_slot_rows,
         dispatch_slot_bytes=dispatch_slot_bytes,
         combine_slot_bytes=combine_slot_bytes,
         **regions,

@@ -12,6 +12,7 @@ from itertools import product
 import torch
 
 from tokenferry.errors import TransportUnavailableError
+from tokenferry.kernels import fp8_rows
 from tokenferry.kernels.abort import SIGNATURE as ABORT_SIGNATURE
 from tokenferry.kernels.abort import abort_kernel
 from tokenferry.kernels.combine import SIGNATURE as COMBINE_SIGNATURE
@@ -33,8 +34,8 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What callers may pass: of expert numbers, and of weights and partial rows."""
 
-RoutingDtypes = tuple[torch.dtype, torch.dtype]
-"""Of topk_idx and of topk_weights."""
+Given = tuple[torch.dtype, torch.dtype, bool]
+"""What a dispatch is given: the dtypes of topk_idx and of topk_weights, and whether its rows are quantized already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +43,15 @@ class RowKernels:
     """The kernels that move rows, cut into programs in one way.
 
     Attributes:
-        dispatch: by the dtypes of topk_idx and topk_weights.
+        dispatch: by what it is given.
         dispatch_alone: the same without multicast, for `solo`: a multicast store reaches every rank, whatever peers the kernel
             is given.
         combine: by the dtype of the partial rows.
         grid: programs of a launch.
     """
 
-    dispatch: dict[RoutingDtypes, Launch]
-    dispatch_alone: dict[RoutingDtypes, Launch]
+    dispatch: dict[Given, Launch]
+    dispatch_alone: dict[Given, Launch]
     combine: dict[torch.dtype, Launch]
     grid: int
 
@@ -169,8 +170,10 @@ def load_row_kernels(settings: TransportSettings, tuning: Tuning, *, multicast: 
     pdl = int(has_pdl(device))
     cut = {"BLOCK": tuning.block, "MAX_PROGRAMS": MAX_PROGRAMS, "FLAG_BLOCK": flag_block, "PDL": pdl}
 
-    def dispatches(multicast: bool) -> dict[RoutingDtypes, Launch]:
-        variants = {kinds: _dispatch_constants(settings, *kinds, multicast) for kinds in product(INDEX_DTYPES, FLOAT_DTYPES)}
+    def dispatches(multicast: bool) -> dict[Given, Launch]:
+        quantized = (False, True) if settings.dispatch_format.is_quantized else (False,)
+        given = product(INDEX_DTYPES, FLOAT_DTYPES, quantized)
+        variants = {kinds: _dispatch_constants(settings, *kinds, multicast) for kinds in given}
         return {
             kinds: prepare(dispatch_kernel, DISPATCH_SIGNATURE, constants | cut, tuning.num_warps, device)
             for kinds, constants in variants.items()
@@ -190,12 +193,19 @@ def load_row_kernels(settings: TransportSettings, tuning: Tuning, *, multicast: 
 
 
 def _dispatch_constants(
-    settings: TransportSettings, idx: torch.dtype, weights: torch.dtype, multicast: bool
+    settings: TransportSettings, idx: torch.dtype, weights: torch.dtype, is_quantized: bool, multicast: bool
 ) -> dict[str, object]:
-    row_bytes = settings.config.hidden_size * settings.config.dtype.itemsize
+    row_format, config = settings.dispatch_format, settings.config
+    row_bytes = row_format.wire_bytes(config)
+    as_it_is = fp8_rows.BYTES if row_format.name == "bytes" else fp8_rows.SAME
+    on_the_way = fp8_rows.QUANTIZED if is_quantized else fp8_rows.QUANTIZE
     return {
+        "FORMAT": (on_the_way if row_format.is_quantized else as_it_is).value,
+        "H": config.hidden_size,
+        "HIDDEN": DTYPES[config.dtype],
+        "POWER_OF_TWO": int(row_format.power_of_two_scales),
         "ROW_WORDS": row_bytes // 4,
-        "K": settings.config.topk,
+        "K": config.topk,
         "IDX": DTYPES[idx],
         "WEIGHTS": DTYPES[weights],
         "OUT_IDX": DTYPES[settings.index_dtype],

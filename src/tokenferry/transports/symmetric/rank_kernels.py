@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from tokenferry.dispatched import HiddenRows
+from tokenferry.dispatched import HiddenRows, QuantizedRows
 from tokenferry.kernels.control_block import NUM_REAL_OFFSET
 from tokenferry.kernels.launch import BoundLaunch
 from tokenferry.step import StepRequest
 from tokenferry.transports.base import Gathered, SymmetricMemory, Transport
 from tokenferry.transports.symmetric.bound_launches import RankView, Resources, bind_launches
-from tokenferry.transports.symmetric.loading import RoutingDtypes
+from tokenferry.transports.symmetric.loading import Given
 from tokenferry.transports.symmetric.regions import RegionTensors
 
 PACKET_BYTES = 16
@@ -30,9 +30,9 @@ class RankKernels(Transport):
         self._request = StepRequest(0, 0, 0)
         self._layer, self._num_supplied = -1, 0
         self._partial: torch.Tensor | None = None
-        self._sent_dtypes: RoutingDtypes = (torch.int64, torch.float32)
+        self._given: Given = (torch.int64, torch.float32, False)
         self._sending: tuple[torch.Tensor, ...] = ()
-        self._dispatch_alignment = 16 if config.hidden_size * config.dtype.itemsize % 16 == 0 else 8
+        self._dispatch_alignment = 16 if settings.dispatch_format.wire_bytes(config) % 16 == 0 else 8
         self._num_real_ptr = view.counters_ptr + NUM_REAL_OFFSET
         self._terms_address = regions.terms_RH.data_ptr()
         self._launches = bind_launches(resources, view)
@@ -70,14 +70,14 @@ class RankKernels(Transport):
         return self._regions.gathered
 
     def dispatch_begin(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
-        assert isinstance(hidden, torch.Tensor), "the layout refuses other formats"
-        self._sending = (hidden, topk_idx, topk_weights)  # kept: another stream may get the memory of what the caller drops
+        parts = (hidden.values, hidden.scales) if isinstance(hidden, QuantizedRows) else (hidden,)
+        self._sending = (*parts, topk_idx, topk_weights)  # kept: another stream may get the memory of what the caller drops
         self._send_rows(self._rows.dispatch_send, layer, hidden, topk_idx, topk_weights)
-        self._sent_dtypes = topk_idx.dtype, topk_weights.dtype
+        self._given = topk_idx.dtype, topk_weights.dtype, len(parts) == 2
 
     def dispatch_end(self) -> Gathered:
         self.launched = True
-        self._rows.dispatch_receive[self._sent_dtypes](self._num_real_ptr, self._layer)
+        self._rows.dispatch_receive[self._given](self._num_real_ptr, self._layer)
         for tensor in self._sending:
             if tensor.is_cuda:  # it may have been made on another stream, which would hand its memory on at once
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
@@ -86,21 +86,23 @@ class RankKernels(Transport):
 
     def _send_rows(
         self,
-        launches: dict[RoutingDtypes, BoundLaunch],
+        launches: dict[Given, BoundLaunch],
         layer: int,
         hidden: HiddenRows,
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
     ) -> None:
         self._layer, self._num_supplied = layer, hidden.shape[0]
-        assert isinstance(hidden, torch.Tensor), "the layout refuses other formats"
-        address = hidden.data_ptr()
-        if address % self._dispatch_alignment:
-            hidden = hidden.clone()
-            address = hidden.data_ptr()
+        if isinstance(hidden, QuantizedRows):
+            is_quantized, address, scales_ptr = True, hidden.values.data_ptr(), hidden.scales.data_ptr()
+        else:
+            is_quantized, address, scales_ptr = False, hidden.data_ptr(), 0
+        if (address | scales_ptr) % self._dispatch_alignment:
+            self._send_rows(launches, layer, hidden.clone(), topk_idx, topk_weights)
+            return
         self.launched = True
-        launches[topk_idx.dtype, topk_weights.dtype](
-            address, topk_idx.data_ptr(), topk_weights.data_ptr(), self._num_supplied, self._num_real_ptr, layer
+        launches[topk_idx.dtype, topk_weights.dtype, is_quantized](
+            address, scales_ptr, topk_idx.data_ptr(), topk_weights.data_ptr(), self._num_supplied, self._num_real_ptr, layer
         )
 
     def combine_input(self) -> torch.Tensor:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from tokenferry.dispatched import FLOAT8, HiddenRows, QuantizedRows, num_scales
 from tokenferry.kernels import control_block
 from tokenferry.transports.base import Gathered, TransportSettings
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
-from tokenferry.transports.symmetric.layout import MAX_TIMEOUT_S, Layout, Region
+from tokenferry.transports.symmetric.layout import MAX_TIMEOUT_S, Layout, Region, scale_words
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,16 @@ class RegionTensors:
             end = region.offset + num_rows * columns * dtype.itemsize
             return buffer.tensor[region.offset : end].view(dtype).view(num_rows, columns)
 
+        row_format = settings.dispatch_format
+        if row_format.is_quantized:
+            scales = view(layout.scales, torch.float32, scale_words(config.hidden_size))
+            hidden: HiddenRows = QuantizedRows(
+                view(layout.hidden, FLOAT8, config.hidden_size), scales[:, : num_scales(config.hidden_size)]
+            )
+        else:
+            hidden = view(layout.hidden, row_format.dtype(config), row_format.columns(config))
         gathered = Gathered(
-            view(layout.hidden, config.dtype, config.hidden_size),
+            hidden,
             view(layout.topk_idx, settings.index_dtype, config.topk),
             view(layout.topk_weights, torch.float32, config.topk),
         )

@@ -173,7 +173,7 @@ class SymmetricTransport(RankKernels):
         if not reason and record.reporter == settings.group.rank:
             elsewhere = settings.group.waiting.who_waits_elsewhere(record.rank, settings.name)
             phase, reason = (phase, reason) if elsewhere is None else ("counts-disagree", elsewhere)
-        detail = BusyBoard(settings).in_words()
+        detail = BusyBoard(settings).in_words(record.reporter)
         mine = AbortRecord(record.rank, record.reporter, phase, step, record.layer, settings.timeout_s, reason, detail)
         return agree_on_record(settings, mine).error_for(settings.group.rank)
 

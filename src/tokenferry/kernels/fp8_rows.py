@@ -1,0 +1,255 @@
+"""Rows of format fp8_block128 on their way: quantized by the sender, scales behind the values in slots, apart in gathered rows.
+
+Like `wire`, this file holds device functions alone and no kernel. A thread has 16 columns of a row: it sends their values in one
+packet. Eight threads share a scale, and the threads of a warp have 512 columns, whose four scales its first thread sends in one
+packet. Rows are dealt out in whole warps, so that a row of another size leaves some threads of its last warp idle.
+
+No word that is sent is the sentinel: a NaN's value travels as 0x7F and a NaN's scale as 0x7FC00000.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tokenferry.kernels import expert_math, wire, wire_float8
+
+SAME: tl.constexpr = tl.constexpr(0)
+"""Formats, as the dispatch kernel knows them: rows as they are."""
+QUANTIZE: tl.constexpr = tl.constexpr(1)
+"""Rows that are quantized on their way."""
+QUANTIZED: tl.constexpr = tl.constexpr(2)
+"""Rows that come quantized."""
+BYTES: tl.constexpr = tl.constexpr(3)
+"""Rows whose bits mean nothing here."""
+
+
+@triton.jit
+def load_first_words(thread, hidden_ptr, scales_ptr, num_supplied, H: tl.constexpr, FORMAT: tl.constexpr, HIDDEN: tl.constexpr):
+    """Eight words of what a thread sends: of its columns as they are, the first 32 bytes; of quantized rows the 16 values, and in
+    the first thread of a warp the four scales. Zeros where there is no row, or no column.
+
+    Example:
+        bfloat16, thread 1: columns 16 to 31 of row 0. Quantized rows, thread 32: columns 512 to 527, and the scales 4 to 7.
+    """
+    THREADS: tl.constexpr = (H + 511) // 512 * 32
+    row = thread // THREADS
+    column = (thread - row * THREADS) * 16
+    live = (row < num_supplied) & (column < H)
+    place = row.to(tl.int64) * H + column
+    if FORMAT == QUANTIZED:
+        S: tl.constexpr = (H + 127) // 128
+        a0, a1, a2, a3 = wire.load(hidden_ptr + place, live, 4)
+        scale = column // 128
+        first = scales_ptr + (row.to(tl.int64) * S + scale) * 4
+        sends = live & (column % 512 == 0)
+        if S % 4 == 0:
+            b0, b1, b2, b3 = wire.load(first, sends, 4)
+        else:  # rows of scales do not begin at multiples of 16 bytes
+            b0, _x, _y, _z = wire.load(first, sends, 1)
+            b1, _x, _y, _z = wire.load(first + 4, sends & (scale + 1 < S), 1)
+            b2, _x, _y, _z = wire.load(first + 8, sends & (scale + 2 < S), 1)
+            b3, _x, _y, _z = wire.load(first + 12, sends & (scale + 3 < S), 1)
+    else:
+        address = hidden_ptr + place * (HIDDEN.primitive_bitwidth // 8)
+        a0, a1, a2, a3 = wire.load(address, live, 4)
+        b0, b1, b2, b3 = wire.load(address + 16, live, 4)
+    return a0, a1, a2, a3, b0, b1, b2, b3
+
+
+@triton.jit
+def larger(largest, x, y):
+    """The largest of `largest` and the magnitudes of two numbers, as bits: see `expert_math.block_scale`."""
+    return tl.maximum(largest, tl.maximum(expert_math.magnitude(x), expert_math.magnitude(y)))
+
+
+@triton.jit
+def packed(w0, w1, scale, HIDDEN: tl.constexpr):
+    """The word with the float8 values of the four numbers in two words of 16-bit numbers."""
+    x0, x1 = wire.unpack(w0, HIDDEN)
+    x2, x3 = wire.unpack(w1, HIDDEN)
+    return wire_float8.pack_float8(tl.div_rn(x0, scale), tl.div_rn(x1, scale), tl.div_rn(x2, scale), tl.div_rn(x3, scale))
+
+
+@triton.jit
+def packed_wide(w0, w1, w2, w3, scale):
+    """`packed` of four words of float32."""
+    return wire_float8.pack_float8(
+        tl.div_rn(w0.to(tl.float32, bitcast=True), scale),
+        tl.div_rn(w1.to(tl.float32, bitcast=True), scale),
+        tl.div_rn(w2.to(tl.float32, bitcast=True), scale),
+        tl.div_rn(w3.to(tl.float32, bitcast=True), scale),
+    )
+
+
+@triton.jit
+def largest_of(w0, w1, w2, w3, HIDDEN: tl.constexpr):
+    """The largest magnitude among the numbers of four words, as bits."""
+    x0, x1 = wire.unpack(w0, HIDDEN)
+    x2, x3 = wire.unpack(w1, HIDDEN)
+    x4, x5 = wire.unpack(w2, HIDDEN)
+    x6, x7 = wire.unpack(w3, HIDDEN)
+    return larger(larger(larger(larger(tl.zeros(w0.shape, tl.uint32), x0, x1), x2, x3), x4, x5), x6, x7)
+
+
+@triton.jit
+def of_warp(bits, WHICH: tl.constexpr, BLOCK: tl.constexpr):
+    """The scale number WHICH of each warp's four, as bits, in all its threads. `bits`: [BLOCK / 32, 4]."""
+    is_it = tl.arange(0, 4)[None, :] == WHICH
+    one = tl.max(tl.where(is_it, bits, tl.zeros(bits.shape, tl.uint32)), 1)
+    return tl.reshape(tl.broadcast_to(one[:, None], [BLOCK // 32, 32]), [BLOCK])
+
+
+@triton.jit
+def quantize_words(
+    thread,
+    a0,
+    a1,
+    a2,
+    a3,
+    b0,
+    b1,
+    b2,
+    b3,
+    hidden_ptr,
+    num_supplied,
+    H: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The packet of values of each thread, and the packet of scales of each warp in all its threads, from the words that
+    `load_first_words` has loaded. The bits are those of `tokenferry.reference.quantize`; rows that are not supplied are zeros."""
+    largest = tl.maximum(largest_of(a0, a1, a2, a3, HIDDEN), largest_of(b0, b1, b2, b3, HIDDEN))
+    THREADS: tl.constexpr = (H + 511) // 512 * 32
+    row = thread // THREADS
+    column = (thread - row * THREADS) * 16
+    live = (row < num_supplied) & (column < H)
+    if tl.float32 == HIDDEN:  # a thread's 16 numbers are 64 bytes
+        address = hidden_ptr + (row.to(tl.int64) * H + column) * 4
+        c0, c1, c2, c3 = wire.load(address + 32, live, 4)
+        d0, d1, d2, d3 = wire.load(address + 48, live, 4)
+        largest = tl.maximum(largest, tl.maximum(largest_of(c0, c1, c2, c3, HIDDEN), largest_of(d0, d1, d2, d3, HIDDEN)))
+    of_block = tl.max(tl.reshape(largest, [BLOCK // 32, 4, 8]), 2)
+    scales = expert_math.block_scale(of_block, POWER_OF_TWO)
+    scale = tl.reshape(tl.broadcast_to(scales[:, :, None], [BLOCK // 32, 4, 8]), [BLOCK])
+    if tl.float32 == HIDDEN:
+        v0 = packed_wide(a0, a1, a2, a3, scale)
+        v1 = packed_wide(b0, b1, b2, b3, scale)
+        v2 = packed_wide(c0, c1, c2, c3, scale)
+        v3 = packed_wide(d0, d1, d2, d3, scale)
+    else:
+        v0 = packed(a0, a1, scale, HIDDEN)
+        v1 = packed(a2, a3, scale, HIDDEN)
+        v2 = packed(b0, b1, scale, HIDDEN)
+        v3 = packed(b2, b3, scale, HIDDEN)
+    bits = scales.to(tl.uint32, bitcast=True)
+    first = column // 512 * 4
+    S: tl.constexpr = (H + 127) // 128
+    s0 = tl.where(row < num_supplied, of_warp(bits, 0, BLOCK), 0)
+    s1 = tl.where((row < num_supplied) & (first + 1 < S), of_warp(bits, 1, BLOCK), 0)
+    s2 = tl.where((row < num_supplied) & (first + 2 < S), of_warp(bits, 2, BLOCK), 0)
+    s3 = tl.where((row < num_supplied) & (first + 3 < S), of_warp(bits, 3, BLOCK), 0)
+    return v0, v1, v2, v3, s0, s1, s2, s3
+
+
+@triton.jit
+def canonical_values(word):
+    """Four float8 values with every NaN as 0x7F.
+
+    Example:
+        0xFFFEFF7F: 0x7FFE7F7F.
+    """
+    is_nan = ((word & 0x7F7F7F7F) + 0x01010101) & 0x80808080  # the upper bit of each byte that is 0x7F or 0xFF
+    return word & ~is_nan
+
+
+@triton.jit
+def canonical_scale(word):
+    """A float32 with every NaN as 0x7FC00000, as bits."""
+    return tl.where((word & 0x7FFFFFFF) > 0x7F800000, tl.full(word.shape, 0x7FC00000, tl.uint32), word)
+
+
+@triton.jit
+def words_to_send(
+    thread,
+    n0,
+    n1,
+    n2,
+    n3,
+    n4,
+    n5,
+    n6,
+    n7,
+    hidden_ptr,
+    num_supplied,
+    H: tl.constexpr,
+    FORMAT: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The packet of values of each thread and the packet of scales of each warp, from what `load_first_words` has loaded."""
+    if FORMAT == QUANTIZE:
+        return quantize_words(thread, n0, n1, n2, n3, n4, n5, n6, n7, hidden_ptr, num_supplied, H, HIDDEN, POWER_OF_TWO, BLOCK)
+    else:
+        return (
+            canonical_values(n0),
+            canonical_values(n1),
+            canonical_values(n2),
+            canonical_values(n3),
+            canonical_scale(n4),
+            canonical_scale(n5),
+            canonical_scale(n6),
+            canonical_scale(n7),
+        )
+
+
+@triton.jit
+def escape(word, FORMAT: tl.constexpr):
+    """A word of rows that are not quantized, as it travels: bytes never go to slots, and stay as they are."""
+    if FORMAT == BYTES:
+        return word
+    else:
+        return wire.escape(word)
+
+
+@triton.jit
+def offsets(thread, ROW: tl.constexpr, SCALES_ROW: tl.constexpr, H: tl.constexpr):
+    """Where the two packets of a thread go among rows that are ROW bytes long: the offset of its 16 values, and of its warp's
+    scales among rows of SCALES_ROW bytes.
+
+    Example:
+        H 256, thread 33 (row 1, column 16): values at 272 where a row has 256 bytes, at 288 in slots, where it has 272.
+    """
+    THREADS: tl.constexpr = (H + 511) // 512 * 32
+    row = (thread // THREADS).to(tl.int64)
+    column = thread % THREADS * 16
+    return row * ROW + column, row * SCALES_ROW + column // 512 * 16
+
+
+@triton.jit
+def sends_what(thread, live, H: tl.constexpr):
+    """Whether a thread sends values, and whether it sends the scales of its warp."""
+    column = thread % ((H + 511) // 512 * 32) * 16
+    return live & (column < H), live & (column % 512 == 0)
+
+
+@triton.jit
+def place_of_received(packet, scales_behind_values, source_row, H: tl.constexpr):
+    """Where packets of a source's slot belong, as offsets from the source's first row of gathered values.
+
+    Args:
+        packet: their numbers; a slot's row has H / 16 packets of values, then its scales.
+        scales_behind_values: bytes from the gathered values to the gathered scales.
+
+    Example:
+        H 256: packets 0 to 15 are the values of row 0, packet 16 has its two scales, packet 17 begins row 1.
+    """
+    PER_ROW: tl.constexpr = H // 16 + (H + 511) // 512
+    SCALES: tl.constexpr = (H + 511) // 512 * 16
+    row = (packet // PER_ROW).to(tl.int64)
+    column = packet % PER_ROW
+    first = source_row.to(tl.int64)
+    scales = scales_behind_values + first * (SCALES - H) + row * SCALES + (column - H // 16) * 16
+    return tl.where(column < H // 16, row * H + column * 16, scales)

@@ -1,0 +1,116 @@
+"""Rows of other formats between GPUs, and between virtual ranks on one: the bits of the reference, eager and in graphs."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import tokenferry as tf
+from cases import BULK_ROWS, ON_GPUS, Case, StepCase, run_case
+from formats import POWERS
+from tokenferry.testing import run_ranks
+from tokenferry.testing.numeric import first_difference
+
+pytestmark = pytest.mark.gpu
+
+
+def many(group: tf.EPGroup, cases: list[Case]) -> list[int]:
+    return [run_case(group, case) for case in cases]
+
+
+def steps_of(world_size: int) -> tuple[StepCase, ...]:
+    """In slots, in bulk, and between the two. Few shapes: each is compiled anew on a machine without a cache."""
+    empty = (0,) * (world_size - 1)
+    few = tuple(range(1, world_size + 1))
+    return (
+        StepCase(few, layers=3),
+        StepCase((BULK_ROWS, *empty), layers=2),
+        StepCase((*empty, BULK_ROWS), quantized=True, halves=True),
+        StepCase((0,) * world_size, layers=2),
+        StepCase((128,) * world_size, quantized=True, layers=2, own_buffer=True),
+        StepCase((2, *empty), layers=3),
+        StepCase((BULK_ROWS,) * world_size, supplied=(300,) * world_size),
+        StepCase((40,) * world_size, supplied=(3,) * world_size, quantized=True, real=(2,) * world_size, real_as_tensor=True),
+    )
+
+
+def cases_of(world_size: int) -> list[Case]:
+    common = {"transport": "p2p", "capacity": BULK_ROWS, "steps": steps_of(world_size), "topk": 8}
+    return [
+        Case(hidden_size=7168, dispatch_format="fp8_block128", **common),
+        Case(hidden_size=272, dispatch_format=POWERS, dtype=torch.float32, **common),
+        Case(hidden_size=2048, dispatch_format="bytes", **common),
+    ]
+
+
+@ON_GPUS
+def test_each_format_gives_the_bits_of_the_reference(world_size: int) -> None:
+    cases = cases_of(world_size)
+    expected = [sum(step.layers for step in case.steps) for case in cases]
+    assert run_ranks(many, world_size, cases, backend="nccl", timeout_s=300) == [expected] * world_size
+
+
+@pytest.mark.parametrize("transport", ["local", "collective"])
+def test_one_rank_gives_the_bits_of_the_reference(transport: str) -> None:
+    cases = [
+        dataclasses.replace(case, transport=transport, capacity=256, steps=(StepCase((128,)), StepCase((5,), quantized=True)))
+        for case in cases_of(1)
+    ]
+    assert run_ranks(many, 1, cases, backend="nccl", timeout_s=300) == [[2] * len(cases)]
+
+
+def in_graphs(group: tf.EPGroup, dispatch_format: str) -> list[str]:
+    """One graph of a dispatch and its combine, replayed at other counts of the other rank and with other rows."""
+    config = tf.MoEConfig(hidden_size=2048, num_experts=8, topk=4)
+    found, device = [], group.device
+    with tf.Workspace(
+        config, group, max_tokens_per_rank=BULK_ROWS, transport="p2p", dispatch_format=dispatch_format, timeout_s=20
+    ) as ws:
+        layer, rows = ws.dispatcher(), 6
+        is_bytes = dispatch_format == "bytes"
+        hidden = torch.zeros(rows, ws.dispatch_format.columns(config), dtype=ws.dispatch_format.dtype(config), device=device)
+        ids, weights = torch.zeros(rows, 4, dtype=torch.int32, device=device), torch.ones(rows, 4, device=device)
+
+        def forward(count: int) -> tf.Dispatched:
+            ws.begin_step(count)
+            got = layer.dispatch(hidden[:count], ids[:count], weights[:count])
+            layer.combine(layer.combine_input(), got)
+            return got
+
+        with ws.solo():
+            forward(rows)
+        graph = torch.cuda.CUDAGraph()
+        with ws.capturing(), torch.cuda.graph(graph):
+            got = forward(rows)
+        for replay in range(6):
+            torch.manual_seed(replay)
+            every = [torch.randn(rows, config.hidden_size, device=device).to(config.dtype) for _ in range(group.size)]
+            every = [each.view(torch.uint8) if is_bytes else each for each in every]
+            hidden.copy_(every[group.rank])
+            if group.rank == 0 or replay % 2 == 0:
+                graph.replay()
+                own = rows
+            else:
+                got = forward(replay)
+                own = replay
+            torch.cuda.synchronize()
+            counts = [rows, own if group.rank == 1 else (rows if replay % 2 == 0 else replay)]
+            wanted = tf.reference.dispatch(
+                [each[:count] for each, count in zip(every, counts, strict=True)],
+                [ids[:count] for count in counts],
+                [weights[:count] for count in counts],
+                dispatch_format=dispatch_format,
+            ).hidden
+            valid = sum(counts)
+            pairs = (
+                [(got.hidden, wanted)] if is_bytes else [(got.hidden.values, wanted.values), (got.hidden.scales, wanted.scales)]
+            )
+            found += [first_difference(left[:valid], right) for left, right in pairs]
+        ws.check()
+    return [difference for difference in found if difference]
+
+
+@pytest.mark.gpu(count=2)
+@pytest.mark.parametrize("dispatch_format", ["fp8_block128", "bytes"])
+def test_a_graph_serves_every_count_of_the_other_rank(dispatch_format: str) -> None:
+    assert run_ranks(in_graphs, 2, dispatch_format, backend="nccl", timeout_s=120) == [[], []]

@@ -1,0 +1,50 @@
+"""Experts on rows that came quantized, beside the same experts on the rows that these stand for: equal to the bit."""
+
+import dataclasses
+
+import torch
+
+import tokenferry as tf
+from test_experts import Case
+from tokenferry.activations import Activation
+from tokenferry.dispatched import Dispatched, QuantizedRows
+from tokenferry.experts import Experts
+
+CASES = {
+    "swiglu": Case(dtype=torch.bfloat16, hidden_size=272, intermediate_size=144),
+    "interleaved-bias": Case(Activation("clamped_swiglu", interleaved=True), True, torch.bfloat16, 256, 128),
+    "no-gate-float16": Case(Activation("relu"), dtype=torch.float16, hidden_size=144, intermediate_size=160),
+}
+
+
+def with_gaps(rows: QuantizedRows) -> QuantizedRows:
+    """The same rows, whose scales lie in whole packets, as symmetric transports have them."""
+    num_rows, num_scales = rows.scales.shape
+    apart = torch.full((num_rows, -(-num_scales // 4) * 4), torch.nan, device=rows.device)
+    apart[:, :num_scales] = rows.scales
+    return QuantizedRows(rows.values, apart[:, :num_scales])
+
+
+def pair(
+    case: Case, *, float8: bool, device: str = "cpu", num_valid: int | None = None
+) -> tuple[Experts, Dispatched, Dispatched]:
+    """Experts, the gathered rows as they came, and those that the experts must make of them: for float8 weights rows that the
+    experts' own quantiser turns into the same float8, for others the rows that the quantized ones stand for."""
+    experts, rows = case.build()
+    experts = experts.to(device)
+    if float8:
+        experts.quantize()
+    valid = len(rows.hidden) if num_valid is None else num_valid
+    plain = dataclasses.replace(
+        rows,
+        hidden=rows.hidden.to(device),
+        topk_idx=rows.topk_idx.to(device),
+        topk_weights=rows.topk_weights.to(device),
+        valid_tokens=torch.tensor([valid], dtype=torch.int32, device=device),
+    )
+    quantized = with_gaps(tf.reference.quantize(plain.hidden))
+    if not float8:
+        plain = dataclasses.replace(plain, hidden=quantized.dequantize(case.dtype))
+    quantized.values.view(torch.uint8)[valid:] = 0x7F
+    quantized.scales[valid:] = torch.nan
+    return experts, dataclasses.replace(plain, hidden=quantized), plain
