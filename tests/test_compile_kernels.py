@@ -144,7 +144,7 @@ def test_the_router_s_product_of_few_rows_compiles(E: int, H: int, capability: i
     constants = router_linear.constants_of(E, H, has_bias=True, pdl=True)
     kinds = {"ROWS": torch.bfloat16, "OUT": torch.float32}
     spec = specify(
-        router_linear.router_linear_kernel, router_linear.SIGNATURE, constants, num_warps=router_linear.NUM_WARPS, dtypes=kinds,
+        router_linear.router_linear_kernel, router_linear.SIGNATURE, constants, num_warps=router_linear.warps_of(H), dtypes=kinds,
         aligned=True,
     )  # fmt: skip
     kernel = triton.compile(spec.source(), target=GPUTarget("cuda", capability, 32), options=spec.options())

@@ -30,7 +30,6 @@ SIGNATURE = {
 }
 ROWS_OF_PROGRAM = 4
 MAX_BLOCK = 2048
-NUM_WARPS = 4
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # one form for all numbers of rows: a peer would wait while another is compiled
@@ -73,6 +72,11 @@ def router_linear_kernel(
     tl.store(out + row.to(tl.int64) * E + expert, total.to(out.dtype.element_ty), mask=row < num_rows)
 
 
+def warps_of(H: int) -> int:
+    """So many that no register of a program spills."""
+    return 4 if H <= 4096 else 8
+
+
 def constants_of(E: int, H: int, *, has_bias: bool, pdl: bool) -> dict[str, object]:
     """The kernel's constants."""
     block = min(MAX_BLOCK, triton.next_power_of_2(H))
@@ -81,9 +85,10 @@ def constants_of(E: int, H: int, *, has_bias: bool, pdl: bool) -> dict[str, obje
 
 def load_for(weight_EH: torch.Tensor, bias_E: torch.Tensor | None, out_dtype: torch.dtype) -> BoundLaunch:
     """The kernel, loaded, for products with a weight and a bias like these: the host need not look for it at each call."""
-    constants = constants_of(*weight_EH.shape, has_bias=bias_E is not None, pdl=has_pdl(weight_EH.device))
+    E, H = weight_EH.shape
+    constants = constants_of(E, H, has_bias=bias_E is not None, pdl=has_pdl(weight_EH.device))
     dtypes = {"ROWS": weight_EH.dtype, "OUT": out_dtype}
-    spec = specify(router_linear_kernel, SIGNATURE, constants, num_warps=NUM_WARPS, dtypes=dtypes, aligned=True)
+    spec = specify(router_linear_kernel, SIGNATURE, constants, num_warps=warps_of(H), dtypes=dtypes, aligned=True)
     return load(spec, weight_EH.device).bind({}, ("rows", "weight", "bias", "out", "num_rows"))
 
 
@@ -113,5 +118,5 @@ def router_linear(
     if launch is not None and is_aligned:
         launch(programs, *arguments)
     else:
-        launch_unbound(router_linear_kernel, programs, arguments, constants, num_warps=NUM_WARPS, device=rows_TH.device)
+        launch_unbound(router_linear_kernel, programs, arguments, constants, num_warps=warps_of(H), device=rows_TH.device)
     return out_TE
