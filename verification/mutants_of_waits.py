@@ -35,7 +35,7 @@ OF_WAITS = (
     Mutant(
         "a-busy-rank-gives-one-sign",
         f"{_TRANSPORTS}/busy.py",
-        "            stopped.wait(min(LONGEST_PERIOD_S, self._timeout_s() / _PERIODS_PER_TIMEOUT))\n",
+        "            stopped.wait(min(LONGEST_PERIOD_S, workspace.timeout_s / _PERIODS_PER_TIMEOUT))\n",
         "            stopped.wait()\n",
         (f"{GLOO}[busy-before-a-step]",),
     ),

@@ -24,7 +24,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from tokenferry.dispatched import Dispatched, HiddenRows, QuantizedRows
+from tokenferry.dispatched import FLOAT8, Dispatched, HiddenRows, QuantizedRows, num_scales
 from tokenferry.errors import ShapeError, StateError, UsageError
 from tokenferry.groups import EPGroup
 from tokenferry.lifecycle import Lifecycle
@@ -32,7 +32,7 @@ from tokenferry.transports.base import Gathered, Transport, TransportSettings
 
 NAMESPACE: Final = "tokenferry"
 _ROWS: Final = "Tensor(b!) out_hidden, Tensor(c!) out_idx, Tensor(d!) out_weights"
-_GIVEN: Final = "Tensor hidden, Tensor topk_idx, Tensor topk_weights"
+_GIVEN: Final = "Tensor hidden, Tensor topk_idx, Tensor topk_weights, Tensor? scales"
 _BITS_OF_ORDER: Final = 32
 """Of a workspace's number, for its place in the order of opening; those above tell virtual ranks apart."""
 
@@ -40,7 +40,7 @@ _BITS_OF_ORDER: Final = 32
 class Layer(Protocol):
     """One layer's eager calls."""
 
-    def dispatch(self, hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Dispatched: ...
+    def dispatch(self, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Dispatched: ...
     def combine(self, partial: torch.Tensor) -> torch.Tensor: ...
 
 
@@ -126,9 +126,9 @@ class Operators:
         self.counts, self.counts_address = counts, counts.data_ptr()
         self.handle = object()
         """Stands for the handle of a dispatch that is made in compiled code."""
-        fixed = None if self._is_quantized else transport.fixed_rows
-        self.fixed = None if fixed is None else Gathered(*(_alone(tensor) for tensor in _tensors(fixed)))
-        self.fixed_addresses = [tensor.data_ptr() for tensor in _tensors(self.fixed)] if self.fixed is not None else None
+        fixed = transport.fixed_rows
+        self.fixed = None if fixed is None else _fixed_tensors(fixed)
+        self.fixed_addresses = [tensor.data_ptr() for tensor in self.fixed] if self.fixed is not None else None
 
     def serve(self, workspace: Callee) -> None:
         """Lets the operators find `workspace` by its number, for as long as it is alive."""
@@ -138,7 +138,7 @@ class Operators:
         """Lets go of the workspace's buffers. Compiled code finds other tensors then, and its operators raise."""
         if self.fixed is not None:
             empty = torch.empty(0, dtype=torch.uint8, device="cpu")
-            self.fixed = Gathered(empty, empty, empty)
+            self.fixed = (empty, empty, empty)
 
     def begin_step(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None, done: bool) -> None:
         """Begins a step."""
@@ -152,24 +152,29 @@ class Operators:
         self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor, num_tokens: int
     ) -> Dispatched:
         """Dispatches. `num_tokens`: T of the step."""
-        if self._is_quantized or isinstance(hidden, QuantizedRows):
-            raise UsageError("torch.compile does not pass through a dispatch of 'fp8_block128' rows yet; call it outside")
-        given = hidden.detach(), topk_idx, topk_weights.detach()
-        if self.fixed is not None:
-            rows = self.fixed.hidden_RH, self.fixed.topk_idx_RK, self.fixed.topk_weights_RK
-            _DISPATCH_FIXED(self.order, *rows, *given, self._number, layer)
-        else:
-            num_rows = None if self._rows_per_token is None else num_tokens * self._rows_per_token
-            rows = _DISPATCH_FRESH(self.order, *given, self._number, layer, num_rows, self._index_dtype)
+        values, scales = (hidden.values, hidden.scales) if isinstance(hidden, QuantizedRows) else (hidden.detach(), None)
+        given = values, topk_idx, topk_weights.detach(), scales
         valid_tokens = self.counts[:1]
-        return Dispatched(hidden=rows[0], topk_idx=rows[1], topk_weights=rows[2], valid_tokens=valid_tokens, handle=self.handle)
+        if self.fixed is not None:
+            if self._is_quantized:  # inductor gives an operator copies of buffers that are read as float8
+                raise UsageError(
+                    "torch.compile does not pass through 'fp8_block128' rows of a symmetric transport; call it outside"
+                )
+            out, idx, weights = self.fixed
+            _DISPATCH_FIXED(self.order, out, idx, weights, *given, self._number, layer)
+            return Dispatched(hidden=out, topk_idx=idx, topk_weights=weights, valid_tokens=valid_tokens, handle=self.handle)
+        num_rows = None if self._rows_per_token is None else num_tokens * self._rows_per_token
+        out, idx, weights, out_scales = _DISPATCH_FRESH(
+            self.order, *given, self._number, layer, num_rows, self._index_dtype, self._is_quantized
+        )
+        rows = QuantizedRows(out, out_scales) if self._is_quantized else out
+        return Dispatched(hidden=rows, topk_idx=idx, topk_weights=weights, valid_tokens=valid_tokens, handle=self.handle)
 
     def combine(self, layer: int, partial: torch.Tensor, num_rows: int) -> torch.Tensor:
         """Combines into `num_rows` rows."""
         given = partial.detach(), self._number, layer, num_rows, self._dtype
         if self.fixed is not None:
-            rows = self.fixed.hidden_RH, self.fixed.topk_idx_RK, self.fixed.topk_weights_RK
-            return _COMBINE_FIXED(self.order, *rows, *given)  # type: ignore[no-any-return]
+            return _COMBINE_FIXED(self.order, *self.fixed, *given)  # type: ignore[no-any-return]
         return _COMBINE_FRESH(self.order, *given)  # type: ignore[no-any-return]
 
 
@@ -205,12 +210,13 @@ def _dispatch_fixed(
     hidden: torch.Tensor,
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
+    scales: torch.Tensor | None,
     workspace: int,
     layer: int,
 ) -> None:
     callee = _WORKSPACES.find(workspace)
     _check_in_place(callee, out_hidden, out_idx, out_weights)
-    callee.dispatcher_at(layer).dispatch(hidden, topk_idx, topk_weights)
+    callee.dispatcher_at(layer).dispatch(_rows_of(hidden, scales), topk_idx, topk_weights)
 
 
 def _combine_fixed(
@@ -234,20 +240,24 @@ def _dispatch_fresh(
     hidden: torch.Tensor,
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
+    scales: torch.Tensor | None,
     workspace: int,
     layer: int,
     num_rows: int | None,
     index_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    got = _WORKSPACES.find(workspace).dispatcher_at(layer).dispatch(hidden, topk_idx, topk_weights)
+    quantized: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows = _rows_of(hidden, scales)
+    got = _WORKSPACES.find(workspace).dispatcher_at(layer).dispatch(rows, topk_idx, topk_weights)
+    values, scales_got = (got.hidden.values, got.hidden.scales) if quantized else (got.hidden, hidden.new_empty(0))
     if num_rows is not None:
-        _with_rows("dispatch", got.hidden, num_rows)
-    given = [tensor.untyped_storage().data_ptr() for tensor in (hidden, topk_idx, topk_weights)]
+        _with_rows("dispatch", values, num_rows)
+    given = [t.untyped_storage().data_ptr() for t in (hidden, topk_idx, topk_weights, scales) if t is not None]
     fresh = [
         tensor.clone() if tensor.untyped_storage().data_ptr() in given else tensor
-        for tensor in (got.hidden, got.topk_idx, got.topk_weights)
+        for tensor in (values, got.topk_idx, got.topk_weights, scales_got)
     ]
-    return fresh[0], fresh[1], fresh[2]
+    return fresh[0], fresh[1], fresh[2], fresh[3]
 
 
 def _combine_fresh(
@@ -268,17 +278,21 @@ def _dispatch_fresh_shapes(
     hidden: torch.Tensor,
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
+    scales: torch.Tensor | None,
     workspace: int,
     layer: int,
     num_rows: int | None,
     index_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    quantized: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rows = torch.library.get_ctx().new_dynamic_size() if num_rows is None else num_rows
-    topk = topk_idx.shape[1]
+    topk, size = topk_idx.shape[1], hidden.shape[1]
+    scale = hidden.new_empty((rows, num_scales(size)), dtype=torch.float32)
     return (
-        hidden.new_empty((rows, hidden.shape[1])),
+        hidden.new_empty((rows, size), dtype=FLOAT8 if quantized else hidden.dtype),
         topk_idx.new_empty((rows, topk), dtype=index_dtype),
         topk_weights.new_empty((rows, topk), dtype=torch.float32),
+        scale if quantized else hidden.new_empty(0),
     )
 
 
@@ -288,18 +302,8 @@ def _combine_fresh_shapes(
     return partial.new_empty((num_rows, partial.shape[1]), dtype=dtype)
 
 
-def _combine_fixed_shapes(
-    order: torch.Tensor,
-    out_hidden: torch.Tensor,
-    out_idx: torch.Tensor,
-    out_weights: torch.Tensor,
-    partial: torch.Tensor,
-    workspace: int,
-    layer: int,
-    num_rows: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    return partial.new_empty((num_rows, partial.shape[1]), dtype=dtype)
+def _combine_fixed_shapes(order: torch.Tensor, *rows_and_given: Any) -> torch.Tensor:
+    return _combine_fresh_shapes(order, *rows_and_given[3:])
 
 
 # --- copies, views and numbers of rows ----------------------------------------------------------------------------------
@@ -318,8 +322,14 @@ def _copied(callee: Callee) -> UsageError:
     )
 
 
-def _tensors(gathered: Gathered) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return gathered.hidden_RH, gathered.topk_idx_RK, gathered.topk_weights_RK
+def _fixed_tensors(gathered: Gathered) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden = gathered.hidden_RH
+    rows = hidden.values.view(torch.uint8) if isinstance(hidden, QuantizedRows) else hidden  # dlpack may know no float8
+    return _alone(rows), _alone(gathered.topk_idx_RK), _alone(gathered.topk_weights_RK)
+
+
+def _rows_of(hidden: torch.Tensor, scales: torch.Tensor | None) -> HiddenRows:
+    return hidden if scales is None else QuantizedRows(hidden, scales)
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
@@ -364,8 +374,8 @@ _DISPATCH_FIXED: Final = define(
     _returns_nothing,
 )
 _DISPATCH_FRESH: Final = define(
-    f"dispatch_fresh(Tensor(a!) order, {_GIVEN}, SymInt workspace, SymInt layer, SymInt? num_rows, ScalarType index_dtype) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"dispatch_fresh(Tensor(a!) order, {_GIVEN}, SymInt workspace, SymInt layer, SymInt? num_rows, ScalarType index_dtype, "
+    "bool quantized) -> (Tensor, Tensor, Tensor, Tensor)",
     _dispatch_fresh,
     _dispatch_fresh_shapes,
 )

@@ -48,7 +48,7 @@ class PeerCalls:
         self._telling = threading.Lock()
         """Held while a thread beside the workspace's own uses the transport for `busy` and `set_timeout`, and while it is closed.
         The lease would do, but a close that finds the lease used tells the peers that this rank is gone."""
-        self._signs = SignsOfLife(self._give_sign_of_life, lambda: BusyBoard(self._settings).withdraw(), lambda: self.timeout_s)
+        self._signs = SignsOfLife()
 
     @property
     def timeout_s(self) -> float:
@@ -140,14 +140,19 @@ class PeerCalls:
         if self._settings.group.size == 1:
             yield
             return
-        with self._signs.during(reason):
+        with self._signs.during(reason, self):
             yield
 
-    def _give_sign_of_life(self, reason: str, busy_s: float) -> None:
+    def give_sign_of_life(self, reason: str, busy_s: float) -> None:
+        """One of those that `busy` gives."""
         with self._telling:
             if not self._lease.is_over:
                 self._transport.give_sign_of_life()
         BusyBoard(self._settings).sign(reason, busy_s)
+
+    def withdraw_signs_of_life(self) -> None:
+        """As a block of `busy` ends."""
+        BusyBoard(self._settings).withdraw()
 
     def set_timeout(self, timeout_s: float) -> None:
         """How long a peer may be late from now on, as seen by this rank: it counts in waits that are under way, in captured

@@ -7,10 +7,12 @@ import importlib.metadata
 import os
 import platform
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+
+from tokenferry.gpu_links import Links, ManagementLibrary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,7 @@ class Gpu:
         memory_bytes: of device memory in all.
         peers: indices of the devices whose memory it can map.
         multicast: whether the driver reports NVLink multicast for it; that alone does not prove that it works.
+        links: its NVLinks; None if unknown.
     """
 
     index: int
@@ -32,6 +35,7 @@ class Gpu:
     memory_bytes: int
     peers: tuple[int, ...]
     multicast: bool
+    links: Links | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +86,22 @@ def num_cpus() -> int:
 def topology() -> Topology:
     """Look at this machine now. Touches each GPU's driver, allocates nothing on it."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    with ManagementLibrary() as library:
+        driver = library.driver_version()
+        gpus = tuple(replace(gpu(index), links=library.links(_uuid(index))) for index in range(count))
     return Topology(
         platform=platform.platform(),
         num_cpus=num_cpus(),
         memory_bytes=_memory_bytes(),
-        gpus=tuple(gpu(index) for index in range(count)),
-        versions=_versions(),
+        gpus=gpus,
+        versions=(*_versions(), ("NVIDIA driver", driver or "not found")),
     )
+
+
+def _uuid(index: int) -> str:
+    """As the driver writes it. Indices differ between torch and the driver where some GPUs are hidden."""
+    uuid = str(torch.cuda.get_device_properties(index).uuid)
+    return uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
 
 
 def _memory_bytes() -> int:
@@ -123,7 +136,7 @@ def _multicast(index: int) -> bool:
 
 
 def _versions() -> tuple[tuple[str, str], ...]:
-    packages = ("tokenferry", "torch", "triton", "transformers", "safetensors", "numpy")
+    packages = ("tokenferry", "torch", "triton", "transformers", "safetensors", "numpy", "megatron-core")
     versions = [("python", platform.python_version()), *((name, _version(name)) for name in packages)]
     versions.append(("CUDA", torch.version.cuda or "not in this build of torch"))
     has_nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()

@@ -1,6 +1,6 @@
 """`python -m tokenferry.cli`, for torchrun."""
 
-from tokenferry.cli.main import run
+from tokenferry_command import run
 
 if __name__ == "__main__":
     run()

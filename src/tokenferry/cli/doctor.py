@@ -1,121 +1,143 @@
-"""`tokenferry doctor`: what this machine is, and the decision for every transport."""
+"""`tokenferry doctor`: what this machine is, the decision for every transport, a self-test, and a verdict."""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
-from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from tokenferry import env
+from tokenferry.cli import doctor_tables, health, selftest
+from tokenferry.cli.plan import plan, shape_of
 from tokenferry.cli.terminal import print_json
+from tokenferry.errors import ConfigError
 from tokenferry.groups import EPGroup
 from tokenferry.integrations.vllm import known_versions
 from tokenferry.topology import Topology, topology
 from tokenferry.transports.selection import Accepted, Decision, decide
 
-
-@dataclass(frozen=True)
-class Trial:
-    """The decisions for a group of `num_ranks` ranks on this machine."""
-
-    num_ranks: int
-    device: str
-    decisions: tuple[Decision, ...]
+SCHEMA: Final = 2
+"""Raised when a key changes its meaning or goes."""
 
 
-def print_report(*, as_json: bool) -> None:
-    """Look at this machine and print what is there and what runs on it."""
-    facts, trials = topology(), trial_groups()
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All that was seen. `trials` is None where no self-test was asked for."""
+
+    facts: Topology
+    vllm: str
+    groups: tuple[health.GroupDecisions, ...]
+    trials: tuple[selftest.Trial, ...] | None
+    findings: tuple[health.Finding, ...]
+
+    @property
+    def health(self) -> health.Health:
+        """The verdict."""
+        return health.health_of(self.findings)
+
+    @property
+    def exit_code(self) -> int:
+        """0: healthy, 1: degraded, 3: broken."""
+        return health.EXIT_CODES[self.health]
+
+
+def print_report(*, as_json: bool, with_selftest: bool = True, with_nvls: bool = False) -> int:
+    """Look at this machine, print what is there and what runs on it, and return the exit code."""
+    report = examine(with_selftest=with_selftest, with_nvls=with_nvls)
     console = Console(highlight=False)
     if as_json:
-        print_json(console, report_json(facts, trials))
-        return
-    for table in (machine_table(facts), gpu_table(facts), environment_table()):
-        if table.row_count:
-            console.print(table)
-    for trial in trials:
-        plural = "" if trial.num_ranks == 1 else "s"
-        console.print(Text(f"\nTransports for {trial.num_ranks} rank{plural} on {trial.device}", style="bold"))
-        for decision in trial.decisions:
-            console.print(Text(f"  {decision}", style="green" if isinstance(decision, Accepted) else "dim"))
+        print_json(console, report_json(report))
+    else:
+        doctor_tables.print_machine(console, report.facts, report.vllm)
+        doctor_tables.print_groups(console, report.groups)
+        doctor_tables.print_trials(console, report.trials)
+        doctor_tables.print_verdict(console, report.health, report.findings)
+    return report.exit_code
 
 
-def trial_groups() -> list[Trial]:
+def examine(*, with_selftest: bool, with_nvls: bool) -> Report:
+    """Look at this machine; nothing is changed on it."""
+    facts = topology()
+    try:
+        groups = decide_groups(len(facts.gpus))
+    except ConfigError:  # an environment variable that holds what it cannot: a finding
+        groups, with_selftest = (), False
+    trials = None
+    if with_selftest:
+        runs = selftest.runs_for(len(facts.gpus), dict(facts.versions), with_nvls=with_nvls)
+        trials = tuple(trial for run in runs for trial in selftest.try_transports(run, say))
+    findings = tuple(health.findings_of(facts, groups, trials or ()))
+    return Report(facts, known_versions.summary(), groups, trials, findings)
+
+
+def say(text: str) -> None:
+    """A line of progress, apart from the report on stdout."""
+    typer.echo(text, err=True)
+
+
+def decide_groups(num_gpus: int) -> tuple[health.GroupDecisions, ...]:
     """Decisions for one rank and for several, on the CPU and, if there are GPUs, on them. Nothing is opened."""
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    groups = [(1, "cpu"), (2, "cpu")]
+    sizes = [(1, "cpu"), (2, "cpu")]
     if num_gpus:
-        groups += [(1, "cuda"), (max(2, num_gpus), "cuda")]
-    return [
-        Trial(num_ranks, device, decide(EPGroup.from_store(dist.HashStore(), 0, num_ranks, device)))
-        for num_ranks, device in groups
-    ]
+        sizes += [(1, "cuda"), (max(2, num_gpus), "cuda")]
+    return tuple(
+        health.GroupDecisions(num_ranks, device, decide(EPGroup.from_store(dist.HashStore(), 0, num_ranks, device)))
+        for num_ranks, device in sizes
+    )
 
 
-def machine_table(facts: Topology) -> Table:
-    """What the machine has, and the versions of the packages."""
-    table = Table(title="Machine", show_header=False, title_justify="left")
-    table.add_row("platform", facts.platform)
-    table.add_row("CPUs", str(facts.num_cpus))
-    table.add_row("memory", f"{facts.memory_bytes / 2**30:.0f} GiB" if facts.memory_bytes else "unknown")
-    table.add_row("GPUs", str(len(facts.gpus)))
-    for name, version in facts.versions:
-        table.add_row(name, version)
-    table.add_row("vLLM", known_versions.summary())
-    return table
+def print_plan(spec: str, ep_size: int | None, max_tokens: int | None, *, as_json: bool) -> int:
+    """Print what a workspace for a model would take.
+
+    Raises:
+        ConfigError: there is no such model, or a number is missing or does not go with it.
+    """
+    if ep_size is None or max_tokens is None:
+        missing = " and ".join(name for name, value in (("--ep", ep_size), ("--max-tokens", max_tokens)) if value is None)
+        raise ConfigError(f"--plan needs {missing} too: the number of ranks, and the most tokens that one brings to a step")
+    document = plan(shape_of(spec), ep_size, max_tokens)
+    console = Console(highlight=False)
+    if as_json:
+        print_json(console, json.dumps({"schema": SCHEMA, "plan": document}, indent=1))
+    else:
+        doctor_tables.print_plan(console, document)
+    return 0
 
 
-def gpu_table(facts: Topology) -> Table:
-    """One row for each GPU."""
-    table = Table(title="GPUs", title_justify="left")
-    for name in ("GPU", "name", "SM", "SMs", "memory", "maps peers", "multicast reported"):
-        table.add_column(name)
-    for gpu in facts.gpus:
-        table.add_row(
-            str(gpu.index),
-            gpu.name,
-            f"{gpu.capability[0]}.{gpu.capability[1]}",
-            str(gpu.num_sms),
-            f"{gpu.memory_bytes / 2**30:.0f} GiB",
-            ", ".join(map(str, gpu.peers)) or "none",
-            "yes" if gpu.multicast else "no",
-        )
-    return table
-
-
-def environment_table() -> Table:
-    """Every variable that tokenferry reads."""
-    table = Table(title="Environment", title_justify="left")
-    for name in ("variable", "value", "what it does"):
-        table.add_column(name)
-    for variable in env.table():
-        table.add_row(variable.name, Text("not set", style="dim") if variable.value is None else variable.value, variable.doc)
-    return table
-
-
-def report_json(facts: Topology, trials: list[Trial]) -> str:
-    """All that `print_report` shows, as JSON text."""
+def report_json(report: Report) -> str:
+    """All that `print_report` shows, as JSON text: what an issue form asks for."""
+    facts = dataclasses.asdict(report.facts)
     document = {
-        "schema": 1,
-        "topology": {**dataclasses.asdict(facts), "versions": dict(facts.versions)},
-        "vllm": known_versions.summary(),
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "health": report.health,
+        "exit_code": report.exit_code,
+        "findings": [dataclasses.asdict(finding) for finding in report.findings],
+        "topology": {**facts, "versions": dict(report.facts.versions)},
+        "torch_build": torch.__config__.show().splitlines(),
+        "vllm": report.vllm,
         "environment": {variable.name: variable.value for variable in env.table()},
         "transports": [
-            {
-                "num_ranks": trial.num_ranks,
-                "device": trial.device,
-                "decisions": [
-                    {"name": decision.name, "accepted": isinstance(decision, Accepted), "reason": decision.reason}
-                    for decision in trial.decisions
-                ],
-            }
-            for trial in trials
+            {"num_ranks": group.num_ranks, "device": group.device, "decisions": [_decision(each) for each in group.decisions]}
+            for group in report.groups
         ],
+        "selftest": None if report.trials is None else [dataclasses.asdict(trial) for trial in report.trials],
     }
     return json.dumps(document, indent=1)
+
+
+def _decision(decision: Decision) -> dict[str, Any]:
+    remedy = "" if isinstance(decision, Accepted) else decision.remedy
+    return {
+        "name": decision.name,
+        "accepted": isinstance(decision, Accepted),
+        "status": doctor_tables.status_of(decision),
+        "reason": decision.reason,
+        "remedy": remedy,
+    }

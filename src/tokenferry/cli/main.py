@@ -1,4 +1,7 @@
-"""`tokenferry`: the commands and their options. A new command is a function here that calls a module beside this one."""
+"""`tokenferry`: the commands and their options. A new command is a function here that calls a module beside this one.
+
+Each imports that module when it runs, within `loading()`: torch comes with it, and `--help` must not wait for torch.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ from typing import Final
 
 import typer
 
-from tokenferry.benchmarking import ALL_WAYS, PRESETS, REHEARSAL
+import tokenferry
 from tokenferry.cli import options
-from tokenferry.cli.failure import EXIT_CODE, one_line_errors
+from tokenferry.cli.failure import EXIT_CODE, fail, one_line_errors
+from tokenferry.cli.names import MODEL_CONFIGS, PRESETS, REHEARSAL_PRESETS, WAYS
 from tokenferry.cli.terminal import accept_any_text
+from tokenferry_command import loading
 
 TYPER_INTERRUPTED: Final = 130
 """The exit code with which typer leaves, without a word, on a Ctrl-C that comes before or after a command's own work."""
@@ -19,9 +24,10 @@ FORMATS_HELP: Final = (
     "Of hidden rows, several with commas: same, fp8_block128, fp8_block128-quantized (before the timed part), bytes."
 )
 PRESETS_HELP: Final = (
-    f"Names with commas between them, or all: {', '.join(preset.name for preset in PRESETS)}. "
-    f"With --rehearse: {', '.join(preset.name for preset in REHEARSAL)}."
+    f"Names with commas between them, or all: {', '.join(PRESETS)}. With --rehearse: {', '.join(REHEARSAL_PRESETS)}."
 )
+
+PLAN_HELP: Final = f"One of {', '.join(dict.fromkeys((*MODEL_CONFIGS, *PRESETS)))}, or the path of a config.json."
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,6 +35,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Mixture-of-experts inference under expert parallelism.",
 )
+
+
+def print_version(wanted: bool) -> None:
+    """Print it and leave, if wanted."""
+    if wanted:
+        typer.echo(f"tokenferry {tokenferry.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: bool = typer.Option(False, "--version", callback=print_version, is_eager=True, help="Print the version and leave."),
+) -> None:
+    """Mixture-of-experts inference under expert parallelism."""
 
 
 @app.command()
@@ -46,9 +66,11 @@ def generate(
 ) -> None:
     """Answer prompts with a mixture-of-experts model whose experts are spread over ranks. Runs under torchrun too."""
     with one_line_errors():
-        from tokenferry.cli import run
+        with loading():
+            from tokenferry.cli import run
+            from tokenferry.cli.request import request_of
 
-        request = options.request(
+        request = request_of(
             "generate",
             ranks,
             model,
@@ -79,19 +101,33 @@ def verify(
 ) -> None:
     """Generate, and compare every token with the unmodified model in one process. Exit code 0: all equal, 1: not."""
     with one_line_errors():
-        from tokenferry.cli import run
+        with loading():
+            from tokenferry.cli import run
+            from tokenferry.cli.request import request_of
 
-        request = options.request("verify", ranks, model, prompts, max_new_tokens, dtype, device, transport, seed, json, exact)
+        request = request_of("verify", ranks, model, prompts, max_new_tokens, dtype, device, transport, seed, json, exact)
         raise typer.Exit(run.verify(request))
 
 
 @app.command()
-def doctor(json: options.Json = False) -> None:
-    """Show this machine's topology, versions and environment, and which transports it can run and why."""
+def doctor(
+    json: options.Json = False,
+    selftest: bool = typer.Option(True, "--selftest/--no-selftest", help="Whether transports are opened and tried here."),
+    nvls: bool = typer.Option(False, "--nvls", help="Try nvls on the GPUs too: it has not run on any yet."),
+    plan: str = typer.Option(None, metavar="PRESET|CONFIG", help=f"Bytes and times for a model instead. {PLAN_HELP}"),
+    ep: int = typer.Option(None, "--ep", min=1, help="With --plan: ranks that share the experts."),
+    max_tokens: int = typer.Option(None, "--max-tokens", min=1, help="With --plan: most tokens that a rank brings to a step."),
+) -> None:
+    """Show this machine and which transports run on it, and try each. Exit code 0: healthy, 1: degraded, 3: broken."""
     with one_line_errors():
-        from tokenferry.cli.doctor import print_report
+        if plan is None and (ep, max_tokens) != (None, None):
+            fail("--ep and --max-tokens belong to --plan, which is not given")
+        with loading():
+            from tokenferry.cli.doctor import print_plan, print_report
 
-        print_report(as_json=json)
+        if plan is not None:
+            raise typer.Exit(print_plan(plan, ep, max_tokens, as_json=json))
+        raise typer.Exit(print_report(as_json=json, with_selftest=selftest, with_nvls=nvls))
 
 
 bench = typer.Typer(no_args_is_help=True, help="Measure on this machine's GPUs.")
@@ -107,7 +143,8 @@ def bench_roundtrip(
 ) -> None:
     """Time dispatch + combine on p2p and collective, beside a plain copy."""
     with one_line_errors():
-        from tokenferry.cli.bench import round_trip_command
+        with loading():
+            from tokenferry.cli.bench import round_trip_command
 
         raise typer.Exit(round_trip_command(ranks, output, capacity=capacity, formats=formats.split(",")))
 
@@ -123,7 +160,8 @@ def bench_layer(
 ) -> None:
     """Time whole MoE layers beside their floor, the collective transport, and transformers' experts."""
     with one_line_errors():
-        from tokenferry.cli.bench import layer_command
+        with loading():
+            from tokenferry.cli.bench import layer_command
 
         raise typer.Exit(layer_command(ranks, presets, tokens, budget_s, output, rehearse=rehearse))
 
@@ -134,7 +172,7 @@ def bench_model(
     random_init: options.RandomInits = None,
     batches: str = typer.Option("8", help="Prompts of each rank, with --random-init."),
     prompts: str = typer.Option("128", help="Tokens of each prompt, with --random-init."),
-    ways: str = typer.Option("all", help=f"Names with commas between them, or all: {', '.join(ALL_WAYS)}."),
+    ways: str = typer.Option("all", help=f"Names with commas between them, or all: {', '.join(WAYS)}."),
     modes: str = typer.Option("", help="Names with commas between them, of docs/benchmarking.md.  [default: all]"),
     new_tokens: int = typer.Option(64, min=2, help="New tokens of each prompt."),
     capacity: int = typer.Option(4096, min=1, help="Most tokens of a forward on a rank (max_tokens_per_rank)."),
@@ -147,7 +185,8 @@ def bench_model(
 ) -> None:
     """Time decoding with transformers: ours, its own expert parallelism, the plain model. Runs under torchrun too."""
     with one_line_errors():
-        from tokenferry.cli.bench_model import model_command
+        with loading():
+            from tokenferry.cli.bench_model import model_command
 
         raise typer.Exit(
             model_command(

@@ -6,9 +6,10 @@ import codecs
 import io
 import json
 import sys
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ERRORS: Final = "tokenferry.plain"
 PLAIN: Final = {

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -192,6 +192,14 @@ class Launch:
         return launch_grid if grid is None else functools.partial(launch_grid, grid)
 
 
+def _any_payload() -> AbstractContextManager[Any]:
+    """Around an interpreted kernel: numpy must not warn of infinities and NaNs, which are payload. GPUs need no numpy, so that it
+    is imported here alone."""
+    import numpy as np
+
+    return np.errstate(all="ignore")
+
+
 class InterpretedLaunch(Launch):
     """Programs one after another, in this thread. Of kernels that wait for peers there may be one only: a second would never
     begin while the first waits."""
@@ -203,8 +211,9 @@ class InterpretedLaunch(Launch):
 
     def __call__(self, grid: int, *args: Any) -> None:
         """See `Launch`."""
-        with np.errstate(all="ignore"):  # infinities and NaNs are payload
-            self.spec.kernel[(grid,)](*args, **dict(self.spec.constants))
+        plain = [int(arg) if isinstance(arg, bool) else arg for arg in args]  # Triton 3.6's interpreter refuses a bool as "int1"
+        with _any_payload():
+            self.spec.kernel[(grid,)](*plain, **dict(self.spec.constants))
 
 
 class CompiledLaunch(Launch):
@@ -299,7 +308,7 @@ def launch_unbound(
     bound launch, this may be called by several threads at once.
     """
     if wire.INTERPRETED:
-        with np.errstate(all="ignore"):
+        with _any_payload():
             kernel[(grid,)](*arguments, **constants)
     elif torch._C._cuda_getDevice() != device.index:  # Triton takes the current device, whatever device the arguments are on
         with torch.cuda.device(device):

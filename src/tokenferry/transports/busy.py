@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from tokenferry.errors import PeerError
 from tokenferry.transports.base import TransportSettings
@@ -74,17 +74,25 @@ class _Reason:
     since_s: float
 
 
+class Busy(Protocol):
+    """A workspace that can be busy."""
+
+    @property
+    def timeout_s(self) -> float:
+        """As it is at the moment."""
+
+    def give_sign_of_life(self, reason: str, busy_s: float) -> None:
+        """Gives one sign: this rank has been busy with `reason` for so long."""
+
+    def withdraw_signs_of_life(self) -> None:
+        """This rank is busy no longer."""
+
+
 class SignsOfLife:
-    """Gives this rank's signs for as long as it is busy.
+    """Gives the signs of a workspace for as long as it is busy. It holds nothing between blocks: a workspace that is dropped
+    goes at once, with its memory."""
 
-    Args:
-        give: gives one sign: the reason, and for how many seconds this rank has been busy with it.
-        withdraw: says that this rank is busy no longer.
-        timeout_s: the workspace's, as it is at the moment.
-    """
-
-    def __init__(self, give: Callable[[str, float], None], withdraw: Callable[[], None], timeout_s: Callable[[], float]) -> None:
-        self._give, self._withdraw, self._timeout_s = give, withdraw, timeout_s
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._reasons: list[_Reason] = []
         """The innermost last."""
@@ -92,21 +100,22 @@ class SignsOfLife:
         self._thread: threading.Thread | None = None
 
     @contextlib.contextmanager
-    def during(self, text: str) -> Iterator[None]:
+    def during(self, text: str, workspace: Busy) -> Iterator[None]:
         """Signs are given within the block. Blocks may be nested, and entered by several threads."""
         reason = _Reason(text, time.monotonic())
         with self._lock:
             self._reasons.append(reason)
             if self._thread is None:
                 self._stopped = threading.Event()
-                self._thread = threading.Thread(target=self._run, args=(self._stopped,), daemon=True, name="tokenferry-busy")
+                arguments = (workspace, self._stopped)
+                self._thread = threading.Thread(target=self._run, args=arguments, daemon=True, name="tokenferry-busy")
                 self._thread.start()
         try:
             yield
         finally:
-            self._end(reason)
+            self._end(reason, workspace)
 
-    def _end(self, reason: _Reason) -> None:
+    def _end(self, reason: _Reason, workspace: Busy) -> None:
         with self._lock:
             self._reasons.remove(reason)
             if self._reasons:
@@ -116,11 +125,11 @@ class SignsOfLife:
         if thread is not None:
             thread.join(_FAREWELL_S)  # a sign that is being given would otherwise come after the word that withdraws it
         try:
-            self._withdraw()
+            workspace.withdraw_signs_of_life()
         except PeerError as problem:
             _log.warning("the peers could not be told that this rank is busy no longer: %s", problem)
 
-    def _run(self, stopped: threading.Event) -> None:
+    def _run(self, workspace: Busy, stopped: threading.Event) -> None:
         told = False
         while True:
             with self._lock:
@@ -128,12 +137,12 @@ class SignsOfLife:
             if reason is None:
                 return
             try:
-                self._give(reason.text, time.monotonic() - reason.since_s)
+                workspace.give_sign_of_life(reason.text, time.monotonic() - reason.since_s)
             except Exception as problem:  # noqa: BLE001 - a lost store, say: the next sign may come through
                 if not told:
                     _log.warning("a sign of life could not be given: %s: %s", type(problem).__name__, problem)
                 told = True
-            stopped.wait(min(LONGEST_PERIOD_S, self._timeout_s() / _PERIODS_PER_TIMEOUT))
+            stopped.wait(min(LONGEST_PERIOD_S, workspace.timeout_s / _PERIODS_PER_TIMEOUT))
 
 
 class WaitClock:

@@ -23,6 +23,11 @@ run it: whoever wants it asks for it by name."""
 SYMMETRIC = ("p2p", "nvls")
 """Those that stand on symmetric memory."""
 
+MAP_REMEDY = (
+    "look at `nvidia-smi topo -p2p r`: GPUs map each other over NVLink, or over PCIe where no IOMMU or access control service "
+    "stands between; a virtual machine or container must be given both; until then `auto` takes collective"
+)
+
 
 @dataclass(frozen=True)
 class Accepted:
@@ -37,10 +42,15 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Rejected:
-    """The transport cannot serve this group here."""
+    """The transport cannot serve this group here.
+
+    Attributes:
+        remedy: what to do about it. Empty where there is nothing to mend: `local` is not made for two ranks.
+    """
 
     name: str
     reason: str
+    remedy: str = ""
 
     def __str__(self) -> str:
         return f"{self.name}: rejected, {self.reason}"
@@ -77,13 +87,15 @@ def _local(group: EPGroup) -> Decision:
 
 def _symmetric(group: EPGroup, requested: str) -> tuple[Decision, ...]:
     if importlib.util.find_spec("triton") is None:
-        return tuple(Rejected(name, "Triton is not installed") for name in SYMMETRIC)
+        remedy = "pip install triton" if group.device.type == "cuda" else ""
+        return tuple(Rejected(name, "Triton is not installed", remedy) for name in SYMMETRIC)
     if group.device.type == "cpu":
         return tuple(_interpreted(name, requested) for name in SYMMETRIC)
     if group.device.type != "cuda":
         return tuple(Rejected(name, f"no symmetric memory on {group.device.type} devices") for name in SYMMETRIC)
     if env.read(env.TritonSettings).interpret:
-        return tuple(Rejected(name, "TRITON_INTERPRET=1 leaves no kernels for GPUs; unset it") for name in SYMMETRIC)
+        reason = "TRITON_INTERPRET=1 leaves no kernels for GPUs; unset it"
+        return tuple(Rejected(name, reason, "unset TRITON_INTERPRET") for name in SYMMETRIC)
     unreachable = [
         device
         for device in range(torch.cuda.device_count())
@@ -91,7 +103,7 @@ def _symmetric(group: EPGroup, requested: str) -> tuple[Decision, ...]:
     ]
     if unreachable and group.size > 1:
         reason = f"GPU {group.device.index} cannot map the memory of GPU {unreachable[0]}"
-        return tuple(Rejected(name, reason) for name in SYMMETRIC)
+        return tuple(Rejected(name, reason, MAP_REMEDY) for name in SYMMETRIC)
     return Accepted("p2p", "peer stores and loads over symmetric memory"), _nvls(group)
 
 
@@ -124,11 +136,11 @@ def _shape_refusal(
 
 def _collective(group: EPGroup) -> Decision:
     if not dist.is_available():
-        return Rejected("collective", "this build of torch has no torch.distributed")
+        return Rejected("collective", "this build of torch has no torch.distributed", "install a build of torch that has it")
     backend = "NCCL" if group.device.type == "cuda" else "gloo"
     present = dist.is_nccl_available() if backend == "NCCL" else dist.is_gloo_available()
     if not present:
-        return Rejected("collective", f"this build of torch has no {backend}")
+        return Rejected("collective", f"this build of torch has no {backend}", f"install a build of torch with {backend}")
     return Accepted("collective", f"{backend} on {group.device.type.upper()} tensors")
 
 
@@ -149,7 +161,7 @@ def agree(per_rank: Sequence[Sequence[Decision]], machines: Sequence[str] = ()) 
         else:
             rank, refusal = refusals[0]
             where = "" if len(refusals) == len(decisions) else f" (on rank {rank})"
-            agreed.append(Rejected(refusal.name, refusal.reason + where))
+            agreed.append(Rejected(refusal.name, refusal.reason + where, refusal.remedy))
     return tuple(agreed)
 
 

