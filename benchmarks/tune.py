@@ -34,6 +34,7 @@ def open_bare(group, hidden_size, capacity, tuning, slot_rows):
         counts="uneven",
         timeout_s=10,
         open_timeout_s=120,
+        longest_wait_s=120,
         max_ctas=None,
         name=group.unique_name("tune"),
         generation=0,

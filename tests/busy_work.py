@@ -107,6 +107,17 @@ def busy_no_longer(group: tf.EPGroup, transport: str) -> Told:
         return step_as_told(ws, dispatchers)
 
 
+def waits_after_a_reset(group: tf.EPGroup, transport: str, busy_s: float) -> Told:
+    """As `waits_for_a_busy_rank`, after a reset whose own limit was shorter than that."""
+    with open_workspace(group, transport) as ws:
+        ws.reset(timeout_s=busy_s - 2 * TIMEOUT_S)
+        dispatchers = [ws.dispatcher()]
+        if group.rank == BUSY:
+            with ws.busy("compiling"):
+                time.sleep(busy_s)
+        return step_as_told(ws, dispatchers)
+
+
 def waits_while_busy(group: tf.EPGroup, transport: str) -> Told:
     """Rank 0 waits within a block of its own for rank 1, which is late without a word."""
     with open_workspace(group, transport) as ws:

@@ -11,7 +11,8 @@ from tokenferry import reference
 from tokenferry.cli import health
 from tokenferry.cli.doctor_tables import status_of
 from tokenferry.cli.main import app
-from tokenferry.cli.selftest import Run, Trial, can_interpret, compare_bits, runs_for, trial_of
+from tokenferry.cli.selftest import Run, Trial, can_interpret, runs_for, trial_of
+from tokenferry.cli.selftest_rank import compare_bits
 from tokenferry.groups import EPGroup
 from tokenferry.topology import topology
 from tokenferry.transports.selection import Accepted, Rejected, decide
@@ -30,7 +31,7 @@ def pair(*decisions):
 
 
 def answer(wrong="", error="", us=10.0):
-    return {"transport": "local", "wrong": wrong, "error": error, "round_trip_us": us}
+    return {"transport": "local", "wrong": wrong, "error": error, "round_trip_us": us, "hidden_size": 256}
 
 
 @pytest.mark.parametrize(

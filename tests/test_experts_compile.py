@@ -85,6 +85,7 @@ def test_rows_are_quantized_by_rounded_divisions() -> None:
     for spec in specs:
         ptx = triton.compile(spec.source(), target=GPUTarget("cuda", 90, 32), options=spec.options()).asm["ptx"]
         assert "div.rn.f32" in ptx and "div.full.f32" not in ptx
+        assert "fma.rn.f32" in ptx, "a product with the reciprocal alone is not the rounded quotient"
 
 
 @pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")

@@ -48,6 +48,11 @@ def test_version_does_not_wait_for_rich():
     assert "rich" not in imported_by("import tokenferry_command; tokenferry_command.run()", "--version")
 
 
+def test_doctor_without_a_self_test_loads_no_kernels_and_no_benchmarks():
+    code = "import tokenferry_command, sys\nsys.argv[1:] = ['doctor', '--no-selftest', '--json']\ntokenferry_command.run()"
+    assert "triton" not in imported_by(code)
+
+
 def test_importing_the_package_imports_nothing_else():
     before = imported_by("import importlib.util, typing")
     assert imported_by("import tokenferry") - before == {"tokenferry"}

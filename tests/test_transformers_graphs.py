@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import tokenferry as tf
@@ -304,33 +305,33 @@ def test_a_forward_that_does_not_compile_is_recorded_as_it_is(graphed: Graphed, 
     torch._dynamo.reset()
     graphed.expect_equal(new_tokens=8, compile_config=config)
     assert graphed.stand_in.num_replayed == 6
-    assert "without CUDA graphs of the compiled forward: BackendCompilerFailed" in said.messages[1]
+    assert "without CUDA graphs of the specially compiled forward: BackendCompilerFailed" in said.messages[1]
 
 
-@pytest.mark.parametrize("graphed", ["qwen3_moe", "gpt_oss", "deepseek_v3"], indirect=True)
-def test_layers_that_are_compiled_one_by_one(graphed: Graphed, monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_layers(graphed, monkeypatch, "eager")
-    for batch in (2, 3):
+def test_each_batch_size_is_compiled_apart(graphed: Graphed, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_all(graphed, monkeypatch, "eager")
+    counters.clear()
+    for batch in (2, 3, 4):
         graphed.expect_equal(batch, new_tokens=20)
-    assert graphed.stand_in.num_replayed >= 28
-    assert {name for name, *_ in graphed.decode._graphs} == {"compiled"}
+    assert counters["stats"]["unique_graphs"] == 3
+    assert graphed.stand_in.num_replayed >= 42
 
 
-def test_layers_that_do_not_compile_run_as_they_are(
+def test_a_size_that_does_not_compile_is_recorded_as_it_is(
     graphed: Graphed, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
 ) -> None:
-    compile_layers(graphed, monkeypatch, refuse)
+    compile_all(graphed, monkeypatch, refuse)
     graphed.expect_equal(new_tokens=8)
     assert {name for name, *_ in graphed.decode._graphs} == {"eager"}
     assert "without CUDA graphs of the compiled forward: BackendCompilerFailed" in said.messages[1]
 
 
-def compile_layers(graphed: Graphed, monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
+def compile_all(graphed: Graphed, monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
     """On CPUs too, and by a backend that the stand-in can follow."""
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda call, **kwargs: compiled(call, backend=backend, **kwargs))
     monkeypatch.setattr(type(graphed.model), "_valid_auto_compile_criteria", lambda *_: True)
-    graphed.decode.by_layers = graphed.decode.wants_compiled = True
+    graphed.decode.wants_compiled = True
     torch._dynamo.reset()
 
 

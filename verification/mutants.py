@@ -8,11 +8,12 @@ from the compiled PTX. Where the code changes, its mutant follows; `tests/test_m
 from __future__ import annotations
 
 from verification.mutant import Mutant
+from verification.mutants_of_formats import OF_FORMATS
 from verification.mutants_of_host_logic import OF_HOST_LOGIC
 from verification.mutants_of_kernels import OF_KERNELS
 from verification.mutants_of_ptx import OF_PTX
 from verification.mutants_of_waits import OF_WAITS
 
-MUTANTS = (*OF_PTX, *OF_KERNELS, *OF_WAITS, *OF_HOST_LOGIC)
+MUTANTS = (*OF_PTX, *OF_KERNELS, *OF_FORMATS, *OF_WAITS, *OF_HOST_LOGIC)
 
 __all__ = ["MUTANTS", "Mutant"]

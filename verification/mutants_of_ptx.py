@@ -134,9 +134,9 @@ OF_PTX = (
     ),
     Mutant(
         "float8-rows-are-divided-roughly",
-        f"{_KERNELS}/expert_math.py",
-        "return wire_float8.to_float8(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))), scale",
-        "return wire_float8.to_float8(x / scale[:, None]), scale",
+        f"{_KERNELS}/wire_float8.py",
+        "return tl.where(remainder == 0, first, quotient)",
+        "return first",
         ("tests/test_experts_compile.py::test_rows_are_quantized_by_rounded_divisions",),
     ),
 )

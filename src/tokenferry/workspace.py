@@ -96,6 +96,7 @@ class Workspace(GraphCalls):
             counts=counts,
             timeout_s=timeout_s,
             open_timeout_s=open_timeout_s,
+            longest_wait_s=open_timeout_s,
             max_ctas=max_ctas,
             name="",
             generation=0,

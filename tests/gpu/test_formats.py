@@ -8,10 +8,15 @@ import torch
 import tokenferry as tf
 from cases import BULK_ROWS, ON_GPUS, Case, StepCase, run_case
 from formats import POWERS
+from rank_pool import RankPools
 from tokenferry.testing import run_ranks
 from tokenferry.testing.numeric import first_difference
+from tokenferry.testing.ranks import run_virtual
 
 pytestmark = pytest.mark.gpu
+
+VIRTUAL = {"CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+"""Loading a kernel waits for the device, so nothing may be loaded while a rank waits; and each rank needs a queue of its own."""
 
 
 def many(group: tf.EPGroup, cases: list[Case]) -> list[int]:
@@ -50,6 +55,19 @@ def test_each_format_gives_the_bits_of_the_reference(world_size: int) -> None:
     assert run_ranks(many, world_size, cases, backend="nccl", timeout_s=300) == [expected] * world_size
 
 
+def virtual(group: tf.EPGroup, world_size: int, case: Case) -> list[int]:
+    return run_virtual(run_case, world_size, case, device=group.device)
+
+
+@pytest.mark.gpu(count=1)
+@pytest.mark.parametrize("dispatch_format", ["fp8_block128", "bytes"])
+def test_eight_virtual_ranks_give_the_bits_of_the_reference(on_ranks: RankPools, dispatch_format: str) -> None:
+    steps = (StepCase(tuple(range(8))), StepCase((0, 0, 3, BULK_ROWS, 0, 1, 2, 0)), StepCase((5,) * 8, quantized=True))
+    case = Case(hidden_size=272, dispatch_format=dispatch_format, transport="p2p", capacity=BULK_ROWS, steps=steps)
+    assert on_ranks(virtual, 1, 8, case, backend="nccl", timeout_s=150, env=VIRTUAL) == [[len(steps)] * 8]
+
+
+@pytest.mark.gpu(count=1)
 @pytest.mark.parametrize("transport", ["local", "collective"])
 def test_one_rank_gives_the_bits_of_the_reference(transport: str) -> None:
     cases = [

@@ -60,23 +60,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("family", WHOLE)
 def test_graphs_of_the_forward_as_it_is(on_ranks: RankPools, models: dict[str, Path], family: str) -> None:
-    for outcome in on_ranks(compare, 2, models[family], "", backend="nccl", timeout_s=240):
+    for outcome in on_ranks(compare, 2, models[family], False, backend="nccl", timeout_s=240):
         assert all(outcome.same_tokens)
         assert outcome.num_graphs
         assert outcome.said == []
 
 
-@pytest.mark.parametrize("form", ["whole", "layers"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_graphs_of_the_compiled_forward(on_ranks: RankPools, models: dict[str, Path], family: str, form: str) -> None:
-    for outcome in on_ranks(compare, 2, models[family], form, backend="nccl", timeout_s=400):
+def test_graphs_of_the_compiled_forward(on_ranks: RankPools, models: dict[str, Path], family: str) -> None:
+    for outcome in on_ranks(compare, 2, models[family], True, backend="nccl", timeout_s=400):
         assert all(outcome.same_tokens)
         assert outcome.num_graphs
         assert outcome.said == []
 
 
 def test_a_family_that_cannot_be_recorded_as_it_is_goes_on_eagerly(on_ranks: RankPools, models: dict[str, Path]) -> None:
-    for outcome in on_ranks(compare, 2, models["gpt_oss"], "", backend="nccl", timeout_s=240):
+    for outcome in on_ranks(compare, 2, models["gpt_oss"], False, backend="nccl", timeout_s=240):
         assert all(outcome.same_tokens)
         [said] = outcome.said
         assert said.startswith("decode steps of generate() go on without CUDA graphs of the eager forward:")
@@ -108,13 +107,12 @@ def test_a_peer_that_fails_is_heard_of_between_replays(on_ranks: RankPools, mode
 # --- workers ----------------------------------------------------------------------------------------------------------------
 
 
-def compare(group: tf.EPGroup, path: Path, compiled: str) -> Outcome:
+def compare(group: tf.EPGroup, path: Path, compiled: bool) -> Outcome:
     quiet()
     torch._dynamo.reset()
     with said_by_us() as said:
         model = load(path, group, transport="p2p", dtype=torch.float32, timeout_s=TIMEOUT_S, cuda_graphs=True)
         said.clear()
-        model.expert_parallel.graphs.decode.by_layers = compiled == "layers"
         turns = TURNS if compiled else (*TURNS, OTHER_SIZES)
         made = []
         for turn in turns:

@@ -14,6 +14,8 @@ from tokenferry.dispatched import RowFormat
 from tokenferry.testing import run_ranks
 from tokenferry.transports.base import StepTensors, Transport, TransportSettings
 
+from .test_few_tokens import FewTokensOnly
+
 pytestmark = pytest.mark.interpreter
 
 INTERPRETER = {"TRITON_INTERPRET": "1"}
@@ -110,3 +112,16 @@ def test_slots_and_bulk_in_turn(on_ranks: RankPools, name: str, world_size: int)
     dispatch_format, changed = MIXED[name]
     case = slots_and_bulk(world_size, dispatch_format, **changed)
     assert on_ranks(run_case, world_size, case, env=INTERPRETER) == [sum(step.layers for step in case.steps)] * world_size
+
+
+@pytest.mark.parametrize("dispatch_format", ["fp8_block128", "bytes"])
+def test_launches_for_few_tokens_carry_each_format(on_ranks: RankPools, dispatch_format: str) -> None:
+    """One program sees to three flags. In slots are at most two rows, and of bytes none."""
+    steps = (
+        StepCase((1, 7), layers=2),
+        StepCase((2, 2), layers=2),
+        StepCase((0, 5), quantized=True, halves=True),
+        StepCase((2, 1)),
+    )
+    case = Case(hidden_size=256, dispatch_format=dispatch_format, transport=FewTokensOnly(), steps=steps)
+    assert on_ranks(run_case, 2, case, env=INTERPRETER) == [sum(step.layers for step in steps)] * 2

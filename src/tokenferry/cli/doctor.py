@@ -14,7 +14,6 @@ from rich.console import Console
 
 from tokenferry import env
 from tokenferry.cli import doctor_tables, health, selftest
-from tokenferry.cli.plan import plan, shape_of
 from tokenferry.cli.terminal import print_json
 from tokenferry.errors import ConfigError
 from tokenferry.groups import EPGroup
@@ -101,6 +100,8 @@ def print_plan(spec: str, ep_size: int | None, max_tokens: int | None, *, as_jso
     if ep_size is None or max_tokens is None:
         missing = " and ".join(name for name, value in (("--ep", ep_size), ("--max-tokens", max_tokens)) if value is None)
         raise ConfigError(f"--plan needs {missing} too: the number of ranks, and the most tokens that one brings to a step")
+    from tokenferry.cli.plan import plan, shape_of  # here: benchmarks come with it
+
     document = plan(shape_of(spec), ep_size, max_tokens)
     console = Console(highlight=False)
     if as_json:

@@ -116,4 +116,6 @@ def quantize(x, POWER_OF_TWO: tl.constexpr = False):
         224, -448, 1 and zeros: scale 1. 112, -224, 0.5: scale 0.5 and the same float8. Zeros: scale 1e-4 / 448.
     """
     scale = block_scale(tl.max(magnitude(x), 1), POWER_OF_TWO)
-    return wire_float8.to_float8(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))), scale
+    reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    quotient = wire_float8.divide(x, tl.broadcast_to(scale[:, None], x.shape), tl.broadcast_to(reciprocal[:, None], x.shape))
+    return wire_float8.to_float8(quotient), scale

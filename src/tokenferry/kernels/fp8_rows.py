@@ -64,21 +64,26 @@ def larger(largest, x, y):
 
 
 @triton.jit
-def packed(w0, w1, scale, HIDDEN: tl.constexpr):
+def packed(w0, w1, scale, reciprocal, HIDDEN: tl.constexpr):
     """The word with the float8 values of the four numbers in two words of 16-bit numbers."""
     x0, x1 = wire.unpack(w0, HIDDEN)
     x2, x3 = wire.unpack(w1, HIDDEN)
-    return wire_float8.pack_float8(tl.div_rn(x0, scale), tl.div_rn(x1, scale), tl.div_rn(x2, scale), tl.div_rn(x3, scale))
+    return wire_float8.pack_float8(
+        wire_float8.divide(x0, scale, reciprocal),
+        wire_float8.divide(x1, scale, reciprocal),
+        wire_float8.divide(x2, scale, reciprocal),
+        wire_float8.divide(x3, scale, reciprocal),
+    )
 
 
 @triton.jit
-def packed_wide(w0, w1, w2, w3, scale):
+def packed_wide(w0, w1, w2, w3, scale, reciprocal):
     """`packed` of four words of float32."""
     return wire_float8.pack_float8(
-        tl.div_rn(w0.to(tl.float32, bitcast=True), scale),
-        tl.div_rn(w1.to(tl.float32, bitcast=True), scale),
-        tl.div_rn(w2.to(tl.float32, bitcast=True), scale),
-        tl.div_rn(w3.to(tl.float32, bitcast=True), scale),
+        wire_float8.divide(w0.to(tl.float32, bitcast=True), scale, reciprocal),
+        wire_float8.divide(w1.to(tl.float32, bitcast=True), scale, reciprocal),
+        wire_float8.divide(w2.to(tl.float32, bitcast=True), scale, reciprocal),
+        wire_float8.divide(w3.to(tl.float32, bitcast=True), scale, reciprocal),
     )
 
 
@@ -132,17 +137,19 @@ def quantize_words(
         largest = tl.maximum(largest, tl.maximum(largest_of(c0, c1, c2, c3, HIDDEN), largest_of(d0, d1, d2, d3, HIDDEN)))
     of_block = tl.max(tl.reshape(largest, [BLOCK // 32, 4, 8]), 2)
     scales = expert_math.block_scale(of_block, POWER_OF_TWO)
+    reciprocals = tl.div_rn(tl.full([BLOCK // 32, 4], 1.0, tl.float32), scales)
     scale = tl.reshape(tl.broadcast_to(scales[:, :, None], [BLOCK // 32, 4, 8]), [BLOCK])
+    reciprocal = tl.reshape(tl.broadcast_to(reciprocals[:, :, None], [BLOCK // 32, 4, 8]), [BLOCK])
     if tl.float32 == HIDDEN:
-        v0 = packed_wide(a0, a1, a2, a3, scale)
-        v1 = packed_wide(b0, b1, b2, b3, scale)
-        v2 = packed_wide(c0, c1, c2, c3, scale)
-        v3 = packed_wide(d0, d1, d2, d3, scale)
+        v0 = packed_wide(a0, a1, a2, a3, scale, reciprocal)
+        v1 = packed_wide(b0, b1, b2, b3, scale, reciprocal)
+        v2 = packed_wide(c0, c1, c2, c3, scale, reciprocal)
+        v3 = packed_wide(d0, d1, d2, d3, scale, reciprocal)
     else:
-        v0 = packed(a0, a1, scale, HIDDEN)
-        v1 = packed(a2, a3, scale, HIDDEN)
-        v2 = packed(b0, b1, scale, HIDDEN)
-        v3 = packed(b2, b3, scale, HIDDEN)
+        v0 = packed(a0, a1, scale, reciprocal, HIDDEN)
+        v1 = packed(a2, a3, scale, reciprocal, HIDDEN)
+        v2 = packed(b0, b1, scale, reciprocal, HIDDEN)
+        v3 = packed(b2, b3, scale, reciprocal, HIDDEN)
     bits = scales.to(tl.uint32, bitcast=True)
     first = column // 512 * 4
     S: tl.constexpr = (H + 127) // 128

@@ -335,6 +335,12 @@ def unpack(word, DTYPE):
     return tuple(_tensor(half, tl.float32) for half in halves)
 
 
+def divide(x, scale, reciprocal):
+    x, scale = np.broadcast_arrays(_array(x), _array(scale))
+    with np.errstate(all="ignore"):
+        return _tensor(x / scale, tl.float32)
+
+
 def pack_float8(a, b, c, d):
     values = [_to_float8(_array(x)).astype(np.uint32) for x in (a, b, c, d)]
     return _tensor(sum(value << np.uint32(8 * place) for place, value in enumerate(values)), tl.uint32)

@@ -39,6 +39,9 @@ class TransportSettings:
     counts: Counts
     timeout_s: float
     open_timeout_s: float
+    """Of this opening: a reset may have one of its own."""
+    longest_wait_s: float
+    """What signs of life of busy ranks can make of a time-out."""
     max_ctas: int | None
     name: str
     generation: int

@@ -30,7 +30,7 @@ from tokenferry.integrations.transformers.cache_state import (
     check_kind,
     phase_of,
 )
-from tokenferry.integrations.transformers.compiled_layers import CompiledLayers
+from tokenferry.integrations.transformers.compiled_forwards import CompiledBySize
 from tokenferry.integrations.transformers.fixed_inputs import FixedInputs, shape_key
 from tokenferry.integrations.transformers.model_facts import model_facts
 from tokenferry.integrations.transformers.static_caches import StaticCaches
@@ -90,7 +90,6 @@ class DecodeGraphs:
         caches: for calls that name none.
         lends_caches: whether the call under way may have one of them.
         wants_compiled: whether the call under way may compile.
-        by_layers: compiling is layer by layer, where the call says nothing about it.
         stopped: whether no forward of the model can be recorded, so that nothing is tried any more.
 
     Args:
@@ -99,7 +98,7 @@ class DecodeGraphs:
 
     def __init__(self, workspace: Workspace, forget_step: Callable[[], None], make_recorder: MakesRecorder = Recorder) -> None:
         self.caches = StaticCaches()
-        self.lends_caches = self.wants_compiled = self.by_layers = False
+        self.lends_caches = self.wants_compiled = False
         self.stopped = False
         self._workspace = workspace
         self._forget_step, self._make_recorder = forget_step, make_recorder
@@ -110,7 +109,7 @@ class DecodeGraphs:
         self._given_up: set[str] = set()
         self._said: set[str] = set()
         self._model_facts: Hashable = None
-        self._layers: CompiledLayers | None = None
+        self._compiled: Forward | None = None
         self._depth = 0
 
     @property
@@ -128,11 +127,11 @@ class DecodeGraphs:
             self._said.add(text)
             _log.log(level, "%s", text)
 
-    def compiled_layers(self, model: Any) -> Forward | None:
-        """The model's forward with its layers compiled, if that is how it is to be compiled, and it has such layers."""
-        if self._layers is None and self.by_layers:
-            self._layers = CompiledLayers(model)
-        return Forward("compiled", self._layers) if self._layers is not None and self._layers.has_layers else None
+    def compiled(self, model: Any) -> Forward:
+        """The model's forward, compiled where the call says nothing about it."""
+        if self._compiled is None:
+            self._compiled = Forward("compiled", CompiledBySize(model), is_one_graph=True)
+        return self._compiled
 
     def run(self, forwards: Sequence[Forward], otherwise: Callable[..., Any], **inputs: Any) -> Any:
         """One forward, from a graph where it can be recorded.
@@ -192,7 +191,7 @@ class DecodeGraphs:
             facts = model_facts(model)
             if facts != self._model_facts:
                 self.drop()
-                self._layers = None
+                self._compiled = None
             self._model_facts = facts
         self._depth += 1
         try:
@@ -217,7 +216,7 @@ class DecodeGraphs:
         self.drop()
         self._inputs.clear()
         self.caches.clear()
-        self._layers = None
+        self._compiled = None
 
     def _fixed_inputs(self, key: Hashable, inputs: Mapping[str, Any]) -> FixedInputs:
         fixed = self._inputs.get(key)
@@ -245,10 +244,7 @@ class DecodeGraphs:
             before.restore()
             self._give_up(forward, error)
             return None
-        failure = getattr(forward.call, "failure", None)
-        if failure is not None:
-            self._give_up(forward, failure)
-        elif _num_compiled() == num_compiled:
+        if _num_compiled() == num_compiled:
             self._warm[name] = weakref.ref(cache)
         return outputs
 

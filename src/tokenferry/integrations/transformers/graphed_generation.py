@@ -124,14 +124,12 @@ class GraphedGeneration:
         if graphs is None or graphs.stopped:
             return compiled(compile_config)  # type: ignore[no-any-return]
         forwards, otherwise = [Forward("eager", self.__call__)], self.__call__
-        layers = graphs.compiled_layers(self) if graphs.wants_compiled and compile_config is None else None
-        if layers is not None:
-            forwards.insert(0, layers)
-        elif graphs.wants_compiled:
-            config = without_graphs(compile_config or CompileConfig(fullgraph=True))
-            call = compiled(config)
-            forwards.insert(0, Forward("compiled", call, is_one_graph=config.fullgraph))
-            otherwise = otherwise if compile_config is None else call
+        if compile_config is not None and graphs.wants_compiled:
+            config = without_graphs(compile_config)
+            otherwise = compiled(config)
+            forwards.insert(0, Forward("specially compiled", otherwise, is_one_graph=config.fullgraph))
+        elif graphs.wants_compiled and "llama4" not in self.config.model_type:  # transformers does not compile that one either
+            forwards.insert(0, graphs.compiled(self))
         return functools.partial(graphs.run, forwards, otherwise)
 
     def _with_growing_cache(self, generated: Any) -> Any:

@@ -87,7 +87,7 @@ class CollectiveTransport(Transport):
         self._rows = row_work(settings)
         self._most_reduced_bytes = _most_reduced_bytes(settings)
         self._busy = BusyBoard(settings)
-        self._communicator = _open_communicator(settings, WaitClock(self._busy.num_peers_signs, settings.open_timeout_s))
+        self._communicator = _open_communicator(settings, WaitClock(self._busy.num_peers_signs, settings.longest_wait_s))
 
     @property
     def nbytes(self) -> int:

@@ -53,7 +53,7 @@ class RegionTensors:
 
 def limits_of(settings: TransportSettings) -> int:
     """How long a kernel waits, as the control block has it."""
-    return control_block.limits(settings.timeout_s, min(settings.open_timeout_s, MAX_TIMEOUT_S))
+    return control_block.limits(settings.timeout_s, min(settings.longest_wait_s, MAX_TIMEOUT_S))
 
 
 def initialise(settings: TransportSettings, buffer: SymmetricBuffer, layout: Layout, mirror_address: int) -> None:

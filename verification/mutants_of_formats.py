@@ -1,0 +1,50 @@
+"""Seeded changes of what carries rows of other formats."""
+
+from __future__ import annotations
+
+from verification.mutant import Mutant
+
+FORMATS = "tests/interpreter/test_formats.py::"
+_KERNELS = "src/tokenferry/kernels"
+_SYMMETRIC = "src/tokenferry/transports/symmetric"
+
+OF_FORMATS = (
+    Mutant(
+        "bytes-go-through-slots",
+        f"{_SYMMETRIC}/layout.py",
+        'dispatch_slot_rows = 0 if dispatch_format.name == "bytes" else slot_rows',
+        "dispatch_slot_rows = slot_rows",
+        ("tests/test_formats.py::test_gathered_rows_take_the_bytes_of_their_format[bytes-64]",),
+    ),
+    Mutant(
+        "rounds-with-a-bulk-dispatch-alone-do-not-count",
+        f"{_SYMMETRIC}/bound_launches.py",
+        '"counted_rows": min(layout.slot_rows, layout.dispatch_slot_rows),',
+        '"counted_rows": layout.slot_rows,',
+        ("tests/interpreter/test_conformance.py::test_recorded_events_of_other_formats_obey_the_rules[bytes]",),
+    ),
+    Mutant(
+        "float8-nan-keeps-its-sign",
+        f"{_KERNELS}/fp8_rows.py",
+        "return word & ~is_nan",
+        "return word",
+        (f"{FORMATS}test_named_formats_give_the_bits_of_the_reference[2]",),
+    ),
+    Mutant(
+        "scales-of-a-warp-are-those-of-its-first-block",
+        f"{_KERNELS}/fp8_rows.py",
+        "is_it = tl.arange(0, 4)[None, :] == WHICH",
+        "is_it = tl.arange(0, 4)[None, :] == 0 * WHICH",
+        (f"{FORMATS}test_named_formats_give_the_bits_of_the_reference[2]",),
+    ),
+    Mutant(
+        "infinities-become-448",
+        f"{_KERNELS}/expert_math.py",
+        "return tl.where(largest >= 0x7F800000, nan, bits)",
+        "return tl.where(largest > 0x7F800000, nan, bits)",
+        (
+            "tests/interpreter/test_quantiser_kernels.py::test_scales_rounded_up_to_powers_of_two_have_the_bits_of_the_specification",
+        ),
+    ),
+)
+"""Of quantized rows and rows of bytes."""
