@@ -16,7 +16,19 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from tokenferry.kernels import abort, combine, control_words, counts, dispatch, fixed_linear, own_routing, route, term_sum, wire
+from tokenferry.kernels import (
+    abort,
+    combine,
+    control_words,
+    counts,
+    dispatch,
+    fixed_linear,
+    own_routing,
+    route,
+    router_linear,
+    term_sum,
+    wire,
+)
 from tokenferry.kernels.control_block import MAX_LAYERS, MAX_RANKS, PHASES, Record
 from tokenferry.kernels.launch import options, source, specify
 
@@ -124,6 +136,20 @@ def test_the_product_of_batch_invariant_layers_compiles(D: int, N: int, dtype: t
     kernel = triton.compile(spec.source(), target=GPUTarget("cuda", capability, 32), options=spec.options())
     assert kernel.metadata.shared <= 99 * 1024, "two programs on an SM"
     assert ("mma" in kernel.asm["ptx"]) == (dtype != torch.float32)
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize(("E", "H"), [(128, 2048), (256, 7168), (32, 2880), (7, 75)], ids=str)
+def test_the_router_s_product_of_few_rows_compiles(E: int, H: int, capability: int, tmp_path: Path) -> None:
+    constants = router_linear.constants_of(E, H, has_bias=True, pdl=True)
+    kinds = {"ROWS": torch.bfloat16, "OUT": torch.float32}
+    spec = specify(
+        router_linear.router_linear_kernel, router_linear.SIGNATURE, constants, num_warps=router_linear.warps_of(H), dtypes=kinds,
+        aligned=True,
+    )  # fmt: skip
+    kernel = triton.compile(spec.source(), target=GPUTarget("cuda", capability, 32), options=spec.options())
+    assert ("ld.global.v4" in kernel.asm["ptx"]) == (H % 8 == 0), "rows at multiples of 16 bytes are read 16 bytes at a time"
+    assert not re.search(r"\b(LDL|STL)\b", sass(kernel.asm["cubin"], tmp_path)), "nothing may spill"
 
 
 @pytest.mark.parametrize("capability", [90, 100])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
+import pickle
 
 import pytest
 import torch
 
 from plain_moe import plain_route
 from tokenferry.errors import ConfigError, DtypeError, ShapeError
-from tokenferry.router import Router, RouterConfig, route
+from tokenferry.router import NOT_LOADED, Router, RouterConfig, route
 
 DEEPSEEK = {
     "score_function": "sigmoid",
@@ -283,3 +285,12 @@ def test_neither_a_switched_off_expert_nor_one_of_a_third_group_is_chosen(correc
     assert weights[0][is_off].tolist() == [0.0] * int(is_off.sum())
     if not is_off.all():
         assert weights[0].sum().item() == pytest.approx(1.0)
+
+
+def test_a_copy_has_no_loaded_kernel() -> None:
+    """A launch can neither be copied nor pickled."""
+    router = Router(config(8, 2), dtype=torch.float32)
+    router._loaded = (torch.device("cpu"), torch.float32, lambda: None)
+    for twin in (copy.deepcopy(router), pickle.loads(pickle.dumps(router))):
+        assert twin._loaded == NOT_LOADED
+        assert torch.equal(twin.weight, router.weight)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,10 @@ from tokenferry.fixed_linear import fixed_linear
 from tokenferry.precision import KeepsPrecision
 
 ScoreFunction = Literal["softmax", "sigmoid"]
+NOT_LOADED: Final = (None, None, None)
+"""Of which device and dtype the kernel for few rows was loaded, and its launch."""
+FEW_ROWS = 16
+"""Of at most so many rows the router's product is a kernel of our own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +219,12 @@ def _float32_linear(hidden_TH: torch.Tensor, weight_EH: torch.Tensor, bias_E: to
     return F.linear(hidden_TH.float(), weight_EH.float(), None if bias_E is None else bias_E.float())
 
 
+def _is_few_rows(hidden_TH: torch.Tensor, weight_EH: torch.Tensor, bias_E: torch.Tensor | None) -> bool:
+    """Whether one kernel for few rows makes the logits, which has no gradient."""
+    of_one_dtype = hidden_TH.dtype == weight_EH.dtype and (bias_E is None or bias_E.dtype == weight_EH.dtype)
+    return hidden_TH.is_cuda and hidden_TH.shape[0] <= FEW_ROWS and of_one_dtype and not _wants_operators(hidden_TH)
+
+
 class Router(KeepsPrecision):
     """The linear layer in front of `route`.
 
@@ -241,6 +251,7 @@ class Router(KeepsPrecision):
     ) -> None:
         super().__init__()
         self.config, self.batch_invariant = config, batch_invariant
+        self._loaded: tuple[torch.device | None, torch.dtype | None, Any] = NOT_LOADED
         E = config.num_experts
         self.weight = nn.Parameter(torch.empty(E, config.hidden_size, dtype=dtype, device=device), requires_grad=False)
         nn.init.normal_(self.weight, std=config.hidden_size**-0.5)
@@ -258,8 +269,13 @@ class Router(KeepsPrecision):
         weight: torch.Tensor = self.weight
         if weight.is_cuda:
             dtype = dtype if self.config.float32_logits else weight.dtype
-            with torch.no_grad():
-                self(torch.zeros(1, self.config.hidden_size, dtype=dtype, device=weight.device))
+            from tokenferry.kernels.router_linear import load_for  # here: Triton is not everywhere
+
+            if dtype == weight.dtype and not self.batch_invariant:
+                self._loaded = (weight.device, weight.dtype, load_for(weight, self.bias, self._logits_dtype))
+            for num_rows in (1, FEW_ROWS + 1):
+                with torch.no_grad():
+                    self(torch.zeros(num_rows, self.config.hidden_size, dtype=dtype, device=weight.device))
 
     def forward(self, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Route rows.
@@ -284,8 +300,31 @@ class Router(KeepsPrecision):
         if self.batch_invariant:
             alike: tuple[torch.Tensor, torch.Tensor] = self._route_alike(hidden_TH)
             return alike
-        logits_TE = _float32_linear(hidden_TH, weight, bias) if self.config.float32_logits else F.linear(hidden_TH, weight, bias)
+        if _is_few_rows(hidden_TH, weight, bias):
+            logits_TE = self._few_rows_linear(hidden_TH)
+        elif self.config.float32_logits:
+            logits_TE = _float32_linear(hidden_TH, weight, bias)
+        else:
+            logits_TE = F.linear(hidden_TH, weight, bias)
         return route(logits_TE, self.config, self.score_correction_bias)
+
+    @property
+    def _logits_dtype(self) -> torch.dtype:
+        return torch.float32 if self.config.float32_logits else self.weight.dtype
+
+    def _few_rows_linear(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        from tokenferry.kernels.router_linear import router_linear  # here: Triton is not everywhere
+
+        weight: torch.Tensor = self.weight
+        device, dtype, launch = self._loaded
+        if (device, dtype) != (weight.device, weight.dtype):  # not prepared, or moved since
+            launch = None
+        logits_TE: torch.Tensor = router_linear(hidden_TH, weight, self.bias, self._logits_dtype, launch)
+        return logits_TE
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or what is pickled, has no loaded kernel."""
+        return {**self.__dict__, "_loaded": NOT_LOADED}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()

@@ -50,3 +50,16 @@ def test_a_graph_routes_what_comes_later() -> None:
     hidden.normal_()
     graph.replay()
     assert all(torch.equal(got, want) for got, want in zip(captured, router(hidden), strict=True))
+
+
+@pytest.mark.parametrize("float32_logits", [False, True])
+def test_a_prepared_router_gives_the_same_bits(float32_logits: bool) -> None:
+    """Of few rows by the kernel that it has loaded, of more by the library."""
+    rules = config(64, 4, hidden_size=2880, linear_bias=True, float32_logits=float32_logits)
+    router = Router(rules, device="cuda")
+    router.bias.normal_()
+    batches = [torch.randn(rows, 2880, device="cuda").bfloat16() for rows in (1, 7, 16, 17)]
+    before = [router(hidden) for hidden in batches]
+    router.prepare(torch.bfloat16)
+    for hidden, expected in zip(batches, before, strict=True):
+        assert all(torch.equal(got, want) for got, want in zip(router(hidden), expected, strict=True))

@@ -235,11 +235,12 @@ def combine_kernel(
     wire.let_next_kernel_start(PDL)
     record = wire.read_record(buffer_ptr)
     is_short = num_valid > num_partial
-    if is_short & (record == 0):
-        record = wire.set_blamed_rank(wire.blame(step, layer, rank, wire.TOO_FEW_ROWS), rank)
+    if is_short:  # not `& (record == 0)`: every launch would wait here for the record, before it asks for the first packet
+        mine = wire.set_blamed_rank(wire.blame(step, layer, rank, wire.TOO_FEW_ROWS), rank)
         if pid == 0:
             for peer in range(size):
-                wire.claim_record(tl.load(peer_table + peer), record)
+                wire.claim_record(tl.load(peer_table + peer), mine)
+        record = tl.where(record == 0, mine, record)
     size = tl.where(is_short, 1, size)  # then nothing is read, sent or awaited
     num_tokens = tl.where(is_short, 0, num_tokens)
     in_slots = largest <= slot_rows
