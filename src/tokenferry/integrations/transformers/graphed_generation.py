@@ -19,6 +19,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from tokenferry.integrations.transformers.cache_state import is_plain
 from tokenferry.integrations.transformers.decode_graphs import DecodeGraphs, Forward
+from tokenferry.integrations.transformers.decode_masks import masks_of_windows
 from tokenferry.integrations.transformers.graph_choice import StepGraphs
 from tokenferry.integrations.transformers.static_caches import expected_bytes, growing
 
@@ -97,17 +98,20 @@ class GraphedGeneration:
 
     def create_masks_for_generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As the model's own, or transformers' for all models. Where a decode step is a graph, the mask is part of it if it can
-        be: what makes one is a dozen launches that the device would wait for."""
+        be, or made in few launches: transformers' way are a dozen that the device would wait for."""
         graphs, own = self._decode_graphs, getattr(super(), "create_masks_for_generate", None)
         cache: Any = kwargs.get("past_key_values")
         embeds = kwargs.get("inputs_embeds")
         if own is not None or graphs is None or embeds is None or embeds.shape[1] != 1 or not graphs.takes(cache):
             return (own or create_masks_for_generate)(*args, **kwargs)
-        if not is_plain(cache) or self.config._attn_implementation not in _MASKED or not cache.is_initialized:
+        mask, config = kwargs.get("attention_mask"), self.config.get_text_config()
+        if config._attn_implementation not in _MASKED or not cache.is_initialized:
             return create_masks_for_generate(*args, **kwargs)
-        mask = kwargs.get("attention_mask")
-        # As long as the cache, so that it keeps its shape from step to step; what lies ahead is masked by causality.
-        return None if mask is None else pad(mask, (0, cache.layers[0].max_cache_len - mask.shape[1]))
+        if is_plain(cache):
+            # As long as the cache, so that it keeps its shape from step to step; what lies ahead is masked by causality.
+            return None if mask is None else pad(mask, (0, cache.layers[0].max_cache_len - mask.shape[1]))
+        masks = None if mask is None else masks_of_windows(config, cache, mask, embeds.dtype)
+        return create_masks_for_generate(*args, **kwargs) if masks is None else masks
 
     def _valid_auto_compile_criteria(self: Any, model_kwargs: Any, generation_config: Any) -> bool:
         graphs, cache = self._decode_graphs, model_kwargs.get("past_key_values")
