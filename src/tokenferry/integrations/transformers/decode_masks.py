@@ -1,9 +1,9 @@
 """The attention masks of a decode step, where layers with a sliding window stand beside others.
 
-They cannot be made within a recorded forward, since such layers count their tokens on the host. transformers makes each of them by
-some fifteen launches, a share of them copies from the host: with gpt-oss-20b's shapes `generate()` took 0.85 ms more around a step
-than with Qwen3's (2 x H200, 2026-11-26). One new token sees all that is no padding, or the last of it, so that each mask is the
-caller's own, cut or padded.
+They cannot be made within a recorded forward, since such layers count their tokens on the host. transformers makes each of them
+by some fifteen launches, a share of them copies from the host: with gpt-oss-20b's shapes `generate()` took 0.85 ms more around a
+step than with Qwen3's (2 x H200, 2026-11-26). One new token sees all that is no padding, or the last of it, so that each mask is
+the caller's own, cut or padded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ _KINDS: Final = MappingProxyType({"full_attention": StaticLayer, "sliding_attent
 """Names in a configuration's `layer_types`, and the layer of a static cache that belongs to each."""
 
 
-def masks_of_windows(config: Any, cache: StaticCache, mask_BN: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+def masks_of_windows(
+    config: Any, cache: StaticCache, mask_BN: torch.Tensor, dtype: torch.dtype
+) -> dict[str, torch.Tensor] | None:
     """What transformers' `create_masks_for_generate` returns for one new token of each sequence.
 
     Args:

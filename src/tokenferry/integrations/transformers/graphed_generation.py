@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch.nn.functional import pad
 from transformers import CompileConfig, StaticCache
-from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS, GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
 from tokenferry.integrations.transformers.cache_state import is_plain
@@ -63,7 +63,7 @@ class GraphedGeneration:
             graphs.lends_caches = not returns
             if given is not None or named is not None:
                 kind = named if given is None else type(given).__name__
-                if "static" not in kind.lower():
+                if not (named in ALL_STATIC_CACHE_IMPLEMENTATIONS if given is None else isinstance(given, StaticCache)):
                     graphs.say_once(_ASKED_FOR.format(kind))
             elif _takes_a_cache(generation_config, generation_mode):
                 num_sequences = batch_size * generation_config.num_return_sequences
