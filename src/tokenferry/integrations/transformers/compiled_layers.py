@@ -76,10 +76,7 @@ class CompiledByLayers:
                 return self._model(**inputs)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             if has_run:  # the cache holds this token by now, so that no other way can be taken
-                name = type(self._model).__name__
-                raise RuntimeError(
-                    f"a part of {name} could not be compiled, and the first layer could; disable_compile=True"
-                ) from error
+                raise RuntimeError(_TOO_LATE.format(type(self._model).__name__)) from error
             raise
         finally:
             self._host.calls_in_turn = False
