@@ -28,7 +28,7 @@ from tokenferry.transports.base import TransportSettings
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 from tokenferry.transports.symmetric.layout import MAX_PROGRAMS, Layout
 from tokenferry.transports.symmetric.regions import initialise
-from tokenferry.transports.symmetric.tuning import FewTokens, Tuning, choose_grid
+from tokenferry.transports.symmetric.tuning import MAX_REGISTERS, FewTokens, Tuning, choose_grid
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -175,7 +175,9 @@ def load_row_kernels(settings: TransportSettings, tuning: Tuning, *, multicast: 
         given = product(INDEX_DTYPES, FLOAT_DTYPES, quantized)
         variants = {kinds: _dispatch_constants(settings, *kinds, multicast) for kinds in given}
         return {
-            kinds: prepare(dispatch_kernel, DISPATCH_SIGNATURE, constants | cut, tuning.num_warps, device)
+            kinds: prepare(
+                dispatch_kernel, DISPATCH_SIGNATURE, constants | cut, tuning.num_warps, device, max_registers=MAX_REGISTERS
+            )
             for kinds, constants in variants.items()
         }
 
@@ -185,7 +187,9 @@ def load_row_kernels(settings: TransportSettings, tuning: Tuning, *, multicast: 
         dispatch=dispatches(multicast=True) if multicast else alone,
         dispatch_alone=alone,
         combine={
-            partial: prepare(combine_kernel, COMBINE_SIGNATURE, constants | cut, tuning.num_warps, device)
+            partial: prepare(
+                combine_kernel, COMBINE_SIGNATURE, constants | cut, tuning.num_warps, device, max_registers=MAX_REGISTERS
+            )
             for partial, constants in combines.items()
         },
         grid=tuning.max_programs,

@@ -10,6 +10,9 @@ from tokenferry.transports.base import TransportSettings
 from tokenferry.transports.symmetric.layout import MAX_PROGRAMS, Layout
 
 THREADS_PER_WARP = 32
+MAX_REGISTERS = 64
+"""Of a thread of dispatch and combine: with so many, two programs of 16 warps fit on an SM. Left to itself, the assembler aims at
+48, and moves words of some forms to local memory and back: of the dispatch with Triton 3.6, of the combine with 3.9."""
 
 
 @dataclass(frozen=True, kw_only=True)
