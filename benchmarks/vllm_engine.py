@@ -64,7 +64,7 @@ def options_given() -> argparse.Namespace:
         "--turns", type=int, default=12, help="waves of requests for each kind of exchange, a quarter in eager mode"
     )
     parser.add_argument("--layers", type=int, help="of the model")
-    parser.add_argument("--profile", action="store_true", help="at the end: the kernels of a step, by name")
+    parser.add_argument("--profile", action="store_true", help="of a layer's exchange: its kernels' time, and its wait")
     parser.add_argument("--limit-s", type=float, default=240.0)
     return parser.parse_args()
 

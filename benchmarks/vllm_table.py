@@ -23,11 +23,19 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for mode, load in dict.fromkeys((record["mode"], record["load"]) for record in timed):
         lines.append(verdict(mode, load, [each for each in timed if (each["mode"], each["load"]) == (mode, load)], head))
     lines += [f"{each['mode']} {each['load']} tokens alike: {each['tokens_alike']}" for each in records if "tokens_alike" in each]
-    for record in records:
-        if "kernels_us_and_count_a_step" in record:
-            lines.append(f"kernels of {record['arm']}, {record['mode']} {record['load']}: us a step, launches a step")
-            lines += [f"  {us:9.1f} {count:6.1f}  {name[:70]}" for name, us, count in record["kernels_us_and_count_a_step"][:12]]
+    lines += [exchange_line(each) for each in records if "exchange" in each]
     return "\n".join(lines)
+
+
+def exchange_line(record: dict[str, Any]) -> str:
+    """What a layer's exchange consists of."""
+    found = record["exchange"]
+    parts = ", ".join(
+        f"{name} {'/'.join(f'{us:.1f}' for us in found[f'{name}_us'])}"
+        for name in ("dispatch", "experts", "combine", "attention", "gap_before_dispatch", "gap_behind_combine")
+    )
+    own, wait = found["own_us"], found["wait_us"]
+    return f"{record['mode']} {record['load']}: kernels {own:.1f} us a layer, wait {wait:.1f}; by rank: {parts}"
 
 
 def verdict(mode: str, load: str, records: Sequence[dict[str, Any]], head: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenferry as tf
-from fake_vllm import ALL2ALL, CPU_COMMUNICATOR, OUTPUTS, PARALLEL_STATE, current, fake_config, forward, place_fake_vllm
+from fake_vllm import ALL2ALL, CPU_COMMUNICATOR, FINALIZE, OUTPUTS, PARALLEL_STATE, current, fake_config, forward, place_fake_vllm
 from tokenferry.integrations.vllm import cpu, plugin
 from tokenferry.integrations.vllm.settings import LOGGER
 from tokenferry.testing import same_bits
@@ -24,10 +24,11 @@ COUNTS = {
 }
 
 
-def managers(group: tf.EPGroup, settings: dict[str, Any]) -> tuple[Any, Any]:
-    """vLLM's own manager, and ours."""
+def managers(group: tf.EPGroup, settings: dict[str, Any], *, fake: bool = True) -> tuple[Any, Any]:
+    """vLLM's own manager, and ours. `fake`: whether the small vLLM is still to be placed."""
     dist.init_process_group("gloo", store=dist.PrefixStore("vllm", group.store), rank=group.rank, world_size=group.size)
-    place_fake_vllm()
+    if fake:
+        place_fake_vllm()
     stock = sys.modules[ALL2ALL].AgRsAll2AllManager
     plugin.register()
     plugin.register()
@@ -106,6 +107,29 @@ class Copies(TorchDispatchMode):
         if func._schema.name in ("aten::copy_", "aten::clone", "aten::_to_copy"):
             self.found.append(func._schema.name)
         return func(*args, **(kwargs or {}))
+
+
+def run_a_release_that_copies_sums(group: tf.EPGroup) -> list[bool]:
+    """vLLM's own `finalize` where its managers have no `combine_into_output`: whether it copies, with ours and with its own."""
+    place_fake_vllm()
+    del sys.modules[ALL2ALL].AgRsAll2AllManager.combine_into_output
+    stock, ours = managers(group, {}, fake=False)
+    communicator = sys.modules[PARALLEL_STATE].groups["ep"].device_communicator
+    finalizer, said, outputs = sys.modules[FINALIZE].MoEPrepareAndFinalizeNaiveDPEPModular(), [], []
+    for sizes in ([3, 5], [4, 0]):  # where the others bring nothing, vLLM's experts write their rows into the output itself
+        own = rows(group.rank, sizes[group.rank], 0, torch.bfloat16)
+        for manager in (ours, stock):
+            communicator.all2all_manager = manager
+            with forward(sizes):
+                partial = partial_of(manager.dispatch(*own)[0], group.rank)
+                outputs.append(torch.full_like(own[0], float("nan")))
+                if partial.shape == own[0].shape:
+                    partial = outputs[-1].copy_(partial)
+                finalizer.finalize(outputs[-1], partial)
+            said.append(finalizer.copies)
+        same(f"{sizes}", (outputs[-2],), (outputs[-1],))
+    assert ours.exchange.output is None
+    return said
 
 
 def run_logits(group: tf.EPGroup, dtype: torch.dtype) -> None:

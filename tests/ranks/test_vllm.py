@@ -5,6 +5,7 @@ import torch
 
 from tokenferry.testing import run_ranks
 from vllm_work import (
+    run_a_release_that_copies_sums,
     run_against_plain_gathers,
     run_asynchronous_failure,
     run_draft_model,
@@ -36,6 +37,11 @@ def test_same_bits_on_the_symmetric_kernels(into_output: bool) -> None:
     environment = {"TRITON_INTERPRET": "1"}
     outcomes = run_ranks(run_against_plain_gathers, 2, "p2p", torch.bfloat16, into_output, env=environment, timeout_s=120.0)
     assert [outcome[0] for outcome in outcomes] == ["p2p", "p2p"]
+
+
+def test_sums_go_into_vllms_output_where_it_would_copy_them() -> None:
+    """As 0.26 does, with its own exchange too."""
+    assert run_ranks(run_a_release_that_copies_sums, 2) == [[False, True, False, True]] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])

@@ -55,6 +55,7 @@ class Exchange:
     Attributes:
         is_idle: the rows of forwards that begin now are no requests' but fill up a rank that has none: on CPUs no expert computes
             them.
+        output: where the sums of the next combine go, if it is given no other place.
     """
 
     def __init__(self, group: EPGroup, settings: PluginSettings, max_tokens_per_rank: int, num_experts: int) -> None:
@@ -66,6 +67,7 @@ class Exchange:
         self._busy: list[tuple[str, contextlib.ExitStack]] = []
         self._opens = True
         self.is_idle = False
+        self.output: torch.Tensor | None = None
 
     @property
     def _masks_rows(self) -> bool:
@@ -154,8 +156,11 @@ class Exchange:
         return terms_RH[:num_rows] if fits else None
 
     def combine(self, partial_VH: torch.Tensor, out_TH: torch.Tensor | None = None) -> torch.Tensor:
-        """This rank's rows, each the sum of all ranks' terms, in `out_TH` if it is given. Answers the last dispatch."""
+        """This rank's rows, each the sum of all ranks' terms, in `out_TH`, or else in `output`, if there is either. Answers the
+        last dispatch."""
         layer, got, num_rows = self._taken()
+        if out_TH is None:
+            out_TH = self.output
         self._pending = None
         if partial_VH.shape[0] != num_rows:
             raise StateError(

@@ -11,6 +11,7 @@ from tokenferry.errors import ConfigError
 from tokenferry.groups import EPGroup
 from tokenferry.integrations.vllm import cpu, known_versions
 from tokenferry.integrations.vllm.exchange import Exchange
+from tokenferry.integrations.vllm.in_place import write_sums_in_place
 from tokenferry.integrations.vllm.settings import LOGGER, PluginSettings, settings_from
 
 _log = logging.getLogger(LOGGER)
@@ -57,6 +58,8 @@ def manager_class(original: type) -> type:
             if current_platform.is_cpu():
                 check_eager(config)
                 cpu.bring_what_is_missing()
+            if not hasattr(base, "combine_into_output"):
+                write_sums_in_place()
             device = get_dp_group().device
             self.exchange = exchange_for(config, cpu_group, device, settings)
             self._said: set[str] = set()

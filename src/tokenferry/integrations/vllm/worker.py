@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from tokenferry.integrations.vllm.exchange import Exchange
+from tokenferry.integrations.vllm.in_place import current_exchange
 from tokenferry.integrations.vllm.settings import LOGGER, settings_from
 
 if current_platform.is_cpu():
@@ -104,15 +105,3 @@ def _busy(reason: str) -> Iterator[None]:
     exchange = current_exchange()
     with exchange.busy(reason) if exchange is not None else contextlib.nullcontext():
         yield
-
-
-def current_exchange() -> Exchange | None:
-    """That of the expert-parallel group as it is now, which elastic scaling replaces; None where tokenferry is off."""
-    from vllm.distributed.parallel_state import get_ep_group
-
-    try:
-        communicator = get_ep_group().device_communicator
-    except AssertionError:  # a model without experts has no such group
-        return None
-    exchange = getattr(getattr(communicator, "all2all_manager", None), "exchange", None)
-    return exchange if isinstance(exchange, Exchange) else None
