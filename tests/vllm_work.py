@@ -146,24 +146,80 @@ def run_logits(group: tf.EPGroup, dtype: torch.dtype) -> None:
     assert ours.calls == []
 
 
+QUANTIZED = {
+    "fp8 with a scale for 128 columns": (torch.float8_e4m3fn, 128, torch.float32, 1),
+    "fp8 with a scale for 32 columns": (torch.float8_e4m3fn, 64, torch.uint8, 2),
+    "fp8 with a scale for a row": (torch.float8_e4m3fn, 72, torch.float32, 1),
+    "fp8 with one scale for all": (torch.float8_e4m3fn, 64, None, 0),
+    "int8": (torch.int8, 60, torch.float32, 1),
+    "packed fp4": (torch.uint8, 32, torch.float8_e4m3fn, 4),
+}
+"""Dtype and columns of quantized rows, dtype and number of their scales."""
+
+
+def quantized_rows(name: str, count: int, seed: int) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+    """Rows and their scales, as vLLM's quantizers give them, of any bytes but NaNs, which may arrive as other NaNs."""
+    dtype, columns, scale_dtype, num_scales = QUANTIZED[name]
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randint(0, 127, (count, columns), dtype=torch.uint8, generator=generator).view(dtype)
+    if scale_dtype is None:
+        return hidden, None
+    scales = torch.randint(1, 120, (count, num_scales), dtype=torch.uint8, generator=generator)
+    return hidden, [scales.view(scale_dtype) if scale_dtype.itemsize == 1 else scales.to(scale_dtype) / 7]
+
+
+def run_quantized(group: tf.EPGroup, transport: str, name: str, logits: bool) -> tuple[str, str]:
+    """Quantized rows with their scales, and 16-bit rows in the next forward: the bits of plain gathers. Returns the transport
+    and the format of the quantized rows. `logits`: router logits travel instead of expert numbers."""
+    stock, ours = managers(group, {"transport": transport})
+    dtype, columns, _, _ = QUANTIZED[name]
+    hidden_size = columns * 2 if dtype == torch.uint8 else columns
+    for seed, sizes in enumerate(COUNTS[group.size]):
+        own, weights, ids = rows(group.rank, sizes[group.rank], seed, torch.bfloat16)
+        hidden, scales = quantized_rows(name, len(own), 100 * seed + group.rank)
+        terms = torch.randn(sum(sizes), hidden_size, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+        for layer in range(LAYERS):
+            want, got = ([], [])
+            for manager, told in ((stock, want), (ours, got)):
+                with forward(sizes):
+                    if logits:
+                        given = manager.dispatch_router_logits(hidden, torch.cat([weights] * 4, dim=1), False, scales)
+                    else:
+                        given = manager.dispatch(hidden, weights, ids, False, scales)
+                    for each in given:  # a list of the scales is the last one
+                        told += [part.view(torch.uint8) for part in each] if isinstance(each, list) else [each.view(torch.uint8)]
+                    told.append(manager.combine(partial_of(terms, group.rank)))
+            same(f"{sizes}, layer {layer}", tuple(got), tuple(want))
+        with forward(sizes):
+            same(f"{sizes}: 16 bits", ours.dispatch(own, weights, ids), stock.dispatch(own, weights, ids))
+            ours.combine(torch.zeros(sum(sizes), HIDDEN, dtype=torch.bfloat16))
+    assert ours.calls == []
+    quantizing, plain = ours.exchange.workspaces()
+    assert plain.dispatch_format.is_same
+    return quantizing.transport, str(quantizing.dispatch_format)
+
+
 def run_fallbacks(group: tf.EPGroup) -> dict[str, list[str]]:
     """Which of vLLM's own calls carry what ours cannot; a forward that ours carries follows each."""
     _, ours = managers(group, {})
     sizes = [3, 5]
     hidden, weights, ids = rows(group.rank, sizes[group.rank], 0, torch.bfloat16)
-    scales = [torch.ones(hidden.shape[0], 1)]
+    mappings = [torch.full((hidden.shape[0],), -1, dtype=torch.int32)]
+    float8, scales = hidden.to(torch.float8_e4m3fn), torch.ones(hidden.shape[0], 1)
     calls: dict[str, Any] = {
         "sequence parallel": lambda: ours.dispatch(hidden, weights, ids, True),
-        "extra tensors": lambda: ours.dispatch(hidden, weights, ids, extra_tensors=scales),
-        "float8 rows": lambda: ours.dispatch(hidden.to(torch.float8_e4m3fn).view(torch.uint8), weights, ids),
+        "LoRA mappings": lambda: ours.dispatch(hidden, weights, ids, extra_tensors=mappings),
+        "LoRA mappings of float8 rows": lambda: ours.dispatch(float8, weights, ids, extra_tensors=[scales, *mappings]),
+        "one scale of each rank's rows": lambda: ours.dispatch(float8, weights, ids, extra_tensors=mappings),
+        "complex rows": lambda: ours.dispatch(hidden.to(torch.complex64), weights, ids),
         "double weights": lambda: ours.dispatch(hidden, weights.double(), ids),
-        "logits with extra tensors": lambda: ours.dispatch_router_logits(hidden, weights, extra_tensors=scales),
+        "logits with LoRA mappings": lambda: ours.dispatch_router_logits(hidden, weights, extra_tensors=mappings),
     }
     outcome = {}
     for name, call in calls.items():
         ours.calls.clear()
         with forward(sizes):
-            gathered = call()[0].to(torch.bfloat16)
+            gathered = call()[0].real.to(torch.bfloat16)
             assert ours.combine(gathered).shape == hidden.shape
             outcome[name] = list(ours.calls)
             assert ours.combine(ours.dispatch(hidden, weights, ids)[0]).shape == hidden.shape

@@ -15,6 +15,7 @@ from vllm_work import (
     run_logits,
     run_new_kinds_after_the_profile_run,
     run_other_counts_in_a_forward,
+    run_quantized,
     run_slow_warm_up,
     run_worker_beside_other_managers,
 )
@@ -51,9 +52,32 @@ def test_router_logits_arrive_unchanged(dtype: torch.dtype) -> None:
 
 def test_what_cannot_be_carried_goes_to_vllms_own_gathers() -> None:
     for calls in run_ranks(run_fallbacks, 2):
-        logits = calls.pop("logits with extra tensors")
+        logits = calls.pop("logits with LoRA mappings")
         assert logits == ["dispatch_router_logits", "combine"]
-        assert set(map(tuple, calls.values())) == {("dispatch", "combine")} and len(calls) == 4
+        assert set(map(tuple, calls.values())) == {("dispatch", "combine")} and len(calls) == 6
+
+
+@pytest.mark.parametrize("logits", [False, True], ids=["experts", "logits"])
+@pytest.mark.parametrize(
+    ("name", "row_format"),
+    [
+        ("fp8 with a scale for 128 columns", "fp8_block128"),
+        ("fp8 with a scale for 32 columns", "bytes of 72"),
+        ("fp8 with a scale for a row", "bytes of 80"),
+        ("fp8 with one scale for all", "bytes of 64"),
+        ("int8", "bytes of 64"),
+        ("packed fp4", "bytes of 40"),
+    ],
+)
+def test_quantized_rows_and_their_scales_arrive_unchanged(name: str, row_format: str, logits: bool) -> None:
+    assert run_ranks(run_quantized, 2, "auto", name, logits) == [("collective", row_format)] * 2
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["fp8 with a scale for 128 columns", "fp8 with a scale for a row"])
+def test_quantized_rows_on_the_symmetric_kernels(name: str) -> None:
+    outcomes = run_ranks(run_quantized, 2, "p2p", name, False, env={"TRITON_INTERPRET": "1"}, timeout_s=180.0)
+    assert [outcome[0] for outcome in outcomes] == ["p2p", "p2p"]
 
 
 def test_a_draft_models_forwards_are_steps_of_their_own() -> None:

@@ -77,8 +77,8 @@ def manager_class(original: type) -> type:
             if refusal is not None:
                 self._say(refusal)
                 return super().dispatch(hidden_states, topk_weights, topk_ids, is_sequence_parallel, extra_tensors)
-            hidden, ids, weights = self._dispatch(hidden_states, topk_ids, topk_weights)
-            return hidden, weights, ids
+            hidden, ids, weights, scales = self._dispatch(hidden_states, topk_ids, topk_weights, extra_tensors)
+            return (hidden, weights, ids) if scales is None else (hidden, weights, ids, [scales])
 
         def dispatch_router_logits(
             self,
@@ -93,8 +93,8 @@ def manager_class(original: type) -> type:
                 return super().dispatch_router_logits(hidden_states, router_logits, is_sequence_parallel, extra_tensors)
             # Logits travel in the place of weights, which arrive unchanged beside an expert number of -1 too.
             no_ids = torch.full_like(router_logits, -1, dtype=torch.int32)
-            hidden, _, logits = self._dispatch(hidden_states, no_ids, router_logits)
-            return hidden, logits
+            hidden, _, logits, scales = self._dispatch(hidden_states, no_ids, router_logits, extra_tensors)
+            return (hidden, logits) if scales is None else (hidden, logits, [scales])
 
         def allocate_combine_input(
             self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, is_sequence_parallel: bool = False
@@ -122,9 +122,12 @@ def manager_class(original: type) -> type:
             self.exchange.close()
             super().destroy()
 
-        def _dispatch(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def _dispatch(
+            self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, extra_tensors: list[torch.Tensor] | None
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+            scales = extra_tensors[0] if extra_tensors else None
             counts = self._get_sizes(hidden.shape[0], self._get_comm_group(False))
-            return self.exchange.dispatch(self._forward_context().additional_kwargs, counts, hidden, ids, weights)
+            return self.exchange.dispatch(self._forward_context().additional_kwargs, counts, hidden, ids, weights, scales)
 
         def _refusal(
             self,
@@ -136,12 +139,10 @@ def manager_class(original: type) -> type:
         ) -> str | None:
             if is_sequence_parallel:
                 return "the rows are split over tensor-parallel ranks (sequence parallelism)"
-            if extra_tensors is not None:
-                return "scales of quantized rows, or LoRA mappings, travel beside the rows"
             num_ranks = self._get_comm_group(False).world_size
             if num_ranks != self.world_size:
                 return f"rows are gathered from {num_ranks} ranks, but the experts are spread over {self.world_size}"
-            return self.exchange.refusal(hidden, weights, ids)
+            return self.exchange.refusal(hidden, weights, ids, extra_tensors)
 
         def _say(self, reason: str) -> None:
             if reason not in self._said:
@@ -154,7 +155,9 @@ def manager_class(original: type) -> type:
 
 def exchange_for(config: Any, cpu_group: Any, device: torch.device, settings: PluginSettings) -> Exchange:
     """The exchange of a worker with this `VllmConfig`."""
-    return Exchange(EPGroup(cpu_group, device=device), settings, most_rows(config), most_experts(config))
+    dtype = getattr(config.model_config, "dtype", None)
+    kept = {"dtype": dtype} if isinstance(dtype, torch.dtype) else {}
+    return Exchange(EPGroup(cpu_group, device=device), settings, most_rows(config), most_experts(config), **kept)
 
 
 def most_rows(config: Any) -> int:
