@@ -128,6 +128,7 @@ SOURCES = {
     "vllm": "",
     "vllm.config": "configs = []\ndef get_current_vllm_config():\n    return configs[-1]",
     "vllm.platforms": "class current_platform:\n    is_cpu = staticmethod(lambda: True)",
+    "vllm.envs": "VLLM_MOE_SKIP_PADDING = False",
     "vllm.distributed": "",
     "vllm.distributed.device_communicators": "",
     PARALLEL_STATE: PARALLEL_STATE_SOURCE,

@@ -146,59 +146,6 @@ def run_logits(group: tf.EPGroup, dtype: torch.dtype) -> None:
     assert ours.calls == []
 
 
-QUANTIZED = {
-    "fp8 with a scale for 128 columns": (torch.float8_e4m3fn, 128, torch.float32, 1),
-    "fp8 with a scale for 32 columns": (torch.float8_e4m3fn, 64, torch.uint8, 2),
-    "fp8 with a scale for a row": (torch.float8_e4m3fn, 72, torch.float32, 1),
-    "fp8 with one scale for all": (torch.float8_e4m3fn, 64, None, 0),
-    "int8": (torch.int8, 60, torch.float32, 1),
-    "packed fp4": (torch.uint8, 32, torch.float8_e4m3fn, 4),
-}
-"""Dtype and columns of quantized rows, dtype and number of their scales."""
-
-
-def quantized_rows(name: str, count: int, seed: int) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-    """Rows and their scales, as vLLM's quantizers give them, of any bytes but NaNs, which may arrive as other NaNs."""
-    dtype, columns, scale_dtype, num_scales = QUANTIZED[name]
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randint(0, 127, (count, columns), dtype=torch.uint8, generator=generator).view(dtype)
-    if scale_dtype is None:
-        return hidden, None
-    scales = torch.randint(1, 120, (count, num_scales), dtype=torch.uint8, generator=generator)
-    return hidden, [scales.view(scale_dtype) if scale_dtype.itemsize == 1 else scales.to(scale_dtype) / 7]
-
-
-def run_quantized(group: tf.EPGroup, transport: str, name: str, logits: bool) -> tuple[str, str]:
-    """Quantized rows with their scales, and 16-bit rows in the next forward: the bits of plain gathers. Returns the transport
-    and the format of the quantized rows. `logits`: router logits travel instead of expert numbers."""
-    stock, ours = managers(group, {"transport": transport})
-    dtype, columns, _, _ = QUANTIZED[name]
-    hidden_size = columns * 2 if dtype == torch.uint8 else columns
-    for seed, sizes in enumerate(COUNTS[group.size]):
-        own, weights, ids = rows(group.rank, sizes[group.rank], seed, torch.bfloat16)
-        hidden, scales = quantized_rows(name, len(own), 100 * seed + group.rank)
-        terms = torch.randn(sum(sizes), hidden_size, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
-        for layer in range(LAYERS):
-            want, got = ([], [])
-            for manager, told in ((stock, want), (ours, got)):
-                with forward(sizes):
-                    if logits:
-                        given = manager.dispatch_router_logits(hidden, torch.cat([weights] * 4, dim=1), False, scales)
-                    else:
-                        given = manager.dispatch(hidden, weights, ids, False, scales)
-                    for each in given:  # a list of the scales is the last one
-                        told += [part.view(torch.uint8) for part in each] if isinstance(each, list) else [each.view(torch.uint8)]
-                    told.append(manager.combine(partial_of(terms, group.rank)))
-            same(f"{sizes}, layer {layer}", tuple(got), tuple(want))
-        with forward(sizes):
-            same(f"{sizes}: 16 bits", ours.dispatch(own, weights, ids), stock.dispatch(own, weights, ids))
-            ours.combine(torch.zeros(sum(sizes), HIDDEN, dtype=torch.bfloat16))
-    assert ours.calls == []
-    quantizing, plain = ours.exchange.workspaces()
-    assert plain.dispatch_format.is_same
-    return quantizing.transport, str(quantizing.dispatch_format)
-
-
 def run_fallbacks(group: tf.EPGroup) -> dict[str, list[str]]:
     """Which of vLLM's own calls carry what ours cannot; a forward that ours carries follows each."""
     _, ours = managers(group, {})
@@ -252,9 +199,13 @@ def run_other_counts_in_a_forward(group: tf.EPGroup) -> int:
     return ours.exchange.workspaces()[0].last_step
 
 
-def run_idle_worker(group: tf.EPGroup) -> dict[str, Any]:
-    """Rank 1 has no requests: its worker runs dummy forwards. Which expert numbers arrive."""
+def run_idle_worker(group: tf.EPGroup, from_tensor: bool) -> list[list[list[int]]]:
+    """Rank 1 has no requests, and its worker runs dummy forwards; of rank 0's two rows one fills up a graph. Which expert numbers
+    arrive, then with a draft model, then outside of the worker. `from_tensor`: the kernels read how many rows are real, as in
+    captured graphs."""
     _, ours = managers(group, {})
+    if from_tensor:
+        ours.exchange._on_device = torch.full((1,), 16, dtype=torch.int32)
     from tokenferry.integrations.vllm import Worker
 
     seen = []
@@ -266,13 +217,14 @@ def run_idle_worker(group: tf.EPGroup) -> dict[str, Any]:
             ours.combine(hidden)
         return "output"
 
-    worker = Worker(step)
-    for _ in range(2):
+    for drafts in (None, "a draft model"):
+        worker = Worker(step, SimpleNamespace(speculative_config=drafts))
         if group.rank == 0:
-            assert worker.execute_model("scheduled") == "output"
+            assert worker.execute_model(SimpleNamespace(total_num_scheduled_tokens=1)) == "output"
         else:
             worker.execute_dummy_batch()
-    return {"ids": seen, "idle afterwards": ours.exchange.is_idle}
+    step(None)
+    return seen
 
 
 def run_worker_beside_other_managers(group: tf.EPGroup) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tokenferry.testing import run_ranks
+from vllm_quantized_work import run_quantized
 from vllm_work import (
     run_a_release_that_copies_sums,
     run_against_plain_gathers,
@@ -15,7 +16,6 @@ from vllm_work import (
     run_logits,
     run_new_kinds_after_the_profile_run,
     run_other_counts_in_a_forward,
-    run_quantized,
     run_slow_warm_up,
     run_worker_beside_other_managers,
 )
@@ -88,12 +88,12 @@ def test_other_counts_within_a_forward_begin_another_step() -> None:
     assert run_ranks(run_other_counts_in_a_forward, 2) == [2, 2]
 
 
-def test_an_idle_ranks_rows_reach_no_expert() -> None:
-    for outcome in run_ranks(run_idle_worker, 2):
-        for ids in outcome["ids"]:
-            assert ids[2] == [-1, -1], "the dummy row of rank 1"
-            assert all(number >= 0 for row in ids[:2] for number in row), "the rows of rank 0 are requests'"
-        assert outcome["idle afterwards"] is False
+@pytest.mark.parametrize("from_tensor", [False, True], ids=["host", "device"])
+def test_rows_that_are_no_requests_reach_no_expert(from_tensor: bool) -> None:
+    for seen in run_ranks(run_idle_worker, 2, from_tensor):
+        nobodys = [[all(number == -1 for number in row) for row in ids] for ids in seen]
+        padding, drafts, outside = [False, True, True], [False, False, True], [False, False, False]
+        assert nobodys == [padding, drafts, outside], "a draft model's forwards bring other rows than the batch's"
 
 
 def test_a_worker_warns_if_tokenferry_is_on_and_not_used() -> None:

@@ -52,10 +52,9 @@ class Exchange:
         max_tokens_per_rank: the most rows that vLLM gives to a forward.
         num_experts: of the model with the most, redundant ones included.
         dtype: what experts return for quantized rows; for others it is the rows' own.
+        masks: whether rows that are no request's reach no expert. vLLM's experts must skip the expert number -1, then.
 
     Attributes:
-        is_idle: the rows of forwards that begin now are no requests' but fill up a rank that has none: on CPUs no expert computes
-            them.
         output: where the sums of the next combine go, if it is given no other place.
     """
 
@@ -66,6 +65,8 @@ class Exchange:
         max_tokens_per_rank: int,
         num_experts: int,
         dtype: torch.dtype = torch.bfloat16,
+        *,
+        masks: bool = True,
     ) -> None:
         self._group, self._settings, self._dtype = group, settings, dtype
         self._max_tokens_per_rank, self._num_experts = max_tokens_per_rank, num_experts
@@ -74,14 +75,14 @@ class Exchange:
         self._pending: tuple[Dispatcher, Dispatched, int, torch.dtype] | None = None
         self._busy: list[tuple[str, contextlib.ExitStack]] = []
         self._opens = True
-        self.is_idle = False
         self.output: torch.Tensor | None = None
-
-    @property
-    def _masks_rows(self) -> bool:
-        """Whether this forward's rows are said to be no requests'. On GPUs they are not: that vLLM's expert kernels all skip rows
-        without an expert was not tried."""
-        return self.is_idle and self._group.device.type == "cpu"
+        self._num_real_tokens: int | None = None
+        """Of this rank's rows in the forwards that begin now; None: all."""
+        self._on_device: torch.Tensor | None = None
+        """The same number where captured graphs read it, [1] int32."""
+        if masks and group.device.type != "cpu":
+            self._on_device = torch.full((1,), max_tokens_per_rank, dtype=torch.int32, device=group.device)
+        self._masks = masks
 
     @property
     def is_pending(self) -> bool:
@@ -151,7 +152,7 @@ class Exchange:
             # All ranks see the same counts. Equal ones need no exchange, so that graphs can be captured over NCCL too.
             promise = workspace.equal_counts() if len(set(counts)) == 1 else contextlib.nullcontext()
             with promise:
-                workspace.begin_step(num_tokens, 0 if self._masks_rows else num_tokens)
+                workspace.begin_step(num_tokens, self._real_of(num_tokens))
             state.counts[kind] = tuple(counts)
         layer = self._layer(kind, workspace, state.num_layers.get(kind, 0))
         state.num_layers[kind] = layer.layer + 1
@@ -219,13 +220,27 @@ class Exchange:
             yield
 
     @contextlib.contextmanager
-    def idle(self) -> Iterator[None]:
-        """Around a forward that only keeps the others company."""
-        before, self.is_idle = self.is_idle, True
+    def real_rows(self, num_real_tokens: int) -> Iterator[None]:
+        """Around forwards whose rows after the first `num_real_tokens` are no request's, but fill up a graph, or a rank that has
+        no requests: they reach no expert, in replayed graphs either. Does nothing where rows are not masked."""
+        before = self._num_real_tokens
+        self._mask_from(num_real_tokens)
         try:
             yield
         finally:
-            self.is_idle = before
+            self._mask_from(before)
+
+    def _mask_from(self, num_real_tokens: int | None) -> None:
+        if not self._masks or num_real_tokens == self._num_real_tokens:
+            return
+        self._num_real_tokens = num_real_tokens
+        if self._on_device is not None:
+            self._on_device.fill_(self._max_tokens_per_rank if num_real_tokens is None else num_real_tokens)
+
+    def _real_of(self, num_tokens: int) -> int | torch.Tensor:
+        if self._on_device is not None:
+            return self._on_device
+        return num_tokens if self._num_real_tokens is None else min(self._num_real_tokens, num_tokens)
 
     def close(self) -> None:
         """Closes all workspaces. Calling it again does nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import Any, Final
 
@@ -156,8 +157,21 @@ def manager_class(original: type) -> type:
 def exchange_for(config: Any, cpu_group: Any, device: torch.device, settings: PluginSettings) -> Exchange:
     """The exchange of a worker with this `VllmConfig`."""
     dtype = getattr(config.model_config, "dtype", None)
-    kept = {"dtype": dtype} if isinstance(dtype, torch.dtype) else {}
-    return Exchange(EPGroup(cpu_group, device=device), settings, most_rows(config), most_experts(config), **kept)
+    return Exchange(
+        EPGroup(cpu_group, device=device),
+        settings,
+        most_rows(config),
+        most_experts(config),
+        dtype if isinstance(dtype, torch.dtype) else torch.bfloat16,
+        masks=device.type == "cpu" or experts_skip_padding(),
+    )
+
+
+def experts_skip_padding() -> bool:
+    """Whether vLLM's experts on GPUs are to skip the expert number -1, which not all of them do: vLLM's own switch for its
+    padding rows, off in 0.26 and on in 0.33."""
+    envs = importlib.import_module("vllm.envs")
+    return bool(getattr(envs, "VLLM_MOE_SKIP_PADDING", False))
 
 
 def most_rows(config: Any) -> int:

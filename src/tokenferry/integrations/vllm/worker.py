@@ -29,8 +29,9 @@ class Worker(PlatformWorker):  # type: ignore[misc]
     """vLLM's own worker, with `Workspace.engine_step()` around each step, and `Workspace.busy()` around what it compiles, warms
     up and captures before the first one. Where tokenferry is off it does nothing.
 
-    A rank without requests runs dummy forwards to keep the others company: on CPUs their rows are masked, so that no expert
-    computes them.
+    A rank without requests runs dummy forwards to keep the others company, and graphs fill a batch up to their size: such rows
+    are masked, so that no expert computes them, on CPUs, and on GPUs where vLLM's VLLM_MOE_SKIP_PADDING is on. Graphs' rows are
+    masked without a draft model alone, whose forwards bring other numbers of rows.
     """
 
     def init_device(self) -> None:
@@ -53,9 +54,12 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         with _busy("vLLM warms up and captures graphs"):
             return super().compile_or_warm_up_model()
 
-    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        with _engine_step():
-            output = super().execute_model(*args, **kwargs)
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        num_real_tokens = None
+        if getattr(self.vllm_config, "speculative_config", None) is None:
+            num_real_tokens = getattr(scheduler_output, "total_num_scheduled_tokens", None)
+        with _engine_step(num_real_tokens):
+            output = super().execute_model(scheduler_output, *args, **kwargs)
         return _checked_later(output)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,8 +68,7 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         return _checked_later(output)
 
     def execute_dummy_batch(self) -> None:
-        exchange = current_exchange()
-        with _engine_step(), exchange.idle() if exchange is not None else contextlib.nullcontext():
+        with _engine_step(0):
             super().execute_dummy_batch()
 
 
@@ -91,12 +94,13 @@ def _checked_later(output: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _engine_step() -> Iterator[None]:
+def _engine_step(num_real_tokens: int | None = None) -> Iterator[None]:
+    """`num_real_tokens`: of this rank's rows; None: all, or not known."""
     exchange = current_exchange()
     if exchange is None:
         yield
         return
-    with exchange.engine_step():
+    with exchange.engine_step(), contextlib.nullcontext() if num_real_tokens is None else exchange.real_rows(num_real_tokens):
         yield
 
 
