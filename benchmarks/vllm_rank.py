@@ -266,11 +266,19 @@ class Measurement:
 
         stock, ours = waves["stock"], waves["ours"]
         own = (
-            alike(stock[0], ours[0]), alike(stock[0], stock[-1]), alike(ours[0], ours[-1]),
+            alike(stock[0], ours[0]), alike(stock[0], waves.get("ours, no padding", ours)[0]),
+            alike(stock[0], stock[-1]), alike(ours[0], ours[-1]),
             len(stock[0].tokens), len({token for tokens in ours[0].tokens for token in tokens}),
         )  # fmt: skip
         told = [sum(each) for each in zip(*self.rank.gather(own), strict=True)]
-        names = ("stock_and_ours", "stock_and_stock", "ours_and_ours", "requests", "different_tokens")
+        names = (
+            "stock_and_ours",
+            "stock_and_ours_without_padding",
+            "stock_and_stock",
+            "ours_and_ours",
+            "requests",
+            "different_tokens",
+        )
         self.add(tokens_alike=dict(zip(names, told, strict=True)), mode=mode, load="/".join(map(str, load)))
 
     def _profile(self, mode: str, load: tuple[int, ...]) -> None:

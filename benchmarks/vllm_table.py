@@ -48,7 +48,8 @@ def verdict(mode: str, load: str, records: Sequence[dict[str, Any]], head: dict[
     theirs, ours = (1e3 * (of[arm] - of["none"]) / head["model"]["num_hidden_layers"] for arm in ("stock", "ours"))
     gone = f"{1 - ours / theirs:.0%} gone" if theirs > 0 else "nothing to save"
     padding = f", padding rows {1e3 * (of['none'] - of['none, no padding']):.0f} us a step" if "none, no padding" in of else ""
+    masked = f", without padding rows x{steps['stock'] / steps['ours, no padding']:.3f}" if "ours, no padding" in steps else ""
     return (
         f"{mode} {load}: exchange {theirs:.1f} us a layer, ours {ours:.1f} ({gone}){padding}; "
-        f"forward x{of['stock'] / of['ours']:.3f}, steps/s x{steps['stock'] / steps['ours']:.3f}"
+        f"forward x{of['stock'] / of['ours']:.3f}, steps/s x{steps['stock'] / steps['ours']:.3f}{masked}"
     )

@@ -55,6 +55,7 @@ class Exchange:
         masks: whether rows that are no request's reach no expert. vLLM's experts must skip the expert number -1, then.
 
     Attributes:
+        masks: as above; where it was true at first, it may change between steps.
         output: where the sums of the next combine go, if it is given no other place.
     """
 
@@ -82,7 +83,7 @@ class Exchange:
         """The same number where captured graphs read it, [1] int32."""
         if masks and group.device.type != "cpu":
             self._on_device = torch.full((1,), max_tokens_per_rank, dtype=torch.int32, device=group.device)
-        self._masks = masks
+        self.masks = masks
 
     @property
     def is_pending(self) -> bool:
@@ -231,7 +232,7 @@ class Exchange:
             self._mask_from(before)
 
     def _mask_from(self, num_real_tokens: int | None) -> None:
-        if not self._masks or num_real_tokens == self._num_real_tokens:
+        if not self.masks or num_real_tokens == self._num_real_tokens:
             return
         self._num_real_tokens = num_real_tokens
         if self._on_device is not None:
