@@ -129,5 +129,6 @@ def test_a_server_answers_and_ends_with_the_rank_that_fails(
         start = time.monotonic()
         errors = complete_all(port, str(model), PROMPTS, 100)
         assert all(isinstance(error, str) for error in errors), "no request may end well"
+        print(errors)
         server.wait(limit_s - (time.monotonic() - start))
     assert said in log.read_text(), log.read_text()[-6000:]

@@ -13,6 +13,8 @@ from typing import Any
 from vllm.platforms import current_platform
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
+from tokenferry.errors import PeerError
+from tokenferry.integrations.vllm import reasons
 from tokenferry.integrations.vllm.exchange import Exchange
 from tokenferry.integrations.vllm.in_place import current_exchange
 from tokenferry.integrations.vllm.settings import LOGGER, settings_from
@@ -82,7 +84,8 @@ class CheckedOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
     def get_output(self) -> Any:
         """vLLM's own output. Raises PeerTimeoutError or PeerFailedError; vLLM calls it from a thread of its own."""
         output = self._output.get_output()
-        self._exchange.check_known()
+        with _peers_errors_told():
+            self._exchange.check_known()
         return output
 
 
@@ -100,8 +103,22 @@ def _engine_step(num_real_tokens: int | None = None) -> Iterator[None]:
     if exchange is None:
         yield
         return
-    with exchange.engine_step(), contextlib.nullcontext() if num_real_tokens is None else exchange.real_rows(num_real_tokens):
+    with (
+        _peers_errors_told(),
+        exchange.engine_step(),
+        contextlib.nullcontext() if num_real_tokens is None else exchange.real_rows(num_real_tokens),
+    ):
         yield
+
+
+@contextlib.contextmanager
+def _peers_errors_told() -> Iterator[None]:
+    """Leaves the error of a peer for the API servers."""
+    try:
+        yield
+    except PeerError as error:
+        reasons.tell(f"{type(error).__name__}: {error}")
+        raise
 
 
 @contextlib.contextmanager
