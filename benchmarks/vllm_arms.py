@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from tokenferry.integrations.vllm.known_versions import ORIGINAL
+
 
 @dataclass
 class Remembered:
@@ -119,7 +121,7 @@ class Arms:
 
         self.runner, self._communicator = runner, get_ep_group().device_communicator
         ours = self._communicator.all2all_manager
-        base = vars(type(ours))["original_of_tokenferry"]
+        base = vars(type(ours))[ORIGINAL]
         silent, self._remembered = silent_class(base), Remembered()
         with set_current_vllm_config(runner.vllm_config):
             self.managers = {

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fake_vllm import fake_config
 from tokenferry.integrations.vllm import reasons
 
 VARIABLE = "TOKENFERRY_VLLM_REASON_FILE"
@@ -17,6 +18,7 @@ VARIABLE = "TOKENFERRY_VLLM_REASON_FILE"
 
 @pytest.fixture
 def file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.delenv("TOKENFERRY_VLLM", raising=False)
     monkeypatch.setenv(VARIABLE, str(tmp_path / "reason"))
     return tmp_path / "reason"
 
@@ -32,7 +34,7 @@ class Dead(Exception):
 class Manager:
     """As vLLM's, with the process that has died, if one has."""
 
-    def __init__(self, failed: str | None = None) -> None:
+    def __init__(self, failed: str | None, vllm_config: SimpleNamespace) -> None:
         self.failed_proc_name, self.timeout = failed, None
 
     def shutdown(self, timeout: float | None = None) -> None:
@@ -48,10 +50,30 @@ def error_text(kind: type[Exception] = Dead) -> str:
     return str(made)
 
 
-def wrapped_manager(failed: str | None) -> Manager:
-    module = SimpleNamespace(CoreEngineProcManager=type("Manager", (Manager,), {"shutdown": Manager.shutdown}))
+class Engine:
+    """As vLLM's, whose API servers read `said` when it dies."""
+
+    def __init__(self, settings: object) -> None:
+        self.vllm_config, self.engine_index, self.said = fake_config(settings), 1, ""
+
+    def _send_engine_dead(self) -> None:
+        self.said = reasons.told() or "nothing"
+
+
+def wrapped_manager(failed: str | None, settings: object = True) -> Manager:
+    members = {"shutdown": Manager.shutdown, "__init__": Manager.__init__}
+    module = SimpleNamespace(CoreEngineProcManager=type("Manager", (Manager,), members))
     reasons.managers_wait_for_reasons(module)
-    return module.CoreEngineProcManager(failed)
+    reasons.managers_wait_for_reasons(module)
+    return module.CoreEngineProcManager(failed, vllm_config=fake_config(settings))
+
+
+def dead_engine(settings: object) -> Engine:
+    module = SimpleNamespace(EngineCoreProc=type("Engine", (Engine,), {}))
+    reasons.engines_wait_for_reasons(module)
+    engine = module.EngineCoreProc(settings)
+    engine._send_engine_dead()
+    return engine
 
 
 def test_the_first_reason_is_in_the_errors_text(file: Path) -> None:
@@ -83,7 +105,7 @@ def test_a_dead_process_is_named_where_no_rank_names_one(file: Path, monkeypatch
     manager = wrapped_manager("EngineCore_DP1")
     manager.shutdown(timeout=3.0)
     assert manager.timeout == 3.0
-    assert reasons.told() == "tokenferry: the process EngineCore_DP1 ended unexpectedly"
+    assert reasons.told() == "tokenferry: EngineCore_DP1 ended unexpectedly"
 
 
 def test_the_ranks_that_are_left_have_a_moment_to_name_it(file: Path) -> None:
@@ -92,9 +114,22 @@ def test_the_ranks_that_are_left_have_a_moment_to_name_it(file: Path) -> None:
     assert reasons.told() == "tokenferry: rank 1 failed"
 
 
-def test_an_ordinary_end_is_not_delayed(file: Path) -> None:
+def test_an_engine_waits_for_the_reason_before_it_says_that_it_is_dead(file: Path) -> None:
+    threading.Timer(0.2, reasons.tell, ["rank 1 failed"]).start()
+    assert dead_engine(True).said == "tokenferry: rank 1 failed"
+
+
+def test_an_engine_is_named_where_no_rank_has_named_one(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reasons, "PATIENCE_S", 0.1)
+    assert dead_engine(True).said == "tokenferry: EngineCore_DP1 ended unexpectedly"
+
+
+@pytest.mark.parametrize(("failed", "settings"), [(None, True), ("EngineCore_DP1", None)], ids=["ordinary", "off"])
+def test_no_other_end_is_delayed(failed: str | None, settings: object, file: Path) -> None:
     began_s = time.monotonic()
-    wrapped_manager(None).shutdown()
+    wrapped_manager(failed, settings).shutdown()
+    if settings is None:
+        assert dead_engine(settings).said == "nothing"
     assert time.monotonic() - began_s < 1.0 and not file.exists()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -13,12 +13,10 @@ from tokenferry.groups import EPGroup
 from tokenferry.integrations.vllm import cpu, known_versions
 from tokenferry.integrations.vllm.exchange import Exchange
 from tokenferry.integrations.vllm.in_place import write_sums_in_place
+from tokenferry.integrations.vllm.known_versions import ORIGINAL
 from tokenferry.integrations.vllm.settings import LOGGER, PluginSettings, settings_from
 
 _log = logging.getLogger(LOGGER)
-
-ORIGINAL: Final = "original_of_tokenferry"
-"""Attribute of our class that holds vLLM's own."""
 
 
 def manager_class(original: type) -> type:

@@ -10,7 +10,8 @@ from typing import Final
 from tokenferry import env
 from tokenferry.errors import ConfigError
 from tokenferry.integrations.vllm import reasons
-from tokenferry.integrations.vllm.manager import ORIGINAL, manager_class
+from tokenferry.integrations.vllm.known_versions import ORIGINAL
+from tokenferry.integrations.vllm.manager import manager_class
 from tokenferry.integrations.vllm.on_import import when_imported
 from tokenferry.integrations.vllm.settings import LOGGER
 
@@ -36,6 +37,7 @@ def register() -> None:
     reasons.hand_down()
     when_imported(reasons.ERRORS, reasons.errors_name_reasons)
     when_imported(reasons.MANAGERS, reasons.managers_wait_for_reasons)
+    when_imported(reasons.ENGINES, reasons.engines_wait_for_reasons)
     if not switch:
         when_imported(MODULE, _replace_if_there)
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import inspect
 import os
 import secrets
 import tempfile
@@ -19,12 +20,14 @@ from types import ModuleType
 from typing import Any, Final
 
 from tokenferry import env
+from tokenferry.integrations.vllm.settings import settings_from
 
 ERRORS: Final = "vllm.v1.engine.exceptions"
 MANAGERS: Final = "vllm.v1.engine.utils"
+ENGINES: Final = "vllm.v1.engine.core"
 
 PATIENCE_S: Final = 2.0
-"""How long the other ranks may take to find out that a process has died, before vLLM ends them."""
+"""How long the other ranks may take to find out that one has failed, before vLLM ends them or answers."""
 
 _POLL_S: Final = 0.05
 _MARK: Final = "has_reasons_of_tokenferry"
@@ -83,27 +86,57 @@ def with_reason(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def managers_wait_for_reasons(module: ModuleType) -> None:
-    """vLLM's manager of engine processes leaves the ranks that are left a moment to name the one that died."""
+    """vLLM's manager of engine processes leaves the ranks that are left a moment to name the one whose process died."""
     found = getattr(module, "CoreEngineProcManager", None)
     if found is not None and not hasattr(found.shutdown, _MARK):
-        found.shutdown = with_patience(found.shutdown)
+        found.__init__ = with_switch(found.__init__)
+        found.shutdown = with_patience(found.shutdown, lambda manager: getattr(manager, "failed_proc_name", None))
 
 
-def with_patience(original: Callable[..., None]) -> Callable[..., None]:
-    """`shutdown`, which after a process's death waits for a reason, and else leaves the process's name."""
+def engines_wait_for_reasons(module: ModuleType) -> None:
+    """An engine that ends with an error, its worker's death perhaps, lets the other ranks name the rank before it says so."""
+    found = getattr(module, "EngineCoreProc", None)
+    if found is not None and hasattr(found, "_send_engine_dead") and not hasattr(found._send_engine_dead, _MARK):
+        found._send_engine_dead = with_patience(found._send_engine_dead, _name_of_engine)
+
+
+def with_switch(original: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that gets a `vllm_config`, which is kept: whether tokenferry is on stands there."""
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def shutdown(self: Any, *args: Any, **kwargs: Any) -> None:
-        failed = getattr(self, "failed_proc_name", None)
-        if failed is not None:
+    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.vllm_config = signature.bind(self, *args, **kwargs).arguments.get("vllm_config")
+        original(self, *args, **kwargs)
+
+    return initialise
+
+
+def with_patience(original: Callable[..., None], who: Callable[[Any], str | None]) -> Callable[..., None]:
+    """A method that waits for a reason first, where tokenferry is on; if none comes, it leaves what has failed, as `who` says.
+    Where that says None nothing has failed."""
+
+    @functools.wraps(original)
+    def patient(self: Any, *args: Any, **kwargs: Any) -> None:
+        failed = who(self)
+        if failed is not None and _is_on(self):
             deadline_s = time.monotonic() + PATIENCE_S
             while told() is None and time.monotonic() < deadline_s:
                 time.sleep(_POLL_S)
-            tell(f"the process {failed} ended unexpectedly")
+            tell(f"{failed} ended unexpectedly")
         original(self, *args, **kwargs)
 
-    setattr(shutdown, _MARK, True)
-    return shutdown
+    setattr(patient, _MARK, True)
+    return patient
+
+
+def _name_of_engine(engine: Any) -> str:
+    return f"EngineCore_DP{getattr(engine, 'engine_index', 0)}"
+
+
+def _is_on(owner: Any) -> bool:
+    config = getattr(owner, "vllm_config", None)
+    return config is not None and settings_from(config.additional_config) is not None
 
 
 def _remove(name: Path, owner: int) -> None:
