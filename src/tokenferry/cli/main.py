@@ -122,6 +122,10 @@ def doctor(
     with one_line_errors():
         if plan is None and (ep, max_tokens) != (None, None):
             fail("--ep and --max-tokens belong to --plan, which is not given")
+        if selftest and plan is None:
+            from tokenferry.supervisor import start_fork_server
+
+            start_fork_server()  # it imports torch while we do
         with loading():
             from tokenferry.cli.doctor import print_plan, print_report
 
