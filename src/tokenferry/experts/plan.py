@@ -3,7 +3,7 @@ expert is decided on the device, by its number of rows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -57,6 +57,7 @@ def plan(
     gated: bool = True,
     batch_invariant: bool = False,
     scaled: bool = False,
+    packed: bool = False,
     max_rows: int | None = None,
 ) -> Plan:
     """The cut for one configuration.
@@ -67,12 +68,15 @@ def plan(
         gated: whether the first product has a gate.
         batch_invariant: one cut for every number of rows, so that a row's bits do not depend on it.
         scaled: float8 weights with block scales.
+        packed: MXFP4 weights.
         max_rows: most rows that an expert can get (C·EP), None if unknown.
     """
     halves = 2 if gated else 1
     if dtype == torch.float32:  # no tensor cores: meant for checks
         tiles = Tiles(rows=32, rows_few=32, columns=64 // halves, depth=32, num_warps=4, num_stages=2, programs_per_sm=4)
         return Plan(up=(tiles,), down=(tiles,))
+    if packed:
+        return _packed(halves, batch_invariant, max_rows)
     if batch_invariant:
         return Plan(up=(_one_cut(up_depth, halves, scaled),), down=(_one_cut(down_depth, 1, scaled),))
     limit = 0 if max_rows is not None and max_rows <= FEW_ROWS else FEW_ROWS
@@ -81,6 +85,30 @@ def plan(
         return Plan(up=(up,), down=(down,))
     # The second product for few rows comes right after the first one's, so that it starts while that one ends.
     return Plan(up=(_many(halves, scaled), up), down=(down, _many(1, scaled)))
+
+
+def _packed(halves: int, batch_invariant: bool, max_rows: int | None) -> Plan:
+    """Of MXFP4 weights, whose columns are what tensor cores take as rows: 64 at a time for each four warps."""
+    few = Tiles(
+        rows=32, rows_few=16, columns=128 // halves, depth=64, num_warps=4, num_stages=4, programs_per_sm=8, max_rows=FEW_ROWS
+    )
+    many = Tiles(
+        rows=128,
+        rows_few=64,
+        columns=128 // halves,
+        depth=64,
+        num_warps=8,
+        num_stages=4,
+        programs_per_sm=2,
+        min_rows=FEW_ROWS + 1,
+    )
+    few_down, many_down = replace(few, columns=128), replace(many, columns=128)
+    if batch_invariant:
+        one = replace(few, rows=64, rows_few=64, max_rows=0)
+        return Plan(up=(one,), down=(replace(one, columns=128),))
+    if max_rows is not None and max_rows <= FEW_ROWS:
+        return Plan(up=(replace(few, max_rows=0),), down=(replace(few_down, max_rows=0),))
+    return Plan(up=(many, few), down=(few_down, many_down))
 
 
 def _few(depth: int, halves: int, scaled: bool, max_rows: int) -> Tiles:
