@@ -32,6 +32,8 @@ ALLOWED_BETWEEN_KERNELS = {
     "expert_tiles",
     "wire_float8",
     "fp8_rows",
+    "fp8_terms",
+    "term_rows",
     "routing_packets",
 }
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)

@@ -10,6 +10,7 @@ import tokenferry as tf
 from cases import Case, run_case
 from formats import FLOAT8, FP8_COMBINE, plain
 from rank_pool import RankPools
+from tokenferry.dispatched import QuantizedRows
 from tokenferry.testing import run_ranks
 
 from .test_few_tokens import FewTokensOnly
@@ -128,3 +129,22 @@ def in_solo(group: tf.EPGroup) -> list[float]:
 
 def test_solo_has_terms_of_its_own(on_ranks: RankPools) -> None:
     assert on_ranks(in_solo, 2, env=INTERPRETER) == [[3.0]] * 2
+
+
+def other_scales(group: tf.EPGroup, num_tokens: int) -> list[float]:
+    """Values in `combine_input()` and scales elsewhere, in bulk: the peers fetch both from the workspace's memory."""
+    config = tf.MoEConfig(hidden_size=512, num_experts=4, topk=2)
+    with tf.Workspace(config, group, max_tokens_per_rank=num_tokens, transport=SmallSlots(), combine_dtype=FLOAT8) as ws:
+        layer = ws.dispatcher()
+        ws.begin_step(num_tokens)
+        rows = torch.zeros(num_tokens, 512, dtype=torch.bfloat16)
+        got = layer.dispatch(rows, torch.zeros(num_tokens, 2, dtype=torch.int32), torch.ones(num_tokens, 2))
+        terms = layer.combine_input()
+        terms.values.copy_(torch.full_like(rows, 2.0).repeat(group.size, 1).to(FLOAT8))
+        terms.scales.fill_(100.0)
+        return layer.combine(QuantizedRows(terms.values, torch.full_like(terms.scales, 1.5)), got).unique().tolist()
+
+
+@pytest.mark.parametrize("num_tokens", [2, 5], ids=["slots", "bulk"])
+def test_scales_of_other_memory_are_not_taken_for_those_in_place(on_ranks: RankPools, num_tokens: int) -> None:
+    assert on_ranks(other_scales, 2, num_tokens, env=INTERPRETER) == [[6.0]] * 2

@@ -57,11 +57,11 @@ class RowWork:
         """[T', H] of the result's dtype, in `out_TH` if it is given: the terms of all ranks, in rank order, in float32, rounded
         once. This rank's is `own_TH`; its place in `terms_RTH` is not read. Both as they travel: float8 terms are messages."""
         terms = [own_TH if rank == self._rank else term for rank, term in enumerate(terms_RTH.unbind())]
-        wanted: list[PartialRows] = [term[:num_wanted] for term in terms]
-        if self._is_quantized:
-            wanted = [_unpacked(term[:num_wanted], self._hidden_size) for term in terms]
-        total = sum_in_rank_order(wanted)
+        total = sum_in_rank_order([self._term_of(term[:num_wanted]) for term in terms])
         return total.to(self._result_dtype) if out_TH is None else out_TH.copy_(total)
+
+    def _term_of(self, message: torch.Tensor) -> PartialRows:
+        return _unpacked(message, self._hidden_size) if self._is_quantized else message
 
 
 class KernelRowWork(RowWork):
