@@ -31,6 +31,7 @@ from tokenferry.kernels import (
 )
 from tokenferry.kernels.control_block import MAX_LAYERS, MAX_RANKS, PHASES, Record
 from tokenferry.kernels.launch import options, source, specify
+from tokenferry.transports.symmetric.tuning import MAX_REGISTERS
 
 pytestmark = pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
@@ -113,8 +114,11 @@ VARIANTS = {
 
 def compiled(name: str, capability: int) -> triton.compiler.CompiledKernel:
     kernel, signature, constants, num_warps = VARIANTS[name]
+    registers = MAX_REGISTERS if name.startswith(("dispatch", "combine")) else None
     return triton.compile(
-        source(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options=options(num_warps, True)
+        source(kernel, signature, constants),
+        target=GPUTarget("cuda", capability, 32),
+        options=options(num_warps, True, max_registers=registers),
     )
 
 
@@ -167,7 +171,7 @@ def test_the_router_s_product_of_few_rows_compiles(E: int, H: int, capability: i
 
 @pytest.mark.parametrize("capability", [90, 100])
 def test_packets_are_16_bytes_and_polls_skip_the_cache(capability: int, tmp_path: Path) -> None:
-    for name in ("dispatch", "combine"):
+    for name in ("dispatch", "dispatch-few-tokens", "combine", "combine-few-tokens", "combine-16-warps"):
         text = sass(compiled(name, capability).asm["cubin"], tmp_path)
         assert "LDG.E.128.STRONG.SYS" in text, "the poll"
         assert "STG.E.128.STRONG.SYS" in text, "the packet, and the sentinel that is put back"

@@ -67,7 +67,7 @@ class KernelSpec:
         constants: value of each constexpr argument.
         num_warps, num_stages: of the compiler.
         aligned: every pointer argument is a multiple of 16 bytes.
-        max_registers: of a thread; what does not fit lies in local memory. None: as many as the compiler likes.
+        max_registers: of a thread; None: as the assembler likes.
     """
 
     kernel: Any
@@ -133,8 +133,8 @@ def source(kernel: Any, signature: Mapping[str, str], constants: Mapping[str, An
 
 def options(num_warps: int, pdl: bool, num_stages: int = 3, max_registers: int | None = None) -> dict[str, Any]:
     """Compiler options. Fusion is off: a sum's bits are promised, and Triton's default changes."""
-    plain = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False, "launch_pdl": pdl}
-    return plain if max_registers is None else {**plain, "maxnreg": max_registers}
+    limit = {} if max_registers is None else {"maxnreg": max_registers}
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False, "launch_pdl": pdl, **limit}
 
 
 class Launch:
@@ -302,6 +302,7 @@ def prepare(
     constants: Mapping[str, Any],
     num_warps: int,
     device: torch.device,
+    *,
     max_registers: int | None = None,
 ) -> Launch:
     """`load` of a variant whose signature has no placeholders."""

@@ -24,19 +24,16 @@ from tokenferry.kernels.counts import SIGNATURE as COUNTS_SIGNATURE
 from tokenferry.kernels.counts import counts_kernel
 from tokenferry.kernels.dispatch import SIGNATURE as DISPATCH_SIGNATURE
 from tokenferry.kernels.dispatch import dispatch_kernel
-from tokenferry.kernels.launch import DTYPES, REGISTERS_PER_SM, Launch, has_pdl, prepare
+from tokenferry.kernels.launch import DTYPES, Launch, has_pdl, prepare
 from tokenferry.transports.base import TransportSettings
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 from tokenferry.transports.symmetric.layout import MAX_PROGRAMS, Layout
 from tokenferry.transports.symmetric.regions import initialise
-from tokenferry.transports.symmetric.tuning import FewTokens, Tuning, choose_grid
+from tokenferry.transports.symmetric.tuning import MAX_REGISTERS, FewTokens, Tuning, choose_grid, max_registers_of
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What callers may pass: of expert numbers, and of weights and partial rows. Of float8 terms they may pass float8 rows too."""
-
-LIKED_REGISTERS = 128
-"""More than a combine of float8 terms takes if it may: 16 sums are under way in a thread."""
 
 Given = tuple[torch.dtype, torch.dtype, bool]
 """What a dispatch is given: the dtypes of topk_idx and of topk_weights, and whether its rows are quantized already."""
@@ -179,21 +176,23 @@ def load_row_kernels(settings: TransportSettings, tuning: Tuning, *, multicast: 
         given = product(INDEX_DTYPES, FLOAT_DTYPES, quantized)
         variants = {kinds: _dispatch_constants(settings, *kinds, multicast) for kinds in given}
         return {
-            kinds: prepare(dispatch_kernel, DISPATCH_SIGNATURE, constants | cut, tuning.num_warps, device)
+            kinds: prepare(
+                dispatch_kernel, DISPATCH_SIGNATURE, constants | cut, tuning.num_warps, device, max_registers=MAX_REGISTERS
+            )
             for kinds, constants in variants.items()
         }
 
     alone = dispatches(multicast=False)
-    max_registers = None
-    if settings.combine_dtype == FLOAT8 and 2 * tuning.block * LIKED_REGISTERS > REGISTERS_PER_SM:
-        max_registers = REGISTERS_PER_SM // (2 * tuning.block)  # two programs on an SM: dispatch has as many programs
+    max_registers = max_registers_of(settings, tuning)
     partials = (*FLOAT_DTYPES, FLOAT8) if settings.combine_dtype == FLOAT8 else FLOAT_DTYPES
     combines = {partial: _combine_constants(settings, partial, multicast) for partial in partials}
     return RowKernels(
         dispatch=dispatches(multicast=True) if multicast else alone,
         dispatch_alone=alone,
         combine={
-            partial: prepare(combine_kernel, COMBINE_SIGNATURE, constants | cut, tuning.num_warps, device, max_registers)
+            partial: prepare(
+                combine_kernel, COMBINE_SIGNATURE, constants | cut, tuning.num_warps, device, max_registers=max_registers
+            )
             for partial, constants in combines.items()
         },
         grid=tuning.max_programs,
