@@ -90,6 +90,19 @@ VARIANTS = {
         8,
     ),
     "combine-unrounded-bf16-wire": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "OUT": tl.float32}, 8),
+    "combine-fp8": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "WIRE": tl.float8e4nv}, 8),
+    "combine-fp8-quantized-few-tokens": (
+        combine.combine_kernel,
+        combine.SIGNATURE,
+        {**COMBINE, "WIRE": tl.float8e4nv, "PARTIAL": tl.float8e4nv, "FLAG_BLOCK": 512},
+        8,
+    ),
+    "combine-fp8-fp32-H2880": (
+        combine.combine_kernel,
+        combine.SIGNATURE,
+        {**COMBINE, "WIRE": tl.float8e4nv, "PARTIAL": tl.float32, "OUT": tl.float32, "H": 2880},
+        8,
+    ),
     "combine-half-packets": (
         combine.combine_kernel,
         combine.SIGNATURE,

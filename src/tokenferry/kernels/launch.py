@@ -30,6 +30,7 @@ DTYPES: Mapping[torch.dtype, Any] = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.float32: tl.float32,
+    torch.float8_e4m3fn: tl.float8e4nv,
     torch.int32: tl.int32,
     torch.int64: tl.int64,
 }
