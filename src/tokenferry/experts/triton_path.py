@@ -177,7 +177,9 @@ def run(
     up = (_or(weights.up_scale, valid), no_bias if weights.up_bias is None else weights.up_bias.to(dtype).contiguous())
     down = (_or(weights.down_scale, valid), no_bias if weights.down_bias is None else weights.down_bias.to(dtype).contiguous())
     norm = (_or(weights.norm_scale, valid), weights.norm_epsilon)
-    activated = buffers.quantized[2:] if loaded.in_blocks else (buffers.activated_PI, valid)
+    activated: Rows = (buffers.activated_PI, valid, 0)
+    if loaded.in_blocks:
+        activated = (*buffers.quantized[2:], buffers.quantized[3].shape[1])
     for first_row in range(0, idx_RK.shape[0], buffers.num_rows):
         loaded.table(idx_RK, valid, *table, first_row, buffers.num_rows, first_expert)
         settings = (*table, first_row, activation.alpha, activation.limit)
@@ -185,8 +187,8 @@ def run(
         rows = _quantized(loaded, True, gathered, buffers, valid, bounds)
         for product in loaded.up:
             matrices = weights_argument(weights.up_proj, activation, product)
-            product.launch(*rows[product.prequantized], matrices, *up, *activated, *settings)
-        rows = _quantized(loaded, False, (*activated, activated[1].shape[-1]), buffers, valid, bounds)
+            product.launch(*rows[product.prequantized], matrices, *up, *activated[:2], *settings)
+        rows = _quantized(loaded, False, activated, buffers, valid, bounds)
         for product in loaded.down:
             matrices = weights_argument(weights.down_proj, None, product)
             product.launch(*rows[product.prequantized], matrices, *down, buffers.outputs_PH, valid, *settings)
