@@ -120,11 +120,10 @@ def float8(args, facts, record):
             came = bench.quantized(rows)
             line = {"preset": name, "tokens": tokens, "float8": True, "bfloat16": plain[tokens], **floors}
             line |= {"whole": bench.whole(rows), "quantized_rows": bench.whole(came), "error": bench.error(came)}
-            print(
-                f"  {name} T={tokens}: bf16 {plain[tokens]:.1f}, float8 {line['whole']:.1f}, "
-                f"rows too {line['quantized_rows']:.1f}, weights {floors['weights'] / 2:.1f}, flop {floors['flop'] / 2:.1f}, error {line['error']:.1e}",
-                flush=True,
-            )
+            figures = {"bf16": plain[tokens], "float8": line["whole"], "rows too": line["quantized_rows"]}
+            figures |= {"weights": floors["weights"] / 2, "flop": floors["flop"] / 2}
+            told = ", ".join(f"{label} {us:.1f}" for label, us in figures.items())
+            print(f"  {name} T={tokens}: {told}, error {line['error']:.1e}", flush=True)
             line["plans"] = {}
             for label, trial in plans.items() if args.plans else ():
                 if (label.startswith("many") and tokens < 128) or (label.startswith("few") and tokens > 512):

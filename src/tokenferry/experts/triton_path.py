@@ -179,7 +179,8 @@ def run(
     norm = (_or(weights.norm_scale, valid), weights.norm_epsilon)
     activated: Rows = (buffers.activated_PI, valid, 0)
     if loaded.in_blocks:
-        activated = (*buffers.quantized[2:], buffers.quantized[3].shape[1])
+        values, scales = buffers.quantized[2:]
+        activated = values, scales, scales.shape[1]
     for first_row in range(0, idx_RK.shape[0], buffers.num_rows):
         loaded.table(idx_RK, valid, *table, first_row, buffers.num_rows, first_expert)
         settings = (*table, first_row, activation.alpha, activation.limit)
