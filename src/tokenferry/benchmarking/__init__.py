@@ -7,6 +7,7 @@
     host_times                     begin_step alone, and the host's time in each call
     layer, layer_times             whole layers: the points of a table, and how each is timed
     layer_model, layer_checks      the layer that is built, its floor, and what its results are compared with
+    layer_formats                  layers with float8 weights, in each format of their rows
     transformers_experts           transformers' own experts functions on the same weights
     model, model_request           models of transformers: the run, and what it measures
     model_plan                     in which order
