@@ -18,8 +18,8 @@ Progress = Callable[[str], None]
 MEETING_TIMEOUT_S: Final = 120.0
 WARM_UP_US: Final = 100_000.0
 MAX_WARM_UP: Final = 200
-"""How long, and at most how often, a graph is replayed before it is timed. The first graphs of a process took up to 15 % longer than
-the same ones a second later: 57 instead of 49 microseconds a layer at T = 1, 2 x H200, 2026-11-26."""
+"""How long, and at most how often, a graph is replayed before it is timed. The first graphs of a process took up to 15 % longer
+than the same ones a second later: 57 instead of 49 microseconds a layer at T = 1, 2 x H200, 2026-11-26."""
 
 
 class GroupTimer:
