@@ -91,8 +91,11 @@ def plan(
     up, down = _few(up_depth, halves, scaled, limit), _few(down_depth, 1, scaled, limit)
     if not limit:
         return Plan(up=(up,), down=(down,))
-    # The second product for few rows comes right after the first one's, so that it starts while that one ends.
-    return Plan(up=(_many(halves, scaled), up), down=(down, _many(1, scaled)))
+    if scaled:  # the second product for few rows comes right after the first one's, so that it starts while that one ends
+        return Plan(up=(_many(halves, scaled), up), down=(down, _many(1, scaled)))
+    # Few rows first: they wait for the table alone, and not for a launch that finds no expert with many. Layers of qwen3-30b-a3b,
+    # 2 x H200, 2026-11-26: 50.8 instead of 53.3 microseconds at T = 1, within 0.6 % from 8 to 128, and not slower up to 4096.
+    return Plan(up=(up, _many(halves, scaled)), down=(down, _many(1, scaled)))
 
 
 def _packed(halves: int, batch_invariant: bool, max_rows: int | None) -> Plan:
