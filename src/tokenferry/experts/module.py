@@ -351,7 +351,7 @@ class Experts(KeepsPrecision):
         from tokenferry.experts import triton_path  # here: Triton is not everywhere
 
         self.scratch, self._max_rows = scratch, workspace.max_tokens_per_rank * workspace.group.size
-        for out_dtype in {workspace.combine_dtype, workspace.config.dtype}:
+        for out_dtype in {workspace.combine_dtype, workspace.config.dtype} - {FLOAT8}:
             triton_path.prepare(
                 scratch,
                 self.weights,

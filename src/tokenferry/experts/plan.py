@@ -15,6 +15,8 @@ class Tiles:
     Attributes:
         tensor_map: weights come by the tensor memory accelerator (Hopper and newer), where their layout allows it.
         prequantize: rows for float8 weights are quantized once, by a launch of their own; else in every tile that reads them.
+        in_blocks: rows and weights are float8, and the first product quantizes what it writes: see `kernels/expert_scaled.py`.
+        swapped: then, weights take the place of rows in the tensor core, which wants 64 of these: for few rows.
         min_rows, max_rows: it serves experts with min_rows <= rows <= max_rows; max_rows 0 means no upper limit.
         rows_few: where at most so many rows of an expert are left, the tile has so many.
         rows, columns, depth: of a tile; `columns` are of the output, so a gated product reads twice as many.
@@ -31,6 +33,8 @@ class Tiles:
     rows_few: int
     tensor_map: bool = False
     prequantize: bool = False
+    in_blocks: bool = False
+    swapped: bool = False
     min_rows: int = 1
     max_rows: int = 0
 
@@ -58,6 +62,7 @@ def plan(
     batch_invariant: bool = False,
     scaled: bool = False,
     packed: bool = False,
+    in_blocks: bool = False,
     max_rows: int | None = None,
 ) -> Plan:
     """The cut for one configuration.
@@ -69,6 +74,7 @@ def plan(
         batch_invariant: one cut for every number of rows, so that a row's bits do not depend on it.
         scaled: float8 weights with block scales.
         packed: MXFP4 weights.
+        in_blocks: these are laid out for `Tiles.in_blocks`.
         max_rows: most rows that an expert can get (C·EP), None if unknown.
     """
     halves = 2 if gated else 1
@@ -77,6 +83,8 @@ def plan(
         return Plan(up=(tiles,), down=(tiles,))
     if packed:
         return _packed(halves, batch_invariant, max_rows)
+    if in_blocks:
+        return _plan_in_blocks(halves, batch_invariant, max_rows)
     if batch_invariant:
         return Plan(up=(_one_cut(up_depth, halves, scaled),), down=(_one_cut(down_depth, 1, scaled),))
     limit = 0 if max_rows is not None and max_rows <= FEW_ROWS else FEW_ROWS
@@ -109,6 +117,21 @@ def _packed(halves: int, batch_invariant: bool, max_rows: int | None) -> Plan:
     if max_rows is not None and max_rows <= FEW_ROWS:
         return Plan(up=(replace(few, max_rows=0),), down=(replace(few_down, max_rows=0),))
     return Plan(up=(many, few), down=(few_down, many_down))
+
+
+def _plan_in_blocks(halves: int, batch_invariant: bool, max_rows: int | None) -> Plan:
+    few = Tiles(
+        rows=64, rows_few=64 if batch_invariant else 16, columns=128, depth=128, num_warps=4, num_stages=3, programs_per_sm=16,
+        tensor_map=True, prequantize=True, in_blocks=True, swapped=True,
+    )  # fmt: skip
+    if batch_invariant or (max_rows is not None and max_rows <= FEW_ROWS):
+        return Plan(up=(few,), down=(few,))
+    few = replace(few, max_rows=FEW_ROWS)
+    up = Tiles(
+        rows=128, rows_few=64, columns=128, depth=128, num_warps=8, num_stages=3, programs_per_sm=1, min_rows=FEW_ROWS + 1,
+        tensor_map=True, prequantize=True, in_blocks=True,
+    )  # fmt: skip
+    return Plan(up=(up, few), down=(few, replace(up, columns=256)))
 
 
 def _few(depth: int, halves: int, scaled: bool, max_rows: int) -> Tiles:

@@ -40,6 +40,10 @@ _FLOAT8_MIDDLES = (_float8_magnitudes()[1:] + _float8_magnitudes()[:-1]) / np.fl
 """Between each two neighbours; exact in float32."""
 
 
+_FLOAT8_NUMBERS = np.concatenate([sign * np.append(_float8_magnitudes(), np.float32(np.nan)) for sign in (1, -1)])
+"""Of all 256 patterns of bits."""
+
+
 class Observer:
     """Sees the words that an interpreted rank puts on the wire, and may delay them. Subclass it in tests.
 
@@ -158,6 +162,14 @@ def _peer_table(control: int):
     return _int64(int(table), int(size))
 
 
+def send_word(address, word, mask, control_ptr):
+    send(address, word, word, word, word, mask, control_ptr, 1)
+
+
+def load_peer_word(address, mask):
+    return load_peer(address, mask, 1)[0]
+
+
 def multicast(address, a, b, c, d, mask, control_ptr, WORDS):
     observer = _observer(_scalar(control_ptr))
     for clone in _clones(address, control_ptr):
@@ -241,6 +253,10 @@ def poll_and_clear(address, mask, control_ptr, blamed, hint, WORDS):
 
     _wait(live, poll, control, _array(blamed, addresses.shape), _array(hint, addresses.shape))
     return tuple(_tensor(output, tl.uint32) for output in outputs)
+
+
+def poll_and_clear_word(address, mask, control_ptr, blamed, hint):
+    return poll_and_clear(address, mask, control_ptr, blamed, hint, 1)[0]
 
 
 def take_ticket(counters_ptr):
@@ -344,6 +360,12 @@ def divide(x, scale, reciprocal):
 def pack_float8(a, b, c, d):
     values = [_to_float8(_array(x)).astype(np.uint32) for x in (a, b, c, d)]
     return _tensor(sum(value << np.uint32(8 * place) for place, value in enumerate(values)), tl.uint32)
+
+
+def unpack_float8(word):
+    word = _array(word)
+    values = [_FLOAT8_NUMBERS[word >> np.uint32(8 * place) & np.uint32(0xFF)] for place in range(4)]
+    return tuple(_tensor(value, tl.float32) for value in values)
 
 
 def to_float8(x):
