@@ -133,9 +133,9 @@ def gemm_example(group: tf.EPGroup) -> list[list[float]]:
     for first in (True, False):
         out = torch.full((2, 2), -7.0, dtype=torch.bfloat16)
         expert_mxfp4.expert_mxfp4_kernel[(1,)](
-            source, counts, 0, words, factors, counts, out, counts, offsets, pairs, 0, 0.0, 0.0, L=2, K=1, DEPTH=2, WIDTH=2,
-            IS_FIRST_PRODUCT=first, GATED=False, INTERLEAVED=False, ACTIVATION="none", BIAS=False, GATHERED=False, MIN_ROWS=1,
-            MAX_ROWS=0, BM_FEW=16, BM=16, BN=64, BD=64, LANES=2, UPCAST=True, OVERLAPS=False, PDL=0,
+            source, counts, 0, words, factors, counts, out, counts, counts, offsets, pairs, 0, 0.0, 0.0, L=2, K=1, DEPTH=2,
+            WIDTH=2, IS_FIRST_PRODUCT=first, GATED=False, INTERLEAVED=False, ACTIVATION="none", BIAS=False, GATHERED=False,
+            MIN_ROWS=1, MAX_ROWS=0, BM_FEW=16, BM=16, BN=64, BD=64, LANES=2, UPCAST=True, OVERLAPS=False, PDL=0,
         )  # fmt: skip
         results.append(out.tolist())
         source = out
