@@ -22,6 +22,7 @@ class Tiles:
         rows, columns, depth: of a tile; `columns` are of the output, so a gated product reads twice as many.
         num_warps, num_stages: of a program, and of its pipeline.
         programs_per_sm: the launch has at most so many programs for each SM, which take tiles in turn.
+        max_registers: of a thread, so that more programs fit on an SM at once; None: as the assembler likes.
     """
 
     rows: int
@@ -37,6 +38,7 @@ class Tiles:
     swapped: bool = False
     min_rows: int = 1
     max_rows: int = 0
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,3 +167,5 @@ UNPACK_MXFP4 = """{ .reg .b32 %s, %t, %u, %a, %b, %c, %d, %z; mov.b32 %z, 0x8000
       shr.b32 %u, $8, 7; lop3.b32 %d, %u, 0x00400040, %t, 0xEA;
       fma.rn.bf16x2 %a, %a, %s, %z; fma.rn.bf16x2 %b, %b, %s, %z; fma.rn.bf16x2 %c, %c, %s, %z; fma.rn.bf16x2 %d, %d, %s, %z;
       mov.b32 {$0, $1}, %a; mov.b32 {$2, $3}, %b; mov.b32 {$4, $5}, %c; mov.b32 {$6, $7}, %d; }"""
+
+SAME_FOR_ALL = "redux.sync.or.b32 $0, $1, 0xFFFFFFFF;"
