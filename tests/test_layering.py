@@ -31,6 +31,7 @@ ALLOWED_BETWEEN_KERNELS = {
     "expert_math",
     "expert_tiles",
     "wire_float8",
+    "wire_mxfp4",
     "fp8_rows",
     "fp8_terms",
     "term_rows",

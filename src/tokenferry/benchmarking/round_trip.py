@@ -139,10 +139,15 @@ def _measure_all(group: EPGroup, points: Sequence[RoundTripPoint], progress: Pro
 def measure_round_trip(timer: GroupTimer, point: RoundTripPoint, copy_gb_per_s: float = 0.0) -> Record:
     """The figures of one point, the same on every rank. Collective over the timer's group."""
     with opened(timer.group, point) as ws:
-        median_us, spread_us, got, out = _time_chain(timer, ws, point)
-        ws.check()
-        correct = not differences(point, timer.group.rank, SEED, got, out)
-        timer.meet()
+        return measure_in(ws, timer, point, copy_gb_per_s)
+
+
+def measure_in(ws: Workspace, timer: GroupTimer, point: RoundTripPoint, copy_gb_per_s: float = 0.0) -> Record:
+    """The same in a workspace that is open already, with the point's configuration, capacity and options (see `opened`)."""
+    median_us, spread_us, got, out = _time_chain(timer, ws, point)
+    ws.check()
+    correct = not differences(point, timer.group.rank, SEED, got, out)
+    timer.meet()
     num_bytes = wire_bytes(point, timer.group.rank)
     gb_per_s = num_bytes / median_us / 1e3
     return {

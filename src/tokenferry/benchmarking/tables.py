@@ -32,8 +32,27 @@ def _round_trip_line(record: Mapping[str, Any]) -> str:
 
 def layer_table(records: Sequence[Mapping[str, Any]]) -> str:
     """The records of `run_layer` in microseconds, one line for each point; the last column names what gave wrong results."""
+    if any(record.get("float8") for record in records):
+        return _formats_table(records)
     heading = f"{'preset':<15}{'T':>5}" + "".join(f"{name:>11}" for name in LAYER_COLUMNS) + "  right"
     return "\n".join([heading, *(_layer_line(record) for record in records)])
+
+
+def _formats_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Of layers with float8 weights: two lines for each point, one for each format of the rows."""
+    columns = (*LAYER_COLUMNS[:5], "bfloat16")
+    heading = f"{'preset':<15}{'T':>5} {'rows':<13}" + "".join(f"{name:>11}" for name in columns) + "  right"
+    lines = [heading]
+    for record in records:
+        if "tokens" not in record:
+            lines.append(_layer_line(record))
+            continue
+        for name, is_right in record["correct"].items():
+            figures = {"bfloat16_us": record["bfloat16_us"], **record[name]}
+            cells = [figures.get(f"{column}_us") for column in columns]
+            told = "".join(f"{'-' if cell is None else format(cell, '.1f'):>11}" for cell in cells)
+            lines.append(f"{record['preset']:<15}{record['tokens']:>5} {name:<13}{told}  {'yes' if is_right else 'no'}")
+    return "\n".join(lines)
 
 
 def _layer_line(record: Mapping[str, Any]) -> str:

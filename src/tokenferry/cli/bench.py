@@ -56,6 +56,7 @@ def layer_command(
     transport: str = "p2p",
     commit: str = "unknown",
     rehearse: bool = False,
+    float8: bool = False,
 ) -> int:
     """`tokenferry bench layer`: the exit code, 1 if a result was wrong or a preset failed."""
     found = torch.cuda.device_count()
@@ -71,6 +72,7 @@ def layer_command(
         transport="collective" if rehearse else transport,
         budget_s=budget_s,
         commit=commit,
+        float8=float8,
     )
     benchmarking.check_output(output)
     records = benchmarking.run_layer(request, ranks, device="cpu" if rehearse else "cuda", output=output, progress=say)

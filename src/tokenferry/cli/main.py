@@ -125,6 +125,10 @@ def doctor(
     with one_line_errors():
         if plan is None and (ep, max_tokens) != (None, None):
             fail("--ep and --max-tokens belong to --plan, which is not given")
+        if selftest and plan is None:
+            from tokenferry.supervisor import start_fork_server
+
+            start_fork_server()  # it imports torch while we do
         with loading():
             from tokenferry.cli.doctor import print_plan, print_report
 
@@ -162,13 +166,14 @@ def bench_layer(
     budget_s: float = typer.Option(200.0, "--budget-s", min=0.0, help="Begin no further point after so many seconds."),
     output: Path = typer.Option(None, help="Write the records there, one JSON object a line."),
     rehearse: bool = typer.Option(False, help="On CPUs, with tiny sizes: every call and check, no figures."),
+    float8: bool = typer.Option(False, "--float8", help="Float8 weights: rows in bfloat16 beside quantized rows."),
 ) -> None:
     """Time whole MoE layers beside their floor, the collective transport, and transformers' experts."""
     with one_line_errors():
         with loading():
             from tokenferry.cli.bench import layer_command
 
-        raise typer.Exit(layer_command(ranks, presets, tokens, budget_s, output, rehearse=rehearse))
+        raise typer.Exit(layer_command(ranks, presets, tokens, budget_s, output, rehearse=rehearse, float8=float8))
 
 
 @bench.command("model")

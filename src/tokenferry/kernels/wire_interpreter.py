@@ -384,6 +384,17 @@ def _to_float8(value):
     return np.where(np.isnan(value), np.uint8(0x7F), bits | np.signbit(value).astype(np.uint8) << np.uint8(7))
 
 
+def unpack_mxfp4(word, scale):
+    """As float32: the interpreter would multiply bfloat16 as if it were integers."""
+    word, scale = np.broadcast_arrays(_array(word).view(np.uint32), _array(scale).view(np.uint32))
+    all_bits, shift = np.uint32(0x81C081C0), [np.uint32(number) for number in range(8)]
+    last = (word << shift[1] ^ word >> shift[3]) & np.uint32(0x81808180) | word >> shift[7] & np.uint32(0x00400040)
+    pairs = (word & all_bits, word << shift[3] & all_bits, word << shift[6] & all_bits, last)
+    factor = (scale << np.uint32(23)).view(np.float32)
+    halves = [half for pair in pairs for half in (pair << np.uint32(16), pair & np.uint32(0xFFFF0000))]
+    return tuple(_tensor(half.view(np.float32) * factor, tl.float32) for half in halves)
+
+
 def wait_for_previous_kernel(PDL):
     return
 

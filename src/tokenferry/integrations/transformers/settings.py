@@ -12,7 +12,7 @@ import torch
 
 from tokenferry.config import MoEConfig
 from tokenferry.dispatched import FLOAT8, RowFormat
-from tokenferry.errors import ConfigError
+from tokenferry.errors import CapacityError, ConfigError
 from tokenferry.groups import EPGroup
 from tokenferry.integrations.transformers.exchange import Rows
 from tokenferry.workspace import Workspace
@@ -77,6 +77,15 @@ class LayerShape:
             torch.empty(0, self.topk, dtype=torch.int64, device=device),
             torch.empty(0, self.topk, dtype=self.weight_dtype, device=device),
         )
+
+
+def over_capacity(num_tokens: int, capacity: int) -> CapacityError:
+    """A forward has more tokens than `max_tokens_per_rank`."""
+    return CapacityError(
+        f"this forward has {num_tokens} tokens (batch, times beams, times length) but max_tokens_per_rank is {capacity}; load "
+        f"the model with max_tokens_per_rank={num_tokens}, send fewer prompts at once, or have generate() split long ones with "
+        f"prefill_chunk_size (times the prompts of the batch, at most {capacity})"
+    )
 
 
 def open_workspace(group: EPGroup, options: Options, shape: LayerShape) -> Workspace:
