@@ -272,7 +272,7 @@ def combine_kernel(
                         hints_ptr + lanes * wire.COUNT_PACKET_BYTES,
                     )
             if IS_FP8:
-                fp8_terms.sum_terms(packet, o0, o1, o2, o3, own_scale, num_tokens, num_out, first_row, rank, size, in_slots,
+                fp8_terms.sum_terms(b * BLOCK, o0, o1, o2, o3, own_scale, num_tokens, num_out, first_row, rank, size, in_slots,
                                     buffer_ptr, peer_table, slots_offset, slot_bytes, terms_offset, term_scales_offset, blamed,
                                     hints_ptr, out_ptr, H, OUT, BLOCK)  # fmt: skip
             else:

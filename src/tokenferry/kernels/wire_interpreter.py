@@ -255,8 +255,9 @@ def poll_and_clear(address, mask, control_ptr, blamed, hint, WORDS):
     return tuple(_tensor(output, tl.uint32) for output in outputs)
 
 
-def poll_and_clear_word(address, mask, control_ptr, blamed, hint):
-    return poll_and_clear(address, mask, control_ptr, blamed, hint, 1)[0]
+def poll_and_clear_both(address, mask, word_address, word_mask, control_ptr, blamed, hint):
+    packet = poll_and_clear(address, mask, control_ptr, blamed, hint, 4)
+    return *packet, poll_and_clear(word_address, word_mask, control_ptr, blamed, hint, 1)[0]
 
 
 def take_ticket(counters_ptr):
