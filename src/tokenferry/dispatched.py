@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Self
 
 import torch
@@ -99,6 +99,10 @@ class RowFormat:
         if not isinstance(given, str):
             raise ConfigError(f"dispatch_format must be a RowFormat or one of {', '.join(FORMAT_NAMES)}, got {given!r}")
         return cls(name=given)  # type: ignore[arg-type]
+
+    def resolved(self, config: MoEConfig) -> RowFormat:
+        """The same with `row_bytes` in numbers where the configuration would give them: equal formats are equal then."""
+        return replace(self, row_bytes=self.columns(config)) if self.name == "bytes" else self
 
     def __str__(self) -> str:
         """As errors name it."""
