@@ -46,7 +46,8 @@ class Workspace(GraphCalls):
         transport: "auto", one of `transports.selection.TRANSPORTS`, or an object that opens a transport of your own, of the same
             name on every rank: see `transports.base.TransportFactory`.
         dispatch_format: what rows are on their way to the experts: "same", "fp8_block128", "bytes", or a `RowFormat`.
-        combine_dtype: of the partial rows on the wire. Default: `config.dtype`.
+        combine_dtype: of the partial rows on the wire. Default: `config.dtype`. float8_e4m3fn: quantized by the sending kernel or
+            by the experts, with a scale for every 128 columns.
         index_dtype: of `Dispatched.topk_idx`: int32, or int64 for expert kernels that want it; written so, without a pass.
         combine_order: "rank": terms are summed in rank order, the same bits on every transport. "any": the library's or the
             hardware's own order where that is faster, outside every promise of equal bits.
@@ -231,7 +232,7 @@ class Workspace(GraphCalls):
             raise ConfigError(f"config must be a MoEConfig, got {type(config).__name__}")
         check_positive_ints(ep_size=ep_size, max_tokens_per_rank=max_tokens_per_rank)
         combine_dtype, row_format = combine_dtype or config.dtype, RowFormat.of(dispatch_format)
-        check_dtypes(combine_dtype, index_dtype)
+        check_dtypes(combine_dtype, index_dtype, config)
         row_format.check(config)
         return required_bytes(transport, config, ep_size, max_tokens_per_rank, combine_dtype, index_dtype, row_format)
 

@@ -10,7 +10,7 @@ LAYER_COLUMNS: Final = ("router", "dispatch", "experts", "combine", "total", "fl
 
 def round_trip_table(records: Sequence[Mapping[str, Any]]) -> str:
     """The records of `run_round_trips`, one line for each point: microseconds, spread, GB/s and their share of a copy's."""
-    heading = f"{'transport':<12}{'format':<24}{'order':<6}{'H':>6}{'C':>7} {'T per rank':<14}"
+    heading = f"{'transport':<12}{'format':<24}{'combine':<24}{'order':<6}{'H':>6}{'C':>7} {'T per rank':<14}"
     heading += f"{'us':>9}{'±':>7}{'GB/s':>8}{'of copy':>9}  correct"
     return "\n".join([heading, *(_round_trip_line(record) for record in records)])
 
@@ -20,7 +20,8 @@ def _round_trip_line(record: Mapping[str, Any]) -> str:
         return ", ".join(f"{name} {value}" for name, value in record.items() if name.endswith(("_us", "_s")))
     tokens = "x".join(map(str, record["tokens"]))
     given = record["dispatch_format"] + "-quantized" * record["quantized"]
-    point = f"{record['transport']:<12}{given:<24}{record['combine_order']:<6}"
+    terms = record["combine_format"] + "-quantized" * record["quantized_terms"]
+    point = f"{record['transport']:<12}{given:<24}{terms:<24}{record['combine_order']:<6}"
     point += f"{record['hidden_size']:>6}{record['capacity']:>7} {tokens:<14}"
     if "error" in record:
         return f"{point} {record['error']}"

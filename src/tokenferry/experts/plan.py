@@ -61,6 +61,7 @@ def plan(
     gated: bool = True,
     batch_invariant: bool = False,
     scaled: bool = False,
+    packed: bool = False,
     in_blocks: bool = False,
     max_rows: int | None = None,
 ) -> Plan:
@@ -72,6 +73,7 @@ def plan(
         gated: whether the first product has a gate.
         batch_invariant: one cut for every number of rows, so that a row's bits do not depend on it.
         scaled: float8 weights with block scales.
+        packed: MXFP4 weights.
         in_blocks: these are laid out for `Tiles.in_blocks`.
         max_rows: most rows that an expert can get (C·EP), None if unknown.
     """
@@ -79,6 +81,8 @@ def plan(
     if dtype == torch.float32:  # no tensor cores: meant for checks
         tiles = Tiles(rows=32, rows_few=32, columns=64 // halves, depth=32, num_warps=4, num_stages=2, programs_per_sm=4)
         return Plan(up=(tiles,), down=(tiles,))
+    if packed:
+        return _packed(halves, batch_invariant, max_rows)
     if in_blocks:
         return _plan_in_blocks(halves, batch_invariant, max_rows)
     if batch_invariant:
@@ -91,9 +95,33 @@ def plan(
     return Plan(up=(_many(halves, scaled), up), down=(down, _many(1, scaled)))
 
 
+def _packed(halves: int, batch_invariant: bool, max_rows: int | None) -> Plan:
+    """Of MXFP4 weights, whose columns are what tensor cores take as rows: 64 at a time for each four warps."""
+    few = Tiles(
+        rows=32, rows_few=16, columns=128 // halves, depth=64, num_warps=4, num_stages=4, programs_per_sm=8, max_rows=FEW_ROWS
+    )
+    many = Tiles(
+        rows=128,
+        rows_few=64,
+        columns=128 // halves,
+        depth=64,
+        num_warps=8,
+        num_stages=4,
+        programs_per_sm=2,
+        min_rows=FEW_ROWS + 1,
+    )
+    few_down, many_down = replace(few, columns=128), replace(many, columns=128)
+    if batch_invariant:
+        one = replace(few, rows=64, rows_few=64, max_rows=0)
+        return Plan(up=(one,), down=(replace(one, columns=128),))
+    if max_rows is not None and max_rows <= FEW_ROWS:
+        return Plan(up=(replace(few, max_rows=0),), down=(replace(few_down, max_rows=0),))
+    return Plan(up=(many, few), down=(few_down, many_down))
+
+
 def _plan_in_blocks(halves: int, batch_invariant: bool, max_rows: int | None) -> Plan:
     few = Tiles(
-        rows=64, rows_few=64 if batch_invariant else 16, columns=128, depth=128, num_warps=4, num_stages=3, programs_per_sm=16,
+        rows=64 if batch_invariant else 32, rows_few=64 if batch_invariant else 16, columns=128, depth=128, num_warps=4, num_stages=3, programs_per_sm=16,
         tensor_map=True, prequantize=True, in_blocks=True, swapped=True,
     )  # fmt: skip
     if batch_invariant or (max_rows is not None and max_rows <= FEW_ROWS):
@@ -103,7 +131,7 @@ def _plan_in_blocks(halves: int, batch_invariant: bool, max_rows: int | None) ->
         rows=128, rows_few=64, columns=128, depth=128, num_warps=8, num_stages=3, programs_per_sm=1, min_rows=FEW_ROWS + 1,
         tensor_map=True, prequantize=True, in_blocks=True,
     )  # fmt: skip
-    return Plan(up=(up, few), down=(few, replace(up, columns=256)))
+    return Plan(up=(up, few), down=(few, replace(up, num_stages=4)))
 
 
 def _few(depth: int, halves: int, scaled: bool, max_rows: int) -> Tiles:

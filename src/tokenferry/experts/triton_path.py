@@ -115,7 +115,7 @@ def prepare(
         hidden_dtype: of the rows; default: the weights'.
         quantized_rows: whether a dispatch gives `QuantizedRows`.
     """
-    dtype = hidden_dtype or weights.up_proj.dtype
+    dtype = hidden_dtype or (torch.bfloat16 if weights.is_packed else weights.up_proj.dtype)
     variant = variant_of(
         weights,
         activation,
@@ -269,6 +269,8 @@ def _load(variant: Variant, scratch: ExpertScratch) -> LoadedExperts:
 
 def _product(spec: KernelSpec, launch: BoundLaunch, variant: Variant, tiles: Tiles) -> Product:
     constants = dict(spec.constants)
+    if variant.is_packed:
+        return Product(launch, (), False)
     block = descriptor_block(variant, tiles, constants["IS_FIRST_PRODUCT"]) if constants["TENSOR_MAP"] else ()
     return Product(launch, block, constants["QUANTIZED"])
 

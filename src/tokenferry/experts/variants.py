@@ -18,6 +18,8 @@ from tokenferry.experts.weights import ExpertWeights
 from tokenferry.kernels import wire
 from tokenferry.kernels.expert_gemm import SIGNATURE as GEMM_SIGNATURE
 from tokenferry.kernels.expert_gemm import expert_gemm_kernel
+from tokenferry.kernels.expert_mxfp4 import SIGNATURE as MXFP4_SIGNATURE
+from tokenferry.kernels.expert_mxfp4 import expert_mxfp4_kernel
 from tokenferry.kernels.expert_quantize import SIGNATURE as QUANTIZE_SIGNATURE
 from tokenferry.kernels.expert_quantize import quantize_rows_kernel
 from tokenferry.kernels.expert_sum import SIGNATURE as SUM_SIGNATURE
@@ -64,6 +66,11 @@ class Variant:
         """With block scales."""
         return self.weight_dtype == FLOAT8
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weights are packed MXFP4."""
+        return self.weight_dtype == torch.int32
+
 
 def row_shape(variant: Variant) -> RowShape:
     """What a gathered row of this variant needs."""
@@ -86,7 +93,7 @@ def variant_of(
     quantized_rows: bool = False,
 ) -> Variant:
     """The variant that such operands ask for. `aligned`: operands that are not given here begin at multiples of 16 bytes."""
-    L, H, I = weights.down_proj.shape
+    L, H, I = weights.sizes
     parts = (
         weights.up_proj,
         weights.down_proj,
@@ -143,6 +150,7 @@ def chosen_plan(variant: Variant, device: torch.device) -> Plan:
         gated=variant.gated,
         batch_invariant=variant.batch_invariant,
         scaled=variant.has_float8_weights,
+        packed=variant.is_packed,
         in_blocks=fits_blocks(variant, device),
         max_rows=variant.max_rows,
     )
@@ -257,7 +265,46 @@ def descriptor_block(variant: Variant, tiles: Tiles, is_first_product: bool) -> 
     return (1, 1, tiles.depth, tiles.columns * (2 if is_paired else 1))
 
 
+def _packed_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int, *, overlaps: bool) -> KernelSpec:
+    sizes = (variant.hidden_size, variant.intermediate_size)
+    depth, width = sizes if is_first_product else sizes[::-1]
+    gathered = is_first_product and variant.quantized_rows
+    constants = {
+        "L": variant.num_local_experts,
+        "K": variant.topk,
+        "DEPTH": depth,
+        "WIDTH": width,
+        "IS_FIRST_PRODUCT": is_first_product,
+        "GATED": is_first_product and variant.gated,
+        "INTERLEAVED": is_first_product and variant.interleaved,
+        "ACTIVATION": variant.activation if is_first_product else "none",
+        "BIAS": variant.up_bias if is_first_product else variant.down_bias,
+        "GATHERED": gathered,
+        "MIN_ROWS": tiles.min_rows,
+        "MAX_ROWS": tiles.max_rows,
+        "BM_FEW": tiles.rows_few,
+        "BM": tiles.rows,
+        "BN": tiles.columns,
+        "BD": tiles.depth,
+        "LANES": triton.next_power_of_2(variant.num_local_experts),
+        "UPCAST": wire.INTERPRETED,
+        "OVERLAPS": overlaps,
+        "PDL": pdl,
+    }
+    return specify(
+        expert_mxfp4_kernel,
+        MXFP4_SIGNATURE,
+        constants,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        dtypes={"DTYPE": variant.dtype, "ROWS": torch.float8_e4m3fn if gathered else variant.dtype},
+        aligned=variant.aligned,
+    )
+
+
 def _gemm_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int, *, overlaps: bool) -> KernelSpec:
+    if variant.is_packed:
+        return _packed_spec(variant, tiles, is_first_product, pdl, overlaps=overlaps)
     strides = variant.up_strides if is_first_product else variant.down_strides
     sizes = (variant.hidden_size, variant.intermediate_size)
     depth, width = sizes if is_first_product else sizes[::-1]
