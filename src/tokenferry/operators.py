@@ -128,8 +128,8 @@ class Operators:
         """Stands for the handle of a dispatch that is made in compiled code."""
         fixed = transport.fixed_rows
         self._copied_rows: int | None = None
-        """R, where dispatches in compiled code return copies of what lies at fixed addresses: quantized rows, since inductor gives
-        an operator copies of buffers that are read as float8."""
+        """R, where dispatches in compiled code return copies of what lies at fixed addresses: quantized rows, since inductor
+        gives an operator copies of buffers that are read as float8."""
         if fixed is not None and self._is_quantized:
             self._copied_rows, fixed = fixed.hidden_RH.shape[0], None
         self.fixed = None if fixed is None else _fixed_tensors(fixed)
