@@ -1,4 +1,4 @@
-"""The weighted sum of a row's expert outputs, in the order of its K choices, in float32; then rounded, or quantized for the wire."""
+"""The weighted sum of a row's expert outputs, in the order of its K choices, in float32; then rounded, or quantized."""
 
 from __future__ import annotations
 
