@@ -59,8 +59,9 @@ class QuantizedRows:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[R, H] of `dtype`: the products in float32, each rounded once. A new tensor."""
-        spread = self.scales.repeat_interleave(SCALE_BLOCK, 1)[:, : self.values.shape[1]]
-        return (self.values.to(torch.float32) * spread).to(dtype)
+        # Not by repeat_interleave and a cut: torch 2.13's inductor reads other memory for a last block of fewer columns (on CPUs).
+        block = torch.arange(self.values.shape[1], dtype=torch.int64, device=self.values.device) // SCALE_BLOCK
+        return (self.values.to(torch.float32) * self.scales.index_select(1, block)).to(dtype)
 
 
 HiddenRows = torch.Tensor | QuantizedRows
