@@ -59,7 +59,7 @@ class QuantizedRows:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[R, H] of `dtype`: the products in float32, each rounded once. A new tensor."""
-        # Not by repeat_interleave and a cut: torch 2.13's inductor reads other memory for a last block of fewer columns (on CPUs).
+        # Not by repeat_interleave and a cut: there torch 2.13's inductor reads other memory for a shorter last block (on CPUs).
         block = torch.arange(self.values.shape[1], dtype=torch.int64, device=self.values.device) // SCALE_BLOCK
         return (self.values.to(torch.float32) * self.scales.index_select(1, block)).to(dtype)
 
