@@ -100,6 +100,19 @@ def test_formats_that_differ_are_an_error_on_every_rank(on_ranks: RankPools) -> 
     assert on_ranks(differing_formats, 2)[0] == f"dispatch_format differs between ranks: {said}"
 
 
+def equal_formats(group: tf.EPGroup) -> int:
+    """One rank takes the bytes of a hidden row, the other says the same number."""
+    config = Case().config
+    row_bytes = config.hidden_size * config.dtype.itemsize if group.rank else None
+    with tf.Workspace(config, group, max_tokens_per_rank=4, dispatch_format=tf.RowFormat("bytes", row_bytes=row_bytes)) as ws:
+        return ws.dispatch_format.columns(config)
+
+
+def test_formats_are_compared_and_not_their_spellings(on_ranks: RankPools) -> None:
+    first, second = on_ranks(equal_formats, 2)
+    assert first == second
+
+
 def two_groups(group: tf.EPGroup) -> bool:
     other = tf.EPGroup.from_store(group.store, group.rank, group.size)
     third = tf.EPGroup.from_store(group.store, group.rank, group.size)

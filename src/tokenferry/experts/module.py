@@ -16,7 +16,7 @@ from torch import nn
 
 from tokenferry.activations import Activation
 from tokenferry.config import HIDDEN_DTYPES
-from tokenferry.dispatched import FLOAT8, Dispatched, QuantizedRows
+from tokenferry.dispatched import FLOAT8, Dispatched, PartialRows, QuantizedRows
 from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, StateError, check_kind
 from tokenferry.experts import mxfp4, torch_path
 from tokenferry.experts.float8 import quantize_weights
@@ -34,13 +34,13 @@ def apply_experts(
     weights: ExpertWeights,
     first_expert: int,
     activation: Activation,
-    out: torch.Tensor | None = None,
+    out: PartialRows | None = None,
     *,
     scratch: ExpertScratch | None = None,
     batch_invariant: bool = False,
     max_rows: int | None = None,
     dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+) -> Any:
     """The weighted sum, for each gathered row, over this rank's experts.
 
     Products are in the weights' dtype, the activation in float32 (rounded once), the sum over a row's K choices in float32, in
@@ -53,8 +53,8 @@ def apply_experts(
         weights: of this rank's L experts.
         first_expert: global number of the first of them.
         activation: between the products.
-        out: [R, H] to write into, bfloat16, float16 or float32, e.g. `dispatcher.combine_input()`. None: a new tensor
-            in the dtype of `dispatched.hidden`.
+        out: [R, H] to write into, bfloat16, float16 or float32, or `QuantizedRows`, into which the sum's float32 numbers are
+            quantized as they are made; e.g. `dispatcher.combine_input()`. None: a new tensor in the dtype of `dispatched.hidden`.
         scratch: working memory for the kernels of CUDA tensors; layers that never run at the same time share one. None: the
             library's operators, which are slower and take temporary memory for R·K pairs.
         batch_invariant: with `scratch`: a row's bits do not depend on how many other rows there are.
@@ -351,7 +351,7 @@ class Experts(KeepsPrecision):
         from tokenferry.experts import triton_path  # here: Triton is not everywhere
 
         self.scratch, self._max_rows = scratch, workspace.max_tokens_per_rank * workspace.group.size
-        for out_dtype in {workspace.combine_dtype, workspace.config.dtype} - {FLOAT8}:
+        for out_dtype in {workspace.combine_dtype, workspace.config.dtype}:
             triton_path.prepare(
                 scratch,
                 self.weights,
@@ -366,7 +366,7 @@ class Experts(KeepsPrecision):
             )
 
     @torch.no_grad()
-    def forward(self, dispatched: Dispatched, out: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, dispatched: Dispatched, out: PartialRows | None = None) -> Any:
         """`apply_experts` with this rank's weights: [R, H] partial rows, in `out` if given. Without `prepare`, the first call on
         CUDA loads the kernels."""
         check_kind("dispatched", dispatched, Dispatched)

@@ -185,6 +185,7 @@ def specs(variant: Variant, device: torch.device) -> Specs:
         dtypes={"IDX": variant.index_dtype},
         aligned=variant.aligned,
     )
+    quantizes = variant.out_dtype == FLOAT8
     total = specify(
         expert_sum_kernel,
         SUM_SIGNATURE,
@@ -192,8 +193,9 @@ def specs(variant: Variant, device: torch.device) -> Specs:
             "L": variant.num_local_experts,
             "K": variant.topk,
             "H": variant.hidden_size,
-            "BLOCK": min(SUM_BLOCK, triton.next_power_of_2(variant.hidden_size)),
+            "BLOCK": max(SCALE_BLOCK * quantizes, min(SUM_BLOCK, triton.next_power_of_2(variant.hidden_size))),
             "NORM": variant.norm,
+            "QUANTIZES": quantizes,
             "PDL": pdl,
         },
         num_warps=4,
