@@ -104,8 +104,34 @@ class VllmSettings:
     )
 
 
-Settings = TypeVar("Settings", DebugSettings, CacheSettings, TorchrunSettings, TritonSettings, RankProcessSettings, VllmSettings)
-CONCERNS: Final = (DebugSettings, CacheSettings, TorchrunSettings, TritonSettings, RankProcessSettings, VllmSettings)
+@dataclass(frozen=True, kw_only=True)
+class TelemetrySettings:
+    """Whether workspaces count what they wait for where their caller does not say."""
+
+    enabled: bool = _variable(
+        "TOKENFERRY_TELEMETRY", "1: open workspaces with telemetry, also those that an integration opens", _flag, False
+    )
+
+
+Settings = TypeVar(
+    "Settings",
+    DebugSettings,
+    CacheSettings,
+    TorchrunSettings,
+    TritonSettings,
+    RankProcessSettings,
+    VllmSettings,
+    TelemetrySettings,
+)
+CONCERNS: Final = (
+    DebugSettings,
+    CacheSettings,
+    TorchrunSettings,
+    TritonSettings,
+    RankProcessSettings,
+    VllmSettings,
+    TelemetrySettings,
+)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Which physical expert, on which rank, holds which expert of the model.
 
-Legend: L layers, E logical experts (the model's), P physical experts (E and their further replicas), X most replicas of an expert.
+Legend: L layers, E logical experts (the model's), P physical experts (E and their further replicas), X most replicas of one.
 """
 
 from __future__ import annotations

@@ -193,8 +193,8 @@ def _sentence(options: Sequence[Option], best: Option, model: StepModel, rows_LE
     share = model.share_bound_by_weights(as_is.placement, rows_LE)
     if share >= 0.5:
         return (
-            f"Balancing would not pay: in {share:.0%} of the layers the slowest rank is bound by the bytes of its experts' weights, "
-            "which moving rows does not change and replicas only add to."
+            f"Balancing would not pay: in {share:.0%} of the layers the slowest rank is bound by the bytes of its experts' "
+            "weights, which moving rows does not change and replicas only add to."
         )
     if best is as_is or best.gain <= 0:
         return (

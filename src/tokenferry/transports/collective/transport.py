@@ -10,6 +10,7 @@ Legend: T rows of this rank, R gathered rows, H hidden size.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from tokenferry.transports.collective.messages import (
 )
 from tokenferry.transports.collective.nccl import NcclCommunicator
 from tokenferry.transports.collective.rows import message_of, row_work, rows_of, wire_rows
+from tokenferry.transports.collective.waits import CollectiveWaits
 from tokenferry.transports.local import LocalTransport
 from tokenferry.transports.settling import agree_on_record, known_record
 
@@ -88,6 +90,9 @@ class CollectiveTransport(Transport):
         self._most_reduced_bytes = _most_reduced_bytes(settings)
         self._busy = BusyBoard(settings)
         self._communicator = _open_communicator(settings, WaitClock(self._busy.num_peers_signs, settings.longest_wait_s))
+        self._waits = CollectiveWaits.of(settings)
+        if self._waits is not None and settings.group.device.type == "cpu":
+            self._communicator.on_wait = lambda peer, span_ns: self._note_wait(peer, span_ns)
 
     @property
     def nbytes(self) -> int:
@@ -157,12 +162,29 @@ class CollectiveTransport(Transport):
 
     def _exchange_headers(self) -> list[Header]:
         self.launched = True
+        if self._waits is not None:
+            self._waits.step_begins(self._request.index)
         try:
             headers = self._communicator.exchange_headers(self._header())
         except CommunicationError as error:
             raise self._peer_error(error) from error
         self._compare(headers)
+        if self._waits is not None:
+            self._waits.headers_came(headers)
         return headers
+
+    def _span_begins(self) -> None:
+        if self._waits is not None:
+            self._waits.span_begins()
+
+    def _span_ends(self) -> None:
+        if self._waits is not None:
+            self._waits.span_ends(self._operation, self._layer)
+
+    def _note_wait(self, peer: int, span_ns: int) -> None:
+        """Of this host, for a message of the operation under way."""
+        assert self._waits is not None, "nothing is noted without"
+        self._waits.host_waited(self._operation, self._layer, peer, span_ns)
 
     # --- dispatch ---------------------------------------------------------------------------------------------------
 
@@ -177,6 +199,7 @@ class CollectiveTransport(Transport):
         self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor, *, overlaps: bool
     ) -> None:
         self._layer, self._operation = layer, DISPATCH
+        self._span_begins()
         self._num_supplied, real = hidden.shape[0], self._request.num_real_tokens
         hidden = in_format(hidden, self._settings.dispatch_format)
         if self._num_supplied < self._request.num_tokens:
@@ -203,6 +226,7 @@ class CollectiveTransport(Transport):
         dispatch, self._dispatch = self._dispatch, None
         assert dispatch is not None, "the workspace orders the halves"
         self._finish(dispatch.pending)
+        self._span_ends()
         message, idx, weights = dispatch.gathered
         return Gathered(rows_of(message, self._settings), idx, weights)
 
@@ -224,6 +248,7 @@ class CollectiveTransport(Transport):
 
     def _begin_combine(self, partial: torch.Tensor, *, overlaps: bool, out: torch.Tensor | None = None) -> None:
         self._operation = COMBINE
+        self._span_begins()
         rank, size = self._settings.group.rank, self._settings.group.size
         rows = partial.to(self._settings.combine_dtype)
         own_rows, hidden_size = self._counts[rank], rows.shape[1]
@@ -245,6 +270,7 @@ class CollectiveTransport(Transport):
         combine, self._combine = self._combine, None
         assert combine is not None, "the workspace orders the halves"
         self._finish(combine.pending)
+        self._span_ends()
         if combine.own is None:
             combined = combine.received[: self._num_supplied]
             if out is None:
@@ -262,7 +288,8 @@ class CollectiveTransport(Transport):
     def _header(self) -> Header:
         request = self._request
         generation = self._settings.generation
-        return Header(self._operation, request.index, self._layer, generation, request.num_tokens, request.flags)
+        entered_ns = 0 if self._waits is None else time.time_ns()
+        return Header(self._operation, request.index, self._layer, generation, request.num_tokens, request.flags, entered_ns)
 
     def _start(self, outgoing: list[tuple[torch.Tensor, ...]], incoming: list[tuple[torch.Tensor, ...]]) -> Pending:
         self.launched = True
