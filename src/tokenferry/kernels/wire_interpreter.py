@@ -265,8 +265,13 @@ def send_count(address, num_tokens, flags, step, generation, mask, control_ptr):
 
 
 def await_count(address, mask, step, generation, control_ptr, blamed):
+    return await_count_timed(address, mask, step, generation, control_ptr, blamed)[:2]
+
+
+def await_count_timed(address, mask, step, generation, control_ptr, blamed):
     addresses, live = _live(address, mask)
     results = [np.zeros(addresses.shape, np.int32) for _ in range(2)]
+    clocks = np.full(addresses.shape, time.monotonic_ns(), np.int64)
     expected = (_scalar(step), _scalar(generation))
 
     def poll(waiting):
@@ -276,10 +281,11 @@ def await_count(address, mask, step, generation, control_ptr, blamed):
             arrived.append((int(words[2]), int(words[3])) == expected)
             if arrived[-1]:
                 results[0][element], results[1][element] = words[0], words[1]
+        clocks[waiting] = time.monotonic_ns()
         return np.array(arrived, bool)
 
     _wait(live, poll, _scalar(control_ptr), _array(blamed, addresses.shape), addresses + 8)
-    return tuple(_tensor(result, tl.int32) for result in results)
+    return (*(_tensor(result, tl.int32) for result in results), _tensor(clocks, tl.int64))
 
 
 def signal(address, epoch, units, mask, control_ptr):
@@ -293,14 +299,21 @@ def signal(address, epoch, units, mask, control_ptr):
 
 
 def await_signal(address, epoch, units, mask, control_ptr, blamed, hint):
+    await_signal_timed(address, epoch, units, mask, control_ptr, blamed, hint)
+
+
+def await_signal_timed(address, epoch, units, mask, control_ptr, blamed, hint):
     addresses, live = _live(address, mask)
+    clocks = np.full(addresses.shape, time.monotonic_ns(), np.int64)
     wanted_epoch, wanted_units = _scalar(epoch) & 0xFFFFFFFF, _scalar(units)
 
     def poll(waiting):
         seen = np.array([int(_int64(int(addresses[element]))[0]) for element in waiting])
+        clocks[waiting] = time.monotonic_ns()
         return (seen >> 32 & 0xFFFFFFFF == wanted_epoch) & (seen & 0xFFFFFFFF >= wanted_units)
 
     _wait(live, poll, _scalar(control_ptr), _array(blamed, addresses.shape), _array(hint, addresses.shape))
+    return _tensor(clocks, tl.int64)
 
 
 def pack(low, high, DTYPE):
@@ -359,6 +372,21 @@ def _to_float8(value):
     from_the_middle = np.append(_FLOAT8_MIDDLES, np.float32(0))[above] == magnitude
     bits = above + (from_the_middle & (above % 2 == 1)).astype(np.uint8)
     return np.where(np.isnan(value), np.uint8(0x7F), bits | np.signbit(value).astype(np.uint8) << np.uint8(7))
+
+
+def clock():
+    return _tensor(np.array(time.monotonic_ns(), np.int64), tl.int64)
+
+
+def global_clock():
+    return _tensor(np.array(time.time_ns(), np.int64), tl.int64)
+
+
+def note_wait(total_ptr, kept_ptr, since, stamp, is_noted):
+    if _scalar(is_noted):
+        span = time.monotonic_ns() - _scalar(since)
+        _int64(_scalar(total_ptr))[0] += span
+        _int64(_scalar(kept_ptr))[0] = span | _scalar(stamp)
 
 
 def wait_for_previous_kernel(PDL):

@@ -36,7 +36,7 @@ def read_here(tensor: torch.Tensor) -> list[Any]:
 class Recorder:
     """The counters of one workspace on one rank, from one opening to the next.
 
-    A transport whose kernels write to a board of their own takes `take_board`; the others call `step_began`, `waited` and `came`.
+    A transport whose kernels write to a board of their own takes `make_board`; the others call `step_began`, `waited` and `came`.
 
     Args:
         row_bytes: of a hidden row on its way.
@@ -55,7 +55,8 @@ class Recorder:
         """Copies a tensor of the device to the host beside whatever runs there."""
         self._words = [0] * self.layout.num_words
         self._words[TICKS_WORD] = self._words[NANOSECONDS_WORD] = 1  # spans of the host are in nanoseconds
-        self._board: torch.Tensor | None = None
+        self.board: torch.Tensor | None = None
+        """int64 on the device, where kernels count."""
         self._switch: Callable[[bool], None] | None = None
         self._step = 0
         self._spans: deque[tuple[int, int, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=4096)
@@ -63,18 +64,23 @@ class Recorder:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory."""
-        return self.loads.nbytes + (0 if self._board is None else self._board.nbytes)
+        return self.loads.nbytes + (0 if self.board is None else self.board.nbytes)
 
     # --- with kernels that write to a board ------------------------------------------------------------------------
 
-    def take_board(self, board: torch.Tensor, switch: Callable[[bool], None]) -> None:
-        """From here on `board`, int64 on the device, holds what is counted. `switch` lets its kernels count, or not."""
-        self._board, self._switch = board, switch
+    def make_board(self, device: torch.device) -> torch.Tensor:
+        """From here on a board of int64 words on the device, empty and returned, holds what is counted."""
+        self.board = torch.zeros(self.layout.num_words, dtype=torch.int64, device=device)
+        return self.board
+
+    def take_switch(self, switch: Callable[[bool], None]) -> None:
+        """`switch` lets the kernels count, or not."""
+        self._switch = switch
 
     @property
     def has_board(self) -> bool:
         """Whether kernels count, so that the host must not."""
-        return self._board is not None
+        return self.board is not None
 
     def turn(self, on: bool) -> None:
         """Counts from here on, or does not."""
@@ -159,7 +165,7 @@ class Recorder:
     def snapshot(self, transport: str) -> Snapshot:
         """What has been counted so far. Waits for no step."""
         self.collect_spans()
-        words = list(self._words) if self._board is None else self.read(self._board)
+        words = list(self._words) if self.board is None else self.read(self.board)
         return snapshot_of(
             words,
             self.read(self.loads),

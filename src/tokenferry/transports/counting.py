@@ -60,6 +60,9 @@ class CountingTransport(TransportWrapper):
             }
             self._count = launch.bind(fixed, ("topk_idx", "num_rows", "layer"))
             torch.cuda.current_stream(self._device).synchronize()
+            for counters in (recorder.loads, recorder.board):  # to take pinned memory later may wait for the device
+                if counters is not None:
+                    self._reader(counters)
 
     @property
     def nbytes(self) -> int:
@@ -158,10 +161,6 @@ class _Reader:
             pinned.copy_(tensor, non_blocking=True)
             torch.cuda.current_stream(tensor.device).synchronize()
         return pinned.tolist()
-
-    def prepare(self, tensor: torch.Tensor) -> None:
-        """Takes the host's memory for `tensor` now: later, to take it may wait for the device."""
-        self(tensor)
 
     def close(self) -> None:
         """The stream is gone then."""
