@@ -17,8 +17,8 @@ ORDER = (
     "errors", "env", "ambient", "graph_capture", "config", "channel", "waiting", "groups", "gpu_links", "topology",
     "dispatched", "precision", "reference", "kernels", "step", "lifecycle", "telemetry", "transports", "operators",
     "layer_operator", "tensor_checks", "dispatcher", "peers", "capture", "workspace", "activations", "fixed_linear",
-    "experts", "router", "shared_experts", "layer", "recording", "graphs", "placement", "supervisor", "integrations",
-    "testing", "benchmarking", "demo", "cli",
+    "experts", "router", "shared_experts", "layer", "recording", "graphs", "placement", "inspection", "supervisor",
+    "integrations", "testing", "benchmarking", "demo", "cli",
 )  # fmt: skip
 MEGATRON_API = ROOT / "integrations" / "megatron"
 """Megatron-Core's interface has class attributes; this integration alone may have them too."""

@@ -209,6 +209,11 @@ def nccl_errors_stay_ours() -> Iterator[None]:
         _put_back(before)
 
 
+def turn_telemetry_on() -> None:
+    """For what this process opens from here on, also within an integration: see `TelemetrySettings`."""
+    os.environ["TOKENFERRY_TELEMETRY"] = "1"
+
+
 def _put_back(before: Mapping[str, str | None]) -> None:
     """The variables as they were; those that are None are removed."""
     for name, text in before.items():

@@ -25,6 +25,8 @@ from tokenferry.telemetry.snapshot import Snapshot, StepRecord, last_to_enter, s
 
 COUNTS: Final = -1
 """The phase in which a step's counts are exchanged; the others are those of `wait_board`."""
+NUM_TOKEN_STEPS: Final = 4096
+"""Steps of which a rank's rows are kept."""
 _TICKS: Final = (1 << STAMP_SHIFT) - 1
 
 
@@ -59,6 +61,7 @@ class Recorder:
         """int64 on the device, where kernels count."""
         self._switch: Callable[[bool], None] | None = None
         self._step = 0
+        self._tokens: deque[tuple[int, int]] = deque(maxlen=NUM_TOKEN_STEPS)
         self._spans: deque[tuple[int, int, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=4096)
 
     @property
@@ -102,10 +105,12 @@ class Recorder:
         for source in range(self.size):
             words[first + 2 + source] = self._stamp(step) if source != self.rank else 0
 
-    def is_in_step(self, step: int) -> None:
-        """`step` is under way; it begins now, if whoever exchanged its counts has not said so."""
+    def is_in_step(self, step: int, num_tokens: int) -> None:
+        """This rank has brought so many rows to `step`, which begins now if whoever exchanged its counts has not said so."""
         if self._step != step:
             self.step_began(step)
+        if self.is_on:
+            self._tokens.append((step, num_tokens))
 
     def waited(self, phase: int, layer: int, source: int, span_ns: int) -> None:
         """This rank has waited so long for `source`; under its own number, for peers that it cannot tell apart."""
@@ -174,6 +179,7 @@ class Recorder:
             transport=transport,
             is_on=self.is_on,
             row_bytes=self._row_bytes,
+            tokens=tuple(self._tokens),
         )
 
 

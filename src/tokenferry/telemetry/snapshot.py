@@ -100,6 +100,8 @@ class Snapshot:
         loads: [layer][expert] rows that came for each of the model's experts, without padding and ids of -1; all of a layer's
             experts where ids were counted, those of this rank alone where its experts counted for themselves.
         steps: the last ones, the oldest first.
+        tokens: the step and this rank's rows in it, of the last steps that were begun by a call: those of replayed graphs are not
+            among them.
     """
 
     rank: int
@@ -114,6 +116,7 @@ class Snapshot:
     layers: tuple[LayerRecord, ...]
     loads: tuple[tuple[int, ...], ...]
     steps: tuple[StepRecord, ...]
+    tokens: tuple[tuple[int, int], ...]
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold; `from_dict` takes it back."""
@@ -140,8 +143,16 @@ class Snapshot:
         waits = Waits(tuple(spans["counts_ns"]), tuple(spans["dispatch_ns"]), tuple(spans["combine_ns"]), int(spans["shared_ns"]))
         rows, num_bytes = tuple(told.pop("rows")), tuple(told.pop("num_bytes"))
         loads = tuple(tuple(row) for row in told.pop("loads"))
+        tokens = tuple((step, number) for step, number in told.pop("tokens"))
         return Snapshot(
-            **told, rows=rows, num_bytes=num_bytes, waits=waits, layers=tuple(layers), loads=loads, steps=tuple(steps)
+            **told,
+            rows=rows,
+            num_bytes=num_bytes,
+            waits=waits,
+            layers=tuple(layers),
+            loads=loads,
+            steps=tuple(steps),
+            tokens=tokens,
         )
 
 
@@ -154,6 +165,7 @@ def snapshot_of(
     transport: str,
     is_on: bool,
     row_bytes: int,
+    tokens: tuple[tuple[int, int], ...] = (),
 ) -> Snapshot:
     """Reads a board. `loads` has a row for every layer that the board could have."""
     board = _Board(words, size, rank)
@@ -179,6 +191,7 @@ def snapshot_of(
         layers=tuple(layers),
         loads=tuple(tuple(row) for row in loads[:num_layers]),
         steps=board.steps(),
+        tokens=tokens,
     )
 
 

@@ -72,7 +72,7 @@ class CountingTransport(TransportWrapper):
         self._num_tokens = request.num_tokens
         with self._range(RANGES[0]):
             super().begin_step(request, layer)
-        self._recorder.is_in_step(request.index)
+        self._recorder.is_in_step(request.index, request.num_tokens)
 
     def dispatch(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
         with self._range(RANGES[1], layer):
