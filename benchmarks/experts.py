@@ -21,8 +21,9 @@ import torch
 import triton
 
 from expert_layers import ExpertBench
-from expert_plans import few_candidates, few_plans, many_candidates, named_plans, plan_of, precompile, variant_of
+from expert_plans import few_candidates, few_plans, float8_plans, many_candidates, named_plans, plan_of, precompile, variant_of
 from tokenferry.benchmarking import PRESETS, device_rates
+from tokenferry.dispatched import FLOAT8
 
 PRESETS_BY_NAME = {preset.name: preset for preset in PRESETS}
 
@@ -102,19 +103,39 @@ FOR_MANY = ("long tails", "four stages", "pointers")
 
 
 def float8(args, facts, record):
-    """The whole path with block-scaled float8 weights, whose bytes are half."""
+    """The whole path with block-scaled float8 weights, whose bytes are half: beside bfloat16, with rows that come quantized, and
+    by other plans."""
     print(f"library: {library_float8()}")
+    deadline = time.monotonic() + args.seconds
     for name in args.presets:
         bench = ExpertBench(PRESETS_BY_NAME[name])
+        plain = {tokens: bench.whole(bench.rows(tokens)) for tokens in args.tokens}
         bench.quantize()
+        plans = float8_plans(PRESETS_BY_NAME[name])
         for tokens in args.tokens:
-            rows = bench.rows(tokens)
-            whole, floors = bench.whole(rows), bench.floors_us(rows, facts)
-            record({"preset": name, "tokens": tokens, "float8": True, "whole": whole, **floors})
-            print(
-                f"  {name} float8 T={tokens}: {whole:.1f}, weights {floors['weights'] / 2:.1f}, flop {floors['flop'] / 2:.1f}",
-                flush=True,
-            )
+            if time.monotonic() > deadline:
+                print("time is up")
+                return
+            rows, floors = bench.rows(tokens), bench.floors_us(bench.rows(tokens), facts)
+            came = bench.quantized(rows)
+            line = {"preset": name, "tokens": tokens, "float8": True, "bfloat16": plain[tokens], **floors}
+            line |= {"whole": bench.whole(rows), "quantized_rows": bench.whole(came), "error": bench.error(came)}
+            figures = {"bf16": plain[tokens], "float8": line["whole"], "rows too": line["quantized_rows"]}
+            figures |= {"weights": floors["weights"] / 2, "flop": floors["flop"] / 2}
+            told = ", ".join(f"{label} {us:.1f}" for label, us in figures.items())
+            print(f"  {name} T={tokens}: {told}, error {line['error']:.1e}", flush=True)
+            line["plans"] = {}
+            for label, trial in plans.items() if args.plans else ():
+                if (label.startswith("many") and tokens < 128) or (label.startswith("few") and tokens > 512):
+                    continue
+                try:
+                    line["plans"][label] = bench.whole(came, plan=trial)
+                except Exception as error:  # noqa: BLE001 - too much shared memory
+                    line["plans"][label] = float("nan")
+                    print(f"    {label}: {str(error)[:100]}")
+            record(line)
+            if line["plans"]:
+                print("    " + ", ".join(f"{label} {us:.1f}" for label, us in line["plans"].items()), flush=True)
         del bench
         torch.cuda.empty_cache()
 
@@ -182,14 +203,16 @@ def variants_for(args):
         if args.what == "few":
             yield from (variant_of(PRESETS_BY_NAME[name], plan=trial) for trial in few_plans(PRESETS_BY_NAME[name]).values())
             continue
-        if args.what != "float8":
-            yield variant_of(PRESETS_BY_NAME[name])
+        yield variant_of(PRESETS_BY_NAME[name])
         if args.what == "plans":
             for trial in named_plans(PRESETS_BY_NAME[name]).values():
                 yield variant_of(PRESETS_BY_NAME[name], plan=trial)
             continue
         if args.what == "float8":
-            yield variant_of(PRESETS_BY_NAME[name], weight_dtype=torch.float8_e4m3fn)
+            for quantized in (False, True):
+                yield variant_of(PRESETS_BY_NAME[name], weight_dtype=FLOAT8, quantized_rows=quantized)
+            for trial in float8_plans(PRESETS_BY_NAME[name]).values() if args.plans else ():
+                yield variant_of(PRESETS_BY_NAME[name], weight_dtype=FLOAT8, quantized_rows=True, plan=trial)
             continue
         if args.what == "measure":
             yield variant_of(PRESETS_BY_NAME[name], batch_invariant=True)
@@ -206,6 +229,7 @@ def main():
     parser.add_argument("--presets", nargs="+", default=list(PRESETS_BY_NAME))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 128, 512, 4096])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--plans", action="store_true", help="with float8: other plans too")
     parser.add_argument("--seconds", type=float, default=100)
     parser.add_argument("--commit", default="")
     args = parser.parse_args()

@@ -53,7 +53,7 @@ def chain_of(ws, model, rows, left_out):
             source, target = (buffers.activated_PI, buffers.outputs_PH) if between is None else (got.hidden, buffers.activated_PI)
             argument = triton_path.weights_argument(matrices, between, product)
             settings = (*table, 0, activation.alpha, activation.limit)
-            product.launch(source, valid, argument, valid, valid if bias is None else bias, target, *settings)
+            product.launch(source, valid, 0, argument, valid, valid if bias is None else bias, target, valid, *settings)
         if "sum" not in left_out:
             loaded.sum(buffers.outputs_PH, got.topk_idx, got.topk_weights, valid, out, *bounds, first, valid, 0.0)
 

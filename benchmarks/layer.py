@@ -2,6 +2,7 @@
 
 python benchmarks/layer.py OUTPUT.jsonl [--presets qwen3-30b-a3b,deepseek-v3] [--tokens 1,8,32] [--budget-s 200] [--commit HASH]
 python benchmarks/layer.py OUTPUT.jsonl --rehearse          # CPUs, tiny sizes: every call and check, no times
+python benchmarks/layer.py OUTPUT.jsonl --float8            # float8 weights: rows in bfloat16 beside quantized rows
 python benchmarks/layer.py OUTPUT.jsonl --plot PICTURE.png  # the stacked times of a file that is there
 
 All numbers of tokens of a call share a workspace of the largest one; two calls with few and with many tokens measure the small
@@ -59,6 +60,7 @@ def main() -> int:
     parser.add_argument("--transport", default="p2p")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--float8", action="store_true")
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
     code = 0
@@ -72,6 +74,7 @@ def main() -> int:
             transport=given.transport,
             commit=given.commit,
             rehearse=given.rehearse,
+            float8=given.float8,
         )
     if given.plot is not None:
         plot(given.output, given.plot)

@@ -122,7 +122,7 @@ class Bench:
                     given = triton_path.weights_argument(
                         getattr(weights, f"{which}_proj"), self.activation if which == "up" else None, product
                     )
-                    product.launch(source, unread, given, unread, unread, target, *settings)
+                    product.launch(source, unread, 0, given, unread, unread, target, unread, *settings)
 
         return {which: self.time_us(lambda which=which: chain(which), 2 * LAYERS) for which in ("up", "down")}
 

@@ -1,7 +1,7 @@
 """Round trips of every transport beside a plain copy: `tokenferry bench roundtrip` as a script that also writes JSON lines.
 
 python benchmarks/roundtrip.py OUTPUT.jsonl [--ranks 2] [--commit HASH] [--transports p2p,collective] [--capacity C]
-    [--format same,fp8_block128,fp8_block128-quantized,bytes]
+    [--format same,fp8_block128,fp8_block128-quantized,bytes] [--combine-format same,fp8_block128,fp8_block128-quantized]
 """
 
 import argparse
@@ -21,6 +21,9 @@ def main() -> int:
     parser.add_argument("--hidden", default="7168,2048")
     parser.add_argument("--tokens", default="1,8,32,128,512,4096")
     parser.add_argument("--format", default="same", help="same, fp8_block128, fp8_block128-quantized, bytes; several with commas")
+    parser.add_argument(
+        "--combine-format", default="same", help="same, fp8_block128, fp8_block128-quantized; several with commas"
+    )
     given = parser.parse_args()
     hidden_sizes = [int(size) for size in given.hidden.split(",")]
     tokens = [int(count) for count in given.tokens.split(",")]
@@ -33,6 +36,7 @@ def main() -> int:
         transports=transports,
         capacity=given.capacity,
         formats=given.format.split(","),
+        combine_formats=given.combine_format.split(","),
         commit=given.commit,
     )
 

@@ -1,4 +1,5 @@
-"""What carries the rows of vLLM's MoE layers, to be changed within one running engine: its own manager, ours, and none at all.
+"""What carries the rows of vLLM's MoE layers, to be changed within one running engine: its own manager, ours, with and without
+padding rows for the experts, and none at all.
 
 `Arms` keeps the managers and their graphs side by side: in one process, with one set of weights, the exchange alone differs.
 """
@@ -9,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from tokenferry.integrations.vllm.known_versions import ORIGINAL
 
 
 @dataclass
@@ -118,19 +121,21 @@ class Arms:
 
         self.runner, self._communicator = runner, get_ep_group().device_communicator
         ours = self._communicator.all2all_manager
-        base = vars(type(ours))["original_of_tokenferry"]
+        base = vars(type(ours))[ORIGINAL]
         silent, self._remembered = silent_class(base), Remembered()
         with set_current_vllm_config(runner.vllm_config):
             self.managers = {
                 "stock": base(ours.cpu_group),
                 "ours": ours,
+                "ours, no padding": ours,
                 "none": silent(ours.cpu_group, num_layers, self._remembered, masks_padding=False),
                 "none, no padding": silent(ours.cpu_group, num_layers, self._remembered, masks_padding=True),
             }
         self.is_balanced = False
         """Whether rows go to experts in turn, as many to each rank's, instead of where the model sends them."""
         self._ids_in_turn = ids_in_turn(runner, ours.rank, ours.world_size)
-        for manager in self.managers.values():
+        self._exchange = ours.exchange
+        for manager in {id(manager): manager for manager in self.managers.values()}.values():
             manager.dispatch = self._routed(manager.dispatch)
         self._graphs: dict[str, dict[int, dict[Any, Any]]] = {}
         self.replays: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -147,6 +152,7 @@ class Arms:
         """Within it, the rows go through the manager `name`, in its graphs or without any."""
         before = self._communicator.all2all_manager
         self._communicator.all2all_manager = self.managers[name]
+        self._exchange.masks = name == "ours, no padding"
         dispatcher = self.runner.cudagraph_dispatcher if torch.cuda.is_available() else None
         if dispatcher is not None:
             had_keys, dispatcher.keys_initialized = dispatcher.keys_initialized, graphs

@@ -5,9 +5,9 @@
 
 A random Qwen3-MoE (8 layers, 64 experts, top-8, hidden size 2048, bfloat16) is served by two data-parallel ranks with its experts
 spread over both. vLLM starts once; then its manager of the exchange is changed within the engine, so that weights, memory and
-everything else stay. In turn, several times: vLLM's own (all-gathers and reduce-scatter over NCCL), ours, and none at all, which
-gives each layer remembered rows: what a step takes longer than with none is its exchange. A load says how many requests rank 0
-serves, and rank 1.
+everything else stay. In turn, several times: vLLM's own (all-gathers and reduce-scatter over NCCL), ours, ours without the
+padding rows that fill up a graph or an idle rank, and none at all, which gives each layer remembered rows: what a step takes
+longer than with none is its exchange. A load says how many requests rank 0 serves, and rank 1.
 
 Each step's time is between two of vLLM's own meetings of the ranks, which stand at the begin of every forward; "forward" is the
 captured graph's time on the GPU, of the rank that began it last. A layer waits for the rank with more work in its experts,
@@ -42,6 +42,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_USE_DEEP_GEMM": "0",
+    "VLLM_MOE_SKIP_PADDING": "1",  # the V1 runner masks no padding by itself, but tokenferry does where this is on
     "VLLM_HOST_IP": "127.0.0.1",
     "HF_HUB_OFFLINE": "1",
 }
@@ -64,7 +65,7 @@ def options_given() -> argparse.Namespace:
         "--turns", type=int, default=12, help="waves of requests for each kind of exchange, a quarter in eager mode"
     )
     parser.add_argument("--layers", type=int, help="of the model")
-    parser.add_argument("--profile", action="store_true", help="at the end: the kernels of a step, by name")
+    parser.add_argument("--profile", action="store_true", help="of a layer's exchange: its kernels' time, and its wait")
     parser.add_argument("--limit-s", type=float, default=240.0)
     return parser.parse_args()
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from vllm_arms import Arms
+from vllm_profile import launches_within, layers_of, split
 
 FIRST_STEPS = 8
 """Left out of each wave: the prefill, and steps until the ranks are in step."""
@@ -201,9 +202,6 @@ class Measurement:
                 self._remember(load)
         for mode in options.modes.split(","):
             self._run_mode(mode)
-        if options.profile:
-            for name in ("stock", "ours"):
-                self._profile(name, mode, loads(options)[0])
         self.rank.gather(None)
 
     def _run_mode(self, mode: str) -> None:
@@ -219,6 +217,8 @@ class Measurement:
         for load in loads(self.rank.options):
             with note(f"{mode} {load}"):
                 self._compare(mode, load)
+            if self.rank.options.profile and mode != "eager":
+                self._profile(mode, load)
 
     def about(self) -> dict[str, Any]:
         workspaces = self.rank.arms.managers["ours"].exchange.workspaces()
@@ -266,30 +266,36 @@ class Measurement:
 
         stock, ours = waves["stock"], waves["ours"]
         own = (
-            alike(stock[0], ours[0]), alike(stock[0], stock[-1]), alike(ours[0], ours[-1]),
+            alike(stock[0], ours[0]), alike(stock[0], waves.get("ours, no padding", ours)[0]),
+            alike(stock[0], stock[-1]), alike(ours[0], ours[-1]),
             len(stock[0].tokens), len({token for tokens in ours[0].tokens for token in tokens}),
         )  # fmt: skip
         told = [sum(each) for each in zip(*self.rank.gather(own), strict=True)]
-        names = ("stock_and_ours", "stock_and_stock", "ours_and_ours", "requests", "different_tokens")
+        names = (
+            "stock_and_ours",
+            "stock_and_ours_without_padding",
+            "stock_and_stock",
+            "ours_and_ours",
+            "requests",
+            "different_tokens",
+        )
         self.add(tokens_alike=dict(zip(names, told, strict=True)), mode=mode, load="/".join(map(str, load)))
 
-    def _profile(self, name: str, mode: str, load: tuple[int, ...]) -> None:
-        steps = FIRST_STEPS + 16
+    def _profile(self, mode: str, load: tuple[int, ...]) -> None:
+        steps, num_layers = 24, self.rank.runner.model_config.hf_config.num_hidden_layers
+
+        def wave() -> None:
+            with self.rank.arms.using("ours", graphs=True):
+                self._wave(load, FIRST_STEPS + steps)
+
         try:
-            with (
-                torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile,
-                self.rank.arms.using(name, graphs=mode == "graphs"),
-            ):
-                self._wave(load, steps)
-            kernels = {
-                event.key[:90]: (event.self_device_time_total / steps, event.count / steps) for event in profile.key_averages()
-            }
+            own = layers_of(launches_within(wave), num_layers)
         except Exception as error:  # noqa: BLE001 - what a profiler cannot do is no reason to lose the rest
-            kernels = {repr(error)[:200]: (0.0, 0.0)}
-        told = self.rank.gather(kernels)
-        common = [key for key in told[0] if all(key in each for each in told)]
-        rows = sorted(((key, min(each[key][0] for each in told), told[0][key][1]) for key in common), key=lambda row: -row[1])
-        self.add(arm=name, mode=mode, load="/".join(map(str, load)), kernels_us_and_count_a_step=rows[:40])
+            own = []
+            print(f"no profile: {error!r}", flush=True)
+        told = [layers[-steps * (num_layers - 1) :] for layers in self.rank.gather(own)]
+        if all(told):
+            self.add(exchange=split(told), mode=mode, load="/".join(map(str, load)))
 
 
 def times_of(waves: list[list[Wave]]) -> dict[str, Any]:

@@ -23,11 +23,19 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for mode, load in dict.fromkeys((record["mode"], record["load"]) for record in timed):
         lines.append(verdict(mode, load, [each for each in timed if (each["mode"], each["load"]) == (mode, load)], head))
     lines += [f"{each['mode']} {each['load']} tokens alike: {each['tokens_alike']}" for each in records if "tokens_alike" in each]
-    for record in records:
-        if "kernels_us_and_count_a_step" in record:
-            lines.append(f"kernels of {record['arm']}, {record['mode']} {record['load']}: us a step, launches a step")
-            lines += [f"  {us:9.1f} {count:6.1f}  {name[:70]}" for name, us, count in record["kernels_us_and_count_a_step"][:12]]
+    lines += [exchange_line(each) for each in records if "exchange" in each]
     return "\n".join(lines)
+
+
+def exchange_line(record: dict[str, Any]) -> str:
+    """What a layer's exchange consists of."""
+    found = record["exchange"]
+    parts = ", ".join(
+        f"{name} {'/'.join(f'{us:.1f}' for us in found[f'{name}_us'])}"
+        for name in ("dispatch", "experts", "combine", "attention", "gap_before_dispatch", "gap_behind_combine")
+    )
+    own, wait = found["own_us"], found["wait_us"]
+    return f"{record['mode']} {record['load']}: kernels {own:.1f} us a layer, wait {wait:.1f}; by rank: {parts}"
 
 
 def verdict(mode: str, load: str, records: Sequence[dict[str, Any]], head: dict[str, Any]) -> str:
@@ -40,7 +48,8 @@ def verdict(mode: str, load: str, records: Sequence[dict[str, Any]], head: dict[
     theirs, ours = (1e3 * (of[arm] - of["none"]) / head["model"]["num_hidden_layers"] for arm in ("stock", "ours"))
     gone = f"{1 - ours / theirs:.0%} gone" if theirs > 0 else "nothing to save"
     padding = f", padding rows {1e3 * (of['none'] - of['none, no padding']):.0f} us a step" if "none, no padding" in of else ""
+    masked = f", without padding rows x{steps['stock'] / steps['ours, no padding']:.3f}" if "ours, no padding" in steps else ""
     return (
         f"{mode} {load}: exchange {theirs:.1f} us a layer, ours {ours:.1f} ({gone}){padding}; "
-        f"forward x{of['stock'] / of['ours']:.3f}, steps/s x{steps['stock'] / steps['ours']:.3f}"
+        f"forward x{of['stock'] / of['ours']:.3f}, steps/s x{steps['stock'] / steps['ours']:.3f}{masked}"
     )

@@ -3,7 +3,8 @@
     python examples/transformers_generate.py                       # a tiny random model, without any download
     python examples/transformers_generate.py --model PATH_OR_ID    # a real one; its text is readable
 
-It needs the extra `transformers`. Ranks are processes on CPUs, or one for each GPU where there are enough of them.
+It needs the extra `transformers`. Ranks are processes on CPUs, or one for each GPU where there are enough of them. There decode
+steps are compiled and captured as CUDA graphs at first, which takes far longer than these few tokens; `--eager` leaves that out.
 """
 
 import argparse
@@ -18,12 +19,13 @@ PROMPTS = (["The ferry leaves at"], ["Tokens travel", "Each expert", "All ranks 
 """For each rank its own; further ranks have none, and only help."""
 
 
-def worker(group: tf.EPGroup, path: str, max_new_tokens: int) -> list[str]:
+def worker(group: tf.EPGroup, path: str, max_new_tokens: int, eager: bool) -> list[str]:
     from transformers import AutoTokenizer
 
     from tokenferry.integrations.transformers import from_pretrained
 
-    model = from_pretrained(path, group=group, max_tokens_per_rank=512, dtype=torch.float32)
+    graphs = False if eager else "auto"
+    model = from_pretrained(path, group=group, max_tokens_per_rank=512, dtype=torch.float32, cuda_graphs=graphs)
     prompts = PROMPTS[group.rank] if group.rank < len(PROMPTS) else []
     texts = []
     if prompts:
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--model", help="path or name of a mixture-of-experts checkpoint; default: a tiny random one")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--max-new-tokens", type=int, default=8)
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     options = parser.parse_args()
     backend = "nccl" if torch.cuda.device_count() >= options.ranks else "gloo"
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +53,8 @@ def main() -> None:
             from tokenferry.testing.tiny_models import make_tiny
 
             path = str(make_tiny("qwen3_moe", folder))
-        results = run_ranks(worker, options.ranks, path, options.max_new_tokens, backend=backend, timeout_s=600.0)
+        arguments = (path, options.max_new_tokens, options.eager)
+        results = run_ranks(worker, options.ranks, *arguments, backend=backend, timeout_s=600.0)
     for rank, lines in enumerate(results):
         for line in lines or ["no prompts"]:
             print(f"rank {rank}: {line}")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tokenferry as tf
-from row_data import handed_rows, on
+from row_data import handed_rows, handed_terms, on, terms_to_combine
 from tokenferry.dispatched import SAME, QuantizedRows, RowFormat
 from tokenferry.testing.data import RankInputs, make_inputs
 from tokenferry.testing.numeric import first_difference
@@ -48,6 +48,8 @@ class StepCase:
     into_out: bool = False
     quantized: bool = False
     """Whether rows of format fp8_block128 are handed over quantized already."""
+    quantized_terms: bool = False
+    """Whether partial rows of a float8 combine are."""
     seed: int = 0
 
 
@@ -153,10 +155,8 @@ def run_layer(ws: tf.Workspace, dispatcher: tf.Dispatcher, step: StepCase, layer
     same("valid_tokens", got.valid_tokens, expected.valid_tokens)
     assert bool((got.topk_idx[num_valid:] == -1).all()), "rows beyond the valid ones have no expert"
 
-    partial = torch.full((got.hidden.shape[0], ws.config.hidden_size), torch.nan, dtype=own.partial.dtype, device=ws.device)
-    partial[:num_valid] = own.partial.to(ws.device)
-    if step.own_buffer:
-        partial = dispatcher.combine_input().copy_(partial)
+    terms = [handed_terms(each.partial, quantized=step.quantized_terms) for each in inputs]
+    partial = terms_to_combine(dispatcher, on(ws.device, terms[rank]), got.hidden.shape[0], own_buffer=step.own_buffer)
     if step.spare is not None:
         partial = partial[: num_valid + step.spare]
     out = None
@@ -169,7 +169,7 @@ def run_layer(ws: tf.Workspace, dispatcher: tf.Dispatcher, step: StepCase, layer
     else:
         combined = dispatcher.combine(partial, got, out)
     settle(ws)
-    wanted = tf.reference.combine([i.partial for i in inputs], step.tokens, ws.combine_dtype, ws.config.dtype)[rank]
+    wanted = tf.reference.combine(terms, step.tokens, ws.combine_dtype, ws.config.dtype)[rank]
     same("combined", combined, wanted[: own.hidden.shape[0]])
     if step.into_out:
         assert combined is out

@@ -13,9 +13,12 @@ import torch
 
 from rank_pool import RankPools
 from sampling import SHARE, Choice, choice_of, kept
+from tokenferry import supervisor
 
 FIRST = ("test_verification.py",)
 """Files that take long and would come last, when one of the two workers has nothing left to do."""
+FORK_SERVER_IMPORTS = ("torch", "torch._dynamo", "transformers.generation", "transformers.models.auto.modeling_auto")
+"""What rank processes of `make test` share. Those that are not installed are left out."""
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 
@@ -34,8 +37,23 @@ def pytest_configure(config: pytest.Config) -> None:
         os.setpgrp()  # tests look for what they left behind in their process group, where the other worker's would show
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker has one core, and so has all that it starts
         torch.set_num_threads(1)
+        start_fork_server()
     if config.getoption("sample"):
         config.pluginmanager.register(Sampler(config.getoption("sample")), "tokenferry-sampler")
+
+
+def start_fork_server() -> None:
+    """Rank processes are forked from one that has imported what most of them need, which takes each of them seconds otherwise: of
+    four files that were measured, all tests together, more than half.
+
+    Triton is among it, which sees as it is imported whether kernels are interpreted. So it is told that they are, and that is
+    wrong for ranks that compile kernels: on GPUs. Our own kernels are imported by each rank, and see its own environment.
+    """
+    if torch.cuda.is_available():
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        supervisor.start_fork_server(FORK_SERVER_IMPORTS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

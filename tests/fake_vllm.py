@@ -12,6 +12,7 @@ CPU_COMMUNICATOR = "vllm.distributed.device_communicators.cpu_communicator"
 CPU_EXPERTS = "vllm.model_executor.layers.fused_moe.experts.cpu_moe"
 PARALLEL_STATE = "vllm.distributed.parallel_state"
 FORWARD_CONTEXT = "vllm.forward_context"
+FINALIZE = "vllm.model_executor.layers.fused_moe.prepare_finalize.naive_dp_ep"
 CPU_WORKER = "vllm.v1.worker.cpu_worker"
 OUTPUTS = "vllm.v1.outputs"
 
@@ -113,10 +114,21 @@ class CPUWorker:
         self.step(None)
 """
 
+FINALIZE_SOURCE = f"""
+from {PARALLEL_STATE} import get_ep_group
+
+class MoEPrepareAndFinalizeNaiveDPEPModular:
+    def finalize(self, output, fused_expert_output):
+        combined = get_ep_group().device_communicator.all2all_manager.combine(fused_expert_output)
+        self.copies = combined is not output
+        output.copy_(combined)
+"""
+
 SOURCES = {
     "vllm": "",
     "vllm.config": "configs = []\ndef get_current_vllm_config():\n    return configs[-1]",
     "vllm.platforms": "class current_platform:\n    is_cpu = staticmethod(lambda: True)",
+    "vllm.envs": "VLLM_MOE_SKIP_PADDING = False",
     "vllm.distributed": "",
     "vllm.distributed.device_communicators": "",
     PARALLEL_STATE: PARALLEL_STATE_SOURCE,
@@ -128,6 +140,8 @@ SOURCES = {
     "vllm.model_executor.layers.fused_moe": "",
     "vllm.model_executor.layers.fused_moe.experts": "",
     CPU_EXPERTS: CPU_EXPERTS_SOURCE,
+    "vllm.model_executor.layers.fused_moe.prepare_finalize": "",
+    FINALIZE: FINALIZE_SOURCE,
     "vllm.v1": "",
     "vllm.v1.worker": "",
     CPU_WORKER: CPU_WORKER_SOURCE,
@@ -190,6 +204,7 @@ __all__ = [
     "ALL2ALL",
     "CPU_COMMUNICATOR",
     "CPU_EXPERTS",
+    "FINALIZE",
     "OUTPUTS",
     "PARALLEL_STATE",
     "current",

@@ -37,3 +37,68 @@ FORMATS = {
     "EP2-bytes": (2, Case(dispatch_format="bytes", steps=(plain((7, 0), layers=2), plain((3, 8), supplied=(2, 5))))),
     "EP3-bytes-B72": (3, Case(dispatch_format=RowFormat("bytes", row_bytes=72), steps=(plain((2, 5, 1), halves=True),))),
 }
+
+FLOAT8 = torch.float8_e4m3fn
+FP8_COMBINE = {
+    "EP1-H256": (1, Case(hidden_size=256, combine_dtype=FLOAT8, steps=(plain((5,)), plain((3,), quantized_terms=True)))),
+    "EP2-H272": (2, Case(hidden_size=272, combine_dtype=FLOAT8, steps=(plain((7, 0), layers=2), plain((3, 8))))),
+    "EP2-H16-float32": (2, Case(hidden_size=16, combine_dtype=FLOAT8, dtype=torch.float32, steps=(plain((1, 2)),))),
+    "EP3-H144-halves": (
+        3,
+        Case(
+            hidden_size=144,
+            combine_dtype=FLOAT8,
+            steps=(plain((2, 5, 1), halves=True, own_buffer=True, quantized_terms=True), plain((2, 0, 1), halves=True)),
+        ),
+    ),
+    "EP4-H128-fp16-from-float32": (
+        4,
+        Case(
+            hidden_size=128,
+            combine_dtype=FLOAT8,
+            dtype=torch.float16,
+            steps=(
+                plain((1, 2, 0, 4), partial_dtype=torch.float32),
+                plain((0, 0, 0, 0)),
+                plain((3, 3, 3, 3), quantized_terms=True),
+            ),
+        ),
+    ),
+    "EP2-H144-hostile": (2, Case(hidden_size=144, combine_dtype=FLOAT8, steps=(StepCase((3, 4)), StepCase((0, 2), halves=True)))),
+    "EP2-H256-fp8-dispatch": (
+        2,
+        Case(
+            hidden_size=256,
+            combine_dtype=FLOAT8,
+            dispatch_format=FP8,
+            steps=(plain((4, 6), quantized=True, quantized_terms=True), plain((0, 3), quantized_terms=True, own_buffer=True)),
+        ),
+    ),
+    "EP2-H128-fewer-rows": (
+        2,
+        Case(
+            hidden_size=128,
+            combine_dtype=FLOAT8,
+            steps=(
+                plain((6, 3), supplied=(2, 0), into_out=True, layers=2),
+                plain((4, 6), real=(2, 0), real_as_tensor=True, spare=0, quantized_terms=True),
+                plain((4, 1), spare=2, quantized_terms=True, own_buffer=True),
+            ),
+        ),
+    ),
+    "EP2-H128-equal": (
+        2,
+        Case(
+            hidden_size=128,
+            combine_dtype=FLOAT8,
+            counts="equal",
+            steps=(plain((4, 4), into_out=True), plain((0, 0)), plain((2, 2), quantized_terms=True)),
+        ),
+    ),
+    "EP2-H128-bytes-dispatch": (
+        2,
+        Case(hidden_size=128, combine_dtype=FLOAT8, dispatch_format="bytes", steps=(plain((3, 2), layers=2), plain((1, 4)))),
+    ),
+    "EP2-H256-any-order": (2, Case(hidden_size=256, combine_dtype=FLOAT8, combine_order="any", steps=(plain((4, 4)),))),
+}
+"""The same of a combine of float8 terms."""

@@ -12,6 +12,8 @@ from tokenferry.experts import Experts
 
 CASES = {
     "swiglu": Case(dtype=torch.bfloat16, hidden_size=272, intermediate_size=144),
+    "swiglu-in-blocks": Case(dtype=torch.bfloat16, hidden_size=272, intermediate_size=256),
+    "swiglu-bias-in-blocks": Case(bias=True, dtype=torch.bfloat16, hidden_size=144, intermediate_size=128),
     "interleaved-bias": Case(Activation("clamped_swiglu", interleaved=True), True, torch.bfloat16, 256, 128),
     "no-gate-float16": Case(Activation("relu"), dtype=torch.float16, hidden_size=144, intermediate_size=160),
 }

@@ -33,3 +33,38 @@ def handed_rows(hidden: torch.Tensor, ws: tf.Workspace, *, quantized: bool) -> t
 def on(device: torch.device, rows: Any) -> Any:
     """Rows of any format on a device."""
     return QuantizedRows(rows.values.to(device), rows.scales.to(device)) if isinstance(rows, QuantizedRows) else rows.to(device)
+
+
+def handed_terms(partial: torch.Tensor, *, quantized: bool) -> torch.Tensor | QuantizedRows:
+    """A rank's partial rows as a combine of float8 terms takes them, quantized already with any bits, or as they are."""
+    if not quantized:
+        return partial
+    rows = tf.reference.quantize(partial)
+    rows.values.view(torch.uint8)[:1, : len(AWKWARD)] = torch.tensor(AWKWARD, dtype=torch.uint8)[: partial.shape[1]]
+    rows.scales[1::3, 0] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
+    return rows
+
+
+def terms_to_combine(dispatcher: tf.Dispatcher, terms: Any, num_rows: int, *, own_buffer: bool) -> Any:
+    """The partial rows of all `num_rows` gathered ones, NaNs behind the ranks' tokens. `own_buffer`: in `combine_input()`, as far
+    as that has rows of this kind."""
+    if isinstance(terms, QuantizedRows):
+        parts = [_continued(part, num_rows) for part in (terms.values.view(torch.uint8), terms.scales)]
+        partial: Any = QuantizedRows(parts[0].view(torch.float8_e4m3fn), parts[1])
+    else:
+        partial = _continued(terms, num_rows)
+    place = dispatcher.combine_input()
+    if not own_buffer or (isinstance(place, QuantizedRows) and not isinstance(terms, QuantizedRows)):
+        return partial
+    if not isinstance(place, QuantizedRows):
+        return place.copy_(partial)
+    place.values.view(torch.uint8).copy_(partial.values.view(torch.uint8))
+    place.scales.copy_(partial.scales)
+    return place
+
+
+def _continued(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    fill = 0xFF if rows.dtype == torch.uint8 else torch.nan
+    whole = torch.full((num_rows, rows.shape[1]), fill, dtype=rows.dtype, device=rows.device)
+    whole[: rows.shape[0]] = rows
+    return whole

@@ -32,6 +32,7 @@ from tokenferry.kernels import (
 )
 from tokenferry.kernels.control_block import MAX_LAYERS, MAX_RANKS, PHASES, Record
 from tokenferry.kernels.launch import options, source, specify
+from tokenferry.transports.symmetric.tuning import MAX_REGISTERS
 
 pytestmark = pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
@@ -106,6 +107,19 @@ VARIANTS = {
         8,
     ),
     "combine-unrounded-bf16-wire": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "OUT": tl.float32}, 8),
+    "combine-fp8": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "WIRE": tl.float8e4nv}, 8),
+    "combine-fp8-quantized-few-tokens": (
+        combine.combine_kernel,
+        combine.SIGNATURE,
+        {**COMBINE, "WIRE": tl.float8e4nv, "PARTIAL": tl.float8e4nv, "FLAG_BLOCK": 512},
+        8,
+    ),
+    "combine-fp8-fp32-H2880": (
+        combine.combine_kernel,
+        combine.SIGNATURE,
+        {**COMBINE, "WIRE": tl.float8e4nv, "PARTIAL": tl.float32, "OUT": tl.float32, "H": 2880},
+        8,
+    ),
     "combine-half-packets": (
         combine.combine_kernel,
         combine.SIGNATURE,
@@ -117,8 +131,11 @@ VARIANTS = {
 
 def compiled(name: str, capability: int) -> triton.compiler.CompiledKernel:
     kernel, signature, constants, num_warps = VARIANTS[name]
+    registers = MAX_REGISTERS if name.startswith(("dispatch", "combine")) else None
     return triton.compile(
-        source(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options=options(num_warps, True)
+        source(kernel, signature, constants),
+        target=GPUTarget("cuda", capability, 32),
+        options=options(num_warps, True, max_registers=registers),
     )
 
 
@@ -171,7 +188,7 @@ def test_the_router_s_product_of_few_rows_compiles(E: int, H: int, capability: i
 
 @pytest.mark.parametrize("capability", [90, 100])
 def test_packets_are_16_bytes_and_polls_skip_the_cache(capability: int, tmp_path: Path) -> None:
-    for name in ("dispatch", "combine"):
+    for name in ("dispatch", "dispatch-few-tokens", "combine", "combine-few-tokens", "combine-16-warps"):
         text = sass(compiled(name, capability).asm["cubin"], tmp_path)
         assert "LDG.E.128.STRONG.SYS" in text, "the poll"
         assert "STG.E.128.STRONG.SYS" in text, "the packet, and the sentinel that is put back"

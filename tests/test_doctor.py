@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
+import threading
+import time
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from tokenferry import reference
-from tokenferry.cli import health
+from tokenferry.cli import health, selftest
 from tokenferry.cli.doctor_tables import status_of
 from tokenferry.cli.main import app
 from tokenferry.cli.selftest import Run, Trial, can_interpret, runs_for, trial_of
-from tokenferry.cli.selftest_rank import compare_bits
+from tokenferry.cli.selftest_rank import compare_and_time, point_for
 from tokenferry.groups import EPGroup
 from tokenferry.topology import topology
 from tokenferry.transports.selection import Accepted, Rejected, decide
@@ -31,7 +33,7 @@ def pair(*decisions):
 
 
 def answer(wrong="", error="", us=10.0):
-    return {"transport": "local", "wrong": wrong, "error": error, "round_trip_us": us, "hidden_size": 256}
+    return {"transport": "local", "wrong": wrong, "error": error, "round_trip_us": us, "hidden_size": 256, "took_s": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -95,9 +97,12 @@ def test_wrong_bits_are_found_and_named(monkeypatch):
         ]
 
     combine = reference.combine
-    assert compare_bits(EPGroup(device="cpu"), "local")[0] == ""
+    group = EPGroup(device="cpu")
+    point = point_for(group, "local")
+    assert compare_and_time(group, point, interpreted=False)[0] == ""
     monkeypatch.setattr(reference, "combine", off_by_a_little)
-    assert compare_bits(EPGroup(device="cpu"), "local")[0] == "rank 0, step 0: combined rows differ from the reference"
+    wrong = "rank 0, step 0: combined rows differ from the reference"
+    assert compare_and_time(group, point, interpreted=False)[0] == wrong
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -120,6 +125,36 @@ def test_on_cpus_no_rejection_is_shown_as_a_fault(num_ranks):
 def test_interpreted_kernels_are_tried_where_they_can_run(versions, runs):
     assert can_interpret(versions) is runs
     assert any(run.interpreted for run in runs_for(0, versions)) is runs
+
+
+@pytest.mark.parametrize(("num_cpus", "at_once"), [(2, False), (7, False), (8, True)])
+def test_runs_go_at_once_where_there_are_cores_for_all_ranks(monkeypatch, num_cpus, at_once):
+    running, most = 0, 0
+    lock = threading.Lock()
+
+    def try_one(run, _progress):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.2)
+        with lock:
+            running -= 1
+        return [dataclasses.replace(PASSED, transport=run.transports[0])]
+
+    monkeypatch.setattr(selftest, "try_transports", try_one)
+    trials = selftest.try_all([RUN, dataclasses.replace(RUN, transports=("p2p",))], num_cpus, print)
+    assert [trial.transport for trial in trials] == ["local", "p2p"]
+    assert most == (2 if at_once else 1)
+
+
+def test_what_goes_wrong_in_one_of_several_runs_is_raised(monkeypatch):
+    def fail(run, _progress):
+        raise OSError(f"no process for {run.device}")
+
+    monkeypatch.setattr(selftest, "try_transports", fail)
+    with pytest.raises(OSError, match="no process for cpu"):
+        selftest.try_all([RUN], 8, print)
 
 
 def test_on_gpus_nvls_is_tried_only_if_asked_for():

@@ -8,8 +8,8 @@ from tokenferry.gpu_links import Links, ManagementLibrary
 class Library:
     """The library on a machine with one GPU, of `num_links` NVLinks that are up."""
 
-    def __init__(self, num_links: int = 18, remote: int = 2, init: int = 0) -> None:
-        self.num_links, self.remote, self.init, self.shut_down = num_links, remote, init, 0
+    def __init__(self, num_links: int = 18, remote: int = 2, init: int = 0, version: int = 6) -> None:
+        self.num_links, self.remote, self.init, self.version, self.shut_down = num_links, remote, init, version, 0
 
     def nvmlInit_v2(self):
         return self.init
@@ -33,7 +33,7 @@ class Library:
         return 0
 
     def nvmlDeviceGetNvLinkVersion(self, device, link, answer):
-        answer._obj.value = 4
+        answer._obj.value = self.version
         return 0
 
 
@@ -42,9 +42,11 @@ class Library:
     [
         (Library(), Links(num_active=18, version=4, to_switch=True), "18 x NVLink 4, NVSwitch"),
         (Library(12, remote=0), Links(num_active=12, version=4, to_switch=False), "12 x NVLink 4"),
+        (Library(8, remote=0, version=3), Links(num_active=8, version=2, to_switch=False), "8 x NVLink 2"),
+        (Library(18, version=40), Links(num_active=18, version=0, to_switch=True), "18 x NVLink, NVSwitch"),
         (Library(0), Links(num_active=0, version=0, to_switch=False), "no NVLink"),
     ],
-    ids=["switch", "direct", "none"],
+    ids=["switch", "direct", "second-generation", "newer-than-known", "none"],
 )
 def test_links_of_a_gpu(library, links, said):
     with ManagementLibrary(library) as opened:

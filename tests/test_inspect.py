@@ -40,7 +40,7 @@ def snapshots() -> list[Snapshot]:
                 recorder.waited(DISPATCH, layer, 1 - rank, MS // 10)
                 recorder.came(layer, (5, 5))
                 recorder.loads[layer] += torch.tensor([70, 10, 10, 10])
-        taken.append(recorder.snapshot("collective"))
+        taken.append(recorder.snapshot())
     return taken
 
 
@@ -61,7 +61,7 @@ def test_a_snapshot_survives_json() -> None:
 
 def test_nothing_counted_is_said() -> None:
     with pytest.raises(ConfigError, match="nothing was counted"):
-        findings_of([Recorder(0, 1, 4, 32, torch.device("cpu")).snapshot("local")], MODEL)
+        findings_of([Recorder(0, 1, 4, 32, torch.device("cpu")).snapshot()], MODEL)
 
 
 @pytest.mark.parametrize(

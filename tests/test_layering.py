@@ -28,6 +28,8 @@ ALLOWED_BETWEEN_KERNELS = {
     "wire_ptx",
     "wire_interpreter",
     "wire_clock",
+    "wire_observer",
+    "wire_clock_interpreter",
     "wait_board",
     "waits",
     "launch",
@@ -35,7 +37,10 @@ ALLOWED_BETWEEN_KERNELS = {
     "expert_math",
     "expert_tiles",
     "wire_float8",
+    "wire_mxfp4",
     "fp8_rows",
+    "fp8_terms",
+    "term_rows",
     "routing_packets",
 }
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)

@@ -1,6 +1,8 @@
 """What the NCCL communicator asks of PyTorch's backend, and when, without a GPU: a stub stands for the backend, and notes its
 calls. tests/gpu has the real one."""
 
+import atexit
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -184,3 +186,20 @@ def test_closing_amid_the_watchdogs_work_does_not_wait_for_its_own_thread(commun
     gather(communicator, overlaps=False)
     with communicator._watchdog._lock:
         communicator.let_launched_end()  # the test's time limit is the assertion
+
+
+def test_the_interpreters_end_waits_for_an_abort_that_graphs_delay(
+    communicator: NcclCommunicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that came back from NCCL while Python was torn down ended the process with SIGABRT."""
+    at_exit: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(atexit, "register", lambda *given: at_exit.append(given))
+    gone, calls = threading.Event(), communicator._backend.calls
+    monkeypatch.setattr(Backend, "abort", lambda self: gone.wait(10.0) and self.calls.append("abort"))
+    communicator._captured = True
+    communicator.abort()
+    assert calls == [], "closing waits for no graph"
+    threading.Timer(0.2, gone.set).start()
+    ((wait, limit_s),) = at_exit
+    wait(limit_s)
+    assert calls == ["abort"]

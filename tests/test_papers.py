@@ -9,11 +9,21 @@ import yaml
 import tokenferry
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + sorted((ROOT / "docs").rglob("*.md"))
+MOST_CHARACTERS = 160
+"""Of a line of text: source is read in terminals and in reviews too."""
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"))
 
 
 def test_the_readme_has_fewer_than_150_lines():
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_lines_of_text_can_be_read_in_a_terminal(page):
+    """Rows of tables cannot be broken."""
+    lines = enumerate(page.read_text().splitlines(), 1)
+    assert [number for number, line in lines if len(line) > MOST_CHARACTERS and not line.startswith("|")] == []
 
 
 @pytest.mark.parametrize(

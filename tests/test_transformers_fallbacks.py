@@ -13,8 +13,8 @@ from torch import nn
 import tokenferry as tf
 from foreign_experts import NUM_EXPERTS, Family, ScaledNorm
 from tokenferry.experts import BorrowedExperts, ExpertScratch
-from tokenferry.integrations.transformers import expert_parallel, kernel_experts
-from tokenferry.integrations.transformers.expert_parallel import ExpertParallel
+from tokenferry.integrations.transformers import expert_parallel, fallbacks, kernel_experts
+from tokenferry.integrations.transformers.fallbacks import Fallbacks
 from tokenferry.integrations.transformers.kernel_experts import KernelExperts, NotServed, prepare_together
 from tokenferry.integrations.transformers.settings import LayerShape, Options
 from tokenferry.testing.tiny_models import make_tiny
@@ -157,11 +157,9 @@ def test_kernels_that_cannot_be_loaded_are_told_with_the_reason(two: list[Kernel
 def test_a_layer_whose_kernels_cannot_be_loaded_goes_to_the_library(
     two: list[KernelExperts], caplog: pytest.LogCaptureFixture
 ) -> None:
-    parallel = ExpertParallel(tf.EPGroup(device="cpu"), OPTIONS)
     layers: Any = [LayerStub(kernels) for kernels in two]
-    parallel.layers = tuple(layers)
     with caplog.at_level(logging.WARNING, logger="tokenferry"):
-        parallel._prepare_kernels(SHAPE)
+        assert Fallbacks().prepare(layers, group=tf.EPGroup(device="cpu"), options=OPTIONS, shape=SHAPE) is not None
     assert [layer.kernels for layer in layers] == [None, two[1]]
     assert "1 of 2 MoE layers run by transformers' own expert function: its kernels could not be loaded" in caplog.text
 
@@ -182,7 +180,7 @@ IDS = torch.tensor([[5, 6, 7]])
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """By our experts' operators on borrowed views, which stand in for the kernels where there is no GPU."""
     monkeypatch.setattr(ExpertScratch, "serves", staticmethod(lambda device: True))
-    monkeypatch.setattr(expert_parallel, "prepare_together", lambda *_: (None, {}))
+    monkeypatch.setattr(fallbacks, "prepare_together", lambda *_: (None, {}))
     loaded = load(make_tiny("mixtral", tmp_path), tf.EPGroup(device="cpu"))
     assert all(layer.kernels for layer in loaded.expert_parallel.layers)
     yield loaded

@@ -72,13 +72,15 @@ def test_tokens_of_the_unmodified_model_from_replays(graphed: Graphed) -> None:
     assert graphed.stand_in.num_replayed >= 16
 
 
+@pytest.mark.parametrize("graphed", ["qwen3_moe", "gpt_oss"], indirect=True)
 def test_a_padded_batch(graphed: Graphed) -> None:
+    """Of gpt_oss until its windows, of 16 tokens, are full and move on from the padding."""
     ids = torch.tensor(prompts((LENGTH, LENGTH), 1))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
-    expected = graphed.plain.generate(ids, attention_mask=mask, max_new_tokens=8)
-    assert graphed.model.generate(ids, attention_mask=mask, max_new_tokens=8).tolist() == expected.tolist()
-    assert graphed.stand_in.num_replayed == 6
+    expected = graphed.plain.generate(ids, attention_mask=mask, max_new_tokens=14)
+    assert graphed.model.generate(ids, attention_mask=mask, max_new_tokens=14).tolist() == expected.tolist()
+    assert graphed.stand_in.num_replayed >= 10
 
 
 def test_each_batch_size_has_a_graph_of_its_own_and_keeps_it(graphed: Graphed) -> None:

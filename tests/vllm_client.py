@@ -22,7 +22,7 @@ def wait_until_up(server: Popen, port: int, limit_s: float) -> None:
 
 
 def complete(port: int, model: str, prompt: list[int], num_tokens: int) -> list[int] | str:
-    """The tokens, or the text of an error."""
+    """The tokens, or the HTTP status and text of an error, or what became of the connection."""
     body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
     body |= {"return_token_ids": True, "detokenize": False}
     request = urllib.request.Request(
@@ -32,7 +32,7 @@ def complete(port: int, model: str, prompt: list[int], num_tokens: int) -> list[
         with urllib.request.urlopen(request, timeout=120) as answer:
             return json.load(answer)["choices"][0]["token_ids"]
     except urllib.error.HTTPError as error:
-        return error.read().decode()
+        return f"HTTP {error.code}: {error.read().decode()}"
     except OSError as error:  # the server has gone
         return str(error) or type(error).__name__
 

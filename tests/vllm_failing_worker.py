@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tokenferry.integrations.vllm.in_place import current_exchange
 from tokenferry.integrations.vllm.worker import Worker as OurWorker
-from tokenferry.integrations.vllm.worker import current_exchange
 
 
 def fail(how: str) -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
+from tokenferry.reference import quantize
+
 COUNTS = ([3, 5], [0, 4], [7, 1], [1, 1], [0, 0])
-HIDDEN, TOPK, EXPERTS, LAYERS = 64, 2, 8, 2
+HIDDEN, TOPK, EXPERTS, LAYERS = 128, 2, 8, 2
 
 
 class Model:
@@ -37,11 +39,21 @@ def rows_of(rank: int, count: int, seed: int, device: torch.device) -> tuple[tor
     return hidden.to(device), weights.to(device), torch.randint(0, EXPERTS, (count, TOPK), dtype=torch.int32).to(device)
 
 
-def in_a_graph(
-    forward: Callable[[tuple[torch.Tensor, ...]], list[list[torch.Tensor]]], inputs: list[tuple[torch.Tensor, ...]]
-) -> list[list[torch.Tensor]]:
-    """What a captured forward gives for each of `inputs`."""
-    static, stream, results = tuple(each.clone() for each in inputs[0]), torch.cuda.Stream(), []
+def quantize_on_cpu(
+    rows: torch.Tensor, *_: object, quant_dtype: object, **__: object
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """In the place of vLLM's quantizers, which are GPU kernels."""
+    if quant_dtype is None:
+        return rows, None
+    quantized = quantize(rows)
+    return quantized.values, quantized.scales
+
+
+def captured(
+    forward: Callable[[tuple[torch.Tensor, ...]], list[list[torch.Tensor]]], first: tuple[torch.Tensor, ...]
+) -> Callable[[tuple[torch.Tensor, ...]], list[list[torch.Tensor]]]:
+    """The same forward, from a graph."""
+    static, stream = tuple(each.clone() for each in first), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         forward(static)
@@ -49,13 +61,15 @@ def in_a_graph(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         found = forward(static)
-    for given in inputs:
+
+    def replayed(given: tuple[torch.Tensor, ...]) -> list[list[torch.Tensor]]:
         for place, each in zip(static, given, strict=True):
             place.copy_(each)
         graph.replay()
         torch.cuda.synchronize()
-        results += [[each.cpu() for each in layer] for layer in found]
-    return results
+        return [[each.cpu() for each in layer] for layer in found]
+
+    return replayed
 
 
 def worker(rank: int, port: int, mode: str, folder: str) -> None:
@@ -64,8 +78,8 @@ def worker(rank: int, port: int, mode: str, folder: str) -> None:
     from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed.parallel_state import get_ep_group, init_distributed_environment, initialize_model_parallel
     from vllm.forward_context import get_forward_context, set_forward_context
-    from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
-    from vllm.model_executor.layers.fused_moe.prepare_finalize.naive_dp_ep import MoEPrepareAndFinalizeNaiveDPEPModular
+    from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, fp8_w8a8_moe_quant_config
+    from vllm.model_executor.layers.fused_moe.prepare_finalize import naive_dp_ep
     from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
     from vllm.plugins import load_general_plugins
 
@@ -73,6 +87,7 @@ def worker(rank: int, port: int, mode: str, folder: str) -> None:
 
     is_cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank) if is_cuda else torch.device("cpu")
+    os.environ["VLLM_MOE_SKIP_PADDING"] = "1"  # so that rows are masked on GPUs too
     load_general_plugins()
     if is_cuda:
         torch.cuda.set_device(device)
@@ -90,21 +105,30 @@ def worker(rank: int, port: int, mode: str, folder: str) -> None:
         init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", rank if is_cuda else 0, "nccl" if is_cuda else "gloo")
         initialize_model_parallel(1, 1)
         manager = get_ep_group().device_communicator.all2all_manager
-        prepare_finalize = MoEPrepareAndFinalizeNaiveDPEPModular()
+        prepare_finalize = naive_dp_ep.MoEPrepareAndFinalizeNaiveDPEPModular()
         config.model_config = None  # a forward context would ask it for more than there is
 
+        weight_scale = torch.ones(EXPERTS, 1, 1, device=device)
+        float8 = fp8_w8a8_moe_quant_config(weight_scale, weight_scale, block_shape=[128, 128])
+        if not is_cuda:
+            naive_dp_ep.moe_kernel_quantize_input = quantize_on_cpu
+
         def forward(counts: list[int], given: tuple[torch.Tensor, ...]) -> list[list[torch.Tensor]]:
-            """What each layer gathers, and what its experts' rows come to."""
+            """What each layer gathers, and what its experts' rows come to. The last one quantizes its rows."""
             x, weights, ids = given
             found, across = [], torch.tensor(counts, dtype=torch.int32)
             with set_forward_context(None, config, num_tokens=x.shape[0], num_tokens_across_dp=across):
-                for _ in range(LAYERS):
+                # vLLM's quantizers on GPUs take no empty batch; its idle ranks have a row.
+                for layer in range(LAYERS + (not is_cuda or min(counts) > 0)):
+                    quant_config = float8 if layer == LAYERS else FUSED_MOE_UNQUANTIZED_CONFIG
                     with get_forward_context().dp_metadata.sp_local_sizes(1):
-                        rows, _, _, all_ids, all_weights = prepare_finalize.prepare(
-                            x, weights, ids, EXPERTS, None, False, FUSED_MOE_UNQUANTIZED_CONFIG
+                        rows, scales, _, all_ids, all_weights = prepare_finalize.prepare(
+                            x, weights, ids, EXPERTS, None, False, quant_config
                         )
-                        kept = [each.clone() for each in (rows, all_ids, all_weights)]  # peers write there after finalize
-                        out, partial = torch.empty_like(x), rows * (rank + 1) * 1.0078125
+                        gathered = [rows, all_ids, all_weights] if scales is None else [rows, all_ids, all_weights, scales]
+                        kept = [each.clone() for each in gathered]  # peers write there after finalize
+                        numbers = rows if scales is None else (rows.float() * scales).to(torch.bfloat16)
+                        out, partial = torch.empty_like(x), numbers * (rank + 1) * 1.0078125
                         prepare_finalize.finalize(out, partial, all_weights, all_ids, False, TopKWeightAndReduceNoOP())
                         found.append([*kept, out])
             return found
@@ -113,12 +137,19 @@ def worker(rank: int, port: int, mode: str, folder: str) -> None:
         for step, counts in enumerate(COUNTS):
             given = rows_of(rank, counts[rank], step, device)
             results += [[each.cpu() for each in layer] for layer in forward(counts, given)]
+        masked = []
         if is_cuda:
-            results += in_a_graph(lambda given: forward([4, 4], given), [rows_of(rank, 4, seed, device) for seed in (7, 8, 9)])
+            inputs = [rows_of(rank, 4, seed, device) for seed in (7, 8, 9)]
+            replayed = captured(lambda given: forward([4, 4], given), inputs[0])
+            for given in inputs:
+                results += replayed(given)
+            if mode != "plain":
+                for num_real in (4 * rank, 3):
+                    with manager.exchange.real_rows(num_real):
+                        masked += [layer[1].tolist() for layer in replayed(inputs[0])]
         transports = [each.transport for each in manager.exchange.workspaces()] if mode != "plain" else []
-        torch.save(
-            {"manager": type(manager).__name__, "transports": transports, "results": results}, Path(folder) / f"{mode}.{rank}"
-        )
+        said = {"manager": type(manager).__name__, "transports": transports, "results": results, "masked": masked}
+        torch.save(said, Path(folder) / f"{mode}.{rank}")
         get_ep_group().device_communicator.destroy()
 
 

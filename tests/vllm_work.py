@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenferry as tf
-from fake_vllm import ALL2ALL, CPU_COMMUNICATOR, OUTPUTS, PARALLEL_STATE, current, fake_config, forward, place_fake_vllm
+from fake_vllm import ALL2ALL, CPU_COMMUNICATOR, FINALIZE, OUTPUTS, PARALLEL_STATE, current, fake_config, forward, place_fake_vllm
 from tokenferry.integrations.vllm import cpu, plugin
 from tokenferry.integrations.vllm.settings import LOGGER
 from tokenferry.testing import same_bits
@@ -24,10 +24,11 @@ COUNTS = {
 }
 
 
-def managers(group: tf.EPGroup, settings: dict[str, Any]) -> tuple[Any, Any]:
-    """vLLM's own manager, and ours."""
+def managers(group: tf.EPGroup, settings: dict[str, Any], *, fake: bool = True) -> tuple[Any, Any]:
+    """vLLM's own manager, and ours. `fake`: whether the small vLLM is still to be placed."""
     dist.init_process_group("gloo", store=dist.PrefixStore("vllm", group.store), rank=group.rank, world_size=group.size)
-    place_fake_vllm()
+    if fake:
+        place_fake_vllm()
     stock = sys.modules[ALL2ALL].AgRsAll2AllManager
     plugin.register()
     plugin.register()
@@ -108,6 +109,29 @@ class Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def run_a_release_that_copies_sums(group: tf.EPGroup) -> list[bool]:
+    """vLLM's own `finalize` where its managers have no `combine_into_output`: whether it copies, with ours and with its own."""
+    place_fake_vllm()
+    del sys.modules[ALL2ALL].AgRsAll2AllManager.combine_into_output
+    stock, ours = managers(group, {}, fake=False)
+    communicator = sys.modules[PARALLEL_STATE].groups["ep"].device_communicator
+    finalizer, said, outputs = sys.modules[FINALIZE].MoEPrepareAndFinalizeNaiveDPEPModular(), [], []
+    for sizes in ([3, 5], [4, 0]):  # where the others bring nothing, vLLM's experts write their rows into the output itself
+        own = rows(group.rank, sizes[group.rank], 0, torch.bfloat16)
+        for manager in (ours, stock):
+            communicator.all2all_manager = manager
+            with forward(sizes):
+                partial = partial_of(manager.dispatch(*own)[0], group.rank)
+                outputs.append(torch.full_like(own[0], float("nan")))
+                if partial.shape == own[0].shape:
+                    partial = outputs[-1].copy_(partial)
+                finalizer.finalize(outputs[-1], partial)
+            said.append(finalizer.copies)
+        same(f"{sizes}", (outputs[-2],), (outputs[-1],))
+    assert ours.exchange.output is None
+    return said
+
+
 def run_logits(group: tf.EPGroup, dtype: torch.dtype) -> None:
     """Router logits of all experts, instead of chosen ones."""
     stock, ours = managers(group, {})
@@ -127,19 +151,22 @@ def run_fallbacks(group: tf.EPGroup) -> dict[str, list[str]]:
     _, ours = managers(group, {})
     sizes = [3, 5]
     hidden, weights, ids = rows(group.rank, sizes[group.rank], 0, torch.bfloat16)
-    scales = [torch.ones(hidden.shape[0], 1)]
+    mappings = [torch.full((hidden.shape[0],), -1, dtype=torch.int32)]
+    float8, scales = hidden.to(torch.float8_e4m3fn), torch.ones(hidden.shape[0], 1)
     calls: dict[str, Any] = {
         "sequence parallel": lambda: ours.dispatch(hidden, weights, ids, True),
-        "extra tensors": lambda: ours.dispatch(hidden, weights, ids, extra_tensors=scales),
-        "float8 rows": lambda: ours.dispatch(hidden.to(torch.float8_e4m3fn).view(torch.uint8), weights, ids),
+        "LoRA mappings": lambda: ours.dispatch(hidden, weights, ids, extra_tensors=mappings),
+        "LoRA mappings of float8 rows": lambda: ours.dispatch(float8, weights, ids, extra_tensors=[scales, *mappings]),
+        "one scale of each rank's rows": lambda: ours.dispatch(float8, weights, ids, extra_tensors=mappings),
+        "complex rows": lambda: ours.dispatch(hidden.to(torch.complex64), weights, ids),
         "double weights": lambda: ours.dispatch(hidden, weights.double(), ids),
-        "logits with extra tensors": lambda: ours.dispatch_router_logits(hidden, weights, extra_tensors=scales),
+        "logits with LoRA mappings": lambda: ours.dispatch_router_logits(hidden, weights, extra_tensors=mappings),
     }
     outcome = {}
     for name, call in calls.items():
         ours.calls.clear()
         with forward(sizes):
-            gathered = call()[0].to(torch.bfloat16)
+            gathered = call()[0].real.to(torch.bfloat16)
             assert ours.combine(gathered).shape == hidden.shape
             outcome[name] = list(ours.calls)
             assert ours.combine(ours.dispatch(hidden, weights, ids)[0]).shape == hidden.shape
@@ -172,9 +199,13 @@ def run_other_counts_in_a_forward(group: tf.EPGroup) -> int:
     return ours.exchange.workspaces()[0].last_step
 
 
-def run_idle_worker(group: tf.EPGroup) -> dict[str, Any]:
-    """Rank 1 has no requests: its worker runs dummy forwards. Which expert numbers arrive."""
+def run_idle_worker(group: tf.EPGroup, from_tensor: bool) -> list[list[list[int]]]:
+    """Rank 1 has no requests, and its worker runs dummy forwards; of rank 0's two rows one fills up a graph. Which expert numbers
+    arrive, then with a draft model, then outside of the worker. `from_tensor`: the kernels read how many rows are real, as in
+    captured graphs."""
     _, ours = managers(group, {})
+    if from_tensor:
+        ours.exchange._on_device = torch.full((1,), 16, dtype=torch.int32)
     from tokenferry.integrations.vllm import Worker
 
     seen = []
@@ -186,13 +217,14 @@ def run_idle_worker(group: tf.EPGroup) -> dict[str, Any]:
             ours.combine(hidden)
         return "output"
 
-    worker = Worker(step)
-    for _ in range(2):
+    for drafts in (None, "a draft model"):
+        worker = Worker(step, SimpleNamespace(speculative_config=drafts))
         if group.rank == 0:
-            assert worker.execute_model("scheduled") == "output"
+            assert worker.execute_model(SimpleNamespace(total_num_scheduled_tokens=1)) == "output"
         else:
             worker.execute_dummy_batch()
-    return {"ids": seen, "idle afterwards": ours.exchange.is_idle}
+    step(None)
+    return seen
 
 
 def run_worker_beside_other_managers(group: tf.EPGroup) -> dict[str, list[str]]:

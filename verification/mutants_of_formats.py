@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from verification.mutant import Mutant
 
+COMBINE = "tests/interpreter/test_fp8_combine.py::"
 FORMATS = "tests/interpreter/test_formats.py::"
 _KERNELS = "src/tokenferry/kernels"
 _SYMMETRIC = "src/tokenferry/transports/symmetric"
@@ -36,6 +37,34 @@ OF_FORMATS = (
         "is_it = tl.arange(0, 4)[None, :] == WHICH",
         "is_it = tl.arange(0, 4)[None, :] == 0 * WHICH",
         (f"{FORMATS}test_named_formats_give_the_bits_of_the_reference[2]",),
+    ),
+    Mutant(
+        "float8-terms-nan-scale-keeps-its-bits",
+        f"{_KERNELS}/fp8_terms.py",
+        "return v0, v1, v2, v3, fp8_rows.canonical_scale(n4)",
+        "return v0, v1, v2, v3, n4",
+        (f"{COMBINE}test_named_cases_give_the_bits_of_the_reference[2]",),
+    ),
+    Mutant(
+        "float8-terms-are-summed-in-another-order",
+        f"{_KERNELS}/fp8_terms.py",
+        "        is_first = source == 0\n",
+        "        is_first = source == size - 1\n",
+        (f"{COMBINE}test_named_cases_give_the_bits_of_the_reference[3]",),
+    ),
+    Mutant(
+        "float8-terms-that-are-fetched-have-the-scale-of-their-rows-first-block",
+        f"{_KERNELS}/fp8_terms.py",
+        "term_scales_ptr + index * ((H + 511) // 512 * 16) + column // 128 * 4, live)",
+        "term_scales_ptr + index * ((H + 511) // 512 * 16), live)",
+        (f"{COMBINE}test_slots_and_bulk_in_turn[H272-EP2]",),
+    ),
+    Mutant(
+        "float8-terms-in-place-are-taken-for-others",
+        f"{_SYMMETRIC}/rank_kernels.py",
+        "return same_rows and partial.scales.data_ptr() == terms.scales.data_ptr()",
+        "return True",
+        (f"{COMBINE}test_scales_of_other_memory_are_not_taken_for_those_in_place",),
     ),
     Mutant(
         "infinities-become-448",

@@ -21,8 +21,8 @@ OF_HOST_LOGIC = (
     Mutant(
         "collective-sums-in-another-order",
         f"{_TRANSPORTS}/collective/rows.py",
-        "sum_in_rank_order([term[:num_wanted] for term in terms])",
-        "sum_in_rank_order([term[:num_wanted] for term in terms[::-1]])",
+        "sum_in_rank_order([self._term_of(term[:num_wanted]) for term in terms])",
+        "sum_in_rank_order([self._term_of(term[:num_wanted]) for term in terms[::-1]])",
         (f"{SUMS}[collective-order-T2]",),
     ),
     Mutant(
@@ -35,7 +35,7 @@ OF_HOST_LOGIC = (
     Mutant(
         "local-drops-the-rounding-of-the-owners-term",
         f"{_TRANSPORTS}/local.py",
-        "term = partial[: self._num_supplied].to(self._settings.combine_dtype)",
+        "term = in_combine_dtype(partial[: self._num_supplied], self._settings.combine_dtype)",
         "term = partial[: self._num_supplied]",
         ("tests/test_core.py::test_a_rank_alone_rounds_its_term_too[local]",),
     ),

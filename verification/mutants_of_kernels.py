@@ -97,20 +97,20 @@ OF_KERNELS = (
     Mutant(
         "kernel-sums-in-another-order",
         f"{_KERNELS}/combine.py",
-        "            for source in range(sources):\n",
-        "            for place_in_sum in range(sources):\n"
-        "                source = tl.where(place_in_sum == 0, 0, sources - place_in_sum)\n",
+        "                for source in range(sources):\n",
+        "                for place_in_sum in range(sources):\n"
+        "                    source = tl.where(place_in_sum == 0, 0, sources - place_in_sum)\n",
         (f"{SUMS}[p2p-order-T2]",),
     ),
     Mutant(
         "kernel-drops-the-rounding-of-the-owners-term",
         f"{_KERNELS}/combine.py",
-        "                l0, h0 = wire.unpack(w0, WIRE)\n",
-        "                l0, h0 = wire.unpack(w0, WIRE)\n"
-        "                if PARTIAL.primitive_bitwidth == 32 and WIRE.primitive_bitwidth == 16 and WORDS == 4:\n"
-        "                    exact = partial_ptr + (first_own_element + index * PER_PACKET) * 4\n"
-        "                    e, f, g, h = wire.load(exact, live, 4)\n"
-        "                    l0 = tl.where(source == rank, e.to(tl.float32, bitcast=True), l0)\n",
+        "                    l0, h0 = wire.unpack(w0, WIRE)\n",
+        "                    l0, h0 = wire.unpack(w0, WIRE)\n"
+        "                    if PARTIAL.primitive_bitwidth == 32 and WIRE.primitive_bitwidth == 16 and WORDS == 4:\n"
+        "                        exact = partial_ptr + (first_own_element + index * PER_PACKET) * 4\n"
+        "                        e, f, g, h = wire.load(exact, live, 4)\n"
+        "                        l0 = tl.where(source == rank, e.to(tl.float32, bitcast=True), l0)\n",
         (f"{SUMS}[p2p-rounding-T2]",),
     ),
     Mutant(

@@ -62,9 +62,17 @@ def home_of(module: str, name: str) -> str:
 def error_table() -> str:
     errors = importlib.import_module("tokenferry.errors")
     classes = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, errors.TokenferryError)]
-    firsts = [" ".join(str(inspect.getdoc(cls)).split("\n\n")[0].split()) for cls in classes]
-    rows = [[f"`{cls.__name__}`", f"`{cls.__bases__[0].__name__}`", first] for cls, first in zip(classes, firsts, strict=True)]
-    return performance.table(["class", "is a", "when"], rows)
+    rows = [[f"`{cls.__name__}`", f"`{cls.__bases__[0].__name__}`", *when_and_what_to_do(cls)] for cls in classes]
+    return performance.table(["class", "is a", "when", "what to do"], rows)
+
+
+def when_and_what_to_do(cls: type) -> tuple[str, str]:
+    """The first two paragraphs of an exception's docstring."""
+    when, what = (" ".join(paragraph.split()) for paragraph in str(inspect.getdoc(cls)).split("\n\n")[:2])
+    head, found, what_to_do = what.partition("What to do: ")
+    if head or not found:
+        raise ValueError(f"the docstring of {cls.__name__} does not say what to do in its second paragraph")
+    return when, what_to_do
 
 
 def variable_table() -> str:

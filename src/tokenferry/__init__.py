@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tokenferry.step import Step
     from tokenferry.workspace import Workspace
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CapacityError",

@@ -39,6 +39,16 @@ class QuantizedRows:
         """Where both tensors live."""
         return self.values.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.values.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Of both tensors."""
+        return self.values.nbytes + self.scales.nbytes
+
     def __getitem__(self, rows: slice) -> QuantizedRows:
         """Some of the rows, as views."""
         return QuantizedRows(self.values[rows], self.scales[rows])
@@ -55,6 +65,8 @@ class QuantizedRows:
 
 HiddenRows = torch.Tensor | QuantizedRows
 """Rows as they are handed to `dispatch`, and as it returns them."""
+PartialRows = torch.Tensor | QuantizedRows
+"""Partial rows as they are handed to `combine`, and as `combine_input()` is."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +138,10 @@ class RowFormat:
         return torch.uint8 if self.name == "bytes" else config.dtype
 
     def wire_bytes(self, config: MoEConfig) -> int:
-        """Bytes of a row in a message: quantized rows have their values first, then their scales, rounded up to 16 bytes.
-
-        Example:
-            fp8_block128 with hidden_size 7168: 7168 + 56 * 4 = 7392. 2880: 2880 + 23 * 4, rounded up: 2976. 256: 272.
-        """
+        """Bytes of a row in a message; of quantized rows see `quantized_bytes`."""
         if not self.is_quantized:
             return self.columns(config) * self.dtype(config).itemsize
-        return -(-(config.hidden_size + num_scales(config.hidden_size) * 4) // 16) * 16
+        return quantized_bytes(config.hidden_size)
 
     def check(self, config: MoEConfig) -> None:
         """Raises ConfigError for a configuration whose rows it cannot carry."""
@@ -150,6 +158,28 @@ SAME: Final = RowFormat()
 def num_scales(hidden_size: int) -> int:
     """Of a quantized row."""
     return -(-hidden_size // SCALE_BLOCK)
+
+
+def quantized_bytes(hidden_size: int) -> int:
+    """Bytes of a quantized row in a message: its values first, then its scales, rounded up to 16 bytes.
+
+    Example:
+        hidden_size 7168: 7168 + 56 * 4 = 7392. 2880: 2880 + 23 * 4, rounded up: 2976. 256: 272.
+    """
+    return -(-(hidden_size + num_scales(hidden_size) * 4) // 16) * 16
+
+
+def term_bytes(hidden_size: int, combine_dtype: torch.dtype) -> int:
+    """Bytes of a partial row in a message: float8 ones have scales."""
+    return quantized_bytes(hidden_size) if combine_dtype == FLOAT8 else hidden_size * combine_dtype.itemsize
+
+
+def empty_terms(num_rows: int, hidden_size: int, combine_dtype: torch.dtype, device: torch.device) -> PartialRows:
+    """New partial rows as they travel: `QuantizedRows` of float8 ones."""
+    values = torch.empty((num_rows, hidden_size), dtype=combine_dtype, device=device)
+    if combine_dtype != FLOAT8:
+        return values
+    return QuantizedRows(values, torch.empty((num_rows, num_scales(hidden_size)), dtype=torch.float32, device=device))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NoReturn, Protocol, SupportsIndex
+from typing import Any, NoReturn, Protocol, SupportsIndex
 
 import torch
 
-from tokenferry.config import HIDDEN_DTYPES, MoEConfig
-from tokenferry.dispatched import FLOAT8, Dispatched, HiddenRows, QuantizedRows, RowFormat, num_scales
+from tokenferry.config import MoEConfig
+from tokenferry.dispatched import Dispatched, HiddenRows, PartialRows, QuantizedRows, RowFormat
 from tokenferry.errors import (
     CapacityError,
     DtypeError,
@@ -20,7 +20,17 @@ from tokenferry.errors import (
 from tokenferry.lifecycle import Lifecycle, Stage
 from tokenferry.operators import Operators
 from tokenferry.step import Step
-from tokenferry.tensor_checks import check_tensor, fitting_rows, ids_out_of_range, made_contiguous, overlap
+from tokenferry.tensor_checks import (
+    check_partial,
+    check_quantized,
+    check_tensor,
+    fitting_partial,
+    fitting_quantized,
+    fitting_rows,
+    ids_out_of_range,
+    made_contiguous,
+    overlap,
+)
 from tokenferry.transports.base import Gathered, Transport
 
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -38,6 +48,8 @@ class WorkspaceView(Protocol):
     def config(self) -> MoEConfig: ...
     @property
     def dispatch_format(self) -> RowFormat: ...
+    @property
+    def combine_dtype(self) -> torch.dtype: ...
     @property
     def device(self) -> torch.device: ...
     @property
@@ -58,7 +70,7 @@ class Dispatcher:
     def __init__(self, workspace: WorkspaceView, layer: int) -> None:
         self._workspace, self.layer = workspace, layer
         self._num_supplied = 0
-        self._sent: torch.Tensor | None = None
+        self._sent: PartialRows | None = None
         config, row_format = workspace.config, workspace.dispatch_format
         self._columns, self._hidden_dtypes = row_format.columns(config), (row_format.dtype(config),)
 
@@ -158,20 +170,21 @@ class Dispatcher:
         )
         return dispatched
 
-    def combine_input(self) -> torch.Tensor:
-        """[R, H] in `combine_dtype`: experts that write their partial rows here save a copy, also where they write only its first
-        rows and give those to `combine`. Valid until `combine_begin`."""
+    def combine_input(self) -> Any:
+        """[R, H] in `combine_dtype`, a tensor, or `QuantizedRows` if that is float8: experts that write their partial rows here
+        save a copy, also where they write only its first rows and give those to `combine`. Valid until `combine_begin`."""
         self._workspace.lifecycle.require("combine_input", self.layer)
         return self._workspace.active_transport.combine_input()
 
     def combine(
-        self, partial: torch.Tensor, dispatched: Dispatched | None = None, out: torch.Tensor | None = None
+        self, partial: PartialRows, dispatched: Dispatched | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Sums every rank's partial rows at the rank that owns the token.
 
         Args:
             partial: [V to R, H] bfloat16, float16 or float32, contiguous: for each gathered row the weighted sum over this rank's
-                experts. Rows >= V are not read, and need not be there. May be `combine_input()`, or its first rows.
+                experts. Rows >= V are not read, and need not be there. May be `combine_input()`, or its first rows. With
+                combine_dtype float8_e4m3fn it is quantized on its way, or comes as `QuantizedRows` of [V to R, H].
             dispatched: the dispatch that this answers, to have the pairing checked.
             out: [T', H] in `result_dtype`, contiguous, gets the result. It must overlap neither `partial` nor what belongs to the
                 workspace: the gathered rows, and `combine_input()`, from which peers may still fetch.
@@ -220,7 +233,7 @@ class Dispatcher:
         self._begin_combine("combine", partial, dispatched, out)  # the long way: it says what is wrong
         return self.combine_end(out)
 
-    def combine_begin(self, partial: torch.Tensor, dispatched: Dispatched | None = None) -> None:
+    def combine_begin(self, partial: PartialRows, dispatched: Dispatched | None = None) -> None:
         """The sending half of `combine`: returns at once.
 
         `partial` belongs to the call until `combine_end` has returned, on every transport: leave it as it is. It is kept alive,
@@ -229,7 +242,7 @@ class Dispatcher:
         self._begin_combine("combine_begin", partial, dispatched)
 
     def _begin_combine(
-        self, called: str, partial: torch.Tensor, dispatched: Dispatched | None, out: torch.Tensor | None = None
+        self, called: str, partial: PartialRows, dispatched: Dispatched | None, out: torch.Tensor | None = None
     ) -> None:
         """`called`: what the caller called, for messages. `out` is looked at here, before anything has left."""
         workspace = self._workspace
@@ -269,18 +282,14 @@ class Dispatcher:
     def _fitting_hidden(self, hidden: HiddenRows, device: torch.device) -> int:
         if type(hidden) is not QuantizedRows:
             return fitting_rows(hidden, self._columns, self._hidden_dtypes, device)  # type: ignore[arg-type]
-        if not self._workspace.dispatch_format.is_quantized:
-            return -1
-        num_rows = fitting_rows(hidden.values, self._columns, (FLOAT8,), device)
-        scaled_rows = fitting_rows(hidden.scales, num_scales(self._columns), (torch.float32,), device)
-        return num_rows if num_rows == scaled_rows else -1
+        return fitting_quantized(hidden, self._columns, device) if self._workspace.dispatch_format.is_quantized else -1
 
-    def _partial_fits(self, partial: torch.Tensor, dispatched: Dispatched | None) -> bool:
+    def _partial_fits(self, partial: PartialRows, dispatched: Dispatched | None) -> bool:
         """What `_check_pairing` and `_check_partial` check, in one go and without a word."""
         workspace = self._workspace
         if dispatched is not None and not (type(dispatched) is Dispatched and dispatched.handle is workspace.lifecycle.handle):
             return False
-        num_rows = fitting_rows(partial, workspace.config.hidden_size, HIDDEN_DTYPES, workspace.device)
+        num_rows = fitting_partial(partial, workspace.config.hidden_size, workspace.combine_dtype, workspace.device)
         return num_rows == workspace.lifecycle.gathered_rows or self._may_be_all(num_rows)
 
     def _may_be_all(self, num_rows: int) -> bool:
@@ -291,10 +300,10 @@ class Dispatcher:
         return workspace.step.num_tokens <= num_rows < workspace.lifecycle.gathered_rows
 
     def _check_rows(self, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
-        config, step = self._workspace.config, self._workspace.step
+        config, step, device = self._workspace.config, self._workspace.step, self._workspace.device
         self._check_hidden(hidden)
-        check_tensor("topk_idx", topk_idx, config.topk, INDEX_DTYPES, self._workspace.device)
-        check_tensor("topk_weights", topk_weights, config.topk, WEIGHT_DTYPES, self._workspace.device)
+        check_tensor("topk_idx", topk_idx, config.topk, INDEX_DTYPES, device)
+        check_tensor("topk_weights", topk_weights, config.topk, WEIGHT_DTYPES, device)
         num_rows = hidden.shape[0]
         for name, tensor in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
             if tensor.shape[0] != num_rows:
@@ -321,12 +330,7 @@ class Dispatcher:
                 f"hidden is QuantizedRows but the workspace was opened with dispatch_format={row_format.name!r}; open it with "
                 "'fp8_block128', or give hidden.dequantize()"
             )
-        check_tensor("hidden.values", hidden.values, self._columns, (FLOAT8,), device)
-        check_tensor("hidden.scales", hidden.scales, num_scales(self._columns), (torch.float32,), device)
-        if hidden.scales.shape[0] != hidden.shape[0]:
-            raise ShapeError(
-                f"hidden.scales has {hidden.scales.shape[0]} rows but hidden.values has {hidden.shape[0]}; they must be equal"
-            )
+        check_quantized("hidden", hidden, self._columns, device)
 
     def _check_pairing(self, called: str, dispatched: Dispatched | None) -> None:
         if dispatched is None:
@@ -341,9 +345,10 @@ class Dispatcher:
                 "pass what this layer's last dispatch returned"
             )
 
-    def _check_partial(self, partial: torch.Tensor) -> None:
-        check_tensor("partial", partial, self._workspace.config.hidden_size, HIDDEN_DTYPES, self._workspace.device)
-        num_rows, gathered_rows = partial.shape[0], self._workspace.lifecycle.gathered_rows
+    def _check_partial(self, partial: PartialRows) -> None:
+        workspace = self._workspace
+        check_partial(partial, workspace.config.hidden_size, workspace.combine_dtype, workspace.device)
+        num_rows, gathered_rows = partial.shape[0], workspace.lifecycle.gathered_rows
         if num_rows == gathered_rows or self._may_be_all(num_rows):
             return
         raise ShapeError(
@@ -351,7 +356,7 @@ class Dispatcher:
             f"for each token of all ranks at least, of which this one brings {self._workspace.step.num_tokens}"
         )
 
-    def _checked_out(self, out: torch.Tensor, partial: torch.Tensor | None) -> torch.Tensor:
+    def _checked_out(self, out: torch.Tensor, partial: PartialRows | None) -> torch.Tensor:
         workspace = self._workspace
         check_tensor("out", out, workspace.config.hidden_size, (workspace.result_dtype,), workspace.device)
         if out.shape[0] != self._num_supplied:

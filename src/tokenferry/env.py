@@ -102,6 +102,9 @@ class VllmSettings:
     enabled: bool | None = _variable(
         "TOKENFERRY_VLLM", "1: on in vLLM where its additional_config does not say; 0: off whatever that says", _flag
     )
+    reason_file: str | None = _variable(
+        "TOKENFERRY_VLLM_REASON_FILE", "set by the plug-in: where a server's ranks leave why its engine died", str
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +215,11 @@ def nccl_errors_stay_ours() -> Iterator[None]:
 def turn_telemetry_on() -> None:
     """For what this process opens from here on, also within an integration: see `TelemetrySettings`."""
     os.environ["TOKENFERRY_TELEMETRY"] = "1"
+
+
+def hand_down_vllm_reason_file(name: str) -> None:
+    """Processes that this one starts have `VllmSettings.reason_file` from now on, and so has it."""
+    os.environ["TOKENFERRY_VLLM_REASON_FILE"] = name
 
 
 def _put_back(before: Mapping[str, str | None]) -> None:

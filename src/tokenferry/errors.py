@@ -28,35 +28,59 @@ Phase = Literal["open", "not-entered", "data-missing", "counts-disagree", "reset
 
 
 class TokenferryError(Exception):
-    """The root of the tree."""
+    """The root of the tree.
+
+    What to do: Catch it to catch all of them, and let the message say which one it was.
+    """
 
 
 class UsageError(TokenferryError, ValueError):
-    """A call that can never work, whatever the other ranks do. Nothing has been launched."""
+    """A call that can never work, whatever the other ranks do. Nothing has been launched.
+
+    What to do: Correct the call. No other rank was told, so the workspace goes on as it was.
+    """
 
 
 class ShapeError(UsageError):
-    """A tensor has the wrong number of rows, columns or dimensions."""
+    """A tensor has the wrong number of rows, columns or dimensions.
+
+    What to do: Pass the shape that the message names; it has both numbers.
+    """
 
 
 class DtypeError(UsageError):
-    """A tensor has a dtype that its argument does not take."""
+    """A tensor has a dtype that its argument does not take.
+
+    What to do: Convert the tensor, or open the workspace with the dtype that you have.
+    """
 
 
 class DeviceError(UsageError):
-    """A tensor lives on another device than the workspace."""
+    """A tensor lives on another device than the workspace.
+
+    What to do: Move the tensor to the group's device, or give each rank the device that its tensors are on.
+    """
 
 
 class LayoutError(UsageError):
-    """A tensor's strides or alignment are not what the kernels can read."""
+    """A tensor's strides or alignment are not what the kernels can read.
+
+    What to do: Pass `tensor.contiguous()`.
+    """
 
 
 class CapacityError(UsageError):
-    """More rows than the workspace was opened for."""
+    """More rows than the workspace was opened for.
+
+    What to do: Bring fewer rows to a step, or open the workspace with a larger `max_tokens_per_rank`.
+    """
 
 
 class ConfigError(UsageError):
-    """Settings exclude one another, or differ between the ranks of a group."""
+    """Settings exclude one another, or differ between the ranks of a group.
+
+    What to do: Correct the setting that the message names, on the ranks that it names.
+    """
 
 
 def check_kind(name: str, value: object, kind: type) -> None:
@@ -75,11 +99,18 @@ def refuse_pickling(instance: object, instead: str) -> NoReturn:
 
 
 class StateError(TokenferryError, RuntimeError):
-    """A call that is right in itself, at a time when it is not."""
+    """A call that is right in itself, at a time when it is not.
+
+    What to do: Make the call that the message says is due, such as the combine of a dispatch, or `reset()`.
+    """
 
 
 class TransportUnavailableError(TokenferryError, RuntimeError):
-    """No transport fits; `decisions` holds one line of reason for every candidate."""
+    """No transport fits; `decisions` holds one line of reason for every candidate.
+
+    What to do: Read these lines, or run `tokenferry doctor`, which says what to do about each. If a slower transport will do,
+    ask for `transport="auto"`.
+    """
 
     def __init__(self, message: str, decisions: Sequence[object] = ()) -> None:
         self.decisions = tuple(decisions)
@@ -88,7 +119,10 @@ class TransportUnavailableError(TokenferryError, RuntimeError):
 
 
 class PeerError(TokenferryError, RuntimeError):
-    """Another rank is the cause. `rank` is its number in the group, `step` the step that this rank was in."""
+    """Another rank is the cause. `rank` is its number in the group, `step` the step that this rank was in.
+
+    What to do: Look at the log of the rank that is named. Then call `reset()` on every rank that goes on, or end the processes.
+    """
 
     rank: int
     phase: Phase
@@ -108,6 +142,8 @@ class PeerError(TokenferryError, RuntimeError):
 
 class PeerTimeoutError(PeerError):
     """Rank `rank` did not come within the time-out.
+
+    What to do: As for `PeerError`. If that rank was busy and not dead, let it say so (`Workspace.busy`), or raise `timeout_s`.
 
     Args:
         rank: the late rank, numbered in the expert-parallel group; -1 where it is not known.
@@ -132,7 +168,10 @@ class PeerTimeoutError(PeerError):
 
 class PeerFailedError(PeerError):
     """Rank `rank` failed, closed its connection, or was declared dead by its peers (then it may be this rank itself). It is -1
-    where a process failed whose rank is not known, such as the host of a rendezvous store that is no rank of the group."""
+    where a process failed whose rank is not known, such as the host of a rendezvous store that is no rank of the group.
+
+    What to do: As for `PeerError`. `reason` is the text of the exception that the other rank raised, where it raised one.
+    """
 
     def __init__(self, rank: int, reason: str, step: int, phase: Phase = "data-missing") -> None:
         self.rank, self.reason, self.step, self.phase = rank, reason, step, phase
@@ -151,7 +190,10 @@ def _named(rank: int) -> str:
 
 
 class RankFailedError(TokenferryError, RuntimeError):
-    """A rank process failed. `rank` is the first that did, `traceback` its text."""
+    """A rank process failed. `rank` is the first that did, `traceback` its text.
+
+    What to do: Mend what the traceback shows. The other ranks' failures came later, and were ended with it.
+    """
 
     def __init__(self, rank: int, traceback: str) -> None:
         self.rank, self.traceback = rank, traceback

@@ -14,6 +14,8 @@ MOST_LINKS: Final = 18
 """Of one GPU, on Hopper and Blackwell. Of older ones that have fewer, the others answer that they are not there."""
 SWITCH: Final = 2
 """The library's number for an NVSwitch at the other end."""
+GENERATIONS: Final = (0, 1, 2, 2, 3, 3, 4, 5, 6)
+"""Of NVLink, by the library's number for a link's version: 6 stands for NVLink 4.0, and 2.2 and 3.1 have numbers of their own."""
 SUCCESS: Final = 0
 
 
@@ -70,8 +72,9 @@ class ManagementLibrary:
             return None
         active = [link for link in range(MOST_LINKS) if self._number("nvmlDeviceGetNvLinkState", device, link)]
         ends = [self._number("nvmlDeviceGetNvLinkRemoteDeviceType", device, link) for link in active]
-        versions = [self._number("nvmlDeviceGetNvLinkVersion", device, link) for link in active]
-        return Links(num_active=len(active), version=max(versions, default=0), to_switch=SWITCH in ends)
+        number = max((self._number("nvmlDeviceGetNvLinkVersion", device, link) for link in active), default=0)
+        generation = GENERATIONS[number] if number < len(GENERATIONS) else 0
+        return Links(num_active=len(active), version=generation, to_switch=SWITCH in ends)
 
     def _number(self, question: str, device: ctypes.c_void_p, link: int) -> int:
         answer = ctypes.c_uint(0)

@@ -24,7 +24,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from tokenferry.dispatched import FLOAT8, Dispatched, HiddenRows, QuantizedRows, num_scales
+from tokenferry.dispatched import FLOAT8, Dispatched, HiddenRows, PartialRows, QuantizedRows, num_scales
 from tokenferry.errors import ShapeError, StateError, UsageError
 from tokenferry.groups import EPGroup
 from tokenferry.lifecycle import Lifecycle
@@ -170,8 +170,10 @@ class Operators:
         rows = QuantizedRows(out, out_scales) if self._is_quantized else out
         return Dispatched(hidden=rows, topk_idx=idx, topk_weights=weights, valid_tokens=valid_tokens, handle=self.handle)
 
-    def combine(self, layer: int, partial: torch.Tensor, num_rows: int) -> torch.Tensor:
+    def combine(self, layer: int, partial: PartialRows, num_rows: int) -> torch.Tensor:
         """Combines into `num_rows` rows."""
+        if isinstance(partial, QuantizedRows):
+            raise UsageError("torch.compile does not pass through a combine of quantized partial rows; call it outside")
         given = partial.detach(), self._number, layer, num_rows, self._dtype
         if self.fixed is not None:
             return _COMBINE_FIXED(self.order, *self.fixed, *given)  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from tokenferry.dispatched import FLOAT8, SCALE_BLOCK, Dispatched, HiddenRows, QuantizedRows, RowFormat
+from tokenferry.dispatched import FLOAT8, SCALE_BLOCK, Dispatched, HiddenRows, PartialRows, QuantizedRows, RowFormat
 
 FLOAT8_MAX: Final = 448.0
 """Largest finite float8_e4m3fn."""
@@ -63,6 +63,14 @@ def in_format(rows: HiddenRows, dispatch_format: RowFormat) -> HiddenRows:
     if not dispatch_format.is_quantized or isinstance(rows, QuantizedRows):
         return rows
     return quantize(rows, power_of_two_scales=dispatch_format.power_of_two_scales)
+
+
+def in_combine_dtype(rows: PartialRows, combine_dtype: torch.dtype) -> PartialRows:
+    """Partial rows as they travel. Those that are quantized already stay as they are."""
+    if combine_dtype != FLOAT8:
+        assert isinstance(rows, torch.Tensor), "rows of another dtype have no scales"
+        return rows.to(combine_dtype)
+    return rows if isinstance(rows, QuantizedRows) else quantize(rows)
 
 
 def pad_hidden(hidden: HiddenRows, num_tokens: int) -> HiddenRows:
@@ -123,15 +131,17 @@ def _concatenated(rows: Sequence[Any]) -> HiddenRows:
 
 
 def combine(
-    partials: Sequence[torch.Tensor], tokens_per_rank: Sequence[int], combine_dtype: torch.dtype, out_dtype: torch.dtype
+    partials: Sequence[PartialRows], tokens_per_rank: Sequence[int], combine_dtype: torch.dtype, out_dtype: torch.dtype
 ) -> list[torch.Tensor]:
     """All ranks' partial rows -> the combined rows of every rank.
 
     Every rank's term, the owner's own included, is rounded to `combine_dtype`; the terms are summed in float32 in rank
-    order, starting with rank 0's term (a leading zero would lose -0.0), and rounded once to `out_dtype`.
+    order, starting with rank 0's term (a leading zero would lose -0.0), and rounded once to `out_dtype`. float8 terms are
+    quantized, with a scale for every 128 columns (see `quantize`), and each number is its value times its scale, rounded to
+    float32 before it is added.
 
     Args:
-        partials: a [R, H] tensor for each rank, R >= sum(tokens_per_rank).
+        partials: a [R, H] tensor for each rank, R >= sum(tokens_per_rank); of float8 terms it may be `QuantizedRows`.
         tokens_per_rank: T_r for each rank.
 
     Returns:
@@ -139,15 +149,21 @@ def combine(
 
     Example:
         Two ranks with one row each: partials [[1.], [2.]] and [[10.], [20.]] combine to [[11.]] on rank 0 and [[22.]] on rank 1.
+        As float8, rows of 128 columns 300 and 1: the scales are 300 / 448 and 1 / 448, the values 448 both, and their sum is 301.
     """
     num_valid = sum(tokens_per_rank)
-    total = sum_in_rank_order([partial[:num_valid].to(combine_dtype) for partial in partials]).to(out_dtype)
+    total = sum_in_rank_order([in_combine_dtype(partial[:num_valid], combine_dtype) for partial in partials]).to(out_dtype)
     return [rows.clone() for rows in total.split(list(tokens_per_rank))]
 
 
-def sum_in_rank_order(terms: Sequence[torch.Tensor]) -> torch.Tensor:
+def sum_in_rank_order(terms: Sequence[PartialRows]) -> torch.Tensor:
     """The float32 sum of `terms`, from the first to the last, without a leading zero."""
-    total = terms[0].to(torch.float32, copy=True)
+    total = _as_float32(terms[0])
     for term in terms[1:]:
-        total += term.to(torch.float32)
+        total += _as_float32(term)
     return total
+
+
+def _as_float32(term: PartialRows) -> torch.Tensor:
+    """A new tensor."""
+    return term.dequantize() if isinstance(term, QuantizedRows) else term.to(torch.float32, copy=True)

@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -124,6 +124,16 @@ def run_processes(
             return [pickle.loads(rank.result) for rank in ranks if rank.result is not None]
         finally:
             _end(ranks)
+
+
+def start_fork_server(preload: Sequence[str] = ("torch",)) -> None:
+    """Lets the process that rank processes are forked from import `preload` now, while this one is busy with something else.
+
+    Without it `run_processes` does so when it is called. The first of both calls decides what is imported.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
+    with _interrupts_held():
+        forkserver.ensure_running()
 
 
 def _pickled_call(target: Callable[..., Any], args: tuple[Any, ...]) -> bytes:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import tokenferry
 from tokenferry.gpu_links import Links, ManagementLibrary
 
 
@@ -136,12 +137,19 @@ def _multicast(index: int) -> bool:
 
 
 def _versions() -> tuple[tuple[str, str], ...]:
-    packages = ("tokenferry", "torch", "triton", "transformers", "safetensors", "numpy", "megatron-core")
-    versions = [("python", platform.python_version()), *((name, _version(name)) for name in packages)]
+    packages = ("torch", "triton", "transformers", "safetensors", "numpy", "megatron-core")
+    versions = [("python", platform.python_version()), ("tokenferry", _own_version())]
+    versions += [(name, _version(name)) for name in packages]
     versions.append(("CUDA", torch.version.cuda or "not in this build of torch"))
     has_nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
     versions.append(("NCCL", ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else "not in this build of torch"))
     return tuple(versions)
+
+
+def _own_version() -> str:
+    """Of the code that runs, which need not be what is installed: `PYTHONPATH` may name a clone."""
+    installed = _version("tokenferry")
+    return installed if installed == tokenferry.__version__ else f"{tokenferry.__version__}, run from a clone"
 
 
 def _version(package: str) -> str:

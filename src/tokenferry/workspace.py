@@ -22,7 +22,6 @@ from tokenferry.lifecycle import Lease, Lifecycle, Stage, logged
 from tokenferry.operators import Operators, take_number
 from tokenferry.peers import position_of
 from tokenferry.step import Step, StepRequest, StepTensors, checked_counts
-from tokenferry.telemetry import Recorder
 from tokenferry.telemetry.control import Telemetry
 from tokenferry.transports import selection
 from tokenferry.transports.base import CombineOrder, Counts, TransportFactory, TransportSettings
@@ -49,7 +48,8 @@ class Workspace(GraphCalls):
         transport: "auto", one of `transports.selection.TRANSPORTS`, or an object that opens a transport of your own, of the same
             name on every rank: see `transports.base.TransportFactory`.
         dispatch_format: what rows are on their way to the experts: "same", "fp8_block128", "bytes", or a `RowFormat`.
-        combine_dtype: of the partial rows on the wire. Default: `config.dtype`.
+        combine_dtype: of the partial rows on the wire. Default: `config.dtype`. float8_e4m3fn: quantized by the sending kernel or
+            by the experts, with a scale for every 128 columns.
         index_dtype: of `Dispatched.topk_idx`: int32, or int64 for expert kernels that want it; written so, without a pass.
         combine_order: "rank": terms are summed in rank order, the same bits on every transport. "any": the library's or the
             hardware's own order where that is faster, outside every promise of equal bits.
@@ -116,7 +116,7 @@ class Workspace(GraphCalls):
         """Its place in the order of opening, by which compiled code finds it; it stays through `reset()`."""
         self._requested = transport
         self._with_telemetry = env.read(env.TelemetrySettings).enabled if telemetry is None else bool(telemetry)
-        self.telemetry = Telemetry(lambda: self._counted, lambda: self.group)
+        self.telemetry = Telemetry(lambda: self._settings.recorder, lambda: self.group)
         """What it counts: `snapshot()`, `trace(path)` and more, if it was opened so."""
         self.lifecycle = Lifecycle()
         self.attached = {}
@@ -154,11 +154,6 @@ class Workspace(GraphCalls):
         _log.info("workspace %s: transport %s, opened in %.2f s", settings.name, self.transport, self.opened_s)
         for decision in self.decisions:
             _log.debug("workspace %s: %s", settings.name, decision)
-
-    @property
-    def _counted(self) -> tuple[Recorder, str] | None:
-        recorder = self._settings.recorder
-        return None if recorder is None else (recorder, self.transport)
 
     # --- what it is -------------------------------------------------------------------------------------------------
 
@@ -247,7 +242,7 @@ class Workspace(GraphCalls):
             raise ConfigError(f"config must be a MoEConfig, got {type(config).__name__}")
         check_positive_ints(ep_size=ep_size, max_tokens_per_rank=max_tokens_per_rank)
         combine_dtype, row_format = combine_dtype or config.dtype, RowFormat.of(dispatch_format)
-        check_dtypes(combine_dtype, index_dtype)
+        check_dtypes(combine_dtype, index_dtype, config)
         row_format.check(config)
         return required_bytes(transport, config, ep_size, max_tokens_per_rank, combine_dtype, index_dtype, row_format)
 

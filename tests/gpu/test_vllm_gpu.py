@@ -32,6 +32,8 @@ def test_its_own_classes_get_the_bits_of_its_own_exchange(transport: str, plain:
     """Of two ranks NCCL's sum has one order, which is ours: two terms, added in float32 and rounded once."""
     for theirs, ours in zip(plain, run_classes(transport, tmp_path), strict=True):
         assert (theirs["manager"], ours["manager"]) == ("AgRsAll2AllManager", "TokenferryAll2AllManager")
-        assert ours["transports"] == [transport]
+        assert ours["transports"] == [transport] * 2, "of 16-bit rows, and of quantized ones"
+        nobodys = [[row for row, ids in enumerate(layer) if ids == [-1, -1]] for layer in ours["masked"]]
+        assert nobodys == [[0, 1, 2, 3]] * 3 + [[3, 7]] * 3, "rank 0 without requests, then three real rows of each rank"
         for place, (want, got) in enumerate(zip(theirs["results"], ours["results"], strict=True)):
             assert all(same_bits(left, right) for left, right in zip(got, want, strict=True)), f"layer {place}"

@@ -19,14 +19,22 @@ from .test_symmetric import CAPACITY, INTERPRETER, random_steps
 pytestmark = pytest.mark.interpreter
 
 
-def record(group: tf.EPGroup, steps: list[StepCase], dispatch_format: str = "same") -> tuple[int, int, list[Event]]:
+def record(
+    group: tf.EPGroup, steps: list[StepCase], dispatch_format: str = "same", combine_dtype: torch.dtype | None = None
+) -> tuple[int, int, list[Event]]:
     """Runs the steps with random delays; returns the slots' rows of combines and dispatches, and what this rank did, with places
     for addresses."""
     from tokenferry.kernels.wire_interpreter import Observer
 
     config = tf.MoEConfig(hidden_size=16, num_experts=8, topk=2)
     with tf.Workspace(
-        config, group, max_tokens_per_rank=CAPACITY, transport=Opens("p2p"), dispatch_format=dispatch_format, timeout_s=20
+        config,
+        group,
+        max_tokens_per_rank=CAPACITY,
+        transport=Opens("p2p"),
+        dispatch_format=dispatch_format,
+        combine_dtype=combine_dtype,
+        timeout_s=20,
     ) as ws:
         transport = exchangeable(ws).inner
         layout, bases = transport.memory.layout, transport._buffer.addresses
@@ -112,6 +120,14 @@ def test_recorded_events_of_other_formats_obey_the_rules(on_ranks: RankPools, di
     replayed = Replay([events for _, _, events in recordings], *recordings[0][:2]).run()
     assert replayed["send"] > 0 and replayed["poll"] == replayed["restore"] > 0
     assert ("signal" in replayed) == (dispatch_format == "bytes"), "bytes alone are bulk in small steps"
+
+
+def test_recorded_events_of_float8_terms_obey_the_rules(on_ranks: RankPools) -> None:
+    """A scale is sent and polled as a word of its own."""
+    steps = [*random_steps(2, 10, 2, 4), StepCase((4, 0), layers=2), StepCase((BULK_ROWS, 0)), StepCase((2, 5), layers=2)]
+    recordings = on_ranks(record, 2, steps, "same", torch.float8_e4m3fn, env=INTERPRETER, timeout_s=120)
+    replayed = Replay([events for _, _, events in recordings], *recordings[0][:2]).run()
+    assert replayed["send"] > 0 and replayed["poll"] == replayed["restore"] > 0 and replayed["signal"] > 0
 
 
 # --- the rules find what they are for ---------------------------------------------------------------------------------

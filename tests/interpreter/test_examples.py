@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 import tokenferry as tf
-from tokenferry.kernels import combine, dispatch, routing_packets, wire
+from tokenferry.kernels import dispatch, routing_packets, term_rows, wire
 from tokenferry.kernels.control_block import Record
 from tokenferry.testing import run_ranks
 
@@ -58,7 +58,7 @@ def test_dispatch_and_combine_kernel() -> None:
 @triton.jit
 def small(values, idx, weights, out, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
-    a, b, c, d = combine.load_term(values.to(tl.int64), lanes.to(tl.int64) * 4, lanes < 1, tl.float32, tl.bfloat16, 2)
+    a, b, c, d = term_rows.load_term(values.to(tl.int64), lanes.to(tl.int64) * 4, lanes < 1, tl.float32, tl.bfloat16, 2)
     wire.store(out.to(tl.int64) + lanes * 8, a, b, c, d, lanes < 1, 2)
     words = routing_packets.load_routing(lanes, idx.to(tl.int64), weights.to(tl.int64), 1, 2, tl.int64, tl.float32)
     wire.store(out.to(tl.int64) + 8 + lanes * 4, words, words, words, words, lanes < 4, 1)

@@ -257,7 +257,7 @@ def test_fused_moe_with_a_scratch_is_gated_by_the_count() -> None:
 # --- float8 ---------------------------------------------------------------------------------------------------------------
 
 
-def float8_products(group: tf.EPGroup) -> tuple[float, float]:
+def float8_products(group: tf.EPGroup) -> list[float]:
     """Rows whose numbers float8 holds exactly, with another scale in each group of 128. The first product picks rows' numbers, so
     that the second one's rows are exact too: in others a sum's last bit may move an activated number by a step of float8."""
     torch.manual_seed(3)
@@ -284,14 +284,18 @@ def float8_products(group: tf.EPGroup) -> tuple[float, float]:
     two = [tiles(columns=64, depth=128, min_rows=7, prequantize=True), tiles(columns=64, depth=128, max_rows=6)]
     poisoned = poison(ExpertScratch("cpu"))
     prequantized = by_kernels(experts, rows, plan=Plan(up=tuple(two), down=tuple(two)), out=torch.empty(19, H), scratch=poisoned)
-    largest = expected.abs().max()
-    return ((got - expected).abs().max() / largest).item(), ((prequantized - expected).abs().max() / largest).item()
+    blocks = {"columns": 128, "depth": 128, "tensor_map": True, "prequantize": True, "in_blocks": True}
+    many, few = tiles(min_rows=7, **blocks), tiles(max_rows=6, rows_few=16, swapped=True, **blocks)
+    plan = Plan(up=(many, few), down=(few, dataclasses.replace(many, columns=256)))
+    in_blocks = by_kernels(experts, rows, plan=plan, out=torch.empty(19, H), scratch=poison(ExpertScratch("cpu")))
+    return [((one - expected).abs().max() / expected.abs().max()).item() for one in (got, prequantized, in_blocks)]
 
 
 def test_float8_equals_the_products_of_what_it_stands_for() -> None:
-    in_tiles, prequantized = run_ranks(float8_products, 1, env=INTERPRETER)[0]
+    in_tiles, prequantized, in_blocks = run_ranks(float8_products, 1, env=INTERPRETER)[0]
     assert in_tiles < TOLERANCE[torch.bfloat16]
     assert prequantized < TOLERANCE[torch.bfloat16]
+    assert in_blocks < TOLERANCE[torch.bfloat16]
 
 
 # --- wrong use, and debug mode ----------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The experts' kernels on quantized rows, interpreted: no second quantisation, with few rows and with many."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -21,7 +23,11 @@ def tiles(**changes) -> Tiles:
     return Tiles(**{**common, **changes})
 
 
-def plan_of(float8: bool, depth: int) -> Plan:
+def plan_of(name: str, float8: bool, depth: int) -> Plan:
+    if float8 and "blocks" in name:
+        common = {"columns": 128, "depth": 128, "tensor_map": True, "prequantize": True, "in_blocks": True}
+        many, few = tiles(min_rows=7, **common), tiles(max_rows=6, swapped=True, **common)
+        return Plan(up=(many, few), down=(few, dataclasses.replace(many, columns=256)))
     two = (
         tiles(depth=128 if float8 else depth, min_rows=7, prequantize=float8, tensor_map=not float8),
         tiles(depth=128 if float8 else depth, max_rows=6),
@@ -31,7 +37,7 @@ def plan_of(float8: bool, depth: int) -> Plan:
 
 def both(group: tf.EPGroup, name: str, float8: bool, depth: int, max_bytes: int) -> tuple[str, float]:
     experts, came, plain = pair(CASES[name], float8=float8, num_valid=17)
-    plan, outputs = plan_of(float8, depth), []
+    plan, outputs = plan_of(name, float8, depth), []
     for rows in (came, plain):
         out = torch.full((19, CASES[name].hidden_size), 7.0)
         scratch = ExpertScratch("cpu", max_bytes=max_bytes)

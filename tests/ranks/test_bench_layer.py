@@ -27,6 +27,17 @@ def test_a_rehearsal_is_right_in_every_column(tmp_path: Path, capsys: pytest.Cap
     assert "tiny-v3" in capsys.readouterr().out
 
 
+def test_float8_weights_are_right_with_rows_of_either_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "layer.jsonl"
+    assert layer_command(2, "tiny-v3", "1", 200.0, path, rehearse=True, float8=True) == 0
+    for record in records_of(path):
+        assert record["float8"] and record["correct"] == {"same": True, "fp8_block128": True}
+        assert record["bfloat16_us"] > 0
+        assert all(record[name]["total_us"] > record[name]["round_trip_us"] > 0 for name in record["correct"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[1:3]] == [["tiny-v3", "1", "same"], ["tiny-v3", "1", "fp8_block128"]]
+
+
 def test_what_the_budget_leaves_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "layer.jsonl"
     assert layer_command(1, "tiny", "1", 1e-3, path, rehearse=True) == 0

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from tokenferry.testing import run_ranks
+from vllm_quantized_work import run_quantized
 from vllm_work import (
+    run_a_release_that_copies_sums,
     run_against_plain_gathers,
     run_asynchronous_failure,
     run_draft_model,
@@ -38,6 +40,11 @@ def test_same_bits_on_the_symmetric_kernels(into_output: bool) -> None:
     assert [outcome[0] for outcome in outcomes] == ["p2p", "p2p"]
 
 
+def test_sums_go_into_vllms_output_where_it_would_copy_them() -> None:
+    """As 0.26 does, with its own exchange too."""
+    assert run_ranks(run_a_release_that_copies_sums, 2) == [[False, True, False, True]] * 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 def test_router_logits_arrive_unchanged(dtype: torch.dtype) -> None:
     run_ranks(run_logits, 2, dtype)
@@ -45,9 +52,32 @@ def test_router_logits_arrive_unchanged(dtype: torch.dtype) -> None:
 
 def test_what_cannot_be_carried_goes_to_vllms_own_gathers() -> None:
     for calls in run_ranks(run_fallbacks, 2):
-        logits = calls.pop("logits with extra tensors")
+        logits = calls.pop("logits with LoRA mappings")
         assert logits == ["dispatch_router_logits", "combine"]
-        assert set(map(tuple, calls.values())) == {("dispatch", "combine")} and len(calls) == 4
+        assert set(map(tuple, calls.values())) == {("dispatch", "combine")} and len(calls) == 6
+
+
+@pytest.mark.parametrize("logits", [False, True], ids=["experts", "logits"])
+@pytest.mark.parametrize(
+    ("name", "row_format"),
+    [
+        ("fp8 with a scale for 128 columns", "fp8_block128"),
+        ("fp8 with a scale for 32 columns", "bytes of 72"),
+        ("fp8 with a scale for a row", "bytes of 80"),
+        ("fp8 with one scale for all", "bytes of 64"),
+        ("int8", "bytes of 64"),
+        ("packed fp4", "bytes of 40"),
+    ],
+)
+def test_quantized_rows_and_their_scales_arrive_unchanged(name: str, row_format: str, logits: bool) -> None:
+    assert run_ranks(run_quantized, 2, "auto", name, logits) == [("collective", row_format)] * 2
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["fp8 with a scale for 128 columns", "fp8 with a scale for a row"])
+def test_quantized_rows_on_the_symmetric_kernels(name: str) -> None:
+    outcomes = run_ranks(run_quantized, 2, "p2p", name, False, env={"TRITON_INTERPRET": "1"}, timeout_s=180.0)
+    assert [outcome[0] for outcome in outcomes] == ["p2p", "p2p"]
 
 
 def test_a_draft_models_forwards_are_steps_of_their_own() -> None:
@@ -58,12 +88,12 @@ def test_other_counts_within_a_forward_begin_another_step() -> None:
     assert run_ranks(run_other_counts_in_a_forward, 2) == [2, 2]
 
 
-def test_an_idle_ranks_rows_reach_no_expert() -> None:
-    for outcome in run_ranks(run_idle_worker, 2):
-        for ids in outcome["ids"]:
-            assert ids[2] == [-1, -1], "the dummy row of rank 1"
-            assert all(number >= 0 for row in ids[:2] for number in row), "the rows of rank 0 are requests'"
-        assert outcome["idle afterwards"] is False
+@pytest.mark.parametrize("from_tensor", [False, True], ids=["host", "device"])
+def test_rows_that_are_no_requests_reach_no_expert(from_tensor: bool) -> None:
+    for seen in run_ranks(run_idle_worker, 2, from_tensor):
+        nobodys = [[all(number == -1 for number in row) for row in ids] for ids in seen]
+        padding, drafts, outside = [False, True, True], [False, False, True], [False, False, False]
+        assert nobodys == [padding, drafts, outside], "a draft model's forwards bring other rows than the batch's"
 
 
 def test_a_worker_warns_if_tokenferry_is_on_and_not_used() -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,7 @@ from typing import Any, Final
 import torch
 
 from tokenferry.benchmarking.layer_checks import expected_rows, experts_floor, is_right
+from tokenferry.benchmarking.layer_formats import FormatLayers
 from tokenferry.benchmarking.layer_model import LayerModel
 from tokenferry.benchmarking.layer_times import time_dispatch_and_combine, time_layer, time_stages
 from tokenferry.benchmarking.machine import Device, check_gpus, device_rates, environment
@@ -47,6 +49,7 @@ class LayerRequest:
         budget_s: no point begins later than this after the start; what is left out gets a record that says so.
         repeats: replays of each graph, of which the median counts.
         commit: of the code that is measured, for the records.
+        float8: layers with float8 weights instead, once for each dispatch format; see `layer_formats`.
     """
 
     presets: tuple[Preset, ...]
@@ -55,6 +58,7 @@ class LayerRequest:
     budget_s: float = 200.0
     repeats: int = 9
     commit: str = "unknown"
+    float8: bool = False
 
 
 def run_layer(
@@ -98,7 +102,7 @@ def _measure_all(
     common = rates | environment(group.device) | {"world_size": group.size, "commit": request.commit}
     records: list[Record] = []
     for preset in request.presets:
-        named = {"what": "layer", "preset": preset.name, "capacity": max(request.tokens)}
+        named = {"what": "layer", "preset": preset.name, "capacity": max(request.tokens), "float8": request.float8}
         for found in _measure_preset(timer, request, preset, rates, started_s):
             records.append(named | found | common)
             if group.rank == 0 and output is not None:
@@ -119,20 +123,32 @@ def _measure_preset(
 
     try:
         if not is_late():
-            model = LayerModel(timer.group, preset, max(request.tokens))
-            with model.open(request.transport) as ours, model.open("collective") as collective:
+            model = LayerModel(timer.group, preset, max(request.tokens), float8=request.float8)
+            with ExitStack() as stack:
+                measure, transport = _measurement(timer, model, request.transport, stack, rates)
                 for count in request.tokens:
                     if is_late():
                         break
                     timer.say(f"{preset.name}: {count} tokens a rank")
-                    point = measure_point(timer, model, ours, collective, count, rates)
+                    point = measure(count)
                     remaining.remove(count)
-                    yield {"tokens": count, "transport": ours.transport, **point}
+                    yield {"tokens": count, "transport": transport, **point}
                 timer.meet()
     except (TokenferryError, torch.OutOfMemoryError) as error:
         yield {"error": _first_line(error)}
     if remaining:
         yield {"left_out": remaining, "reason": f"budget of {request.budget_s:.0f} s, or the error above"}
+
+
+def _measurement(
+    timer: GroupTimer, model: LayerModel, transport: str, stack: ExitStack, rates: dict[str, float]
+) -> tuple[Callable[[int], Record], str]:
+    """What measures a point of the model, and the transport. Collective."""
+    if model.experts is not model.bfloat16_experts:
+        layers = FormatLayers(model, transport, stack)
+        return (lambda count: layers.measure(timer, count, rates)), layers.transport
+    ours, collective = (stack.enter_context(model.open(name)) for name in (transport, "collective"))
+    return (lambda count: measure_point(timer, model, ours, collective, count, rates)), ours.transport
 
 
 @torch.no_grad()

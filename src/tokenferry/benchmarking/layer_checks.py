@@ -8,6 +8,7 @@ import torch
 
 from tokenferry.benchmarking.layer_model import POSITIONS, LayerModel
 from tokenferry.benchmarking.timing import MEETING_TIMEOUT_S, GroupTimer
+from tokenferry.experts import float8
 
 SAMPLES: Final = 2
 """Rows of each rank that are computed again."""
@@ -32,7 +33,7 @@ def experts_floor(timer: GroupTimer, model: LayerModel, count: int, rates: dict[
         num_pairs += local.numel()
     expert_size = 3 * preset.hidden_size * preset.intermediate_size
     shared_size = 3 * preset.hidden_size * preset.shared_size
-    num_bytes = 2 * (expert_size * num_touched / POSITIONS + shared_size)
+    num_bytes = model.experts.up_proj.element_size() * expert_size * num_touched / POSITIONS + 2 * shared_size
     flop = 2 * (expert_size * num_pairs / POSITIONS + shared_size * count)
     floor_us = max(num_bytes / rates["read_gb_per_s"] / 1e3, flop / rates["gemm_tflops"] / 1e6)
     return {
@@ -69,11 +70,19 @@ def _term(model: LayerModel, row: torch.Tensor, weights: torch.Tensor, idx: torc
         if expert not in local_range:
             continue
         local = expert - local_range.start
-        up = experts.up_proj[local].float() @ row.float()
+        up = _product(row, experts.up_proj[local], experts.up_scale, local)
         up = up if experts.up_bias is None else up + experts.up_bias[local].float()
-        down = experts.down_proj[local].float() @ experts.config.activation(up)
+        activated = experts.config.activation(up).to(row.dtype)
+        down = _product(activated, experts.down_proj[local], experts.down_scale, local)
         total += weight * (down if experts.down_bias is None else down + experts.down_bias[local].float())
     return total
+
+
+def _product(row: torch.Tensor, matrix: torch.Tensor, scales: torch.Tensor | None, local: int) -> torch.Tensor:
+    """In float32; of what float8 weights, and rows quantized for them, stand for."""
+    if scales is None:
+        return matrix.float() @ row.float()
+    return float8.dequantize(matrix, scales[local]) @ float8.rounded_rows(row[None])[0]
 
 
 def is_right(timer: GroupTimer, outputs: list[torch.Tensor], expected: torch.Tensor) -> bool:

@@ -26,9 +26,10 @@ class LayerModel:
 
     Args:
         capacity: the most tokens that a rank brings in the run.
+        float8: the experts' weights are block-scaled float8; those that they were made of are `bfloat16_experts`.
     """
 
-    def __init__(self, group: EPGroup, preset: Preset, capacity: int) -> None:
+    def __init__(self, group: EPGroup, preset: Preset, capacity: int, *, float8: bool = False) -> None:
         self.group, self.preset, self.device, self._capacity = group, preset, group.device, capacity
         torch.manual_seed(1)
         routing = RouterConfig(hidden_size=preset.hidden_size, num_experts=preset.num_experts, topk=preset.topk, **preset.router)
@@ -41,19 +42,25 @@ class LayerModel:
             activation=preset.activation,
             bias=preset.bias,
         )
-        self.experts = Experts(sizes, group.expert_range(preset.num_experts), dtype=DTYPE, device=self.device)
+        local_range = group.expert_range(preset.num_experts)
+        self.experts = self.bfloat16_experts = Experts(sizes, local_range, dtype=DTYPE, device=self.device)
+        if float8:
+            self.experts = Experts(sizes, local_range, dtype=DTYPE, device=self.device)
+            self.experts.load_state_dict(self.bfloat16_experts.state_dict())
+            self.experts.quantize()
         self.shared: SharedExperts | None = None
         if preset.shared_size:
             shared = SharedExpertsConfig(hidden_size=preset.hidden_size, intermediate_size=preset.shared_size)
             torch.manual_seed(1)
             self.shared = SharedExperts(shared, dtype=DTYPE, device=self.device)
 
-    def open(self, transport: str) -> Workspace:
+    def open(self, transport: str, dispatch_format: str = "same") -> Workspace:
         """A workspace for all numbers of tokens of the run. Collective."""
         preset = self.preset
         config = MoEConfig(hidden_size=preset.hidden_size, num_experts=preset.num_experts, topk=preset.topk, dtype=DTYPE)
         counts: Any = "equal" if transport == "collective" else "uneven"
-        return Workspace(config, self.group, max_tokens_per_rank=self._capacity, transport=transport, counts=counts)
+        settings: dict[str, Any] = {"transport": transport, "counts": counts, "dispatch_format": dispatch_format}
+        return Workspace(config, self.group, max_tokens_per_rank=self._capacity, **settings)
 
     def layer(self, ws: Workspace, experts: nn.Module | None = None) -> MoELayer:
         """The layer on a workspace, with other experts if given."""

@@ -15,11 +15,13 @@ from typing import Any, Final
 
 import torch
 
+from tokenferry import reference
 from tokenferry.benchmarking.host_times import begin_step_and_host_times
 from tokenferry.benchmarking.machine import Device, check_gpus, copy_rate, environment
 from tokenferry.benchmarking.records import Record
 from tokenferry.benchmarking.round_trip_data import RoundTripPoint, differences, inputs_of, partial_of, wire_bytes
 from tokenferry.benchmarking.timing import GroupTimer, Progress
+from tokenferry.dispatched import FLOAT8, QuantizedRows
 from tokenferry.errors import ConfigError, TokenferryError
 from tokenferry.groups import EPGroup
 from tokenferry.testing import run_ranks
@@ -29,6 +31,7 @@ CHAIN: Final = 20
 """Round trips in a graph."""
 SEED: Final = 1
 QUANTIZED_SUFFIX: Final = "-quantized"
+COMBINE_FORMATS: Final = ("same", "fp8_block128")
 
 
 def round_trip_points(
@@ -39,6 +42,7 @@ def round_trip_points(
     *,
     capacity: int | None = None,
     formats: Sequence[str] = ("same",),
+    combine_formats: Sequence[str] = ("same",),
 ) -> list[RoundTripPoint]:
     """The points of the usual table.
 
@@ -47,6 +51,7 @@ def round_trip_points(
 
     Args:
         formats: each a dispatch format, or "fp8_block128-quantized": rows that are quantized before the timed part.
+        combine_formats: each "same", "fp8_block128" or "fp8_block128-quantized"; all of them with each of `formats`.
         capacity: C of every workspace. Engines open one for their largest step, and then run small ones in it. None: C = T.
 
     Raises:
@@ -55,7 +60,10 @@ def round_trip_points(
     if capacity is not None and max(tokens) > capacity:
         raise ConfigError(f"capacity is {capacity}, but a rank is to bring {max(tokens)} tokens; raise it, or leave these out")
     points = []
-    for transport, given in product(transports, formats):
+    for name in combine_formats:
+        if name.removesuffix(QUANTIZED_SUFFIX) not in COMBINE_FORMATS:
+            raise ConfigError(f"a combine format is one of {', '.join(COMBINE_FORMATS)}, the last also -quantized; got {name!r}")
+    for transport, given, combined in product(transports, formats, combine_formats):
         orders = ("rank", "any") if transport == "collective" else ("rank",)
         for hidden_size in hidden_sizes:
             cases = [((count,) * num_ranks, order) for count in tokens for order in orders]
@@ -70,6 +78,8 @@ def round_trip_points(
                     combine_order=order,
                     dispatch_format=given.removesuffix(QUANTIZED_SUFFIX),
                     quantized=given.endswith(QUANTIZED_SUFFIX),
+                    combine_format=combined.removesuffix(QUANTIZED_SUFFIX),
+                    quantized_terms=combined.endswith(QUANTIZED_SUFFIX),
                 )
                 for counts, order in cases
             ]
@@ -129,10 +139,15 @@ def _measure_all(group: EPGroup, points: Sequence[RoundTripPoint], progress: Pro
 def measure_round_trip(timer: GroupTimer, point: RoundTripPoint, copy_gb_per_s: float = 0.0) -> Record:
     """The figures of one point, the same on every rank. Collective over the timer's group."""
     with opened(timer.group, point) as ws:
-        median_us, spread_us, got, out = _time_chain(timer, ws, point)
-        ws.check()
-        correct = not differences(point, timer.group.rank, SEED, got, out)
-        timer.meet()
+        return measure_in(ws, timer, point, copy_gb_per_s)
+
+
+def measure_in(ws: Workspace, timer: GroupTimer, point: RoundTripPoint, copy_gb_per_s: float = 0.0) -> Record:
+    """The same in a workspace that is open already, with the point's configuration, capacity and options (see `opened`)."""
+    median_us, spread_us, got, out = _time_chain(timer, ws, point)
+    ws.check()
+    correct = not differences(point, timer.group.rank, SEED, got, out)
+    timer.meet()
     num_bytes = wire_bytes(point, timer.group.rank)
     gb_per_s = num_bytes / median_us / 1e3
     return {
@@ -152,12 +167,14 @@ def _time_chain(timer: GroupTimer, ws: Workspace, point: RoundTripPoint) -> tupl
     num_tokens, num_valid = point.tokens[rank], sum(point.tokens)
     is_symmetric = ws.transport in ("p2p", "nvls")
     num_rows = point.capacity * timer.group.size if is_symmetric else num_valid
-    partial = torch.full((num_rows, point.hidden_size), torch.nan, dtype=torch.bfloat16, device=device)
+    partial: Any = torch.full((num_rows, point.hidden_size), torch.nan, dtype=torch.bfloat16, device=device)
     partial[:num_valid] = partial_of(point, rank, SEED, device)
-    if is_symmetric and point.in_place:
+    if point.quantized_terms:
+        partial = reference.quantize(partial)
+    if is_symmetric and point.in_place and point.quantized_terms == (point.combine_dtype == FLOAT8):
         ws.begin_step(num_tokens)
         dispatcher.dispatch(inputs.hidden, inputs.topk_idx, inputs.topk_weights)
-        partial = dispatcher.combine_input().copy_(partial)
+        partial = _filled(dispatcher.combine_input(), partial)
         dispatcher.combine(partial)
     results: list[Any] = []
 
@@ -173,6 +190,15 @@ def _time_chain(timer: GroupTimer, ws: Workspace, point: RoundTripPoint) -> tupl
     return median_us, spread_us, *results
 
 
+def _filled(place: Any, partial: Any) -> Any:
+    """`combine_input()` with these rows in it."""
+    if not isinstance(partial, QuantizedRows):
+        return place.copy_(partial)
+    place.values.view(torch.uint8).copy_(partial.values.view(torch.uint8))
+    place.scales.copy_(partial.scales)
+    return place
+
+
 @contextmanager
 def opened(group: EPGroup, point: RoundTripPoint) -> Iterator[Workspace]:
     """A workspace for the point."""
@@ -184,6 +210,7 @@ def opened(group: EPGroup, point: RoundTripPoint) -> Iterator[Workspace]:
         max_tokens_per_rank=point.capacity,
         transport=point.transport,
         dispatch_format=point.dispatch_format,
+        combine_dtype=point.combine_dtype,
         combine_order=order,
         counts=counts,
     ) as ws:

@@ -9,8 +9,7 @@ import torch
 
 from tokenferry import reference
 from tokenferry.config import MoEConfig
-from tokenferry.dispatched import HiddenRows, QuantizedRows, RowFormat
-from tokenferry.reference import sum_in_rank_order
+from tokenferry.dispatched import FLOAT8, HiddenRows, QuantizedRows, RowFormat, term_bytes
 
 NUM_EXPERTS: Final = 64
 
@@ -27,6 +26,9 @@ class RoundTripPoint:
         in_place: whether the partial rows stand in `combine_input()`, where the transport has one.
         dispatch_format: as `Workspace` takes it. The hidden rows of "bytes" are the bytes of bfloat16 rows.
         quantized: whether rows of "fp8_block128" are quantized before the timed part; else the dispatch quantizes them.
+        combine_format: "same" (bfloat16 terms) or "fp8_block128".
+        quantized_terms: whether float8 terms are quantized before the timed part, and stand in `combine_input()` if `in_place`;
+            else the combine is handed bfloat16 rows in memory of their own, and quantizes them.
     """
 
     transport: str
@@ -38,11 +40,18 @@ class RoundTripPoint:
     in_place: bool = True
     dispatch_format: str = "same"
     quantized: bool = False
+    combine_format: str = "same"
+    quantized_terms: bool = False
 
     @property
     def config(self) -> MoEConfig:
         """Of the workspace."""
         return MoEConfig(hidden_size=self.hidden_size, num_experts=NUM_EXPERTS, topk=self.topk)
+
+    @property
+    def combine_dtype(self) -> torch.dtype:
+        """Of the workspace."""
+        return torch.bfloat16 if self.combine_format == "same" else FLOAT8
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,7 @@ def differences(point: RoundTripPoint, rank: int, seed: int, got: Any, out: torc
     device, num_valid, ranks = out.device, sum(point.tokens), range(len(point.tokens))
     everyone = [inputs_of(point, each, seed, device) for each in ranks]
     terms = [partial_of(point, each, seed, device) for each in ranks]
-    start = sum(point.tokens[:rank])
-    sums = sum_in_rank_order(terms).to(torch.bfloat16)[start : start + point.tokens[rank]]
+    sums = reference.combine(terms, point.tokens, point.combine_dtype, torch.bfloat16)[rank]
     row_format = RowFormat.of(point.dispatch_format)
     wanted = [reference.in_format(rows.hidden, row_format) for rows in everyone]
     pairs = {
@@ -108,4 +116,4 @@ def wire_bytes(point: RoundTripPoint, rank: int) -> int:
     num_tokens, num_ranks = point.tokens[rank], len(point.tokens)
     row_bytes, choice_bytes = RowFormat.of(point.dispatch_format).wire_bytes(point.config), point.topk * 8
     dispatched = num_tokens * (num_ranks - 1) * (row_bytes + choice_bytes)
-    return dispatched + (sum(point.tokens) - num_tokens) * point.hidden_size * 2
+    return dispatched + (sum(point.tokens) - num_tokens) * term_bytes(point.hidden_size, point.combine_dtype)

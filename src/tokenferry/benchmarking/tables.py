@@ -10,7 +10,7 @@ LAYER_COLUMNS: Final = ("router", "dispatch", "experts", "combine", "total", "fl
 
 def round_trip_table(records: Sequence[Mapping[str, Any]]) -> str:
     """The records of `run_round_trips`, one line for each point: microseconds, spread, GB/s and their share of a copy's."""
-    heading = f"{'transport':<12}{'format':<24}{'order':<6}{'H':>6}{'C':>7} {'T per rank':<14}"
+    heading = f"{'transport':<12}{'format':<24}{'combine':<24}{'order':<6}{'H':>6}{'C':>7} {'T per rank':<14}"
     heading += f"{'us':>9}{'±':>7}{'GB/s':>8}{'of copy':>9}  correct"
     return "\n".join([heading, *(_round_trip_line(record) for record in records)])
 
@@ -20,7 +20,8 @@ def _round_trip_line(record: Mapping[str, Any]) -> str:
         return ", ".join(f"{name} {value}" for name, value in record.items() if name.endswith(("_us", "_s")))
     tokens = "x".join(map(str, record["tokens"]))
     given = record["dispatch_format"] + "-quantized" * record["quantized"]
-    point = f"{record['transport']:<12}{given:<24}{record['combine_order']:<6}"
+    terms = record["combine_format"] + "-quantized" * record["quantized_terms"]
+    point = f"{record['transport']:<12}{given:<24}{terms:<24}{record['combine_order']:<6}"
     point += f"{record['hidden_size']:>6}{record['capacity']:>7} {tokens:<14}"
     if "error" in record:
         return f"{point} {record['error']}"
@@ -31,8 +32,27 @@ def _round_trip_line(record: Mapping[str, Any]) -> str:
 
 def layer_table(records: Sequence[Mapping[str, Any]]) -> str:
     """The records of `run_layer` in microseconds, one line for each point; the last column names what gave wrong results."""
+    if any(record.get("float8") for record in records):
+        return _formats_table(records)
     heading = f"{'preset':<15}{'T':>5}" + "".join(f"{name:>11}" for name in LAYER_COLUMNS) + "  right"
     return "\n".join([heading, *(_layer_line(record) for record in records)])
+
+
+def _formats_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Of layers with float8 weights: two lines for each point, one for each format of the rows."""
+    columns = (*LAYER_COLUMNS[:5], "bfloat16")
+    heading = f"{'preset':<15}{'T':>5} {'rows':<13}" + "".join(f"{name:>11}" for name in columns) + "  right"
+    lines = [heading]
+    for record in records:
+        if "tokens" not in record:
+            lines.append(_layer_line(record))
+            continue
+        for name, is_right in record["correct"].items():
+            figures = {"bfloat16_us": record["bfloat16_us"], **record[name]}
+            cells = [figures.get(f"{column}_us") for column in columns]
+            told = "".join(f"{'-' if cell is None else format(cell, '.1f'):>11}" for cell in cells)
+            lines.append(f"{record['preset']:<15}{record['tokens']:>5} {name:<13}{told}  {'yes' if is_right else 'no'}")
+    return "\n".join(lines)
 
 
 def _layer_line(record: Mapping[str, Any]) -> str:

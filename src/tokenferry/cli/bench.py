@@ -27,6 +27,7 @@ def round_trip_command(
     transports: Sequence[str] = TRANSPORTS,
     capacity: int | None = None,
     formats: Sequence[str] = ("same",),
+    combine_formats: Sequence[str] = ("same",),
     commit: str = "unknown",
 ) -> int:
     """`tokenferry bench roundtrip`: the exit code, 1 if a result was wrong."""
@@ -35,7 +36,9 @@ def round_trip_command(
         remedy = f"give --ranks {found} at most" if found else "run it on a machine with GPUs"
         raise DeviceError(f"bench roundtrip needs {gpus(ranks)}, found {found}; {remedy}")
     benchmarking.check_output(output)
-    points = benchmarking.round_trip_points(hidden_sizes, tokens, transports, ranks, capacity=capacity, formats=formats)
+    points = benchmarking.round_trip_points(
+        hidden_sizes, tokens, transports, ranks, capacity=capacity, formats=formats, combine_formats=combine_formats
+    )
     records = benchmarking.run_round_trips(points, ranks, progress=say)
     if output is not None:
         benchmarking.write_records(records, output, commit=commit)
@@ -53,6 +56,7 @@ def layer_command(
     transport: str = "p2p",
     commit: str = "unknown",
     rehearse: bool = False,
+    float8: bool = False,
 ) -> int:
     """`tokenferry bench layer`: the exit code, 1 if a result was wrong or a preset failed."""
     found = torch.cuda.device_count()
@@ -68,6 +72,7 @@ def layer_command(
         transport="collective" if rehearse else transport,
         budget_s=budget_s,
         commit=commit,
+        float8=float8,
     )
     benchmarking.check_output(output)
     records = benchmarking.run_layer(request, ranks, device="cpu" if rehearse else "cuda", output=output, progress=say)

@@ -70,7 +70,7 @@ def examine(*, with_selftest: bool, with_nvls: bool) -> Report:
     trials = None
     if with_selftest:
         runs = selftest.runs_for(len(facts.gpus), dict(facts.versions), with_nvls=with_nvls)
-        trials = tuple(trial for run in runs for trial in selftest.try_transports(run, say))
+        trials = tuple(selftest.try_all(runs, facts.num_cpus, say))
     findings = tuple(health.findings_of(facts, groups, trials or ()))
     return Report(facts, known_versions.summary(), groups, trials, findings)
 

@@ -24,6 +24,9 @@ def print_machine(console: Console, facts: Topology, vllm: str) -> None:
     for table in (machine_table(facts, vllm), gpu_table(facts), environment_table()):
         if table.row_count:
             console.print(table)
+    unset = [variable.name for variable in env.table() if variable.value is None]
+    if unset:
+        console.print(Text(f"Not set in the environment: {', '.join(unset)}", style="dim"))
 
 
 def machine_table(facts: Topology, vllm: str) -> Table:
@@ -42,7 +45,7 @@ def machine_table(facts: Topology, vllm: str) -> Table:
 def gpu_table(facts: Topology) -> Table:
     """One row for each GPU."""
     table = Table(title="GPUs", title_justify="left")
-    for name in ("GPU", "name", "SM", "SMs", "memory", "links", "maps peers", "multicast reported"):
+    for name in ("GPU", "name", "compute", "SMs", "memory", "links", "maps GPUs", "multicast"):
         table.add_column(name)
     for gpu in facts.gpus:
         table.add_row(
@@ -59,13 +62,22 @@ def gpu_table(facts: Topology) -> Table:
 
 
 def environment_table() -> Table:
-    """Every variable that tokenferry reads."""
+    """The variables that tokenferry reads and that are set. What the others mean is on the page of environment variables."""
     table = Table(title="Environment", title_justify="left")
     for name in ("variable", "value", "what it does"):
         table.add_column(name)
     for variable in env.table():
-        table.add_row(variable.name, Text("not set", style="dim") if variable.value is None else variable.value, variable.doc)
+        if variable.value is not None:
+            table.add_row(variable.name, Text(variable.value), variable.doc)
     return table
+
+
+def print_indented(console: Console, label: str, text: str, style: str = "") -> None:
+    """A label, and beside it text whose further lines begin below its first."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(no_wrap=True)
+    grid.add_row(label, Text(text), style=style)
+    console.print(grid)
 
 
 def status_of(decision: Decision) -> str:
@@ -82,9 +94,9 @@ def print_groups(console: Console, groups: Sequence[GroupDecisions]) -> None:
         console.print(Text(f"\nTransports for {group.num_ranks} rank{plural} on {group.device}", style="bold"))
         for decision in group.decisions:
             status = status_of(decision)
-            console.print(Text(f"  {decision.name:10s} {status}: {decision.reason}", style=STYLES[status]))
+            print_indented(console, f"  {decision.name:10s}", f"{status}: {decision.reason}", STYLES[status])
             if not isinstance(decision, Accepted) and decision.remedy:
-                console.print(Text(f"  {'':10s} what to do: {decision.remedy}"))
+                print_indented(console, " " * 12, f"what to do: {decision.remedy}")
 
 
 def print_trials(console: Console, trials: Sequence[Trial] | None) -> None:
@@ -96,7 +108,7 @@ def print_trials(console: Console, trials: Sequence[Trial] | None) -> None:
         place = f"{trial.num_ranks} {trial.device} rank{'s'[: trial.num_ranks > 1]}"
         kernels = ", interpreted kernels" if trial.interpreted else ""
         what = trial.detail if trial.round_trip_us is None else latency(trial)
-        console.print(Text(f"  {trial.transport:10s} {place}{kernels}: {trial.outcome}, {what}", style=STYLES[trial.outcome]))
+        print_indented(console, f"  {trial.transport:10s}", f"{place}{kernels}: {trial.outcome}, {what}", STYLES[trial.outcome])
 
 
 def latency(trial: Trial) -> str:
@@ -114,7 +126,7 @@ def print_verdict(console: Console, health: str, findings: Sequence[Finding]) ->
     for finding in findings:
         console.print(Text(f"{finding.level}: {finding.what}", style=STYLES[finding.level]))
         if finding.remedy:
-            console.print(Text(f"  what to do: {finding.remedy}"))
+            print_indented(console, " ", f"what to do: {finding.remedy}")
     console.print(Text(f"This machine is {health} for tokenferry.", style=STYLES[health]))
 
 
@@ -148,8 +160,9 @@ def print_plan(console: Console, document: Mapping[str, Any]) -> None:
     for name in ("tokens a rank", "experts' floor µs", "p2p µs", "collective µs", *columns):
         table.add_column(name, justify="right")
     for row in document["steps"]:
-        keys = ("tokens_per_rank", "experts_floor_us", "p2p_round_trip_us", "collective_round_trip_us", "p2p_step_ms")
-        table.add_row(*(str(row[key]) for key in (*keys, "collective_step_ms")))
+        us = (f"{row[key]:.1f}" for key in ("experts_floor_us", "p2p_round_trip_us", "collective_round_trip_us"))
+        ms = (f"{row[key]:.2f}" for key in ("p2p_step_ms", "collective_step_ms"))
+        table.add_row(str(row["tokens_per_rank"]), *us, *ms)
     console.print(table)
     for sentence in document["assumptions"]:
-        console.print(f"- {sentence}", soft_wrap=False)
+        print_indented(console, "-", sentence)

@@ -20,6 +20,9 @@ from tokenferry_command import loading
 TYPER_INTERRUPTED: Final = 130
 """The exit code with which typer leaves, without a word, on a Ctrl-C that comes before or after a command's own work."""
 
+COMBINE_FORMATS_HELP: Final = (
+    "same, fp8_block128 (quantized by the combine) or fp8_block128-quantized (before it), or several with commas."
+)
 FORMATS_HELP: Final = (
     "Of hidden rows, several with commas: same, fp8_block128, fp8_block128-quantized (before the timed part), bytes."
 )
@@ -158,6 +161,10 @@ def doctor(
     with one_line_errors():
         if plan is None and (ep, max_tokens) != (None, None):
             fail("--ep and --max-tokens belong to --plan, which is not given")
+        if selftest and plan is None:
+            from tokenferry.supervisor import start_fork_server
+
+            start_fork_server()  # it imports torch while we do
         with loading():
             from tokenferry.cli.doctor import print_plan, print_report
 
@@ -175,6 +182,7 @@ def bench_roundtrip(
     ranks: int = typer.Option(2, min=1, help="GPUs to use."),
     capacity: int = typer.Option(None, min=1, help="Rows a rank that workspaces are opened for. Default: as many as it brings."),
     formats: str = typer.Option("same", "--format", help=FORMATS_HELP),
+    combine_formats: str = typer.Option("same", "--combine-format", help=COMBINE_FORMATS_HELP),
     output: Path = typer.Option(None, help="Write the records there, one JSON object a line."),
 ) -> None:
     """Time dispatch + combine on p2p and collective, beside a plain copy."""
@@ -182,7 +190,8 @@ def bench_roundtrip(
         with loading():
             from tokenferry.cli.bench import round_trip_command
 
-        raise typer.Exit(round_trip_command(ranks, output, capacity=capacity, formats=formats.split(",")))
+        how = formats.split(","), combine_formats.split(",")
+        raise typer.Exit(round_trip_command(ranks, output, capacity=capacity, formats=how[0], combine_formats=how[1]))
 
 
 @bench.command("layer")
@@ -193,13 +202,14 @@ def bench_layer(
     budget_s: float = typer.Option(200.0, "--budget-s", min=0.0, help="Begin no further point after so many seconds."),
     output: Path = typer.Option(None, help="Write the records there, one JSON object a line."),
     rehearse: bool = typer.Option(False, help="On CPUs, with tiny sizes: every call and check, no figures."),
+    float8: bool = typer.Option(False, "--float8", help="Float8 weights: rows in bfloat16 beside quantized rows."),
 ) -> None:
     """Time whole MoE layers beside their floor, the collective transport, and transformers' experts."""
     with one_line_errors():
         with loading():
             from tokenferry.cli.bench import layer_command
 
-        raise typer.Exit(layer_command(ranks, presets, tokens, budget_s, output, rehearse=rehearse))
+        raise typer.Exit(layer_command(ranks, presets, tokens, budget_s, output, rehearse=rehearse, float8=float8))
 
 
 @bench.command("model")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -46,6 +49,7 @@ class Trial:
         round_trip_us: dispatch + combine of 8 rows a rank, the slowest rank; where kernels are interpreted, of the last step
             that was compared. None unless it passed.
         hidden_size: of these rows.
+        took_s: from making the group to the answer, the slowest rank: what it takes to open the transport, above all.
     """
 
     device: str
@@ -56,6 +60,7 @@ class Trial:
     detail: str = ""
     round_trip_us: float | None = None
     hidden_size: int = 0
+    took_s: float | None = None
 
 
 def can_interpret(versions: Mapping[str, str]) -> bool:
@@ -82,6 +87,29 @@ def runs_for(num_gpus: int, versions: Mapping[str, str], *, with_nvls: bool = Fa
         symmetric = (("p2p", "nvls") if with_nvls else ("p2p",)) if _series(versions.get("triton", "")) else ()
         runs.append(Run(device="cuda", num_ranks=num_gpus, transports=("local", "collective", *symmetric)))
     return runs
+
+
+def try_all(runs: Sequence[Run], num_cpus: int, progress: Callable[[str], None]) -> list[Trial]:
+    """`try_transports` of every run: all at once where each rank has two of the `num_cpus` cores, since most of the time goes
+    into importing torch, compiling and opening. Else one after another: ranks that wait for one another would take turns."""
+    calls = [functools.partial(try_transports, run, progress) for run in runs]
+    if num_cpus < 2 * sum(run.num_ranks for run in runs):
+        return [trial for call in calls for trial in call()]
+    return [trial for future in [_in_background(call) for call in calls] for trial in future.result()]
+
+
+def _in_background(call: Callable[[], list[Trial]]) -> Future[list[Trial]]:
+    """On a daemon thread: whoever is interrupted must not wait for it. Rank processes end with this one."""
+    future: Future[list[Trial]] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def try_transports(run: Run, progress: Callable[[str], None]) -> list[Trial]:
@@ -126,4 +154,5 @@ def trial_of(run: Run, transport: str, answers: Sequence[Mapping[str, Any]], end
         detail="" if outcome == "passed" else [*wrong, *errors, ended][0],
         round_trip_us=max(answer["round_trip_us"] for answer in answers) if outcome == "passed" else None,
         hidden_size=max((answer["hidden_size"] for answer in answers), default=0),
+        took_s=max((answer["took_s"] for answer in answers), default=None),
     )

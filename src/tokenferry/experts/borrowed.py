@@ -46,7 +46,7 @@ class BorrowedExperts:
         dtype: torch.dtype,
         batch_invariant: bool = False,
     ) -> None:
-        L, H, _ = weights.down_proj.shape
+        L, H, _ = weights.sizes
         if len(expert_range) != L:
             raise ShapeError(f"the weights are of {L} experts but expert_range is {expert_range}; give the range of these")
         check_operands(torch.empty(0, H, dtype=dtype, device=weights.down_proj.device), weights, activation)

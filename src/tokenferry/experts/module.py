@@ -99,7 +99,8 @@ def apply_experts(
             dtype=dtype,
         )
     if is_quantized:
-        hidden_RH = hidden_RH.dequantize(torch.float32 if weights.up_scale is not None else dtype)
+        has_float8_weights = weights.up_scale is not None and not weights.is_packed
+        hidden_RH = hidden_RH.dequantize(torch.float32 if has_float8_weights else dtype)
         dispatched = replace(dispatched, hidden=hidden_RH)
     path = torch_path.choose_path(hidden_RH, weights)
     return torch_path.run(path, dispatched, weights, first_expert, activation, out, dtype=dtype, is_rounded=is_quantized)
@@ -293,7 +294,7 @@ class Experts(KeepsPrecision):
         from tokenferry.experts import triton_path  # here: Triton is not everywhere
 
         self.scratch, self._max_rows = scratch, workspace.max_tokens_per_rank * workspace.group.size
-        for out_dtype in {workspace.combine_dtype, workspace.config.dtype}:
+        for out_dtype in {workspace.combine_dtype, workspace.config.dtype} - {FLOAT8}:
             triton_path.prepare(
                 scratch,
                 self.weights,

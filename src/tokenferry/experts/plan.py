@@ -3,7 +3,7 @@ expert is decided on the device, by its number of rows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +15,8 @@ class Tiles:
     Attributes:
         tensor_map: weights come by the tensor memory accelerator (Hopper and newer), where their layout allows it.
         prequantize: rows for float8 weights are quantized once, by a launch of their own; else in every tile that reads them.
+        in_blocks: rows and weights are float8, and the first product quantizes what it writes: see `kernels/expert_scaled.py`.
+        swapped: then, weights take the place of rows in the tensor core, which wants 64 of these: for few rows.
         min_rows, max_rows: it serves experts with min_rows <= rows <= max_rows; max_rows 0 means no upper limit.
         rows_few: where at most so many rows of an expert are left, the tile has so many.
         rows, columns, depth: of a tile; `columns` are of the output, so a gated product reads twice as many.
@@ -31,6 +33,8 @@ class Tiles:
     rows_few: int
     tensor_map: bool = False
     prequantize: bool = False
+    in_blocks: bool = False
+    swapped: bool = False
     min_rows: int = 1
     max_rows: int = 0
 
@@ -57,6 +61,8 @@ def plan(
     gated: bool = True,
     batch_invariant: bool = False,
     scaled: bool = False,
+    packed: bool = False,
+    in_blocks: bool = False,
     max_rows: int | None = None,
 ) -> Plan:
     """The cut for one configuration.
@@ -67,12 +73,18 @@ def plan(
         gated: whether the first product has a gate.
         batch_invariant: one cut for every number of rows, so that a row's bits do not depend on it.
         scaled: float8 weights with block scales.
+        packed: MXFP4 weights.
+        in_blocks: these are laid out for `Tiles.in_blocks`.
         max_rows: most rows that an expert can get (C·EP), None if unknown.
     """
     halves = 2 if gated else 1
     if dtype == torch.float32:  # no tensor cores: meant for checks
         tiles = Tiles(rows=32, rows_few=32, columns=64 // halves, depth=32, num_warps=4, num_stages=2, programs_per_sm=4)
         return Plan(up=(tiles,), down=(tiles,))
+    if packed:
+        return _packed(halves, batch_invariant, max_rows)
+    if in_blocks:
+        return _plan_in_blocks(halves, batch_invariant, max_rows)
     if batch_invariant:
         return Plan(up=(_one_cut(up_depth, halves, scaled),), down=(_one_cut(down_depth, 1, scaled),))
     limit = 0 if max_rows is not None and max_rows <= FEW_ROWS else FEW_ROWS
@@ -81,6 +93,45 @@ def plan(
         return Plan(up=(up,), down=(down,))
     # The second product for few rows comes right after the first one's, so that it starts while that one ends.
     return Plan(up=(_many(halves, scaled), up), down=(down, _many(1, scaled)))
+
+
+def _packed(halves: int, batch_invariant: bool, max_rows: int | None) -> Plan:
+    """Of MXFP4 weights, whose columns are what tensor cores take as rows: 64 at a time for each four warps."""
+    few = Tiles(
+        rows=32, rows_few=16, columns=128 // halves, depth=64, num_warps=4, num_stages=4, programs_per_sm=8, max_rows=FEW_ROWS
+    )
+    many = Tiles(
+        rows=128,
+        rows_few=64,
+        columns=128 // halves,
+        depth=64,
+        num_warps=8,
+        num_stages=4,
+        programs_per_sm=2,
+        min_rows=FEW_ROWS + 1,
+    )
+    few_down, many_down = replace(few, columns=128), replace(many, columns=128)
+    if batch_invariant:
+        one = replace(few, rows=64, rows_few=64, max_rows=0)
+        return Plan(up=(one,), down=(replace(one, columns=128),))
+    if max_rows is not None and max_rows <= FEW_ROWS:
+        return Plan(up=(replace(few, max_rows=0),), down=(replace(few_down, max_rows=0),))
+    return Plan(up=(many, few), down=(few_down, many_down))
+
+
+def _plan_in_blocks(halves: int, batch_invariant: bool, max_rows: int | None) -> Plan:
+    few = Tiles(
+        rows=64, rows_few=64 if batch_invariant else 16, columns=128, depth=128, num_warps=4, num_stages=3, programs_per_sm=16,
+        tensor_map=True, prequantize=True, in_blocks=True, swapped=True,
+    )  # fmt: skip
+    if batch_invariant or (max_rows is not None and max_rows <= FEW_ROWS):
+        return Plan(up=(few,), down=(few,))
+    few = replace(few, max_rows=FEW_ROWS)
+    up = Tiles(
+        rows=128, rows_few=64, columns=128, depth=128, num_warps=8, num_stages=3, programs_per_sm=1, min_rows=FEW_ROWS + 1,
+        tensor_map=True, prequantize=True, in_blocks=True,
+    )  # fmt: skip
+    return Plan(up=(up, few), down=(few, replace(up, columns=256)))
 
 
 def _few(depth: int, halves: int, scaled: bool, max_rows: int) -> Tiles:

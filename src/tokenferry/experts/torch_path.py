@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched
 from tokenferry.errors import DtypeError
-from tokenferry.experts import float8
+from tokenferry.experts import float8, mxfp4
 from tokenferry.experts.weights import ExpertWeights
 
 GROUPED_MM_ALIGNMENT_BYTES = 16
@@ -91,11 +91,11 @@ def _experts_on_sorted_pairs(
         position_RK = position_RK.clamp(max=max(num_pairs - 1, 0))  # beyond the end the choice is not local: masked later
     bias_index_P = sorted_P.clamp(max=num_local_experts - 1)
     pairs_PH = hidden_RH.index_select(0, order_P // topk)
-    up_PN = _grouped_linear(pairs_PH, weights.up_proj, ends_L, weights.up_scale, is_rounded=is_rounded)
+    up_PN = _product(pairs_PH, weights, "up", ends_L, activation, is_rounded=is_rounded)
     if weights.up_bias is not None:
         up_PN += weights.up_bias.index_select(0, bias_index_P)
     activated_PI = activation(up_PN).to(dtype)
-    output_PH = _grouped_linear(activated_PI, weights.down_proj, ends_L, weights.down_scale)
+    output_PH = _product(activated_PI, weights, "down", ends_L, activation)
     if weights.down_bias is not None:
         output_PH += weights.down_bias.index_select(0, bias_index_P)
     return output_PH.to(dtype), position_RK
@@ -119,6 +119,33 @@ def _every_expert_on_every_row(
         output_RKH = torch.where((local_RK == expert).unsqueeze(-1), expert_output_RH.unsqueeze(1), output_RKH)
     position_RK = torch.arange(num_rows * topk, dtype=torch.int64, device=local_RK.device).view(num_rows, topk)
     return output_RKH.flatten(0, 1), position_RK
+
+
+def _product(
+    rows_PX: torch.Tensor,
+    weights: ExpertWeights,
+    name: Literal["up", "down"],
+    ends_L: torch.Tensor,
+    activation: Activation,
+    *,
+    is_rounded: bool = False,
+) -> torch.Tensor:
+    matrices: torch.Tensor = getattr(weights, f"{name}_proj")
+    scale: torch.Tensor | None = getattr(weights, f"{name}_scale")
+    if not weights.is_packed:
+        return _grouped_linear(rows_PX, matrices, ends_L, scale, is_rounded=is_rounded)
+    assert scale is not None, "packed weights were checked"
+    (_, H, I), is_up = weights.sizes, name == "up"
+    num_rows, num_columns = (activation.num_columns(I), H) if is_up else (H, I)
+    layout = {"gated": is_up and activation.gated, "interleaved": is_up and activation.interleaved}
+    output_PY = rows_PX.new_empty(rows_PX.shape[0], num_rows)
+    begin = 0
+    for expert, end in enumerate(ends_L.tolist()):
+        if end > begin:
+            weight_YX = mxfp4.unpack(matrices[expert], scale[expert], num_rows, num_columns, **layout)
+            torch.mm(rows_PX[begin:end], weight_YX.t(), out=output_PY[begin:end])
+        begin = end
+    return output_PY
 
 
 def _grouped_linear(
@@ -190,6 +217,8 @@ def choose_path(hidden_RH: torch.Tensor, weights: ExpertWeights) -> Path:
     """How `apply_experts` goes through these operands; see the head of this file."""
     if not hidden_RH.is_cuda:
         return "trimmed"
+    if weights.is_packed:
+        raise DtypeError("MXFP4 experts on CUDA run by our own kernels alone; give apply_experts a scratch")
     if weights.up_scale is not None:
         raise DtypeError("float8 experts on CUDA run by our own kernels alone; give apply_experts a scratch")
     bytes_of_activated_row = weights.down_proj.shape[2] * weights.down_proj.element_size()

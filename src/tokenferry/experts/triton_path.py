@@ -9,6 +9,7 @@ L experts of this rank.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +19,7 @@ from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched, QuantizedRows
 from tokenferry.experts.plan import Plan, Tiles
 from tokenferry.experts.scratch import Buffers, ExpertScratch
-from tokenferry.experts.variants import Variant, chosen_plan, descriptor_block, row_shape, specs, variant_of
+from tokenferry.experts.variants import Variant, chosen_plan, descriptor_block, is_in_blocks, row_shape, specs, variant_of
 from tokenferry.experts.weights import ExpertWeights
 from tokenferry.kernels import wire
 from tokenferry.kernels.launch import POINTER_ALIGNMENT, BoundLaunch, KernelSpec, KernelStore
@@ -34,8 +35,8 @@ Rows = tuple[torch.Tensor, torch.Tensor, int]
 TABLE_ARGUMENTS = ("topk_idx", "valid_tokens", "counts", "offsets", "pairs", "first_row", "num_rows", "first_expert")
 QUANTIZE_ARGUMENTS = ("rows", "counts", "valid_tokens", "out", "scales", "first_row", "num_rows")
 PRODUCT_ARGUMENTS = (
-    "rows", "row_scales", "scale_stride", "weights", "scales", "bias", "out", "counts", "offsets", "pairs", "first_row", "alpha",
-    "limit",
+    "rows", "row_scales", "scale_stride", "weights", "scales", "bias", "out", "out_scales", "counts", "offsets", "pairs",
+    "first_row", "alpha", "limit",
 )  # fmt: skip
 SUM_ARGUMENTS = (
     "outputs", "topk_idx", "topk_weights", "valid_tokens", "out", "first_row", "num_rows", "first_expert", "norm_scale",
@@ -63,9 +64,11 @@ class LoadedExperts:
     """The launches of a variant, their numbers of programs in place."""
 
     table: BoundLaunch
-    quantize: tuple[BoundLaunch, ...]
-    """Of the rows of the first and of the second product; of the second's alone where the gathered rows come quantized; empty if
-    no launch wants them quantized."""
+    quantize: Mapping[bool, BoundLaunch]
+    """Of the rows of the first (True) and of the second product (False), where a launch wants them quantized and nobody else has
+    done so: gathered rows may come so, and tiles in blocks quantize activated rows where they make them."""
+    in_blocks: bool
+    """Whether the first product writes quantized rows."""
     up: tuple[Product, ...]
     down: tuple[Product, ...]
     sum: BoundLaunch
@@ -112,7 +115,7 @@ def prepare(
         hidden_dtype: of the rows; default: the weights'.
         quantized_rows: whether a dispatch gives `QuantizedRows`.
     """
-    dtype = hidden_dtype or weights.up_proj.dtype
+    dtype = hidden_dtype or (torch.bfloat16 if weights.is_packed else weights.up_proj.dtype)
     variant = variant_of(
         weights,
         activation,
@@ -170,35 +173,39 @@ def run(
     loaded = load(variant, scratch)
     buffers = scratch.reserve(row_shape(variant), idx_RK.shape[0], variant.num_local_experts, dtype)
     table = (buffers.counts_L, buffers.offsets_L, buffers.pairs_P)
-    up = (_or(weights.up_scale, valid), valid if weights.up_bias is None else weights.up_bias.to(dtype).contiguous())
-    down = (_or(weights.down_scale, valid), valid if weights.down_bias is None else weights.down_bias.to(dtype).contiguous())
+    no_bias = buffers.outputs_PH  # unread, but of the dtype that the kernel rounds activated rows to
+    up = (_or(weights.up_scale, valid), no_bias if weights.up_bias is None else weights.up_bias.to(dtype).contiguous())
+    down = (_or(weights.down_scale, valid), no_bias if weights.down_bias is None else weights.down_bias.to(dtype).contiguous())
     norm = (_or(weights.norm_scale, valid), weights.norm_epsilon)
+    activated: Rows = (buffers.activated_PI, valid, 0)
+    if loaded.in_blocks:
+        values, scales = buffers.quantized[2:]
+        activated = values, scales, scales.shape[1]
     for first_row in range(0, idx_RK.shape[0], buffers.num_rows):
         loaded.table(idx_RK, valid, *table, first_row, buffers.num_rows, first_expert)
         settings = (*table, first_row, activation.alpha, activation.limit)
         bounds = (first_row, buffers.num_rows)
-        rows = (gathered, gathered) if variant.quantized_rows else _quantized(loaded, 0, gathered, buffers, valid, bounds)
+        rows = _quantized(loaded, True, gathered, buffers, valid, bounds)
         for product in loaded.up:
             matrices = weights_argument(weights.up_proj, activation, product)
-            product.launch(*rows[product.prequantized], matrices, *up, buffers.activated_PI, *settings)
-        rows = _quantized(loaded, -1, (buffers.activated_PI, valid, 0), buffers, valid, bounds)
+            product.launch(*rows[product.prequantized], matrices, *up, *activated[:2], *settings)
+        rows = _quantized(loaded, False, activated, buffers, valid, bounds)
         for product in loaded.down:
             matrices = weights_argument(weights.down_proj, None, product)
-            product.launch(*rows[product.prequantized], matrices, *down, buffers.outputs_PH, *settings)
+            product.launch(*rows[product.prequantized], matrices, *down, buffers.outputs_PH, valid, *settings)
         loaded.sum(buffers.outputs_PH, idx_RK, weights_RK, valid, target, *bounds, first_expert, *norm)
     return out if target is out else out.copy_(target)
 
 
 def _quantized(
-    loaded: LoadedExperts, which: int, rows: Rows, buffers: Buffers, valid: torch.Tensor, bounds: tuple[int, int]
-) -> tuple[Rows, ...]:
-    """Rows of the first product (which: 0) or of the second (-1) as they are, whose scales nobody reads, and quantized if a
-    launch wants that."""
-    if not loaded.quantize:
-        return (rows,)
-    quantized, scales = buffers.quantized[:2] if which == 0 else buffers.quantized[2:]
-    loaded.quantize[which](rows[0], buffers.counts_L, valid, quantized, scales, *bounds)
-    return (rows, (quantized, scales, scales.shape[1]))
+    loaded: LoadedExperts, is_first: bool, rows: Rows, buffers: Buffers, valid: torch.Tensor, bounds: tuple[int, int]
+) -> tuple[Rows, Rows]:
+    """Rows of a product as they are, and quantized: the same if they are so already, or if no launch wants that."""
+    if is_first not in loaded.quantize:
+        return rows, rows
+    quantized, scales = buffers.quantized[:2] if is_first else buffers.quantized[2:]
+    loaded.quantize[is_first](rows[0], buffers.counts_L, valid, quantized, scales, *bounds)
+    return rows, (quantized, scales, scales.shape[1])
 
 
 def weights_argument(matrices: torch.Tensor, activation: Activation | None, product: Product) -> torch.Tensor | TensorDescriptor:
@@ -235,7 +242,7 @@ def load(variant: Variant, scratch: ExpertScratch) -> LoadedExperts:
 
 
 def _load(variant: Variant, scratch: ExpertScratch) -> LoadedExperts:
-    wanted, chosen = specs(variant, scratch.device), chosen_plan(variant)
+    wanted, chosen = specs(variant, scratch.device), chosen_plan(variant, scratch.device)
     store, num_sms = kernels_of(scratch).store, _num_sms(scratch.device)
 
     def bind(spec: KernelSpec, arguments: tuple[str, ...], programs: int) -> BoundLaunch:
@@ -250,7 +257,10 @@ def _load(variant: Variant, scratch: ExpertScratch) -> LoadedExperts:
     over_rows = INTERPRETED_PROGRAMS if wire.INTERPRETED else 8 * num_sms
     return LoadedExperts(
         table=bind(wanted.table, TABLE_ARGUMENTS, variant.num_local_experts),
-        quantize=tuple(bind(spec, QUANTIZE_ARGUMENTS, over_rows) for spec in wanted.quantize),
+        quantize={
+            dict(spec.constants)["IS_FIRST_PRODUCT"]: bind(spec, QUANTIZE_ARGUMENTS, over_rows) for spec in wanted.quantize
+        },
+        in_blocks=is_in_blocks(chosen),
         up=products(wanted.up, chosen.up, variant.intermediate_size),
         down=products(wanted.down, chosen.down, variant.hidden_size),
         sum=bind(wanted.sum, SUM_ARGUMENTS, over_rows),
@@ -259,6 +269,8 @@ def _load(variant: Variant, scratch: ExpertScratch) -> LoadedExperts:
 
 def _product(spec: KernelSpec, launch: BoundLaunch, variant: Variant, tiles: Tiles) -> Product:
     constants = dict(spec.constants)
+    if variant.is_packed:
+        return Product(launch, (), False)
     block = descriptor_block(variant, tiles, constants["IS_FIRST_PRODUCT"]) if constants["TENSOR_MAP"] else ()
     return Product(launch, block, constants["QUANTIZED"])
 

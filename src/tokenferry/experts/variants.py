@@ -11,12 +11,15 @@ import torch
 import triton
 
 from tokenferry.activations import Activation
+from tokenferry.dispatched import FLOAT8, SCALE_BLOCK
 from tokenferry.experts.plan import Plan, Tiles, plan
 from tokenferry.experts.scratch import RowShape
 from tokenferry.experts.weights import ExpertWeights
 from tokenferry.kernels import wire
 from tokenferry.kernels.expert_gemm import SIGNATURE as GEMM_SIGNATURE
 from tokenferry.kernels.expert_gemm import expert_gemm_kernel
+from tokenferry.kernels.expert_mxfp4 import SIGNATURE as MXFP4_SIGNATURE
+from tokenferry.kernels.expert_mxfp4 import expert_mxfp4_kernel
 from tokenferry.kernels.expert_quantize import SIGNATURE as QUANTIZE_SIGNATURE
 from tokenferry.kernels.expert_quantize import quantize_rows_kernel
 from tokenferry.kernels.expert_sum import SIGNATURE as SUM_SIGNATURE
@@ -61,7 +64,12 @@ class Variant:
     @property
     def has_float8_weights(self) -> bool:
         """With block scales."""
-        return self.weight_dtype == torch.float8_e4m3fn
+        return self.weight_dtype == FLOAT8
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weights are packed MXFP4."""
+        return self.weight_dtype == torch.int32
 
 
 def row_shape(variant: Variant) -> RowShape:
@@ -85,7 +93,7 @@ def variant_of(
     quantized_rows: bool = False,
 ) -> Variant:
     """The variant that such operands ask for. `aligned`: operands that are not given here begin at multiples of 16 bytes."""
-    L, H, I = weights.down_proj.shape
+    L, H, I = weights.sizes
     parts = (
         weights.up_proj,
         weights.down_proj,
@@ -121,7 +129,17 @@ def variant_of(
     )
 
 
-def chosen_plan(variant: Variant) -> Plan:
+def fits_blocks(variant: Variant, device: torch.device) -> bool:
+    """Whether float8 weights are laid out for `Tiles.in_blocks`: parts of 128 columns have one scale, and tensor maps serve."""
+    if not variant.has_float8_weights or not (has_pdl(device) or wire.INTERPRETED) or not variant.aligned:
+        return False
+    if variant.gated and (variant.interleaved or variant.intermediate_size % SCALE_BLOCK):
+        return False
+    strides = (variant.up_strides, variant.down_strides)
+    return all(each[2] == 1 and each[0] % POINTER_ALIGNMENT == each[1] % POINTER_ALIGNMENT == 0 for each in strides)
+
+
+def chosen_plan(variant: Variant, device: torch.device) -> Plan:
     """The variant's own plan, or the default."""
     if variant.plan is not None:
         return variant.plan
@@ -132,6 +150,8 @@ def chosen_plan(variant: Variant) -> Plan:
         gated=variant.gated,
         batch_invariant=variant.batch_invariant,
         scaled=variant.has_float8_weights,
+        packed=variant.is_packed,
+        in_blocks=fits_blocks(variant, device),
         max_rows=variant.max_rows,
     )
 
@@ -155,7 +175,7 @@ class Specs:
 def specs(variant: Variant, device: torch.device) -> Specs:
     """All kernels of a variant."""
     pdl = int(has_pdl(device))
-    chosen = chosen_plan(variant)
+    chosen = chosen_plan(variant, device)
     table = specify(
         expert_table_kernel,
         TABLE_SIGNATURE,
@@ -185,9 +205,16 @@ def specs(variant: Variant, device: torch.device) -> Specs:
     down = tuple(_gemm_spec(variant, tiles, False, pdl, overlaps=place > 0) for place, tiles in enumerate(chosen.down))
     quantize: tuple[KernelSpec, ...] = ()
     if _prequantizes(variant, chosen):
-        products = (False,) if variant.quantized_rows else (True, False)
+        products = [True] * (not variant.quantized_rows) + [False] * (not is_in_blocks(chosen))
         quantize = tuple(_quantize_spec(variant, chosen, is_first_product, pdl) for is_first_product in products)
     return Specs(table, quantize, up, down, total)
+
+
+def is_in_blocks(chosen: Plan) -> bool:
+    """Whether all of its tiles are, so that activated rows are quantized where they are made."""
+    found = {tiles.in_blocks for tiles in (*chosen.up, *chosen.down)}
+    assert len(found) == 1, "activated rows are either quantized or not"
+    return True in found
 
 
 def _prequantizes(variant: Variant, chosen: Plan) -> bool:
@@ -224,7 +251,7 @@ def uses_tensor_map(variant: Variant, tiles: Tiles, is_first_product: bool, pdl:
     if is_first_product and variant.gated and is_transposed and not variant.interleaved:
         strides.append(variant.intermediate_size)  # from a gate to its up
     in_steps_of_16_bytes = all(stride * variant.weight_dtype.itemsize % POINTER_ALIGNMENT == 0 for stride in strides)
-    is_there = bool(pdl or wire.INTERPRETED) and tiles.tensor_map and not variant.has_float8_weights
+    is_there = bool(pdl or wire.INTERPRETED) and tiles.tensor_map and tiles.in_blocks == variant.has_float8_weights
     return is_there and variant.aligned and in_steps_of_16_bytes
 
 
@@ -232,12 +259,52 @@ def descriptor_block(variant: Variant, tiles: Tiles, is_first_product: bool) -> 
     """Of the descriptor by which weights come: see `expert_gemm_kernel`."""
     strides = variant.up_strides if is_first_product else variant.down_strides
     if strides[2] == 1:
-        return (1, 1, tiles.columns, tiles.depth)
+        halves = 2 if tiles.in_blocks and tiles.columns > SCALE_BLOCK else 1
+        return (1, 1, tiles.columns // halves, tiles.depth)
     is_paired = is_first_product and variant.gated and variant.interleaved
     return (1, 1, tiles.depth, tiles.columns * (2 if is_paired else 1))
 
 
+def _packed_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int, *, overlaps: bool) -> KernelSpec:
+    sizes = (variant.hidden_size, variant.intermediate_size)
+    depth, width = sizes if is_first_product else sizes[::-1]
+    gathered = is_first_product and variant.quantized_rows
+    constants = {
+        "L": variant.num_local_experts,
+        "K": variant.topk,
+        "DEPTH": depth,
+        "WIDTH": width,
+        "IS_FIRST_PRODUCT": is_first_product,
+        "GATED": is_first_product and variant.gated,
+        "INTERLEAVED": is_first_product and variant.interleaved,
+        "ACTIVATION": variant.activation if is_first_product else "none",
+        "BIAS": variant.up_bias if is_first_product else variant.down_bias,
+        "GATHERED": gathered,
+        "MIN_ROWS": tiles.min_rows,
+        "MAX_ROWS": tiles.max_rows,
+        "BM_FEW": tiles.rows_few,
+        "BM": tiles.rows,
+        "BN": tiles.columns,
+        "BD": tiles.depth,
+        "LANES": triton.next_power_of_2(variant.num_local_experts),
+        "UPCAST": wire.INTERPRETED,
+        "OVERLAPS": overlaps,
+        "PDL": pdl,
+    }
+    return specify(
+        expert_mxfp4_kernel,
+        MXFP4_SIGNATURE,
+        constants,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        dtypes={"DTYPE": variant.dtype, "ROWS": torch.float8_e4m3fn if gathered else variant.dtype},
+        aligned=variant.aligned,
+    )
+
+
 def _gemm_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int, *, overlaps: bool) -> KernelSpec:
+    if variant.is_packed:
+        return _packed_spec(variant, tiles, is_first_product, pdl, overlaps=overlaps)
     strides = variant.up_strides if is_first_product else variant.down_strides
     sizes = (variant.hidden_size, variant.intermediate_size)
     depth, width = sizes if is_first_product else sizes[::-1]
@@ -261,6 +328,8 @@ def _gemm_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int,
         "SCALED": scaled,
         "QUANTIZED": quantized,
         "GATHERED": gathered,
+        "IN_BLOCKS": tiles.in_blocks,
+        "SWAPPED": tiles.swapped,
         "TENSOR_MAP": has_map,
         "MIN_ROWS": tiles.min_rows,
         "MAX_ROWS": tiles.max_rows,
@@ -273,14 +342,15 @@ def _gemm_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int,
         "OVERLAPS": overlaps,
         "PDL": pdl,
     }
-    rows_dtype = torch.float8_e4m3fn if quantized else variant.dtype
+    rows_dtype = FLOAT8 if quantized else variant.dtype
+    out_dtype = FLOAT8 if tiles.in_blocks and is_first_product else variant.dtype
     return specify(
         expert_gemm_kernel,
         GEMM_SIGNATURE,
         constants,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        dtypes={"DTYPE": variant.dtype, "ROWS": rows_dtype, "WEIGHT": variant.weight_dtype},
+        dtypes={"DTYPE": variant.dtype, "ROWS": rows_dtype, "WEIGHT": variant.weight_dtype, "OUT": out_dtype},
         descriptors={"weights": descriptor_block(variant, tiles, is_first_product)} if has_map else None,
         aligned=variant.aligned,
     )

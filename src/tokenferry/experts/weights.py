@@ -15,6 +15,7 @@ from tokenferry.activations import Activation
 from tokenferry.config import HIDDEN_DTYPES
 from tokenferry.dispatched import FLOAT8, SCALE_BLOCK, HiddenRows, QuantizedRows
 from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, check_kind
+from tokenferry.experts import mxfp4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class ExpertsConfig:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExpertWeights:
-    """Stacked weights of L experts, bfloat16, float16, float32 or block-scaled float8_e4m3fn, one dtype and device.
+    """Stacked weights of L experts: bfloat16, float16, float32, block-scaled float8_e4m3fn or packed MXFP4, on one device.
 
     Attributes:
         up_proj: [L, N, H]: gate rows, then up rows (or interleaved, as the `Activation` says); [L, I, H] without a gate.
@@ -60,6 +61,8 @@ class ExpertWeights:
             float32, what each 128 x 128 block is to be multiplied by; see `quantize_weights`. None for other dtypes.
         norm_scale, norm_epsilon: of a norm behind each expert: [H] float32, by which an output is multiplied before it is divided
             by the root of the mean of its squares and `norm_epsilon`. None: there is no norm.
+        packed_sizes: H and I of packed MXFP4 weights, whose matrices and scales have shapes of their own: see `from_mxfp4`, which
+            alone makes them. None for other weights.
     """
 
     up_proj: torch.Tensor
@@ -70,6 +73,63 @@ class ExpertWeights:
     down_scale: torch.Tensor | None = None
     norm_scale: torch.Tensor | None = None
     norm_epsilon: float = 0.0
+    packed_sizes: tuple[int, int] | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the matrices are packed MXFP4."""
+        return self.packed_sizes is not None
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """L, H and I."""
+        if self.packed_sizes is not None:
+            return (self.down_proj.shape[0], *self.packed_sizes)
+        L, H, I = self.down_proj.shape
+        return L, H, I
+
+    @classmethod
+    def from_mxfp4(
+        cls,
+        up_blocks: torch.Tensor,
+        up_scales: torch.Tensor,
+        down_blocks: torch.Tensor,
+        down_scales: torch.Tensor,
+        activation: Activation,
+        *,
+        up_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
+    ) -> ExpertWeights:
+        """The matrices of a checkpoint in MXFP4, rearranged once for the kernels, still 4.25 bits a weight.
+
+        Args:
+            up_blocks, up_scales: [L, N, H / 32, 16] and [L, N, H / 32] uint8; rows lie as `activation.interleaved` says.
+            down_blocks, down_scales: [L, H, I / 32, 16] and [L, H, I / 32] uint8.
+            activation: between the products.
+            up_bias, down_bias: as attributes.
+
+        Raises:
+            ShapeError, DtypeError: parts that do not fit one another, or a scale byte above 128 (a factor of 2).
+        """
+        mxfp4.check_checkpoint("up", up_blocks, up_scales)
+        mxfp4.check_checkpoint("down", down_blocks, down_scales)
+        L, H, I = down_blocks.shape[0], up_blocks.shape[2] * mxfp4.GROUP, down_blocks.shape[2] * mxfp4.GROUP
+        if up_blocks.shape[:2] != (L, activation.num_columns(I)) or down_blocks.shape[1] != H:
+            raise ShapeError(
+                f"up_blocks {list(up_blocks.shape)} and down_blocks {list(down_blocks.shape)} do not fit one another with "
+                f"{activation.name}: down_blocks of [L, H, I / 32, 16] asks for [L, {activation.num_columns(1)} * I, H / 32, 16]"
+            )
+        up, up_scale = mxfp4.pack(up_blocks, up_scales, gated=activation.gated, interleaved=activation.interleaved)
+        down, down_scale = mxfp4.pack(down_blocks, down_scales, gated=False, interleaved=False)
+        return cls(
+            up_proj=up,
+            down_proj=down,
+            up_bias=up_bias,
+            down_bias=down_bias,
+            up_scale=up_scale,
+            down_scale=down_scale,
+            packed_sizes=(H, I),
+        )
 
     @classmethod
     def view(
@@ -123,16 +183,18 @@ class ExpertWeights:
 
 def check_operands(hidden_RH: HiddenRows, weights: ExpertWeights, activation: Activation) -> None:
     """Raises where hidden rows, weights and activation do not fit one another."""
-    L, H, I = weights.down_proj.shape
+    L, H, I = weights.sizes
     rows_RH = hidden_RH.values if isinstance(hidden_RH, QuantizedRows) else hidden_RH
     if rows_RH.dim() != 2 or rows_RH.shape[1] != H:
         raise ShapeError(f"hidden must be [R, {H}] (down_proj is {[L, H, I]}), got {list(rows_RH.shape)}")
-    if weights.up_proj.shape != (L, activation.num_columns(I), H):
+    if weights.is_packed:
+        check_packed(weights, activation)
+    elif weights.up_proj.shape != (L, activation.num_columns(I), H):
         raise ShapeError(
             f"up_proj must be {[L, activation.num_columns(I), H]} for {activation.name} and a down_proj of {[L, H, I]}, "
             f"got {list(weights.up_proj.shape)}"
         )
-    _check_biases(weights)
+    _check_biases(weights, activation)
     _check_scales(weights)
     scale = weights.norm_scale
     if scale is not None and (scale.shape != (H,) or scale.dtype != torch.float32 or scale.device != hidden_RH.device):
@@ -152,6 +214,9 @@ def _check_hidden_dtype(hidden_RH: HiddenRows, weights: ExpertWeights) -> None:
             raise DtypeError(f"hidden must have float8_e4m3fn values and float32 scales, got {values.dtype} and {scales.dtype}")
         if scales.shape != wanted:
             raise ShapeError(f"hidden.scales must be {list(wanted)} for values {list(values.shape)}, got {list(scales.shape)}")
+    elif weights.is_packed:
+        if hidden_RH.dtype != torch.bfloat16:
+            raise DtypeError(f"hidden is {hidden_RH.dtype} but MXFP4 experts take bfloat16, in which their weights are exact")
     elif weights.up_scale is not None:
         if hidden_RH.dtype not in (torch.bfloat16, torch.float16):
             raise DtypeError(f"hidden is {hidden_RH.dtype} but float8 experts take bfloat16 or float16; convert it")
@@ -169,7 +234,26 @@ def check_out(out: torch.Tensor, hidden_RH: HiddenRows) -> None:
         raise DeviceError(f"out is on {out.device} but hidden is on {hidden_RH.device}; use combine_input()")
 
 
+def check_packed(weights: ExpertWeights, activation: Activation) -> None:
+    """Raises where packed weights do not have the shapes that `from_mxfp4` gives them."""
+    L, H, I = weights.sizes
+    rows = {"up": activation.num_columns(I), "down": H}
+    for name, depth in (("up", H), ("down", I)):
+        outputs, of_block = (I, mxfp4.BLOCK // 2) if name == "up" and activation.gated else (rows[name], mxfp4.BLOCK)
+        blocks = (L, -(-outputs // of_block), -(-depth // mxfp4.BLOCK))
+        for kind, last in (("proj", mxfp4.WORDS), ("scale", mxfp4.SCALE_WORDS)):
+            part = getattr(weights, f"{name}_{kind}")
+            if part is None or part.shape != (*blocks, last) or part.dtype != torch.int32 or not part.is_contiguous():
+                got = None if part is None else f"{part.dtype} {list(part.shape)}"
+                raise ShapeError(
+                    f"{name}_{kind} must be contiguous int32 {[*blocks, last]} for packed_sizes {(H, I)} and {activation.name}, "
+                    f"got {got}; use ExpertWeights.from_mxfp4"
+                )
+
+
 def _check_scales(weights: ExpertWeights) -> None:
+    if weights.is_packed:
+        return
     pairs = (("up", weights.up_proj, weights.up_scale), ("down", weights.down_proj, weights.down_scale))
     for name, matrices, scale in pairs:
         if (matrices.dtype == FLOAT8) != (scale is not None):
@@ -186,12 +270,16 @@ def _check_scales(weights: ExpertWeights) -> None:
             )
 
 
-def _check_biases(weights: ExpertWeights) -> None:
-    pairs = (("up", weights.up_proj, weights.up_bias), ("down", weights.down_proj, weights.down_bias))
-    for name, matrices, bias in pairs:
+def _check_biases(weights: ExpertWeights, activation: Activation) -> None:
+    L, H, I = weights.sizes
+    pairs = (
+        ("up", weights.up_proj, weights.up_bias, (L, activation.num_columns(I))),
+        ("down", weights.down_proj, weights.down_bias, (L, H)),
+    )
+    for name, matrices, bias, expected in pairs:
         if bias is None:
             continue
-        if bias.shape != matrices.shape[:2]:
-            raise ShapeError(f"{name}_bias must be {list(matrices.shape[:2])} ({name}_proj's rows), got {list(bias.shape)}")
+        if bias.shape != expected:
+            raise ShapeError(f"{name}_bias must be {list(expected)} ({name}_proj's rows), got {list(bias.shape)}")
         if bias.device != matrices.device:
             raise DeviceError(f"{name}_bias is on {bias.device} but {name}_proj is on {matrices.device}; move it there")

@@ -38,6 +38,7 @@ def draw_all(findings: Findings) -> Mapping[str, Figure]:
     for name, (size, paint) in painters.items():
         figure = Figure(figsize=size, layout="constrained")
         paint(figure, findings)
+        _count_in_whole_numbers(figure)
         drawn[name] = figure
     return drawn
 
@@ -50,6 +51,16 @@ def svg_of(figure: Figure, name: str) -> str:
     element = element[element.index("<svg") :]
     element = re.sub(r'\bid="', f'id="{name}-', element)
     return re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", element)
+
+
+def _count_in_whole_numbers(figure: Figure) -> None:
+    """Layers, experts, ranks and steps have no halves."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes = figure.axes[0]
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if axes.get_ylabel() in ("layer", "rank"):
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _paint_loads(figure: Figure, findings: Findings) -> None:
@@ -83,9 +94,6 @@ def _paint_waits(figure: Figure, findings: Findings) -> None:
     waits_ms = [[wait / 1e6 for wait in row] for row in findings.waits_ns]
     image = axes.imshow(waits_ms, cmap=_COLOURS, vmin=0)
     axes.set(title="Time waited", xlabel="for rank", ylabel="rank")
-    numbers = range(len(waits_ms))
-    axes.set_xticks(numbers)
-    axes.set_yticks(numbers)
     figure.colorbar(image, ax=axes, label="ms")
     if len(waits_ms) <= 8:
         middle = max(max(row) for row in waits_ms) / 2

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import waits, wire, wire_clock
+from tokenferry.kernels import fp8_terms, waits, wire, wire_clock
+from tokenferry.kernels.term_rows import copy_terms, load_term, store_sum
 
 SIGNATURE = {
     "buffer_ptr": "i64",
@@ -23,7 +24,10 @@ SIGNATURE = {
     "counted_rows": "i32",
     "num_flags": "i32",
     "terms_offset": "i64",
+    "term_scales_offset": "i64",
     "partial_ptr": "i64",
+    "scales_ptr": "i64",
+    "scale_row": "i32",
     "num_partial": "i32",
     "is_in_place": "i32",
     "out_ptr": "i64",
@@ -45,114 +49,6 @@ SIGNATURE = {
 
 
 @triton.jit
-def load_term(partial_ptr, element, live, PARTIAL: tl.constexpr, WIRE: tl.constexpr, WORDS: tl.constexpr):
-    """The packet of the wire that begins at `element` of the partial rows, each value rounded once to WIRE.
-
-    Example:
-        float32 values 1, 2, 3, 4 to a bfloat16 wire in packets of two words: 0x40003F80, 0x40804040.
-    """
-    PARTIAL_BYTES: tl.constexpr = PARTIAL.primitive_bitwidth // 8
-    WIRE_BYTES: tl.constexpr = WIRE.primitive_bitwidth // 8
-    packet_ptr = partial_ptr + element * PARTIAL_BYTES
-    if PARTIAL_BYTES == WIRE_BYTES:
-        a, b, c, d = wire.load(packet_ptr, live, WORDS)
-        if PARTIAL != WIRE:
-            l, h = wire.unpack(a, PARTIAL)
-            a = wire.pack(l, h, WIRE)
-            l, h = wire.unpack(b, PARTIAL)
-            b = wire.pack(l, h, WIRE)
-            l, h = wire.unpack(c, PARTIAL)
-            c = wire.pack(l, h, WIRE)
-            l, h = wire.unpack(d, PARTIAL)
-            d = wire.pack(l, h, WIRE)
-    elif PARTIAL_BYTES == 4:
-        e, f, g, h = wire.load(packet_ptr, live, 4)
-        a = wire.pack(e.to(tl.float32, bitcast=True), f.to(tl.float32, bitcast=True), WIRE)
-        b = wire.pack(g.to(tl.float32, bitcast=True), h.to(tl.float32, bitcast=True), WIRE)
-        c = a
-        d = b
-        if WORDS == 4:
-            e, f, g, h = wire.load(packet_ptr + 16, live, 4)
-            c = wire.pack(e.to(tl.float32, bitcast=True), f.to(tl.float32, bitcast=True), WIRE)
-            d = wire.pack(g.to(tl.float32, bitcast=True), h.to(tl.float32, bitcast=True), WIRE)
-    else:
-        e, f, g, h = wire.load(packet_ptr, live, WORDS // 2)
-        l, h = wire.unpack(e, PARTIAL)
-        a = l.to(tl.uint32, bitcast=True)
-        b = h.to(tl.uint32, bitcast=True)
-        l, h = wire.unpack(f, PARTIAL)
-        c = l.to(tl.uint32, bitcast=True)
-        d = h.to(tl.uint32, bitcast=True)
-    return wire.escape(a), wire.escape(b), wire.escape(c), wire.escape(d)
-
-
-@triton.jit
-def store_sum(out_ptr, element, live, s0, s1, s2, s3, s4, s5, s6, s7, WIRE: tl.constexpr, OUT: tl.constexpr, WORDS: tl.constexpr):
-    """One packet of sums, each rounded once to OUT. For a float32 wire the values are s0, s2, s4, s6."""
-    packet_ptr = out_ptr + element * (OUT.primitive_bitwidth // 8)
-    if tl.float32 == WIRE:
-        if tl.float32 == OUT:
-            wire.store(
-                packet_ptr,
-                wire.pack(s0, s0, OUT),
-                wire.pack(s2, s2, OUT),
-                wire.pack(s4, s4, OUT),
-                wire.pack(s6, s6, OUT),
-                live,
-                WORDS,
-            )
-        else:
-            a = wire.pack(s0, s2, OUT)
-            b = wire.pack(s4, s6, OUT)
-            wire.store(packet_ptr, a, b, a, b, live, WORDS // 2)
-    elif tl.float32 == OUT:
-        wire.store(
-            packet_ptr, wire.pack(s0, s0, OUT), wire.pack(s1, s1, OUT), wire.pack(s2, s2, OUT), wire.pack(s3, s3, OUT), live, 4
-        )
-        if WORDS == 4:
-            wire.store(
-                packet_ptr + 16,
-                wire.pack(s4, s4, OUT),
-                wire.pack(s5, s5, OUT),
-                wire.pack(s6, s6, OUT),
-                wire.pack(s7, s7, OUT),
-                live,
-                4,
-            )
-    else:
-        wire.store(
-            packet_ptr,
-            wire.pack(s0, s1, OUT),
-            wire.pack(s2, s3, OUT),
-            wire.pack(s4, s5, OUT),
-            wire.pack(s6, s7, OUT),
-            live,
-            WORDS,
-        )
-
-
-@triton.jit
-def copy_terms(flag, num_flags, terms_ptr, step_counts, rank, size, partial_ptr, H: tl.constexpr, PARTIAL: tl.constexpr,
-               WIRE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, FLAG_BLOCK: tl.constexpr,
-               SWITCH_SUM: tl.constexpr):  # fmt: skip
-    """Copies to the `terms` region what a flag stands for: of each owner's rows the blocks of FLAG_BLOCK packets that the CTA of
-    this number fetches there. If the switch sums, this rank's own rows are copied too."""
-    PER_PACKET: tl.constexpr = WORDS * 4 // (WIRE.primitive_bitwidth // 8)
-    for i in range(1 - SWITCH_SUM, size):
-        owner = wire.add_mod(rank + i, size)
-        num_packets = tl.load(step_counts + 2 + owner) * (H // PER_PACKET)
-        first_element = tl.load(step_counts + 2 + size + owner).to(tl.int64) * H
-        target_ptr = terms_ptr + first_element * (WIRE.primitive_bitwidth // 8)
-        for b in range(flag, (num_packets + FLAG_BLOCK - 1) // FLAG_BLOCK, num_flags):
-            for piece in tl.static_range(FLAG_BLOCK // BLOCK):
-                packet = b * FLAG_BLOCK + piece * BLOCK + tl.arange(0, BLOCK)
-                live = packet < num_packets
-                index = packet.to(tl.int64)
-                w0, w1, w2, w3 = load_term(partial_ptr, first_element + index * PER_PACKET, live, PARTIAL, WIRE, WORDS)
-                wire.store(target_ptr + index * (WORDS * 4), w0, w1, w2, w3, live, WORDS)
-
-
-@triton.jit
 def combine_kernel(
     buffer_ptr,
     peer_table_ptr,
@@ -169,7 +65,10 @@ def combine_kernel(
     counted_rows,
     num_flags,
     terms_offset,
+    term_scales_offset,
     partial_ptr,
+    scales_ptr,
+    scale_row,
     num_partial,
     is_in_place,
     out_ptr,
@@ -216,13 +115,15 @@ def combine_kernel(
     counters_ptr = counters_ptr.to(tl.int64)
     step_counts = step_counts_ptr.to(tl.int64).to(tl.pointer_type(tl.int32))
     partial_ptr = partial_ptr.to(tl.int64)
+    scales_ptr = scales_ptr.to(tl.int64)
     out_ptr = out_ptr.to(tl.int64)
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     lanes = tl.arange(0, BLOCK)
     WIRE_BYTES: tl.constexpr = WIRE.primitive_bitwidth // 8
     PER_PACKET: tl.constexpr = WORDS * 4 // WIRE_BYTES
-    PER_ROW: tl.constexpr = H // PER_PACKET
+    IS_FP8: tl.constexpr = tl.float8e4nv == WIRE
+    PER_ROW: tl.constexpr = (H + 511) // 512 * 32 if IS_FP8 else H // PER_PACKET
     ROW_BYTES: tl.constexpr = H * WIRE_BYTES
     # These are read before the previous kernel has ended. The step's counts and the round are as they were when it began, since
     # a dispatch always lies between this kernel and whatever last wrote them.
@@ -258,29 +159,42 @@ def combine_kernel(
     num_own_packets = num_tokens * PER_ROW
     first_own_element = first_row.to(tl.int64) * H
     packet = pid * BLOCK + lanes
-    element = first_own_element + packet.to(tl.int64) * PER_PACKET
-    n0, n1, n2, n3 = load_term(partial_ptr, element, packet < num_own_packets, PARTIAL, WIRE, WORDS)
+    if IS_FP8:
+        own_ptr = partial_ptr + first_own_element * (PARTIAL.primitive_bitwidth // 8)
+        own_scales_ptr = scales_ptr + first_row.to(tl.int64) * scale_row * 4
+        n0, n1, n2, n3, n4, n5, n6, n7 = fp8_terms.load_term(packet, own_ptr, own_scales_ptr, scale_row, num_tokens, H, PARTIAL)
+    else:
+        element = first_own_element + packet.to(tl.int64) * PER_PACKET
+        n0, n1, n2, n3 = load_term(partial_ptr, element, packet < num_own_packets, PARTIAL, WIRE, WORDS)
     if in_slots & (mode != wire.MODE_RECEIVE):
         begin = pid
         peer_ptr = nearest_ptr
         for i in range(1, size):
             owner = wire.add_mod(rank + i, size)
-            num_packets = tl.load(step_counts + 2 + owner) * PER_ROW
-            first_element = tl.load(step_counts + 2 + size + owner).to(tl.int64) * H
+            num_rows = tl.load(step_counts + 2 + owner)
+            first_sent = tl.load(step_counts + 2 + size + owner).to(tl.int64)
             target_ptr = peer_ptr + slots_offset + (rank - (rank > owner).to(tl.int32)) * slot_bytes
             peer_ptr = tl.load(peer_table + wire.add_mod(owner + 1, size))
+            num_packets = num_rows * PER_ROW
             blocks = (num_packets + BLOCK - 1) // BLOCK
-            for b in range(begin, blocks, programs):
-                packet = b * BLOCK + lanes
-                live = packet < num_packets
-                index = packet.to(tl.int64)
-                w0, w1, w2, w3 = load_term(partial_ptr, first_element + index * PER_PACKET, live, PARTIAL, WIRE, WORDS)
-                wire.send(target_ptr + index * (WORDS * 4), w0, w1, w2, w3, live, buffer_ptr, WORDS)
+            if IS_FP8:
+                sent_ptr = partial_ptr + first_sent * (H * (PARTIAL.primitive_bitwidth // 8))
+                sent_scales_ptr = scales_ptr + first_sent * scale_row * 4
+                fp8_terms.send_terms(begin, blocks, programs, target_ptr, sent_ptr, sent_scales_ptr, scale_row, num_rows,
+                                     buffer_ptr, H, PARTIAL, BLOCK)  # fmt: skip
+            else:
+                for b in range(begin, blocks, programs):
+                    packet = b * BLOCK + lanes
+                    live = packet < num_packets
+                    index = packet.to(tl.int64)
+                    w0, w1, w2, w3 = load_term(partial_ptr, first_sent * H + index * PER_PACKET, live, PARTIAL, WIRE, WORDS)
+                    wire.send(target_ptr + index * (WORDS * 4), w0, w1, w2, w3, live, buffer_ptr, WORDS)
             begin -= tl.where(blocks < programs, blocks, blocks % programs)
             begin = tl.where(begin < 0, begin + programs, begin)
     elif is_bulk:
         epoch = round_number + 1
         terms_ptr = buffer_ptr + terms_offset
+        term_scales_ptr = buffer_ptr + term_scales_offset
         if mode == wire.MODE_RECEIVE:
             pass
         elif is_in_place != 0:  # nothing to copy: one CTA sets all of this rank's flags at a peer at once
@@ -292,16 +206,23 @@ def combine_kernel(
                             flags_ptr + (first + lanes) * wire.FLAG_BYTES, epoch, 1, first + lanes < num_flags, buffer_ptr
                         )
         elif FLAG_BLOCK == 0:
-            copy_terms(
-                pid, programs, terms_ptr, step_counts, rank, size, partial_ptr, H, PARTIAL, WIRE, WORDS, BLOCK, BLOCK, SWITCH_SUM
-            )
+            if IS_FP8:
+                fp8_terms.copy_terms(pid, programs, terms_ptr, term_scales_ptr, step_counts, rank, size, partial_ptr, scales_ptr,
+                                     scale_row, H, PARTIAL, BLOCK, BLOCK)  # fmt: skip
+            else:
+                copy_terms(pid, programs, terms_ptr, step_counts, rank, size, partial_ptr, H, PARTIAL, WIRE, WORDS, BLOCK, BLOCK,
+                           SWITCH_SUM)  # fmt: skip
             is_peer = (lanes < size) & (lanes != rank)
             buffers = tl.load(peer_table + lanes, mask=is_peer, other=0)
             wire.signal(buffers + ready_offset + (rank * MAX_PROGRAMS + pid) * wire.FLAG_BYTES, epoch, 1, is_peer, buffer_ptr)
         else:
             for flag in range(pid, num_flags, programs):
-                copy_terms(flag, num_flags, terms_ptr, step_counts, rank, size, partial_ptr, H, PARTIAL, WIRE, WORDS, BLOCK,
-                           FLAG_BLOCK, 0)  # fmt: skip
+                if IS_FP8:
+                    fp8_terms.copy_terms(flag, num_flags, terms_ptr, term_scales_ptr, step_counts, rank, size, partial_ptr,
+                                         scales_ptr, scale_row, H, PARTIAL, BLOCK, FLAG_BLOCK)  # fmt: skip
+                else:
+                    copy_terms(flag, num_flags, terms_ptr, step_counts, rank, size, partial_ptr, H, PARTIAL, WIRE, WORDS, BLOCK,
+                               FLAG_BLOCK, 0)  # fmt: skip
             for first_pair in range(0, (num_flags + programs - 1) // programs * size, BLOCK):
                 peers, flags, exist = wire.rank_and_flag(first_pair + lanes, pid, programs, size, num_flags)
                 is_told = exist & (peers != rank)
@@ -331,13 +252,21 @@ def combine_kernel(
             packet = b * BLOCK + lanes
             live = packet < num_own_packets
             index = packet.to(tl.int64)
-            o0 = n0
-            o1 = n1
-            o2 = n2
-            o3 = n3
             following = packet + programs * BLOCK
-            element = first_own_element + following.to(tl.int64) * PER_PACKET
-            n0, n1, n2, n3 = load_term(partial_ptr, element, following < num_own_packets, PARTIAL, WIRE, WORDS)
+            if IS_FP8:
+                o0, o1, o2, o3, own_scale = fp8_terms.quantize_term(
+                    packet, n0, n1, n2, n3, n4, n5, n6, n7, own_ptr, num_tokens, H, PARTIAL, BLOCK
+                )
+                n0, n1, n2, n3, n4, n5, n6, n7 = fp8_terms.load_term(
+                    following, own_ptr, own_scales_ptr, scale_row, num_tokens, H, PARTIAL
+                )
+            else:
+                o0 = n0
+                o1 = n1
+                o2 = n2
+                o3 = n3
+                element = first_own_element + following.to(tl.int64) * PER_PACKET
+                n0, n1, n2, n3 = load_term(partial_ptr, element, following < num_own_packets, PARTIAL, WIRE, WORDS)
             if FLAG_BLOCK != 0:  # noqa: SIM102  # this one is decided by the compiler
                 if is_bulk:
                     flag = b * BLOCK // FLAG_BLOCK % num_flags
@@ -354,54 +283,65 @@ def combine_kernel(
                         waits.note_sources(board, size, layer, step, lanes, since, clocks, is_noted, waits.COMBINE)
                     else:
                         wire.await_signal(flag_ptr, round_number + 1, 1, is_awaited, buffer_ptr, blamed_ranks, hint_ptrs)
-            s0 = tl.zeros([BLOCK], tl.float32)
-            s1 = s0
-            s2 = s0
-            s3 = s0
-            s4 = s0
-            s5 = s0
-            s6 = s0
-            s7 = s0
-            sources = size
-            if SWITCH_SUM:
-                sources = tl.where(in_slots, size, 1)
-            for source in range(sources):
-                w0 = o0
-                w1 = o1
-                w2 = o2
-                w3 = o3
-                if in_slots & (source != rank):
-                    slot_ptr = buffer_ptr + slots_offset + (source - (source > rank).to(tl.int32)) * slot_bytes
-                    blamed_source = wire.set_blamed_rank(blamed, source)
-                    packet_ptr = slot_ptr + index * (WORDS * 4)
-                    hint_ptr = hints_ptr + source * wire.COUNT_PACKET_BYTES
-                    if TELEMETRY:
-                        since = wire_clock.clock()
-                    w0, w1, w2, w3 = wire.poll_and_clear(packet_ptr, live, buffer_ptr, blamed_source, hint_ptr, WORDS)
-                    if TELEMETRY:
-                        waits.note_source(board, size, layer, step, source, since, b == 0, waits.COMBINE)
-                elif SWITCH_SUM:
-                    if is_bulk:
-                        summed_ptr = multicast_ptr.to(tl.int64) + terms_offset + first_row.to(tl.int64) * ROW_BYTES
-                        w0, w1, w2, w3 = wire.multicast_sum(summed_ptr + index * (WORDS * 4), live, buffer_ptr)
-                elif source != rank:
-                    fetched_ptr = tl.load(peer_table + source) + terms_offset + first_row.to(tl.int64) * ROW_BYTES
-                    w0, w1, w2, w3 = wire.load_peer(fetched_ptr + index * (WORDS * 4), live, WORDS)
-                l0, h0 = wire.unpack(w0, WIRE)
-                l1, h1 = wire.unpack(w1, WIRE)
-                l2, h2 = wire.unpack(w2, WIRE)
-                l3, h3 = wire.unpack(w3, WIRE)
-                # Rank 0's term is taken as it is: 0 + -0.0 would be 0.
-                s0 = tl.where(source == 0, l0, s0 + l0)
-                s1 = tl.where(source == 0, h0, s1 + h0)
-                s2 = tl.where(source == 0, l1, s2 + l1)
-                s3 = tl.where(source == 0, h1, s3 + h1)
-                s4 = tl.where(source == 0, l2, s4 + l2)
-                s5 = tl.where(source == 0, h2, s5 + h2)
-                s6 = tl.where(source == 0, l3, s6 + l3)
-                s7 = tl.where(source == 0, h3, s7 + h3)
-            kept = live & (packet < num_out * PER_ROW)
-            store_sum(out_ptr, index * PER_PACKET, kept, s0, s1, s2, s3, s4, s5, s6, s7, WIRE, OUT, WORDS)
+            if IS_FP8:
+                if TELEMETRY:  # of all peers together: of two ranks it is the other one, of more nobody in particular
+                    since = wire_clock.clock()
+                fp8_terms.sum_terms(packet, o0, o1, o2, o3, own_scale, num_tokens, num_out, first_row, rank, size, in_slots,
+                                    buffer_ptr, peer_table, slots_offset, slot_bytes, terms_offset, term_scales_offset, blamed,
+                                    hints_ptr, out_ptr, H, OUT, BLOCK)  # fmt: skip
+                if TELEMETRY:
+                    awaited = tl.where(size == 2, 1 - rank, rank)
+                    is_first = in_slots & (size > 1) & (b == 0)
+                    waits.note_source(board, size, layer, step, awaited, since, is_first, waits.COMBINE)
+            else:
+                s0 = tl.zeros([BLOCK], tl.float32)
+                s1 = s0
+                s2 = s0
+                s3 = s0
+                s4 = s0
+                s5 = s0
+                s6 = s0
+                s7 = s0
+                sources = size
+                if SWITCH_SUM:
+                    sources = tl.where(in_slots, size, 1)
+                for source in range(sources):
+                    w0 = o0
+                    w1 = o1
+                    w2 = o2
+                    w3 = o3
+                    if in_slots & (source != rank):
+                        slot_ptr = buffer_ptr + slots_offset + (source - (source > rank).to(tl.int32)) * slot_bytes
+                        blamed_source = wire.set_blamed_rank(blamed, source)
+                        packet_ptr = slot_ptr + index * (WORDS * 4)
+                        hint_ptr = hints_ptr + source * wire.COUNT_PACKET_BYTES
+                        if TELEMETRY:
+                            since = wire_clock.clock()
+                        w0, w1, w2, w3 = wire.poll_and_clear(packet_ptr, live, buffer_ptr, blamed_source, hint_ptr, WORDS)
+                        if TELEMETRY:
+                            waits.note_source(board, size, layer, step, source, since, b == 0, waits.COMBINE)
+                    elif SWITCH_SUM:
+                        if is_bulk:
+                            summed_ptr = multicast_ptr.to(tl.int64) + terms_offset + first_row.to(tl.int64) * ROW_BYTES
+                            w0, w1, w2, w3 = wire.multicast_sum(summed_ptr + index * (WORDS * 4), live, buffer_ptr)
+                    elif source != rank:
+                        fetched_ptr = tl.load(peer_table + source) + terms_offset + first_row.to(tl.int64) * ROW_BYTES
+                        w0, w1, w2, w3 = wire.load_peer(fetched_ptr + index * (WORDS * 4), live, WORDS)
+                    l0, h0 = wire.unpack(w0, WIRE)
+                    l1, h1 = wire.unpack(w1, WIRE)
+                    l2, h2 = wire.unpack(w2, WIRE)
+                    l3, h3 = wire.unpack(w3, WIRE)
+                    # Rank 0's term is taken as it is: 0 + -0.0 would be 0.
+                    s0 = tl.where(source == 0, l0, s0 + l0)
+                    s1 = tl.where(source == 0, h0, s1 + h0)
+                    s2 = tl.where(source == 0, l1, s2 + l1)
+                    s3 = tl.where(source == 0, h1, s3 + h1)
+                    s4 = tl.where(source == 0, l2, s4 + l2)
+                    s5 = tl.where(source == 0, h2, s5 + h2)
+                    s6 = tl.where(source == 0, l3, s6 + l3)
+                    s7 = tl.where(source == 0, h3, s7 + h3)
+                kept = live & (packet < num_out * PER_ROW)
+                store_sum(out_ptr, index * PER_PACKET, kept, s0, s1, s2, s3, s4, s5, s6, s7, WIRE, OUT, WORDS)
         if is_counted:
             wire.end_round(counters_ptr, ticket, programs, round_number)
         if pid == 0:  # the next dispatch reads it

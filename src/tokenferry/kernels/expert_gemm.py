@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import expert_math, expert_tiles, wire
+from tokenferry.kernels import expert_math, expert_scaled, expert_tiles, wire
 from tokenferry.kernels.expert_math import SCALE_BLOCK
 
 SIGNATURE = {
@@ -15,7 +15,8 @@ SIGNATURE = {
     "weights": "*WEIGHT",
     "scales": "*fp32",
     "bias": "*DTYPE",
-    "out": "*DTYPE",
+    "out": "*OUT",
+    "out_scales": "*fp32",
     "counts": "*i32",
     "offsets": "*i32",
     "pairs": "*i32",
@@ -37,6 +38,8 @@ SIGNATURE = {
     "SCALED": "constexpr",
     "QUANTIZED": "constexpr",
     "GATHERED": "constexpr",
+    "IN_BLOCKS": "constexpr",
+    "SWAPPED": "constexpr",
     "TENSOR_MAP": "constexpr",
     "MIN_ROWS": "constexpr",
     "MAX_ROWS": "constexpr",
@@ -219,6 +222,7 @@ def expert_gemm_kernel(
     scales,
     bias,
     out,
+    out_scales,
     counts,
     offsets,
     pairs,
@@ -240,6 +244,8 @@ def expert_gemm_kernel(
     SCALED: tl.constexpr,
     QUANTIZED: tl.constexpr,
     GATHERED: tl.constexpr,
+    IN_BLOCKS: tl.constexpr,
+    SWAPPED: tl.constexpr,
     TENSOR_MAP: tl.constexpr,
     MIN_ROWS: tl.constexpr,
     MAX_ROWS: tl.constexpr,
@@ -260,6 +266,9 @@ def expert_gemm_kernel(
             of `pairs`. QUANTIZED: `quantize_rows_kernel` has written the rows of this chunk as float8, with `row_scales`; the
             bits of `out` are the same as when a tile quantizes them itself. GATHERED: the gathered rows came as float8. For
             weights that are not SCALED they become numbers of the dtype of `out` as they are read.
+        IN_BLOCKS: such rows and weights, by `expert_scaled`; with SWAPPED the weights' columns take the place of rows. The first
+            product then writes quantized rows: `out` is float8, `out_scales` [pairs, WIDTH / 128], and `bias` has the dtype
+            that activated rows are rounded to before, also where it is not read.
         scale_stride: from a row's scales to the next row's.
         weights: element (expert, column, depth) lies at expert * STRIDE_E + column * STRIDE_N + depth * STRIDE_D; with TENSOR_MAP
             a descriptor of [experts, gate or up, WIDTH, DEPTH] in blocks of [1, 1, BN, BD]; where columns and not depths lie side
@@ -307,7 +316,20 @@ def expert_gemm_kernel(
         tiles_m = (num + BM - 1) // BM
         done = (within % tiles_m) * BM
         first_column = (within // tiles_m) * BN
-        if BM == BM_FEW or num - done <= BM_FEW:
+        if IN_BLOCKS:
+            if BM == BM_FEW or num - done <= BM_FEW:
+                expert_scaled.scaled_tile(
+                    rows, row_scales, scale_stride, weights, scales, bias, out, out_scales, pairs, first_row, alpha, limit,
+                    expert, begin + done, num - done, first_column, K, DEPTH, WIDTH, STRIDE_D, IS_FIRST_PRODUCT, GATED,
+                    ACTIVATION, BIAS, GATHERED, SWAPPED, BM_FEW, BN, BD, UPCAST,
+                )  # fmt: skip
+            else:
+                expert_scaled.scaled_tile(
+                    rows, row_scales, scale_stride, weights, scales, bias, out, out_scales, pairs, first_row, alpha, limit,
+                    expert, begin + done, num - done, first_column, K, DEPTH, WIDTH, STRIDE_D, IS_FIRST_PRODUCT, GATED,
+                    ACTIVATION, BIAS, GATHERED, SWAPPED, BM, BN, BD, UPCAST,
+                )  # fmt: skip
+        elif BM == BM_FEW or num - done <= BM_FEW:
             product_tile(
                 rows, row_scales, scale_stride, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done,
                 num - done, first_column, K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, IS_FIRST_PRODUCT, GATED, INTERLEAVED,

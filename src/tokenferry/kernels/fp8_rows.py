@@ -106,7 +106,7 @@ def of_warp(bits, WHICH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def quantize_words(
+def quantize_columns(
     thread,
     a0,
     a1,
@@ -123,7 +123,7 @@ def quantize_words(
     POWER_OF_TWO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The packet of values of each thread, and the packet of scales of each warp in all its threads, from the words that
+    """The packet of values of each thread, and the four scales of each warp, [BLOCK / 32, 4], from the words that
     `load_first_words` has loaded. The bits are those of `tokenferry.reference.quantize`; rows that are not supplied are zeros."""
     largest = tl.maximum(largest_of(a0, a1, a2, a3, HIDDEN), largest_of(b0, b1, b2, b3, HIDDEN))
     THREADS: tl.constexpr = (H + 511) // 512 * 32
@@ -150,6 +150,34 @@ def quantize_words(
         v1 = packed(a2, a3, scale, reciprocal, HIDDEN)
         v2 = packed(b0, b1, scale, reciprocal, HIDDEN)
         v3 = packed(b2, b3, scale, reciprocal, HIDDEN)
+    return v0, v1, v2, v3, scales
+
+
+@triton.jit
+def quantize_words(
+    thread,
+    a0,
+    a1,
+    a2,
+    a3,
+    b0,
+    b1,
+    b2,
+    b3,
+    hidden_ptr,
+    num_supplied,
+    H: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`quantize_columns` with the packet of scales of each warp in all its threads; 0 where no row is supplied."""
+    v0, v1, v2, v3, scales = quantize_columns(
+        thread, a0, a1, a2, a3, b0, b1, b2, b3, hidden_ptr, num_supplied, H, HIDDEN, POWER_OF_TWO, BLOCK
+    )
+    THREADS: tl.constexpr = (H + 511) // 512 * 32
+    row = thread // THREADS
+    column = (thread - row * THREADS) * 16
     bits = scales.to(tl.uint32, bitcast=True)
     first = column // 512 * 4
     S: tl.constexpr = (H + 127) // 128

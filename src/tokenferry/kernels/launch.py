@@ -30,6 +30,7 @@ DTYPES: Mapping[torch.dtype, Any] = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.float32: tl.float32,
+    torch.float8_e4m3fn: tl.float8e4nv,
     torch.int32: tl.int32,
     torch.int64: tl.int64,
 }
@@ -66,6 +67,7 @@ class KernelSpec:
         constants: value of each constexpr argument.
         num_warps, num_stages: of the compiler.
         aligned: every pointer argument is a multiple of 16 bytes.
+        max_registers: of a thread; None: as the assembler likes.
     """
 
     kernel: Any
@@ -74,6 +76,7 @@ class KernelSpec:
     num_warps: int
     num_stages: int
     aligned: bool
+    max_registers: int | None = None
 
     @property
     def name(self) -> str:
@@ -91,7 +94,7 @@ class KernelSpec:
 
     def options(self) -> dict[str, Any]:
         """Compiler options."""
-        return options(self.num_warps, bool(dict(self.constants)["PDL"]), self.num_stages)
+        return options(self.num_warps, bool(dict(self.constants)["PDL"]), self.num_stages, self.max_registers)
 
 
 def specify(
@@ -104,6 +107,7 @@ def specify(
     dtypes: Mapping[str, torch.dtype] | None = None,
     descriptors: Mapping[str, Sequence[int]] | None = None,
     aligned: bool = False,
+    max_registers: int | None = None,
 ) -> KernelSpec:
     """A variant of a kernel.
 
@@ -111,13 +115,13 @@ def specify(
         signature: the kernel's own, with placeholders such as "*DTYPE" where a pointer's type varies.
         dtypes: what the placeholders stand for, e.g. {"DTYPE": torch.bfloat16}.
         descriptors: arguments that are tensor descriptors in place of pointers, with the block that each loads.
-        constants, num_warps, num_stages, aligned: see `KernelSpec`. 3 stages are Triton's default.
+        constants, num_warps, num_stages, aligned, max_registers: see `KernelSpec`. 3 stages are Triton's default.
     """
     pointers = {f"*{placeholder}": f"*{TYPE_NAMES[dtype]}" for placeholder, dtype in (dtypes or {}).items()}
     resolved = {name: pointers.get(kind, kind) for name, kind in signature.items()}
     for name, block in (descriptors or {}).items():
         resolved[name] = f"tensordesc<{resolved[name].removeprefix('*')}{list(block)}>"
-    return KernelSpec(kernel, tuple(resolved.items()), tuple(constants.items()), num_warps, num_stages, aligned)
+    return KernelSpec(kernel, tuple(resolved.items()), tuple(constants.items()), num_warps, num_stages, aligned, max_registers)
 
 
 def source(kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], *, aligned: bool = False) -> ASTSource:
@@ -127,9 +131,10 @@ def source(kernel: Any, signature: Mapping[str, str], constants: Mapping[str, An
     return ASTSource(kernel, signature=dict(signature), constexprs=dict(constants), attrs=attributes)
 
 
-def options(num_warps: int, pdl: bool, num_stages: int = 3) -> dict[str, Any]:
+def options(num_warps: int, pdl: bool, num_stages: int = 3, max_registers: int | None = None) -> dict[str, Any]:
     """Compiler options. Fusion is off: a sum's bits are promised, and Triton's default changes."""
-    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False, "launch_pdl": pdl}
+    limit = {} if max_registers is None else {"maxnreg": max_registers}
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False, "launch_pdl": pdl, **limit}
 
 
 class Launch:
@@ -292,10 +297,16 @@ def load(spec: KernelSpec, device: torch.device) -> Launch:
 
 
 def prepare(
-    kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], num_warps: int, device: torch.device
+    kernel: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    num_warps: int,
+    device: torch.device,
+    *,
+    max_registers: int | None = None,
 ) -> Launch:
     """`load` of a variant whose signature has no placeholders."""
-    return load(specify(kernel, signature, constants, num_warps=num_warps), device)
+    return load(specify(kernel, signature, constants, num_warps=num_warps, max_registers=max_registers), device)
 
 
 def launch_unbound(

@@ -66,13 +66,9 @@ if not wire.INTERPRETED:
         return clocks
 
 else:
-    from tokenferry.kernels.wire_interpreter import (
-        await_count_timed as await_count,  # noqa: F401
-    )
-    from tokenferry.kernels.wire_interpreter import (
-        await_signal_timed as await_signal,  # noqa: F401
-    )
-    from tokenferry.kernels.wire_interpreter import (  # noqa: F401  # the names that are defined above
+    from tokenferry.kernels.wire_clock_interpreter import (  # noqa: F401  # the names that are defined above
+        await_count,
+        await_signal,
         clock,
         global_clock,
         note_wait,

@@ -1,4 +1,4 @@
-"""Numbers to float8_e4m3fn: a part of `wire`, with the same two forms."""
+"""Numbers to float8_e4m3fn and back, and the single words that their scales are: a part of `wire`, with the same two forms."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import triton.language as tl
 from tokenferry.kernels import wire, wire_ptx
 
 _PACK_FLOAT8: tl.constexpr = tl.constexpr(wire_ptx.PACK_FLOAT8)
+_UNPACK_FLOAT8: tl.constexpr = tl.constexpr(wire_ptx.UNPACK_FLOAT8)
+_SEND1: tl.constexpr = tl.constexpr(wire_ptx.send(1))
+_LOAD_PEER1: tl.constexpr = tl.constexpr(wire_ptx.load_peer(1))
+_POLL1: tl.constexpr = tl.constexpr(wire_ptx.poll_and_clear(1))
+_LOAD_CONSTRAINTS: tl.constexpr = tl.constexpr(wire_ptx.LOAD_CONSTRAINTS)
+_STORE_CONSTRAINTS: tl.constexpr = tl.constexpr(wire_ptx.STORE_CONSTRAINTS)
+_POLL_CONSTRAINTS: tl.constexpr = tl.constexpr(wire_ptx.POLL_CONSTRAINTS)
 
 if not wire.INTERPRETED:
 
@@ -37,5 +44,54 @@ if not wire.INTERPRETED:
         """The word with four numbers as `to_float8` rounds them, the first in the lowest byte."""
         return tl.inline_asm_elementwise(_PACK_FLOAT8, "=r,f,f,f,f", [a, b, c, d], dtype=tl.uint32, is_pure=True, pack=1)
 
+    @triton.jit
+    def unpack_float8(word):
+        """The four numbers of a word, exactly, as float32."""
+        return tl.inline_asm_elementwise(
+            _UNPACK_FLOAT8, "=&f,=&f,=&f,=&f,r", [word], dtype=(tl.float32,) * 4, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def send_word(address, word, mask, control_ptr):
+        """`wire.send` of one word. Words that the threads of a warp send to neighbouring addresses go as one packet."""
+        tl.inline_asm_elementwise(
+            _SEND1,
+            _STORE_CONSTRAINTS,
+            [address, word, word, word, word, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def load_peer_word(address, mask):
+        """`wire.load_peer` of one word."""
+        word, _x, _y, _z = tl.inline_asm_elementwise(
+            _LOAD_PEER1, _LOAD_CONSTRAINTS, [address, mask.to(tl.int32)], dtype=(tl.uint32,) * 4, is_pure=False, pack=1
+        )
+        return word
+
+    @triton.jit
+    def poll_and_clear_word(address, mask, control_ptr, blamed, hint):
+        """`wire.poll_and_clear` of one word, which needs exactly one owner thread too."""
+        tl.static_assert(address.shape[0] % tl.extra.cuda.num_threads() == 0, "a word needs exactly one owner thread")
+        word, _x, _y, _z = tl.inline_asm_elementwise(
+            _POLL1,
+            _POLL_CONSTRAINTS,
+            [address, mask.to(tl.int32), control_ptr, blamed, hint],
+            dtype=(tl.uint32,) * 4,
+            is_pure=False,
+            pack=1,
+        )
+        return word
+
 else:
-    from tokenferry.kernels.wire_interpreter import divide, pack_float8, to_float8  # noqa: F401  # the names that are defined above
+    from tokenferry.kernels.wire_interpreter import (  # noqa: F401  # the names that are defined above
+        divide,
+        load_peer_word,
+        pack_float8,
+        poll_and_clear_word,
+        send_word,
+        to_float8,
+        unpack_float8,
+    )

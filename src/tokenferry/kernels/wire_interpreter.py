@@ -28,6 +28,7 @@ from tokenferry.kernels.control_block import (
     STEP_OFFSET,
     TICK_SHIFT,
 )
+from tokenferry.kernels.wire_observer import Observer
 
 
 def _float8_magnitudes() -> np.ndarray:
@@ -40,18 +41,8 @@ _FLOAT8_MIDDLES = (_float8_magnitudes()[1:] + _float8_magnitudes()[:-1]) / np.fl
 """Between each two neighbours; exact in float32."""
 
 
-class Observer:
-    """Sees the words that an interpreted rank puts on the wire, and may delay them. Subclass it in tests.
-
-    Kinds of events: count, send, poll, restore, signal. `addresses` are int64, one a packet.
-    """
-
-    def pieces(self, kind: str, num_packets: int) -> list[np.ndarray]:
-        """The order in which the packets of one block go out, in pieces; it may sleep between two of them."""
-        return [np.arange(num_packets)]
-
-    def event(self, kind: str, addresses: np.ndarray) -> None:
-        """Called after each piece."""
+_FLOAT8_NUMBERS = np.concatenate([sign * np.append(_float8_magnitudes(), np.float32(np.nan)) for sign in (1, -1)])
+"""Of all 256 patterns of bits."""
 
 
 # --- memory and tensors ---------------------------------------------------------------------------------------------------
@@ -158,6 +149,14 @@ def _peer_table(control: int):
     return _int64(int(table), int(size))
 
 
+def send_word(address, word, mask, control_ptr):
+    send(address, word, word, word, word, mask, control_ptr, 1)
+
+
+def load_peer_word(address, mask):
+    return load_peer(address, mask, 1)[0]
+
+
 def multicast(address, a, b, c, d, mask, control_ptr, WORDS):
     observer = _observer(_scalar(control_ptr))
     for clone in _clones(address, control_ptr):
@@ -241,6 +240,10 @@ def poll_and_clear(address, mask, control_ptr, blamed, hint, WORDS):
 
     _wait(live, poll, control, _array(blamed, addresses.shape), _array(hint, addresses.shape))
     return tuple(_tensor(output, tl.uint32) for output in outputs)
+
+
+def poll_and_clear_word(address, mask, control_ptr, blamed, hint):
+    return poll_and_clear(address, mask, control_ptr, blamed, hint, 1)[0]
 
 
 def take_ticket(counters_ptr):
@@ -359,6 +362,12 @@ def pack_float8(a, b, c, d):
     return _tensor(sum(value << np.uint32(8 * place) for place, value in enumerate(values)), tl.uint32)
 
 
+def unpack_float8(word):
+    word = _array(word)
+    values = [_FLOAT8_NUMBERS[word >> np.uint32(8 * place) & np.uint32(0xFF)] for place in range(4)]
+    return tuple(_tensor(value, tl.float32) for value in values)
+
+
 def to_float8(x):
     """Not by the interpreter's own conversion, which loses a carry (7.85 becomes 4)."""
     return _tensor(_to_float8(_array(x)), tl.float8e4nv)
@@ -374,19 +383,15 @@ def _to_float8(value):
     return np.where(np.isnan(value), np.uint8(0x7F), bits | np.signbit(value).astype(np.uint8) << np.uint8(7))
 
 
-def clock():
-    return _tensor(np.array(time.monotonic_ns(), np.int64), tl.int64)
-
-
-def global_clock():
-    return _tensor(np.array(time.time_ns(), np.int64), tl.int64)
-
-
-def note_wait(total_ptr, kept_ptr, since, stamp, is_noted):
-    if _scalar(is_noted):
-        span = time.monotonic_ns() - _scalar(since)
-        _int64(_scalar(total_ptr))[0] += span
-        _int64(_scalar(kept_ptr))[0] = span | _scalar(stamp)
+def unpack_mxfp4(word, scale):
+    """As float32: the interpreter would multiply bfloat16 as if it were integers."""
+    word, scale = np.broadcast_arrays(_array(word).view(np.uint32), _array(scale).view(np.uint32))
+    all_bits, shift = np.uint32(0x81C081C0), [np.uint32(number) for number in range(8)]
+    last = (word << shift[1] ^ word >> shift[3]) & np.uint32(0x81808180) | word >> shift[7] & np.uint32(0x00400040)
+    pairs = (word & all_bits, word << shift[3] & all_bits, word << shift[6] & all_bits, last)
+    factor = (scale << np.uint32(23)).view(np.float32)
+    halves = [half for pair in pairs for half in (pair << np.uint32(16), pair & np.uint32(0xFFFF0000))]
+    return tuple(_tensor(half.view(np.float32) * factor, tl.float32) for half in halves)
 
 
 def wait_for_previous_kernel(PDL):

@@ -173,4 +173,18 @@ PACK_FLOAT16 = "cvt.rn.f16x2.f32 $0, $1, $2;"
 PACK_FLOAT8 = (
     "{ .reg .b16 %l, %h; cvt.rn.satfinite.e4m3x2.f32 %l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 %h, $4, $3; mov.b32 $0, {%l, %h}; }"
 )
+UNPACK_FLOAT8 = (
+    "{ .reg .b16 %l, %h; .reg .b32 %a, %b; mov.b32 {%l, %h}, $4; cvt.rn.f16x2.e4m3x2 %a, %l; cvt.rn.f16x2.e4m3x2 %b, %h; "
+    "mov.b32 {%l, %h}, %a; cvt.f32.f16 $0, %l; cvt.f32.f16 $1, %h; "
+    "mov.b32 {%l, %h}, %b; cvt.f32.f16 $2, %l; cvt.f32.f16 $3, %h; }"
+)
 UNPACK_FLOAT16 = "{ .reg .f16 %l, %h; mov.b32 {%l, %h}, $2; cvt.f32.f16 $0, %l; cvt.f32.f16 $1, %h; }"
+
+UNPACK_MXFP4 = """{ .reg .b32 %s, %t, %u, %a, %b, %c, %d, %z; mov.b32 %z, 0x80008000; mul.lo.u32 %s, $9, 0x00800080;
+      and.b32 %a, $8, 0x81C081C0;
+      shl.b32 %t, $8, 3; and.b32 %b, %t, 0x81C081C0;
+      shl.b32 %t, $8, 6; and.b32 %c, %t, 0x81C081C0;
+      shl.b32 %t, $8, 1; shr.b32 %u, $8, 3; lop3.b32 %t, %t, %u, 0x81808180, 0x28;
+      shr.b32 %u, $8, 7; lop3.b32 %d, %u, 0x00400040, %t, 0xEA;
+      fma.rn.bf16x2 %a, %a, %s, %z; fma.rn.bf16x2 %b, %b, %s, %z; fma.rn.bf16x2 %c, %c, %s, %z; fma.rn.bf16x2 %d, %d, %s, %z;
+      mov.b32 {$0, $1}, %a; mov.b32 {$2, $3}, %b; mov.b32 {$4, $5}, %c; mov.b32 {$6, $7}, %d; }"""

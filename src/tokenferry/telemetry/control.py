@@ -20,11 +20,11 @@ class Telemetry:
     """What one rank's workspace counts. Its calls come from any thread, and none of them holds up a step.
 
     Args:
-        current: the open recorder and the transport's name, or None where the workspace was opened without telemetry.
+        current: the open recorder, or None where the workspace was opened without telemetry.
         group: asked anew at every use, since a reset may change it.
     """
 
-    def __init__(self, current: Callable[[], tuple[Recorder, str] | None], group: Callable[[], EPGroup]) -> None:
+    def __init__(self, current: Callable[[], Recorder | None], group: Callable[[], EPGroup]) -> None:
         self._current, self._group = current, group
 
     @property
@@ -36,9 +36,9 @@ class Telemetry:
     def is_on(self) -> bool:
         """Whether it counts now."""
         current = self._current()
-        return current is not None and current[0].is_on
+        return current is not None and current.is_on
 
-    def _recorder(self, operation: str) -> tuple[Recorder, str]:
+    def _recorder(self, operation: str) -> Recorder:
         current = self._current()
         if current is None:
             raise StateError(
@@ -53,7 +53,7 @@ class Telemetry:
         Raises:
             StateError: it was opened without.
         """
-        self._recorder("start")[0].turn(True)
+        self._recorder("start").turn(True)
 
     def stop(self) -> None:
         """Counts no longer; what has been counted stays.
@@ -61,7 +61,7 @@ class Telemetry:
         Raises:
             StateError: the workspace was opened without telemetry.
         """
-        self._recorder("stop")[0].turn(False)
+        self._recorder("stop").turn(False)
 
     def snapshot(self) -> Snapshot:
         """What this rank has counted since it was opened or last reset. The copy takes its own way beside the steps.
@@ -69,8 +69,7 @@ class Telemetry:
         Raises:
             StateError: the workspace was opened without telemetry.
         """
-        recorder, transport = self._recorder("snapshot")
-        return recorder.snapshot(transport)
+        return self._recorder("snapshot").snapshot()
 
     def reading(self) -> str:
         """One line on who keeps this rank waiting; empty before the first step."""

@@ -47,6 +47,8 @@ class Recorder:
 
     def __init__(self, rank: int, size: int, num_experts: int, row_bytes: int, device: torch.device) -> None:
         self.rank, self.size, self._row_bytes = rank, size, row_bytes
+        self.transport = ""
+        """The name of what moves the rows."""
         self.layout = BoardLayout(size)
         self.loads = torch.zeros((NUM_LAYERS, num_experts), dtype=torch.int64, device=device)
         """[NUM_LAYERS, E] rows that came for each expert. Layers beyond share the last row."""
@@ -164,10 +166,10 @@ class Recorder:
 
     def last_waits(self) -> tuple[tuple[StepRecord, ...], str]:
         """The last steps, and the reading of them in one line."""
-        steps = self.snapshot("").steps
+        steps = self.snapshot().steps
         return steps, last_to_enter(steps, self.rank)
 
-    def snapshot(self, transport: str) -> Snapshot:
+    def snapshot(self) -> Snapshot:
         """What has been counted so far. Waits for no step."""
         self.collect_spans()
         words = list(self._words) if self.board is None else self.read(self.board)
@@ -176,7 +178,7 @@ class Recorder:
             self.read(self.loads),
             rank=self.rank,
             size=self.size,
-            transport=transport,
+            transport=self.transport,
             is_on=self.is_on,
             row_bytes=self._row_bytes,
             tokens=tuple(self._tokens),

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from tokenferry.config import MoEConfig
-from tokenferry.dispatched import SAME, HiddenRows, RowFormat
+from tokenferry.dispatched import SAME, HiddenRows, PartialRows, RowFormat
 from tokenferry.errors import PeerError, PeerFailedError, PeerTimeoutError, StateError
 from tokenferry.groups import EPGroup
 from tokenferry.step import Announced, StepRequest, StepTensors
@@ -157,13 +157,14 @@ class Transport(ABC):
         """Everybody's rows."""
 
     @abstractmethod
-    def combine_input(self) -> torch.Tensor:
-        """[R, H] in `combine_dtype`, to be filled by the experts; the same tensor until the next step."""
+    def combine_input(self) -> PartialRows:
+        """[R, H] in `combine_dtype`, to be filled by the experts; the same memory until the next step. `QuantizedRows` of
+        float8."""
 
     @abstractmethod
-    def combine_begin(self, partial: torch.Tensor) -> None:
+    def combine_begin(self, partial: PartialRows) -> None:
         """Starts to send the partial rows to their owners, [R, H]; where `fixed_rows` says R, any number of rows from this rank's
-        T to R, of which V must be there. Keeps the tensor until `combine_end`."""
+        T to R, of which V must be there. Keeps the tensor until `combine_end`. With float8 terms they may be `QuantizedRows`."""
 
     @abstractmethod
     def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -175,7 +176,7 @@ class Transport(ABC):
         self.dispatch_begin(layer, hidden, topk_idx, topk_weights)
         return self.dispatch_end()
 
-    def combine(self, partial: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def combine(self, partial: PartialRows, out: torch.Tensor | None = None) -> torch.Tensor:
         """Both halves, with nothing between."""
         self.combine_begin(partial)
         return self.combine_end(out)

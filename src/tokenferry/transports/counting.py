@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tokenferry.ambient import plain_torch
-from tokenferry.dispatched import HiddenRows
+from tokenferry.dispatched import HiddenRows, PartialRows
 from tokenferry.kernels.wait_board import NUM_LAYERS
 from tokenferry.step import StepRequest, StepTensors
 from tokenferry.telemetry import Recorder
@@ -87,11 +87,11 @@ class CountingTransport(TransportWrapper):
         with self._range(RANGES[1], self._layer):
             return self._counted(self._layer, super().dispatch_end())
 
-    def combine(self, partial: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def combine(self, partial: PartialRows, out: torch.Tensor | None = None) -> torch.Tensor:
         with self._range(RANGES[2], self._layer):
             return super().combine(partial, out)
 
-    def combine_begin(self, partial: torch.Tensor) -> None:
+    def combine_begin(self, partial: PartialRows) -> None:
         with self._range(RANGES[2], self._layer):
             super().combine_begin(partial)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from tokenferry.dispatched import HiddenRows, QuantizedRows
+from tokenferry.dispatched import HiddenRows, PartialRows, QuantizedRows
 from tokenferry.step import StepRequest, StepTensors
 from tokenferry.transports.base import Gathered, Transport, TransportSettings
 from tokenferry.transports.debug_checks import Checks, input_changed
@@ -73,10 +73,12 @@ class DebugTransport(TransportWrapper):
 
     # --- combine ----------------------------------------------------------------------------------------------------
 
-    def combine(self, partial: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def combine(self, partial: PartialRows, out: torch.Tensor | None = None) -> torch.Tensor:
+        self._look_at_terms(partial)
         return super().combine(self._poison_behind(partial), out)
 
-    def combine_begin(self, partial: torch.Tensor) -> None:
+    def combine_begin(self, partial: PartialRows) -> None:
+        self._look_at_terms(partial)
         held = self._copies(partial=partial)
         super().combine_begin(self._poison_behind(partial))
         self._held = held
@@ -111,6 +113,11 @@ class DebugTransport(TransportWrapper):
         self._checks.check_ids(topk_idx)
         self._checks.look()
 
+    def _look_at_terms(self, partial: PartialRows) -> None:
+        """Of the rows that are read: those behind the last token's are anything."""
+        if isinstance(partial, QuantizedRows):
+            self._checks.check_term_scales(partial.scales)
+
     def _copies(self, **given: HiddenRows) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
         """Not of what lies in the gathered rows: these are the workspace's own again from `combine_begin` on, and are poisoned
         there."""
@@ -133,15 +140,16 @@ class DebugTransport(TransportWrapper):
 
     def _poison_terms(self, gathered: Gathered) -> Gathered:
         if self.fixed_rows is not None:
-            self.combine_input().fill_(torch.nan)
+            for part in _parts(self.combine_input()):
+                part.view(torch.uint8).fill_(0xFF)  # a NaN in each floating dtype
         return gathered
 
-    def _poison_behind(self, partial: torch.Tensor) -> torch.Tensor:
+    def _poison_behind(self, partial: PartialRows) -> PartialRows:
         """Poisons the gathered rows, where they have a fixed address. Returns the partial rows, out of their way."""
         rows = self.fixed_rows
         if rows is None:
             return partial
-        if any(_lies_in(partial, part) for part in _parts(rows.hidden_RH)):
+        if any(_lies_in(each, part) for each in _parts(partial) for part in _parts(rows.hidden_RH)):
             partial = partial.clone()
         _poison(rows)
         self._checks.look()

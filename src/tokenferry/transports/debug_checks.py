@@ -14,7 +14,7 @@ from tokenferry.step import StepTensors
 from tokenferry.transports.base import SymmetricMemory, TransportSettings
 
 CANARY: Final = 0xA5
-LOW, HIGH, WRITTEN, OVERRUN, COUNTS, CHANGED, SCALES = range(7)
+LOW, HIGH, WRITTEN, OVERRUN, COUNTS, CHANGED, SCALES, TERM_SCALES = range(8)
 INPUTS: Final = ("hidden", "topk_idx", "topk_weights", "partial")
 """Of the sending halves, numbered from 1 in what the device found."""
 
@@ -28,9 +28,9 @@ class Checks:
         self._rank, self._size, self._max_tokens_per_rank = settings.group.rank, settings.group.size, settings.max_tokens_per_rank
         device = settings.group.device
         # 64 bits, as wide as an expert number: in 32 the report of 2**40 named a number that nobody had sent.
-        self._found = torch.zeros(7, dtype=torch.int64, device=device)
+        self._found = torch.zeros(8, dtype=torch.int64, device=device)
         is_cuda = device.type == "cuda"
-        self._mirror = torch.zeros(7, dtype=torch.int64, device="cpu", pin_memory=True) if is_cuda else self._found
+        self._mirror = torch.zeros(8, dtype=torch.int64, device="cpu", pin_memory=True) if is_cuda else self._found
         self._has_step = torch.zeros(1, dtype=torch.bool, device=device)
         self._canaries = None if memory is None else Canaries(memory)
 
@@ -55,6 +55,12 @@ class Checks:
     def check_scales(self, scales: torch.Tensor) -> None:
         """Whether all can be scales of quantized rows: not negative, and not infinite. A block that held a NaN has a NaN."""
         self._found[SCALES].copy_(torch.maximum(self._found[SCALES], ((scales < 0) | scales.isinf()).any()))
+
+    def check_term_scales(self, scales: torch.Tensor) -> None:
+        """The same of partial rows, of which those behind the last token's, V, may hold anything."""
+        is_read = torch.arange(scales.shape[0], dtype=torch.int32, device=scales.device) < self._packed[0]
+        wrong = (((scales < 0) | scales.isinf()) & is_read.unsqueeze(1)).any()
+        self._found[TERM_SCALES].copy_(torch.maximum(self._found[TERM_SCALES], wrong))
 
     def check_unchanged(self, name: str, tensor: torch.Tensor, before: torch.Tensor) -> bool:
         """False if the host knows at once that `tensor` is not as it was; what the device finds waits for the report.
@@ -90,14 +96,15 @@ class Checks:
         found = (self._found if wait else self._mirror).tolist()
         if not any(found):
             return
-        low, high, written, overrun, counts, changed, scales = found
+        low, high, written, overrun, counts, changed, scales, term_scales = found
         said = self._canaries.describe(overrun) if overrun and self._canaries is not None else ""
         self._start_anew()
         if low or high:
             wrong = low - 1 if low else high + self._num_experts - 1
             raise UsageError(f"topk_idx held {wrong}, but expert numbers are -1 (none) to {self._num_experts - 1}")
-        if scales:
-            raise UsageError("hidden held a scale below zero, or an infinite one: quantized rows have scales > 0, or NaN")
+        if scales or term_scales:
+            name = "hidden" if scales else "partial"
+            raise UsageError(f"{name} held a scale below zero, or an infinite one: quantized rows have scales > 0, or NaN")
         if written:
             raise StateError("the tensors of a step were written on the device; read or clone them only")
         if counts:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tokenferry.dispatched import HiddenRows
-from tokenferry.reference import in_format, pad_rows, sum_in_rank_order
+from tokenferry.dispatched import HiddenRows, PartialRows, empty_terms
+from tokenferry.reference import in_combine_dtype, in_format, pad_rows, sum_in_rank_order
 from tokenferry.step import StepRequest, StepTensors
 from tokenferry.transports.base import Gathered, Transport, TransportSettings, mask_padding
 
@@ -20,7 +20,7 @@ class LocalTransport(Transport):
         self._request = StepRequest(0, 0, 0)
         self._num_supplied = 0
         self._gathered: Gathered | None = None
-        self._combine_input: torch.Tensor | None = None
+        self._combine_input: PartialRows | None = None
         self._combined: torch.Tensor | None = None
 
     @property
@@ -63,15 +63,17 @@ class LocalTransport(Transport):
         assert gathered is not None, "the workspace orders the halves"
         return gathered
 
-    def combine_input(self) -> torch.Tensor:
+    def combine_input(self) -> PartialRows:
         if self._combine_input is None:
-            shape = (self._request.num_tokens, self._settings.config.hidden_size)
+            settings = self._settings
             with torch.inference_mode(False):  # a later layer of the step may fill it outside of the mode
-                self._combine_input = torch.empty(shape, dtype=self._settings.combine_dtype, device=self._settings.group.device)
+                self._combine_input = empty_terms(
+                    self._request.num_tokens, settings.config.hidden_size, settings.combine_dtype, settings.group.device
+                )
         return self._combine_input
 
-    def combine_begin(self, partial: torch.Tensor) -> None:
-        term = partial[: self._num_supplied].to(self._settings.combine_dtype)
+    def combine_begin(self, partial: PartialRows) -> None:
+        term = in_combine_dtype(partial[: self._num_supplied], self._settings.combine_dtype)
         self._combined = sum_in_rank_order([term]).to(self._settings.result_dtype)
 
     def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -258,6 +258,7 @@ def _open_here(
             raise ConfigError(f"its open() returned {opened!r}, which is no open Transport")
         transport = opened
         if settings.recorder is not None:
+            settings.recorder.transport = factory.name
             transport = CountingTransport(transport, settings.recorder, settings, step_tensors)
         if settings.debug:
             transport = DebugTransport.around(transport, settings, step_tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokenferry.config import HIDDEN_DTYPES, MoEConfig
+from tokenferry.dispatched import FLOAT8
 from tokenferry.errors import ConfigError, DeviceError
 from tokenferry.groups import EPGroup
 from tokenferry.transports import selection
@@ -26,7 +27,7 @@ def check_settings(settings: TransportSettings, transport: object) -> None:
     """Raises ConfigError for a setting that no workspace can be opened with."""
     check_transport(transport)
     check_positive_ints(max_tokens_per_rank=settings.max_tokens_per_rank)
-    check_dtypes(settings.combine_dtype, settings.index_dtype)
+    check_dtypes(settings.combine_dtype, settings.index_dtype, settings.config)
     settings.dispatch_format.check(settings.config)
     if settings.result_dtype not in HIDDEN_DTYPES:
         raise ConfigError(f"result_dtype must be one of {', '.join(map(str, HIDDEN_DTYPES))}, got {settings.result_dtype!r}")
@@ -61,10 +62,15 @@ def check_positive_ints(**values: object) -> None:
             raise ConfigError(f"{name} must be a positive int, got {value!r}")
 
 
-def check_dtypes(combine_dtype: object, index_dtype: object) -> None:
+def check_dtypes(combine_dtype: object, index_dtype: object, config: MoEConfig) -> None:
     """Raises ConfigError for dtypes that no workspace carries."""
-    if combine_dtype not in HIDDEN_DTYPES:
-        raise ConfigError(f"combine_dtype must be one of {', '.join(map(str, HIDDEN_DTYPES))}, got {combine_dtype!r}")
+    known = (*HIDDEN_DTYPES, FLOAT8)
+    if combine_dtype not in known:
+        raise ConfigError(f"combine_dtype must be one of {', '.join(map(str, known))}, got {combine_dtype!r}")
+    if combine_dtype == FLOAT8 and config.hidden_size % 16:
+        raise ConfigError(
+            f"combine_dtype {FLOAT8} needs hidden_size to be a multiple of 16, got {config.hidden_size}; pad it, or use another"
+        )
     if index_dtype not in (torch.int32, torch.int64):
         raise ConfigError(f"index_dtype must be torch.int32 or torch.int64, got {index_dtype!r}")
 

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from tokenferry.dispatched import HiddenRows
+from tokenferry.dispatched import HiddenRows, PartialRows
 from tokenferry.step import Announced, StepRequest
 from tokenferry.transports.base import Gathered, SymmetricMemory, Transport
 
@@ -69,10 +69,10 @@ class TransportWrapper(Transport):
     def dispatch_end(self) -> Gathered:
         return self.inner.dispatch_end()
 
-    def combine_input(self) -> torch.Tensor:
+    def combine_input(self) -> PartialRows:
         return self.inner.combine_input()
 
-    def combine_begin(self, partial: torch.Tensor) -> None:
+    def combine_begin(self, partial: PartialRows) -> None:
         self.inner.combine_begin(partial)
 
     def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -81,7 +81,7 @@ class TransportWrapper(Transport):
     def dispatch(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
         return self.inner.dispatch(layer, hidden, topk_idx, topk_weights)
 
-    def combine(self, partial: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def combine(self, partial: PartialRows, out: torch.Tensor | None = None) -> torch.Tensor:
         return self.inner.combine(partial, out)
 
     def watching_replay(self) -> AbstractContextManager[None]:

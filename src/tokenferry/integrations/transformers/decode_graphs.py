@@ -30,6 +30,7 @@ from tokenferry.integrations.transformers.cache_state import (
     phase_of,
 )
 from tokenferry.integrations.transformers.compiled_forwards import CompiledBySize
+from tokenferry.integrations.transformers.compiled_layers import CompiledByLayers, layers_alike
 from tokenferry.integrations.transformers.fixed_inputs import FixedInputs, shape_key
 from tokenferry.integrations.transformers.model_facts import model_facts
 from tokenferry.integrations.transformers.static_caches import StaticCaches
@@ -94,6 +95,7 @@ class DecodeGraphs:
         lends_caches: whether the call under way may have one of them.
         wants_compiled: whether the call under way may compile.
         stopped: whether no forward of the model can be recorded, so that nothing is tried any more.
+        by_layers: whether layers that are alike are compiled one by one. Read when the first one is compiled.
 
     Args:
         forget_step: called where a recording failed, which may have begun a step in vain.
@@ -102,7 +104,7 @@ class DecodeGraphs:
     def __init__(self, workspace: Workspace, forget_step: Callable[[], None], make_recorder: MakesRecorder = Recorder) -> None:
         self.caches = StaticCaches()
         self.lends_caches = self.wants_compiled = False
-        self.stopped = False
+        self.stopped = self.by_layers = False
         self._workspace = workspace
         self._forget_step, self._make_recorder = forget_step, make_recorder
         self._recorder: Recorder | None = None
@@ -114,6 +116,7 @@ class DecodeGraphs:
         self._model_facts: Hashable = None
         self._compiled: Forward | None = None
         self._depth = 0
+        self._busy = contextlib.ExitStack()
 
     @property
     def num_graphs(self) -> int:
@@ -133,7 +136,10 @@ class DecodeGraphs:
     def compiled(self, model: Any) -> Forward:
         """The model's forward, compiled where the call says nothing about it."""
         if self._compiled is None:
-            self._compiled = Forward("compiled", CompiledBySize(model), is_one_graph=True)
+            parallel = model.expert_parallel
+            layers = layers_alike(model, parallel.layers) if self.by_layers else None
+            call = CompiledBySize(model) if layers is None else CompiledByLayers(model, layers, parallel)
+            self._compiled = Forward("compiled", call, is_one_graph=True)
         return self._compiled
 
     def run(self, forwards: Sequence[Forward], otherwise: Callable[..., Any], **inputs: Any) -> Any:
@@ -207,11 +213,13 @@ class DecodeGraphs:
 
     def drop(self) -> None:
         """Lets go of all graphs and of their memory; they are recorded anew when they are needed."""
-        if self._graphs and self._workspace.device.type == "cuda":
-            torch.cuda.current_stream(self._workspace.device).synchronize()  # the last replay may still run
-        self._graphs.clear()
-        self._warm.clear()
-        self._recorder = None
+        try:
+            if self._graphs and self._workspace.device.type == "cuda":
+                torch.cuda.synchronize(self._workspace.device)  # the last replay may still run, on whichever stream it was
+        finally:
+            self._graphs.clear()
+            self._warm.clear()
+            self._recorder = None
 
     def close(self) -> None:
         """Lets go of graphs, fixed inputs and caches, for good."""
@@ -239,7 +247,7 @@ class DecodeGraphs:
         """The forward itself, until it meets nothing that is new to it."""
         num_compiled = _num_compiled()
         try:
-            with self._workspace.busy("compiling a decode step"), torch._dynamo.config.patch(recompile_limit=_MOST_COMPILED):
+            with self._compiling(), torch._dynamo.config.patch(recompile_limit=_MOST_COMPILED):
                 outputs = forward.call(**arguments)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             if not forward.is_one_graph:
@@ -250,6 +258,17 @@ class DecodeGraphs:
         if _num_compiled() == num_compiled:
             self._warm[name] = weakref.ref(cache)
         return outputs
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """The peers wait longer within it, until `step_begins`: in the step itself they would wait longer for a dead rank too."""
+        with contextlib.ExitStack() as self._busy:
+            self._busy.enter_context(self._workspace.busy("compiling a decode step"))
+            yield
+
+    def step_begins(self) -> None:
+        """Called before a step is begun eagerly, or by compiled code: it is compiled by now."""
+        self._busy.close()
 
     def _record(
         self, forward: Forward, cache: StaticCache, before: HostState, fixed: FixedInputs, inputs: Mapping[str, Any]

@@ -127,6 +127,6 @@ def _weights(got: Dispatched, rows: Rows) -> torch.Tensor:
 
 def _to_gathered(dispatcher: Dispatcher, partial: torch.Tensor) -> torch.Tensor:
     """The rows at the start of the workspace's own [R, H], whose other rows are never read."""
-    whole = dispatcher.combine_input()
+    whole: torch.Tensor = dispatcher.combine_input()
     whole[: partial.shape[0]].copy_(partial)
     return whole

@@ -12,23 +12,28 @@ import torch
 from torch import nn
 
 from tokenferry.dispatcher import Dispatcher
-from tokenferry.errors import CapacityError, ConfigError, StateError
+from tokenferry.errors import ConfigError, StateError
 from tokenferry.experts import ExpertScratch
 from tokenferry.experts.module import SCRATCH_NAME
 from tokenferry.groups import EPGroup
 from tokenferry.integrations.transformers.exchange import Rows, exchange_choices, exchange_partials, exchange_sums
 from tokenferry.integrations.transformers.fallbacks import Fallbacks
 from tokenferry.integrations.transformers.graph_choice import StepGraphs, make_graphs
-from tokenferry.integrations.transformers.kernel_experts import NotServed, prepare_together
+from tokenferry.integrations.transformers.kernel_experts import NotServed
 from tokenferry.integrations.transformers.layer import ExpertLayer
 from tokenferry.integrations.transformers.loading import Shard
 from tokenferry.integrations.transformers.one_thread import OneThread
-from tokenferry.integrations.transformers.settings import LayerShape, Options, open_workspace
+from tokenferry.integrations.transformers.settings import LayerShape, Options, open_workspace, over_capacity
 from tokenferry.integrations.transformers.stopwatch import Stopwatch
 from tokenferry.layer_operator import moe, serve_layers
 from tokenferry.step import Step
 from tokenferry.workspace import Workspace
 
+IN_TURN: Final = -1
+"""In the place of a layer's number."""
+_FAILED: Final = (
+    "{} failed on one row, with {} of {} experts on this rank: {}; leave experts_implementation out, or choose another"
+)
 _CUT_SHORT: Final = "a forward ended before its last MoE layer; under expert parallelism each one runs all, on all ranks alike"
 
 
@@ -43,6 +48,7 @@ class ExpertParallel:
         num_local_experts: experts of each layer that this rank holds.
         graphs: its steps as CUDA graphs, or None.
         num_real_tokens: int32[1] on the device, or None: of the forwards to come, rows from there on are padding.
+        calls_in_turn: code that is compiled now calls the layer whose turn it is, not one by number: all layers share it.
     """
 
     def __init__(self, group: EPGroup, options: Options) -> None:
@@ -67,6 +73,7 @@ class ExpertParallel:
         self._last_error: BaseException | None = None
         self._stopwatch = Stopwatch(group.device)
         self.graphs: StepGraphs | None = None
+        self.calls_in_turn = False
 
     # Loading
 
@@ -112,19 +119,7 @@ class ExpertParallel:
             raise ConfigError(f"the MoE layers of {type(model).__name__} differ, and one workspace serves them all: {shapes}")
         shape = self._layer_shape = shapes.pop()
         self.num_local_experts = len(self.owned_experts(shape.num_experts))
-        self._prepare_kernels(shape)
-
-    def _prepare_kernels(self, shape: LayerShape) -> None:
-        """Loads what our own kernels need, before any rank waits for another in a step."""
-        kernels = [layer.kernels for layer in self.layers if layer.kernels is not None]
-        if kernels:
-            self._scratch, failed = prepare_together(kernels, self.group, self.options, shape)
-            for layer in self.layers:
-                if layer.kernels in failed:
-                    self._fallbacks.refuse(layer, failed[layer.kernels])
-            if len(failed) == len(set(kernels)):
-                self._scratch = None
-        self._fallbacks.log_refused(len(self.layers))
+        self._scratch = self._fallbacks.prepare(self.layers, group=self.group, options=self.options, shape=shape)
 
     def open(self, model: Any) -> None:
         """Opens the workspace for what `probe` has learnt, collectively.
@@ -136,7 +131,7 @@ class ExpertParallel:
         if self._scratch is not None:
             self._workspace.attached.setdefault(SCRATCH_NAME, self._scratch)
         self._dispatchers = tuple(self._workspace.dispatcher() for _ in self.layers)
-        serve_layers(self._workspace, lambda number, *rows: self._run_eagerly(self._installed[number], *rows))
+        serve_layers(self._workspace, self._run_compiled)
         model.base_model.register_forward_hook(self._after_forward, always_call=True)
         try:
             self.graphs = make_graphs(self, self._run_without_tokens, self._end_step)
@@ -183,8 +178,13 @@ class ExpertParallel:
                 call on the model, which then goes on as if nothing had happened.
         """
         if torch.compiler.is_compiling():
-            return moe(self.workspace.number, layer.number, hidden_TH, topk_idx_TK, topk_weights_TK)
+            number = IN_TURN if self.calls_in_turn else layer.number
+            return moe(self.workspace.number, number, hidden_TH, topk_idx_TK, topk_weights_TK)
         return self._run_eagerly(layer, hidden_TH, topk_idx_TK, topk_weights_TK)  # type: ignore[no-any-return]
+
+    def _run_compiled(self, number: int, *rows: torch.Tensor) -> torch.Tensor:
+        layer = self.layers[self._next_layer] if number == IN_TURN else self._installed[number]
+        return self._run_eagerly(layer, *rows)  # type: ignore[no-any-return]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # where the compiler gave up on a caller, it would try this
     @torch.no_grad()
@@ -281,12 +281,14 @@ class ExpertParallel:
 
     def close(self) -> None:
         """Closes the workspace, and lets go of what our kernels work in. The model cannot run any more."""
-        if self.graphs is not None:
-            self.graphs.close()
-        self.workspace.close()
-        self._scratch = None
-        for layer in self._installed:
-            layer.kernels = None
+        try:
+            if self.graphs is not None:
+                self.graphs.close()
+        finally:  # a device that has failed says so to whoever frees memory
+            self.workspace.close()
+            self._scratch = None
+            for layer in self._installed:
+                layer.kernels = None
 
     def _run_next(self, layer: ExpertLayer, rows: Rows, step: Step) -> torch.Tensor:
         number = self._next_layer
@@ -328,12 +330,10 @@ class ExpertParallel:
             self._abandon_step(error)
             raise error
         if num_tokens > capacity:
-            self._last_error = CapacityError(
-                f"this forward has {num_tokens} tokens (batch, times beams, times length) but max_tokens_per_rank is "
-                f"{capacity}; load the model with max_tokens_per_rank={num_tokens}, send fewer prompts at once, or have "
-                f"generate() split long ones with prefill_chunk_size (times the prompts of the batch, at most {capacity})"
-            )
+            self._last_error = over_capacity(num_tokens, capacity)
             raise self._last_error
+        if self.graphs is not None:
+            self.graphs.decode.step_begins()
         with self._stopwatch.running():
             step = self.workspace.begin_step(num_tokens, self.num_real_tokens, done=done)
         self._knows_valid_rows = False
@@ -385,10 +385,8 @@ class ExpertParallel:
         try:
             return layer.experts.partial(rows.hidden_TH, rows.topk_idx_TK, rows.topk_weights_TK, rows.hidden_TH.dtype)
         except RuntimeError as error:
-            raise ConfigError(
-                f"{type(layer.module).__name__} failed on one row, with {len(layer.experts.owned)} of {layer.num_experts} "
-                f"experts on this rank: {type(error).__name__}: {error}; leave experts_implementation out, or choose another"
-            ) from error
+            name, num_owned = type(layer.module).__name__, len(layer.experts.owned)
+            raise ConfigError(_FAILED.format(name, num_owned, layer.num_experts, f"{type(error).__name__}: {error}")) from error
 
     def _take_kernels(self, layer: ExpertLayer, shape: LayerShape) -> None:
         """Where they run at all, which on CPUs is the interpreter alone."""

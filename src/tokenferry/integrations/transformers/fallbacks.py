@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from typing import Final
 
+from tokenferry.experts import ExpertScratch
+from tokenferry.groups import EPGroup
+from tokenferry.integrations.transformers.kernel_experts import prepare_together
 from tokenferry.integrations.transformers.layer import ExpertLayer
+from tokenferry.integrations.transformers.settings import LayerShape, Options
 
 _log = logging.getLogger(__name__)
 
@@ -27,12 +32,32 @@ class Fallbacks:
         self._from_the_start: dict[ExpertLayer, str] = {}
         self._said_later: set[str] = set()
 
+    def prepare(
+        self, layers: Sequence[ExpertLayer], *, group: EPGroup, options: Options, shape: LayerShape
+    ) -> ExpertScratch | None:
+        """Loads what our own kernels need, before any rank waits for another in a step, and says which layers they do not run.
+
+        Returns:
+            What they work in; None: they run no layer.
+        """
+        kernels = [layer.kernels for layer in layers if layer.kernels is not None]
+        scratch: ExpertScratch | None = None
+        if kernels:
+            scratch, failed = prepare_together(kernels, group, options, shape)
+            for layer in layers:
+                if layer.kernels in failed:
+                    self.refuse(layer, failed[layer.kernels])
+            if len(failed) == len(set(kernels)):
+                scratch = None
+        self._log_refused(len(layers))
+        return scratch
+
     def refuse(self, layer: ExpertLayer, reason: str) -> None:
         """Notes while loading that our kernels do not run the layer."""
         layer.kernels = None
         self._from_the_start[layer] = reason
 
-    def log_refused(self, num_layers: int) -> None:
+    def _log_refused(self, num_layers: int) -> None:
         """Says what was noted while loading."""
         for reason, count in Counter(self._from_the_start.values()).items():
             _log.warning(_BY_THE_LIBRARY, count, num_layers, reason)

@@ -14,11 +14,12 @@ from typing import Any, Final
 import torch
 from torch.nn.functional import pad
 from transformers import CompileConfig, StaticCache
-from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS, GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
 from tokenferry.integrations.transformers.cache_state import is_plain
 from tokenferry.integrations.transformers.decode_graphs import DecodeGraphs, Forward
+from tokenferry.integrations.transformers.decode_masks import masks_of_windows
 from tokenferry.integrations.transformers.graph_choice import StepGraphs
 from tokenferry.integrations.transformers.static_caches import expected_bytes, growing
 
@@ -62,7 +63,7 @@ class GraphedGeneration:
             graphs.lends_caches = not returns
             if given is not None or named is not None:
                 kind = named if given is None else type(given).__name__
-                if "static" not in kind.lower():
+                if not (named in ALL_STATIC_CACHE_IMPLEMENTATIONS if given is None else isinstance(given, StaticCache)):
                     graphs.say_once(_ASKED_FOR.format(kind))
             elif _takes_a_cache(generation_config, generation_mode):
                 num_sequences = batch_size * generation_config.num_return_sequences
@@ -97,17 +98,20 @@ class GraphedGeneration:
 
     def create_masks_for_generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As the model's own, or transformers' for all models. Where a decode step is a graph, the mask is part of it if it can
-        be: what makes one is a dozen launches that the device would wait for."""
+        be, or made in few launches: transformers' way are a dozen that the device would wait for."""
         graphs, own = self._decode_graphs, getattr(super(), "create_masks_for_generate", None)
         cache: Any = kwargs.get("past_key_values")
         embeds = kwargs.get("inputs_embeds")
         if own is not None or graphs is None or embeds is None or embeds.shape[1] != 1 or not graphs.takes(cache):
             return (own or create_masks_for_generate)(*args, **kwargs)
-        if not is_plain(cache) or self.config._attn_implementation not in _MASKED or not cache.is_initialized:
+        mask, config = kwargs.get("attention_mask"), self.config.get_text_config()
+        if config._attn_implementation not in _MASKED or not cache.is_initialized:
             return create_masks_for_generate(*args, **kwargs)
-        mask = kwargs.get("attention_mask")
-        # As long as the cache, so that it keeps its shape from step to step; what lies ahead is masked by causality.
-        return None if mask is None else pad(mask, (0, cache.layers[0].max_cache_len - mask.shape[1]))
+        if is_plain(cache):
+            # As long as the cache, so that it keeps its shape from step to step; what lies ahead is masked by causality.
+            return None if mask is None else pad(mask, (0, cache.layers[0].max_cache_len - mask.shape[1]))
+        masks = None if mask is None else masks_of_windows(config, cache, mask, embeds.dtype)
+        return create_masks_for_generate(*args, **kwargs) if masks is None else masks
 
     def _valid_auto_compile_criteria(self: Any, model_kwargs: Any, generation_config: Any) -> bool:
         graphs, cache = self._decode_graphs, model_kwargs.get("past_key_values")

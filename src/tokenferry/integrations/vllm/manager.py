@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -11,12 +12,11 @@ from tokenferry.errors import ConfigError
 from tokenferry.groups import EPGroup
 from tokenferry.integrations.vllm import cpu, known_versions
 from tokenferry.integrations.vllm.exchange import Exchange
+from tokenferry.integrations.vllm.in_place import write_sums_in_place
+from tokenferry.integrations.vllm.known_versions import ORIGINAL
 from tokenferry.integrations.vllm.settings import LOGGER, PluginSettings, settings_from
 
 _log = logging.getLogger(LOGGER)
-
-ORIGINAL: Final = "original_of_tokenferry"
-"""Attribute of our class that holds vLLM's own."""
 
 
 def manager_class(original: type) -> type:
@@ -57,6 +57,8 @@ def manager_class(original: type) -> type:
             if current_platform.is_cpu():
                 check_eager(config)
                 cpu.bring_what_is_missing()
+            if not hasattr(base, "combine_into_output"):
+                write_sums_in_place()
             device = get_dp_group().device
             self.exchange = exchange_for(config, cpu_group, device, settings)
             self._said: set[str] = set()
@@ -74,8 +76,8 @@ def manager_class(original: type) -> type:
             if refusal is not None:
                 self._say(refusal)
                 return super().dispatch(hidden_states, topk_weights, topk_ids, is_sequence_parallel, extra_tensors)
-            hidden, ids, weights = self._dispatch(hidden_states, topk_ids, topk_weights)
-            return hidden, weights, ids
+            hidden, ids, weights, scales = self._dispatch(hidden_states, topk_ids, topk_weights, extra_tensors)
+            return (hidden, weights, ids) if scales is None else (hidden, weights, ids, [scales])
 
         def dispatch_router_logits(
             self,
@@ -90,8 +92,8 @@ def manager_class(original: type) -> type:
                 return super().dispatch_router_logits(hidden_states, router_logits, is_sequence_parallel, extra_tensors)
             # Logits travel in the place of weights, which arrive unchanged beside an expert number of -1 too.
             no_ids = torch.full_like(router_logits, -1, dtype=torch.int32)
-            hidden, _, logits = self._dispatch(hidden_states, no_ids, router_logits)
-            return hidden, logits
+            hidden, _, logits, scales = self._dispatch(hidden_states, no_ids, router_logits, extra_tensors)
+            return (hidden, logits) if scales is None else (hidden, logits, [scales])
 
         def allocate_combine_input(
             self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, is_sequence_parallel: bool = False
@@ -119,9 +121,12 @@ def manager_class(original: type) -> type:
             self.exchange.close()
             super().destroy()
 
-        def _dispatch(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def _dispatch(
+            self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, extra_tensors: list[torch.Tensor] | None
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+            scales = extra_tensors[0] if extra_tensors else None
             counts = self._get_sizes(hidden.shape[0], self._get_comm_group(False))
-            return self.exchange.dispatch(self._forward_context().additional_kwargs, counts, hidden, ids, weights)
+            return self.exchange.dispatch(self._forward_context().additional_kwargs, counts, hidden, ids, weights, scales)
 
         def _refusal(
             self,
@@ -133,12 +138,10 @@ def manager_class(original: type) -> type:
         ) -> str | None:
             if is_sequence_parallel:
                 return "the rows are split over tensor-parallel ranks (sequence parallelism)"
-            if extra_tensors is not None:
-                return "scales of quantized rows, or LoRA mappings, travel beside the rows"
             num_ranks = self._get_comm_group(False).world_size
             if num_ranks != self.world_size:
                 return f"rows are gathered from {num_ranks} ranks, but the experts are spread over {self.world_size}"
-            return self.exchange.refusal(hidden, weights, ids)
+            return self.exchange.refusal(hidden, weights, ids, extra_tensors)
 
         def _say(self, reason: str) -> None:
             if reason not in self._said:
@@ -151,7 +154,22 @@ def manager_class(original: type) -> type:
 
 def exchange_for(config: Any, cpu_group: Any, device: torch.device, settings: PluginSettings) -> Exchange:
     """The exchange of a worker with this `VllmConfig`."""
-    return Exchange(EPGroup(cpu_group, device=device), settings, most_rows(config), most_experts(config))
+    dtype = getattr(config.model_config, "dtype", None)
+    return Exchange(
+        EPGroup(cpu_group, device=device),
+        settings,
+        most_rows(config),
+        most_experts(config),
+        dtype if isinstance(dtype, torch.dtype) else torch.bfloat16,
+        masks=device.type == "cpu" or experts_skip_padding(),
+    )
+
+
+def experts_skip_padding() -> bool:
+    """Whether vLLM's experts on GPUs are to skip the expert number -1, which not all of them do: vLLM's own switch for its
+    padding rows, off in 0.26 and on in 0.33."""
+    envs = importlib.import_module("vllm.envs")
+    return bool(getattr(envs, "VLLM_MOE_SKIP_PADDING", False))
 
 
 def most_rows(config: Any) -> int:

@@ -9,7 +9,9 @@ from typing import Final
 
 from tokenferry import env
 from tokenferry.errors import ConfigError
-from tokenferry.integrations.vllm.manager import ORIGINAL, manager_class
+from tokenferry.integrations.vllm import reasons
+from tokenferry.integrations.vllm.known_versions import ORIGINAL
+from tokenferry.integrations.vllm.manager import manager_class
 from tokenferry.integrations.vllm.on_import import when_imported
 from tokenferry.integrations.vllm.settings import LOGGER
 
@@ -32,6 +34,10 @@ def register() -> None:
     switch = env.read(env.VllmSettings).enabled
     if switch is False:
         return
+    reasons.hand_down()
+    when_imported(reasons.ERRORS, reasons.errors_name_reasons)
+    when_imported(reasons.MANAGERS, reasons.managers_wait_for_reasons)
+    when_imported(reasons.ENGINES, reasons.engines_wait_for_reasons)
     if not switch:
         when_imported(MODULE, _replace_if_there)
         return

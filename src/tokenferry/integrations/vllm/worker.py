@@ -13,7 +13,10 @@ from typing import Any
 from vllm.platforms import current_platform
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
+from tokenferry.errors import PeerError
+from tokenferry.integrations.vllm import reasons
 from tokenferry.integrations.vllm.exchange import Exchange
+from tokenferry.integrations.vllm.in_place import current_exchange
 from tokenferry.integrations.vllm.settings import LOGGER, settings_from
 
 if current_platform.is_cpu():
@@ -28,8 +31,9 @@ class Worker(PlatformWorker):  # type: ignore[misc]
     """vLLM's own worker, with `Workspace.engine_step()` around each step, and `Workspace.busy()` around what it compiles, warms
     up and captures before the first one. Where tokenferry is off it does nothing.
 
-    A rank without requests runs dummy forwards to keep the others company: on CPUs their rows are masked, so that no expert
-    computes them.
+    A rank without requests runs dummy forwards to keep the others company, and graphs fill a batch up to their size: such rows
+    are masked, so that no expert computes them, on CPUs, and on GPUs where vLLM's VLLM_MOE_SKIP_PADDING is on. Graphs' rows are
+    masked without a draft model alone, whose forwards bring other numbers of rows.
     """
 
     def init_device(self) -> None:
@@ -52,9 +56,12 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         with _busy("vLLM warms up and captures graphs"):
             return super().compile_or_warm_up_model()
 
-    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        with _engine_step():
-            output = super().execute_model(*args, **kwargs)
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        num_real_tokens = None
+        if getattr(self.vllm_config, "speculative_config", None) is None:
+            num_real_tokens = getattr(scheduler_output, "total_num_scheduled_tokens", None)
+        with _engine_step(num_real_tokens):
+            output = super().execute_model(scheduler_output, *args, **kwargs)
         return _checked_later(output)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,8 +70,7 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         return _checked_later(output)
 
     def execute_dummy_batch(self) -> None:
-        exchange = current_exchange()
-        with _engine_step(), exchange.idle() if exchange is not None else contextlib.nullcontext():
+        with _engine_step(0):
             super().execute_dummy_batch()
 
 
@@ -78,7 +84,8 @@ class CheckedOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
     def get_output(self) -> Any:
         """vLLM's own output. Raises PeerTimeoutError or PeerFailedError; vLLM calls it from a thread of its own."""
         output = self._output.get_output()
-        self._exchange.check_known()
+        with _peers_errors_told():
+            self._exchange.check_known()
         return output
 
 
@@ -90,13 +97,28 @@ def _checked_later(output: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _engine_step() -> Iterator[None]:
+def _engine_step(num_real_tokens: int | None = None) -> Iterator[None]:
+    """`num_real_tokens`: of this rank's rows; None: all, or not known."""
     exchange = current_exchange()
     if exchange is None:
         yield
         return
-    with exchange.engine_step():
+    with (
+        _peers_errors_told(),
+        exchange.engine_step(),
+        contextlib.nullcontext() if num_real_tokens is None else exchange.real_rows(num_real_tokens),
+    ):
         yield
+
+
+@contextlib.contextmanager
+def _peers_errors_told() -> Iterator[None]:
+    """Leaves the error of a peer for the API servers."""
+    try:
+        yield
+    except PeerError as error:
+        reasons.tell(f"{type(error).__name__}: {error}")
+        raise
 
 
 @contextlib.contextmanager
@@ -104,15 +126,3 @@ def _busy(reason: str) -> Iterator[None]:
     exchange = current_exchange()
     with exchange.busy(reason) if exchange is not None else contextlib.nullcontext():
         yield
-
-
-def current_exchange() -> Exchange | None:
-    """That of the expert-parallel group as it is now, which elastic scaling replaces; None where tokenferry is off."""
-    from vllm.distributed.parallel_state import get_ep_group
-
-    try:
-        communicator = get_ep_group().device_communicator
-    except AssertionError:  # a model without experts has no such group
-        return None
-    exchange = getattr(getattr(communicator, "all2all_manager", None), "exchange", None)
-    return exchange if isinstance(exchange, Exchange) else None

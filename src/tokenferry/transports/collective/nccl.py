@@ -3,6 +3,7 @@ and the reduce-scatter."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import json
@@ -36,6 +37,8 @@ _NO_TORCH_TIMEOUT = datetime.timedelta(days=30)
 _POLL_S = 0.00002
 _GRACE_S = 1.0
 """For the watchdog's own looks, after the time-out."""
+_AT_EXIT_S = 2.0
+"""How long the interpreter's end waits for an abort in the background. It waits in vain where captured graphs are still alive."""
 
 
 class NcclCommunicator(Communicator):
@@ -222,6 +225,11 @@ class NcclCommunicator(Communicator):
         thread.start()
         if not self._captured:
             thread.join(self.timeout_s)
+        else:
+            # A thread that returns from C++ while Python is torn down is ended in the middle of a destructor, and with it the
+            # process: "terminate called without an active exception" in a rank that dropped its graphs, closed and left at
+            # once (torch 2.11, Python 3.12, 2026-11-26).
+            atexit.register(thread.join, _AT_EXIT_S)
 
     def __del__(self) -> None:
         leave_to_parent(getattr(self, "_backend", None), self._pid)

@@ -9,7 +9,7 @@ import logging
 
 import torch
 
-from tokenferry.dispatched import FLOAT8, HiddenRows, QuantizedRows, num_scales
+from tokenferry.dispatched import FLOAT8, HiddenRows, PartialRows, QuantizedRows, num_scales, quantized_bytes
 from tokenferry.reference import sum_in_rank_order
 from tokenferry.transports.base import TransportSettings, mask_padding
 
@@ -25,6 +25,7 @@ class RowWork:
 
     def __init__(self, settings: TransportSettings) -> None:
         self._rank, self._index_dtype, self._result_dtype = settings.group.rank, settings.index_dtype, settings.result_dtype
+        self._is_quantized, self._hidden_size = settings.combine_dtype == FLOAT8, settings.config.hidden_size
 
     def travels_as_it_is(
         self, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor, num_real_tokens: int | torch.Tensor
@@ -54,10 +55,13 @@ class RowWork:
         self, terms_RTH: torch.Tensor, own_TH: torch.Tensor, num_wanted: int, out_TH: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[T', H] of the result's dtype, in `out_TH` if it is given: the terms of all ranks, in rank order, in float32, rounded
-        once. This rank's is `own_TH`; its place in `terms_RTH` is not read."""
+        once. This rank's is `own_TH`; its place in `terms_RTH` is not read. Both as they travel: float8 terms are messages."""
         terms = [own_TH if rank == self._rank else term for rank, term in enumerate(terms_RTH.unbind())]
-        total = sum_in_rank_order([term[:num_wanted] for term in terms])
+        total = sum_in_rank_order([self._term_of(term[:num_wanted]) for term in terms])
         return total.to(self._result_dtype) if out_TH is None else out_TH.copy_(total)
+
+    def _term_of(self, message: torch.Tensor) -> PartialRows:
+        return _unpacked(message, self._hidden_size) if self._is_quantized else message
 
 
 class KernelRowWork(RowWork):
@@ -81,7 +85,7 @@ class KernelRowWork(RowWork):
                 dtypes={"IDX": dtypes[0], "WEIGHTS": dtypes[1], "OUT_IDX": settings.index_dtype},
             )
             self._routing[dtypes] = load(spec, group.device).bind({}, tuple(spec.argument_types))
-        for aligned in (False, True):
+        for aligned in () if self._is_quantized else (False, True):
             spec = specify(
                 term_sum.term_sum_kernel,
                 term_sum.SIGNATURE,
@@ -116,6 +120,8 @@ class KernelRowWork(RowWork):
         self, terms_RTH: torch.Tensor, own_TH: torch.Tensor, num_wanted: int, out_TH: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `RowWork`."""
+        if self._is_quantized:
+            return super().sum_terms(terms_RTH, own_TH, num_wanted, out_TH)
         num_rows, hidden_size = own_TH.shape
         out = out_TH
         if out is None:
@@ -156,13 +162,13 @@ def wire_rows(settings: TransportSettings, num_rows: int) -> tuple[torch.Tensor,
     )
 
 
-def message_of(hidden: HiddenRows, settings: TransportSettings) -> torch.Tensor:
-    """Rows of the format as they travel, in one message: [T, wire bytes] uint8 of quantized ones, each row's values before its
-    scales; others as they are."""
+def message_of(hidden: HiddenRows) -> torch.Tensor:
+    """Rows, hidden or partial, as they travel, in one message: [T, wire bytes] uint8 of quantized ones, each row's values before
+    its scales; others as they are."""
     if not isinstance(hidden, QuantizedRows):
         return hidden
     num_rows, hidden_size = hidden.shape
-    num_bytes = settings.dispatch_format.wire_bytes(settings.config)
+    num_bytes = quantized_bytes(hidden_size)
     message = torch.zeros((num_rows, num_bytes), dtype=torch.uint8, device=hidden.device)  # zeros: a row is rounded up
     message[:, :hidden_size] = hidden.values.view(torch.uint8)
     message[:, hidden_size : hidden_size + 4 * hidden.scales.shape[1]].view(torch.float32).copy_(hidden.scales)
@@ -170,10 +176,11 @@ def message_of(hidden: HiddenRows, settings: TransportSettings) -> torch.Tensor:
 
 
 def rows_of(message: torch.Tensor, settings: TransportSettings) -> HiddenRows:
-    """The inverse of `message_of`: the values and the scales of all rows, each in a tensor of their own."""
-    if not settings.dispatch_format.is_quantized:
-        return message
-    hidden_size = settings.config.hidden_size
+    """The inverse of `message_of` for hidden rows: the values and the scales of all rows, each in a tensor of their own."""
+    return _unpacked(message, settings.config.hidden_size) if settings.dispatch_format.is_quantized else message
+
+
+def _unpacked(message: torch.Tensor, hidden_size: int) -> QuantizedRows:
     values = message[:, :hidden_size].contiguous().view(FLOAT8)
     scales = message[:, hidden_size : hidden_size + 4 * num_scales(hidden_size)].view(torch.float32).contiguous()
     return QuantizedRows(values, scales)

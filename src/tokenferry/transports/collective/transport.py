@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenferry.dispatched import HiddenRows
+from tokenferry.dispatched import FLOAT8, HiddenRows, PartialRows, empty_terms
 from tokenferry.errors import PeerError, PeerFailedError, Phase, StateError
-from tokenferry.reference import in_format, pad_rows
+from tokenferry.reference import in_combine_dtype, in_format, pad_rows
 from tokenferry.step import FLAG_DONE, Announced, StepRequest, StepTensors
 from tokenferry.transports.base import AbortRecord, Gathered, Transport, TransportSettings, closed_meanwhile
 from tokenferry.transports.busy import BusyBoard, WaitClock
@@ -83,7 +83,7 @@ class CollectiveTransport(Transport):
         self._layer, self._operation, self._num_supplied = -1, STEP, 0
         self._dispatch: _Dispatch | None = None
         self._combine: _Combine | None = None
-        self._combine_input: torch.Tensor | None = None
+        self._combine_input: PartialRows | None = None
         self._aborted = False
         self._per_token = step_tensors.per_token()
         self._rows = row_work(settings)
@@ -207,7 +207,7 @@ class CollectiveTransport(Transport):
         gathered = wire_rows(self._settings, sum(self._counts))
         size = self._settings.group.size
         slots = [rows.narrow(0, self._first_row, self._request.num_tokens) for rows in gathered]
-        message = message_of(hidden, self._settings)
+        message = message_of(hidden)
         own = (message, topk_idx, topk_weights)
         if not self._rows.travels_as_it_is(topk_idx, topk_weights, real):
             own = (message, slots[1], slots[2])
@@ -232,25 +232,27 @@ class CollectiveTransport(Transport):
 
     # --- combine ----------------------------------------------------------------------------------------------------
 
-    def combine_input(self) -> torch.Tensor:
+    def combine_input(self) -> PartialRows:
         if self._combine_input is None:
-            shape = (sum(self._counts), self._settings.config.hidden_size)
+            settings = self._settings
             with torch.inference_mode(False):  # a later layer of the step may fill it outside of the mode
-                self._combine_input = torch.empty(shape, dtype=self._settings.combine_dtype, device=self._settings.group.device)
+                self._combine_input = empty_terms(
+                    sum(self._counts), settings.config.hidden_size, settings.combine_dtype, settings.group.device
+                )
         return self._combine_input
 
-    def combine(self, partial: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def combine(self, partial: PartialRows, out: torch.Tensor | None = None) -> torch.Tensor:
         self._begin_combine(partial, overlaps=False, out=out)
         return self.combine_end(out)
 
-    def combine_begin(self, partial: torch.Tensor) -> None:
+    def combine_begin(self, partial: PartialRows) -> None:
         self._begin_combine(partial, overlaps=True)
 
-    def _begin_combine(self, partial: torch.Tensor, *, overlaps: bool, out: torch.Tensor | None = None) -> None:
+    def _begin_combine(self, partial: PartialRows, *, overlaps: bool, out: torch.Tensor | None = None) -> None:
         self._operation = COMBINE
         self._span_begins()
         rank, size = self._settings.group.rank, self._settings.group.size
-        rows = partial.to(self._settings.combine_dtype)
+        rows = message_of(in_combine_dtype(partial, self._settings.combine_dtype))
         own_rows, hidden_size = self._counts[rank], rows.shape[1]
         num_bytes = own_rows * hidden_size * rows.element_size()
         if self._are_equal and 0 < num_bytes <= self._most_reduced_bytes:
@@ -407,6 +409,8 @@ def _most_reduced_bytes(settings: TransportSettings) -> float:
     that is rounded to the result's dtype. float32 is rounded so afterwards. Where both are one dtype of 16 bits, rounding the
     exact sum once gives the bits of rounding it to float32 first, whose 24 bits are enough for that (2 * 11 + 2).
     """
+    if settings.combine_dtype == FLOAT8:  # messages of bytes
+        return 0
     has_one_order = settings.group.size == 2
     if settings.combine_order == "rank" and not (
         has_one_order and settings.combine_dtype in (torch.float32, settings.result_dtype)

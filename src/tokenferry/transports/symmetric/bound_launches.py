@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tokenferry.dispatched import FLOAT8
 from tokenferry.kernels.control_block import MODE_BOTH, MODE_RECEIVE, MODE_SEND
 from tokenferry.kernels.launch import BoundLaunch
 from tokenferry.step import StepTensors
@@ -17,7 +18,9 @@ from tokenferry.transports.symmetric.loading import Given, LoadedKernels, RowKer
 SUPPLIED = ("hidden_ptr", "scales_ptr", "topk_idx_ptr", "topk_weights_ptr", "num_supplied", "num_real_ptr", "layer")
 """What a dispatch that sends is given at every call, in this order."""
 SUMMED = ("partial_ptr", "num_partial", "is_in_place", "out_ptr", "num_out", "layer")
-"""What a combine that receives is given at every call, in this order."""
+"""What a combine that receives is given at every call, in this order. One of rows that are quantized already is given SCALES
+behind these."""
+SCALES = ("scales_ptr", "scale_row")
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ def bind_launches(resources: Resources, view: RankView) -> BoundLaunches:
         "slots_offset": layout.combine_slots.offset,
         "slot_bytes": layout.combine_slot_bytes,
         "terms_offset": layout.terms.offset,
+        "term_scales_offset": layout.term_scales.offset,
     }
 
     def bind(rows: RowKernels) -> RowLaunches:
@@ -158,7 +162,13 @@ def _bind_rows(kernels: RowKernels, dispatch_fixed: dict[str, int], combine_fixe
 
     def combine(varying: tuple[str, ...], **fixed: int) -> dict[torch.dtype, BoundLaunch]:
         given = {**combine_fixed, **fixed}
-        return {key: launch.bind(given, varying, grid=kernels.grid) for key, launch in kernels.combine.items()}
+        without_scales = {**given, **dict.fromkeys(SCALES, 0)}
+        return {
+            key: launch.bind(given, (*varying, *SCALES), grid=kernels.grid)
+            if key == FLOAT8
+            else launch.bind(without_scales, varying, grid=kernels.grid)
+            for key, launch in kernels.combine.items()
+        }
 
     nothing_supplied = dict.fromkeys(SUPPLIED[:5], 0)
     return RowLaunches(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from tokenferry.config import MoEConfig
-from tokenferry.dispatched import SAME, RowFormat, num_scales
+from tokenferry.dispatched import FLOAT8, SAME, RowFormat, num_scales, term_bytes
 from tokenferry.errors import ConfigError
 from tokenferry.kernels.control_block import CONTROL_BYTES, COUNT_PACKET_BYTES, FLAG_BYTES, MAX_RANKS, SPARE_BYTES
 
@@ -53,7 +53,7 @@ class Layout:
         step_counts, solo_step_counts: the step's counts, for the kernels.
         dispatch_slots, combine_slots: [source, this rank left out], of `dispatch_slot_rows` and `slot_rows` rows each.
         hidden, scales, topk_idx, topk_weights: the gathered rows; scales of quantized ones alone, `scale_words(H)` words a row.
-        terms: the combine input.
+        terms, term_scales: the combine input; scales of float8 terms alone, `scale_words(H)` words a row.
     """
 
     slot_rows: int
@@ -73,11 +73,12 @@ class Layout:
     topk_idx: Region
     topk_weights: Region
     terms: Region
+    term_scales: Region
 
     @property
     def num_bytes(self) -> int:
         """Of the whole buffer."""
-        return self.terms.end + CANARY_BYTES
+        return self.term_scales.end + CANARY_BYTES
 
     @property
     def regions(self) -> dict[str, Region]:
@@ -121,7 +122,8 @@ def plan(
     """
     is_quantized = dispatch_format.is_quantized
     row_bytes = dispatch_format.wire_bytes(config)
-    wire_row_bytes = config.hidden_size * combine_dtype.itemsize
+    are_terms_quantized = combine_dtype == FLOAT8
+    wire_row_bytes = term_bytes(config.hidden_size, combine_dtype)
     for what, num_bytes in (("hidden rows", row_bytes), ("combine rows", wire_row_bytes)):
         if num_bytes % 8:
             remedy = "them" if dispatch_format.name == "bytes" else "hidden_size"
@@ -133,7 +135,7 @@ def plan(
         raise ConfigError(f"symmetric transports serve up to {MAX_RANKS} ranks, got {ep_size}; use transport='collective'")
     rows = max_tokens_per_rank * ep_size
     num_packets = max(rows * each // (16 if each % 16 == 0 else 8) for each in (row_bytes, wire_row_bytes))
-    if is_quantized:
+    if is_quantized or are_terms_quantized:
         num_packets = max(num_packets, rows * scale_words(config.hidden_size) * 8)  # threads: eight for each scale
     if max(num_packets, rows * config.topk * 2) > 2**31 - 2**20:
         raise ConfigError(f"{rows} gathered rows make {num_packets} packets, more than 2**31; lower max_tokens_per_rank")
@@ -158,7 +160,8 @@ def plan(
         "scales": rows * scale_words(config.hidden_size) * 4 if is_quantized else 0,
         "topk_idx": rows * config.topk * index_dtype.itemsize,
         "topk_weights": rows * config.topk * 4,
-        "terms": rows * wire_row_bytes,
+        "terms": rows * config.hidden_size * combine_dtype.itemsize,
+        "term_scales": rows * scale_words(config.hidden_size) * 4 if are_terms_quantized else 0,
     }
     regions: dict[str, Region] = {}
     offset = CONTROL_BYTES

@@ -11,6 +11,7 @@ from itertools import product
 
 import torch
 
+from tokenferry.dispatched import FLOAT8, term_bytes
 from tokenferry.errors import TransportUnavailableError
 from tokenferry.kernels import fp8_rows
 from tokenferry.kernels.abort import SIGNATURE as ABORT_SIGNATURE
@@ -28,11 +29,11 @@ from tokenferry.transports.base import TransportSettings
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 from tokenferry.transports.symmetric.layout import MAX_PROGRAMS, Layout
 from tokenferry.transports.symmetric.regions import initialise
-from tokenferry.transports.symmetric.tuning import FewTokens, Tuning, choose_grid
+from tokenferry.transports.symmetric.tuning import MAX_REGISTERS, FewTokens, Tuning, choose_grid, max_registers_of
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What callers may pass: of expert numbers, and of weights and partial rows."""
+"""What callers may pass: of expert numbers, and of weights and partial rows. Of float8 terms they may pass float8 rows too."""
 
 Given = tuple[torch.dtype, torch.dtype, bool]
 """What a dispatch is given: the dtypes of topk_idx and of topk_weights, and whether its rows are quantized already."""
@@ -177,17 +178,23 @@ def load_row_kernels(settings: TransportSettings, tuning: Tuning, *, multicast: 
         given = product(INDEX_DTYPES, FLOAT_DTYPES, quantized)
         variants = {kinds: _dispatch_constants(settings, *kinds, multicast) for kinds in given}
         return {
-            kinds: prepare(dispatch_kernel, DISPATCH_SIGNATURE, constants | cut, tuning.num_warps, device)
+            kinds: prepare(
+                dispatch_kernel, DISPATCH_SIGNATURE, constants | cut, tuning.num_warps, device, max_registers=MAX_REGISTERS
+            )
             for kinds, constants in variants.items()
         }
 
     alone = dispatches(multicast=False)
-    combines = {partial: _combine_constants(settings, partial, multicast) for partial in FLOAT_DTYPES}
+    max_registers = max_registers_of(settings, tuning)
+    partials = (*FLOAT_DTYPES, FLOAT8) if settings.combine_dtype == FLOAT8 else FLOAT_DTYPES
+    combines = {partial: _combine_constants(settings, partial, multicast) for partial in partials}
     return RowKernels(
         dispatch=dispatches(multicast=True) if multicast else alone,
         dispatch_alone=alone,
         combine={
-            partial: prepare(combine_kernel, COMBINE_SIGNATURE, constants | cut, tuning.num_warps, device)
+            partial: prepare(
+                combine_kernel, COMBINE_SIGNATURE, constants | cut, tuning.num_warps, device, max_registers=max_registers
+            )
             for partial, constants in combines.items()
         },
         grid=tuning.max_programs,
@@ -217,7 +224,7 @@ def _dispatch_constants(
 
 
 def _combine_constants(settings: TransportSettings, partial: torch.dtype, multicast: bool) -> dict[str, object]:
-    wire_bytes = settings.config.hidden_size * settings.combine_dtype.itemsize
+    wire_bytes = term_bytes(settings.config.hidden_size, settings.combine_dtype)
     return {
         "H": settings.config.hidden_size,
         "PARTIAL": DTYPES[partial],

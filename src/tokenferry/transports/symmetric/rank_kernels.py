@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tokenferry.dispatched import HiddenRows, QuantizedRows
+from tokenferry.dispatched import HiddenRows, PartialRows, QuantizedRows, empty_terms
 from tokenferry.kernels.control_block import NUM_REAL_OFFSET
 from tokenferry.kernels.launch import BoundLaunch
 from tokenferry.step import StepRequest
@@ -29,13 +29,14 @@ class RankKernels(Transport):
         self._settings, self._buffer, self._layout = settings, resources.buffer, resources.layout
         self._request = StepRequest(0, 0, 0)
         self._layer, self._num_supplied = -1, 0
-        self._partial: torch.Tensor | None = None
+        self._partial: PartialRows | None = None
         self._given: Given = (torch.int64, torch.float32, False)
         self._sending: tuple[torch.Tensor, ...] = ()
         self._dispatch_alignment = 16 if settings.dispatch_format.wire_bytes(config) % 16 == 0 else 8
         self._num_real_ptr = view.counters_ptr + NUM_REAL_OFFSET
-        self._terms_address = regions.terms_RH.data_ptr()
-        self._terms_end = self._terms_address + regions.terms_RH.nbytes
+        self._terms = terms = regions.terms_RH
+        first, last = (terms.values, terms.scales) if isinstance(terms, QuantizedRows) else (terms, terms)
+        self._terms_address, self._terms_end = first.data_ptr(), last.data_ptr() + _bytes_spanned(last)
         self._launches = bind_launches(resources, view)
         self._rows = self._launches.rows
 
@@ -106,45 +107,56 @@ class RankKernels(Transport):
             address, scales_ptr, topk_idx.data_ptr(), topk_weights.data_ptr(), self._num_supplied, self._num_real_ptr, layer
         )
 
-    def combine_input(self) -> torch.Tensor:
+    def combine_input(self) -> PartialRows:
         return self._regions.terms_RH
 
-    def combine(self, partial: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def combine(self, partial: PartialRows, out: torch.Tensor | None = None) -> torch.Tensor:
         return self._combine(self._rows.combine, self._readable(partial), out)
 
-    def combine_begin(self, partial: torch.Tensor) -> None:
+    def combine_begin(self, partial: PartialRows) -> None:
         self._partial = partial = self._readable(partial)
+        values, scales = _address_and_scales(partial)
         self.launched = True
-        self._rows.combine_send[partial.dtype](partial.data_ptr(), partial.shape[0], self._is_in_place(partial), self._layer)
+        self._rows.combine_send[partial.dtype](values, partial.shape[0], self._is_in_place(partial), self._layer, *scales)
 
     def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
         partial = self._partial
         assert partial is not None, "the workspace orders the halves"
         combined = self._combine(self._rows.combine_receive, partial, out)
         self._partial = None
-        if partial.is_cuda:  # it may be a copy of our own, made on the stream of `combine_begin`
-            partial.record_stream(torch.cuda.current_stream(partial.device))
+        for tensor in (partial.values, partial.scales) if isinstance(partial, QuantizedRows) else (partial,):
+            if tensor.is_cuda:  # it may be a copy of our own, made on the stream of `combine_begin`
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
         return combined
 
     def _combine(
-        self, launches: dict[torch.dtype, BoundLaunch], partial: torch.Tensor, wanted: torch.Tensor | None
+        self, launches: dict[torch.dtype, BoundLaunch], partial: PartialRows, wanted: torch.Tensor | None
     ) -> torch.Tensor:
         settings, num_rows, out = self._settings, self._num_supplied, wanted
         if out is None or out.data_ptr() % PACKET_BYTES:
             shape = num_rows, settings.config.hidden_size
             out = torch.empty(shape, dtype=settings.result_dtype, device=settings.group.device)
         in_place = self._is_in_place(partial)
+        values, scales = _address_and_scales(partial)
         self.launched = True
-        launches[partial.dtype](partial.data_ptr(), partial.shape[0], in_place, out.data_ptr(), num_rows, self._layer)
+        launches[partial.dtype](values, partial.shape[0], in_place, out.data_ptr(), num_rows, self._layer, *scales)
         return out if wanted is None or wanted is out else wanted.copy_(out)
 
-    def _readable(self, partial: torch.Tensor) -> torch.Tensor:
-        """Partial rows that packets can be loaded from, and that no copy to the terms' region writes over meanwhile."""
-        address = partial.data_ptr()
-        lies_askew = self._terms_address <= address < self._terms_end and not self._is_in_place(partial)
-        return partial.clone() if lies_askew or address % PACKET_BYTES else partial
+    def _readable(self, partial: PartialRows) -> PartialRows:
+        """Partial rows that packets can be loaded from, and that no copy to the terms' regions writes over meanwhile."""
+        parts = (partial.values, partial.scales) if isinstance(partial, QuantizedRows) else (partial,)
+        addresses = [part.data_ptr() for part in parts]
+        lies_there = any(self._terms_address <= address < self._terms_end for address in addresses)
+        lies_askew = lies_there and not self._is_in_place(partial)
+        return partial.clone() if lies_askew or addresses[0] % PACKET_BYTES else partial
 
-    def _is_in_place(self, partial: torch.Tensor) -> bool:
+    def _is_in_place(self, partial: PartialRows) -> bool:
+        terms = self._terms
+        if isinstance(partial, QuantizedRows):
+            if not isinstance(terms, QuantizedRows) or partial.values.data_ptr() != terms.values.data_ptr():
+                return False
+            same_rows = partial.scales.stride(0) == terms.scales.stride(0) or partial.shape[0] == 1
+            return same_rows and partial.scales.data_ptr() == terms.scales.data_ptr()
         return partial.data_ptr() == self._terms_address and partial.dtype == self._settings.combine_dtype
 
     def check(self) -> None:
@@ -166,10 +178,22 @@ class RankKernels(Transport):
 class SoloKernels(RankKernels):
     """This rank alone. The experts' terms go to a tensor of their own: a slow peer may still fetch the last step's terms."""
 
-    def combine_input(self) -> torch.Tensor:
+    def combine_input(self) -> PartialRows:
         terms_RH = self._regions.terms_RH
-        if terms_RH.data_ptr() == self._layout.terms.offset + self._buffer.address:
+        if terms_RH is self._terms:
             with torch.inference_mode(False):  # a later layer may fill it outside of the mode
-                terms_RH = torch.empty_like(terms_RH)
+                terms_RH = empty_terms(terms_RH.shape[0], terms_RH.shape[1], terms_RH.dtype, terms_RH.device)
             self._regions = RegionTensors(self._regions.gathered, terms_RH)
         return terms_RH
+
+
+def _bytes_spanned(tensor: torch.Tensor) -> int:
+    """Of rows that may lie apart: rows of scales do."""
+    return tensor.shape[0] * tensor.stride(0) * tensor.itemsize
+
+
+def _address_and_scales(partial: PartialRows) -> tuple[int, tuple[int, ...]]:
+    """Where the numbers are, and what a combine of quantized rows is given beside: SCALES."""
+    if isinstance(partial, QuantizedRows):
+        return partial.values.data_ptr(), (partial.scales.data_ptr(), partial.scales.stride(0))
+    return partial.data_ptr(), ()

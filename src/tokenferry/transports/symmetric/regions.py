@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenferry.dispatched import FLOAT8, HiddenRows, QuantizedRows, num_scales
+from tokenferry.dispatched import FLOAT8, HiddenRows, PartialRows, QuantizedRows, num_scales
 from tokenferry.kernels import control_block
 from tokenferry.transports.base import Gathered, TransportSettings
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
@@ -18,7 +18,7 @@ class RegionTensors:
     """The regions that callers see: what a dispatch returns, and the combine input."""
 
     gathered: Gathered
-    terms_RH: torch.Tensor
+    terms_RH: PartialRows
 
     @classmethod
     def of(cls, settings: TransportSettings, buffer: SymmetricBuffer, layout: Layout) -> RegionTensors:
@@ -42,7 +42,11 @@ class RegionTensors:
             view(layout.topk_idx, settings.index_dtype, config.topk),
             view(layout.topk_weights, torch.float32, config.topk),
         )
-        return cls(gathered, view(layout.terms, settings.combine_dtype, config.hidden_size))
+        terms = view(layout.terms, settings.combine_dtype, config.hidden_size)
+        if settings.combine_dtype != FLOAT8:
+            return cls(gathered, terms)
+        scales = view(layout.term_scales, torch.float32, scale_words(config.hidden_size))
+        return cls(gathered, QuantizedRows(terms, scales[:, : num_scales(config.hidden_size)]))
 
     @classmethod
     def none(cls) -> RegionTensors:

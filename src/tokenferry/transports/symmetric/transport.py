@@ -11,7 +11,7 @@ from typing import Final
 
 import torch
 
-from tokenferry.dispatched import HiddenRows
+from tokenferry.dispatched import HiddenRows, PartialRows
 from tokenferry.errors import ConfigError, TransportUnavailableError
 from tokenferry.graph_capture import is_capturing
 from tokenferry.kernels import wire
@@ -135,13 +135,13 @@ class SymmetricTransport(RankKernels):
         self._raise_after()
         return gathered
 
-    def combine(self, partial: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def combine(self, partial: PartialRows, out: torch.Tensor | None = None) -> torch.Tensor:
         self._raise_known()
         combined = super().combine(partial, out)
         self._raise_after()
         return combined
 
-    def combine_begin(self, partial: torch.Tensor) -> None:
+    def combine_begin(self, partial: PartialRows) -> None:
         self._raise_known()
         super().combine_begin(partial)
 

@@ -6,10 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
+from tokenferry.dispatched import FLOAT8
 from tokenferry.transports.base import TransportSettings
 from tokenferry.transports.symmetric.layout import MAX_PROGRAMS, Layout
 
 THREADS_PER_WARP = 32
+MAX_REGISTERS = 64
+"""Of a thread of dispatch and combine: with so many, two programs of 16 warps fit on an SM. Left to itself, the assembler aims at
+48, and moves words of some forms to local memory and back: of the dispatch with Triton 3.6, of the combine with 3.9."""
+
+
+MOST_REGISTERS = 128
+"""What a thread of a combine of float8 terms takes if it may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +153,13 @@ def packets_per_row(settings: TransportSettings) -> int:
     config = settings.config
     largest = max(config.dtype.itemsize, settings.combine_dtype.itemsize)
     return config.hidden_size * largest // 16 + config.topk * 2 // 4 + 1
+
+
+def max_registers_of(settings: TransportSettings, tuning: Tuning) -> int:
+    """Of a thread of the combine. One of float8 terms has 16 sums under way, and gets more where its programs are small."""
+    if settings.combine_dtype != FLOAT8:
+        return MAX_REGISTERS
+    return max(MAX_REGISTERS, min(MOST_REGISTERS, MAX_REGISTERS * 512 // tuning.block))
 
 
 def _num_sms(settings: TransportSettings) -> int:

@@ -1,0 +1,150 @@
+"""Combine of float8 terms over symmetric memory, interpreted: in slots and in bulk, the bits of the reference."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import switch
+import tokenferry as tf
+from cases import Case, run_case
+from formats import FLOAT8, FP8_COMBINE, plain
+from rank_pool import RankPools
+from tokenferry.dispatched import QuantizedRows
+from tokenferry.testing import run_ranks
+
+from .test_few_tokens import FewTokensOnly
+from .test_formats import INTERPRETER, SmallSlots, many
+
+pytestmark = pytest.mark.interpreter
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_named_cases_give_the_bits_of_the_reference(world_size: int) -> None:
+    every = [case for size, case in FP8_COMBINE.values() if size == world_size]
+    cases = [dataclasses.replace(case, transport="p2p", counts="uneven") for case in every]
+    expected = [sum(step.layers for step in case.steps) for case in cases]
+    assert run_ranks(many, world_size, cases, env=INTERPRETER, timeout_s=120) == [expected] * world_size
+
+
+def slots_and_bulk(world_size: int, **changed: object) -> Case:
+    """Steps in slots before, between and after bulk ones. In bulk, terms that are handed over are copied to where the peers fetch
+    them, and those in `combine_input()` are there."""
+    empty = (0,) * (world_size - 1)
+    bulk, few = (7, *empty), (3,) * world_size
+    steps = (
+        plain(few, layers=2),
+        plain(bulk, layers=2),
+        plain((*empty, 7), halves=True, quantized_terms=True),
+        plain(few, layers=2, own_buffer=True, quantized_terms=True),
+        plain((0,) * world_size, layers=2),
+        plain((5,) * world_size, own_buffer=True, quantized_terms=True, layers=2),
+        plain((2, *empty), layers=3, partial_dtype=torch.float32),
+        plain(bulk, supplied=(4, *empty), own_buffer=True, quantized_terms=True, spare=0),
+    )
+    return Case(combine_dtype=FLOAT8, capacity=7, transport=SmallSlots(), steps=steps, **changed)
+
+
+MIXED = {
+    "H272": {"hidden_size": 272},
+    "H512-float32": {"hidden_size": 512, "dtype": torch.float32},
+    "H16": {"hidden_size": 16},
+    "H640-fp8-dispatch": {"hidden_size": 640, "dispatch_format": "fp8_block128"},
+}
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long)], ids=["EP2", "EP3"])
+@pytest.mark.parametrize("name", MIXED)
+def test_slots_and_bulk_in_turn(on_ranks: RankPools, name: str, world_size: int) -> None:
+    case = slots_and_bulk(world_size, **MIXED[name])
+    assert on_ranks(run_case, world_size, case, env=INTERPRETER) == [sum(step.layers for step in case.steps)] * world_size
+
+
+def test_launches_for_few_tokens(on_ranks: RankPools) -> None:
+    """One program sees to three flags. In slots are at most two rows."""
+    steps = (
+        plain((1, 7), layers=2),
+        plain((2, 2), layers=2, quantized_terms=True),
+        plain((0, 5), quantized_terms=True, own_buffer=True, halves=True),
+        plain((2, 1)),
+    )
+    case = Case(hidden_size=256, combine_dtype=FLOAT8, transport=FewTokensOnly(), steps=steps)
+    assert on_ranks(run_case, 2, case, env=INTERPRETER) == [sum(step.layers for step in steps)] * 2
+
+
+def over_multicast(group: tf.EPGroup, case: Case) -> int:
+    return run_case(group, dataclasses.replace(case, transport=switch.Nvls()))
+
+
+def test_over_multicast(on_ranks: RankPools) -> None:
+    steps = (plain((3, 0, 5)), plain((1, 2, 2), quantized_terms=True, halves=True), plain((8, 1, 0)))
+    case = Case(hidden_size=272, combine_dtype=FLOAT8, dispatch_format="fp8_block128", steps=steps)
+    assert on_ranks(over_multicast, 3, case, env=INTERPRETER) == [len(steps)] * 3
+
+
+def test_debug_mode_poisons_and_lets_pass_what_is_right(on_ranks: RankPools) -> None:
+    case = slots_and_bulk(2, hidden_size=272)
+    compared = on_ranks(run_case, 2, case, env={**INTERPRETER, "TOKENFERRY_DEBUG": "1"})
+    assert compared == [sum(step.layers for step in case.steps)] * 2
+
+
+def unwritten(group: tf.EPGroup) -> list[bool]:
+    config = tf.MoEConfig(hidden_size=272, num_experts=4, topk=2)
+    with tf.Workspace(config, group, max_tokens_per_rank=3, transport="p2p", combine_dtype=FLOAT8) as ws:
+        layer = ws.dispatcher()
+        ws.begin_step(2)
+        got = layer.dispatch(torch.zeros(2, 272, dtype=torch.bfloat16), torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, 2))
+        terms = layer.combine_input()
+        found = [bool(terms.values.to(torch.float32).isnan().all()), bool(terms.scales.isnan().all())]
+        layer.combine(terms, got)
+        return found
+
+
+def test_terms_that_the_experts_did_not_write_are_nan_in_debug_mode(on_ranks: RankPools) -> None:
+    assert on_ranks(unwritten, 2, env={**INTERPRETER, "TOKENFERRY_DEBUG": "1"}) == [[True, True]] * 2
+
+
+def nbytes(group: tf.EPGroup) -> tuple[int, int]:
+    config = tf.MoEConfig(hidden_size=272, num_experts=4, topk=2)
+    with tf.Workspace(config, group, max_tokens_per_rank=9, transport="p2p", combine_dtype=FLOAT8) as ws:
+        return tf.Workspace.required_bytes(config, group.size, 9, transport="p2p", combine_dtype=FLOAT8), ws.nbytes
+
+
+def test_required_bytes_are_those_of_the_open_workspace(on_ranks: RankPools) -> None:
+    for required, held in on_ranks(nbytes, 2, env=INTERPRETER):
+        assert required == held
+
+
+def in_solo(group: tf.EPGroup) -> list[float]:
+    config = tf.MoEConfig(hidden_size=256, num_experts=4, topk=2)
+    with tf.Workspace(config, group, max_tokens_per_rank=3, transport="p2p", combine_dtype=FLOAT8) as ws, ws.solo():
+        layer = ws.dispatcher()
+        ws.begin_step(2)
+        layer.dispatch(torch.zeros(2, 256, dtype=torch.bfloat16), torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, 2))
+        terms = layer.combine_input()
+        terms.values.copy_(torch.full((6, 256), 2.0).to(FLOAT8))
+        terms.scales.fill_(1.5)
+        return layer.combine(terms).unique().tolist()
+
+
+def test_solo_has_terms_of_its_own(on_ranks: RankPools) -> None:
+    assert on_ranks(in_solo, 2, env=INTERPRETER) == [[3.0]] * 2
+
+
+def other_scales(group: tf.EPGroup, num_tokens: int) -> list[float]:
+    """Values in `combine_input()` and scales elsewhere, in bulk: the peers fetch both from the workspace's memory."""
+    config = tf.MoEConfig(hidden_size=512, num_experts=4, topk=2)
+    with tf.Workspace(config, group, max_tokens_per_rank=num_tokens, transport=SmallSlots(), combine_dtype=FLOAT8) as ws:
+        layer = ws.dispatcher()
+        ws.begin_step(num_tokens)
+        rows = torch.zeros(num_tokens, 512, dtype=torch.bfloat16)
+        got = layer.dispatch(rows, torch.zeros(num_tokens, 2, dtype=torch.int32), torch.ones(num_tokens, 2))
+        terms = layer.combine_input()
+        terms.values.copy_(torch.full_like(rows, 2.0).repeat(group.size, 1).to(FLOAT8))
+        terms.scales.fill_(100.0)
+        return layer.combine(QuantizedRows(terms.values, torch.full_like(terms.scales, 1.5)), got).unique().tolist()
+
+
+@pytest.mark.parametrize("num_tokens", [2, 5], ids=["slots", "bulk"])
+def test_scales_of_other_memory_are_not_taken_for_those_in_place(on_ranks: RankPools, num_tokens: int) -> None:
+    assert on_ranks(other_scales, 2, num_tokens, env=INTERPRETER) == [[6.0]] * 2

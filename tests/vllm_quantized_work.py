@@ -1,0 +1,59 @@
+"""What rank processes do with quantized rows in a small vLLM."""
+
+import torch
+
+import tokenferry as tf
+from fake_vllm import forward
+from vllm_work import COUNTS, HIDDEN, LAYERS, managers, partial_of, rows, same
+
+QUANTIZED = {
+    "fp8 with a scale for 128 columns": (torch.float8_e4m3fn, 128, torch.float32, 1),
+    "fp8 with a scale for 32 columns": (torch.float8_e4m3fn, 64, torch.uint8, 2),
+    "fp8 with a scale for a row": (torch.float8_e4m3fn, 72, torch.float32, 1),
+    "fp8 with one scale for all": (torch.float8_e4m3fn, 64, None, 0),
+    "int8": (torch.int8, 60, torch.float32, 1),
+    "packed fp4": (torch.uint8, 32, torch.float8_e4m3fn, 4),
+}
+"""Dtype and columns of quantized rows, dtype and number of their scales."""
+
+
+def quantized_rows(name: str, count: int, seed: int) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+    """Rows and their scales, as vLLM's quantizers give them, of any bytes but NaNs, which may arrive as other NaNs."""
+    dtype, columns, scale_dtype, num_scales = QUANTIZED[name]
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randint(0, 127, (count, columns), dtype=torch.uint8, generator=generator).view(dtype)
+    if scale_dtype is None:
+        return hidden, None
+    scales = torch.randint(1, 120, (count, num_scales), dtype=torch.uint8, generator=generator)
+    return hidden, [scales.view(scale_dtype) if scale_dtype.itemsize == 1 else scales.to(scale_dtype) / 7]
+
+
+def run_quantized(group: tf.EPGroup, transport: str, name: str, logits: bool) -> tuple[str, str]:
+    """Quantized rows with their scales, and 16-bit rows in the next forward: the bits of plain gathers. Returns the transport
+    and the format of the quantized rows. `logits`: router logits travel instead of expert numbers."""
+    stock, ours = managers(group, {"transport": transport})
+    dtype, columns, _, _ = QUANTIZED[name]
+    hidden_size = columns * 2 if dtype == torch.uint8 else columns
+    for seed, sizes in enumerate(COUNTS[group.size]):
+        own, weights, ids = rows(group.rank, sizes[group.rank], seed, torch.bfloat16)
+        hidden, scales = quantized_rows(name, len(own), 100 * seed + group.rank)
+        terms = torch.randn(sum(sizes), hidden_size, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+        for layer in range(LAYERS):
+            want, got = ([], [])
+            for manager, told in ((stock, want), (ours, got)):
+                with forward(sizes):
+                    if logits:
+                        given = manager.dispatch_router_logits(hidden, torch.cat([weights] * 4, dim=1), False, scales)
+                    else:
+                        given = manager.dispatch(hidden, weights, ids, False, scales)
+                    for each in given:  # a list of the scales is the last one
+                        told += [part.view(torch.uint8) for part in each] if isinstance(each, list) else [each.view(torch.uint8)]
+                    told.append(manager.combine(partial_of(terms, group.rank)))
+            same(f"{sizes}, layer {layer}", tuple(got), tuple(want))
+        with forward(sizes):
+            same(f"{sizes}: 16 bits", ours.dispatch(own, weights, ids), stock.dispatch(own, weights, ids))
+            ours.combine(torch.zeros(sum(sizes), HIDDEN, dtype=torch.bfloat16))
+    assert ours.calls == []
+    quantizing, plain = ours.exchange.workspaces()
+    assert plain.dispatch_format.is_same
+    return quantizing.transport, str(quantizing.dispatch_format)
