@@ -1,7 +1,6 @@
 """The device functions of `wire` in numpy, for Triton's interpreter: one program a rank, in one thread.
 
-Addresses are those of the process, so that ranks in processes of their own share memory as GPUs do. An `Observer` can watch
-what a rank puts on the wire and hold it up between two packets.
+Addresses are those of the process, so that ranks in processes of their own share memory as GPUs do. An `Observer` can watch it.
 """
 
 from __future__ import annotations
