@@ -53,7 +53,8 @@ class Recorder:
         self.loads = torch.zeros((NUM_LAYERS, num_experts), dtype=torch.int64, device=device)
         """[NUM_LAYERS, E] rows that came for each expert. Layers beyond share the last row."""
         self.counts_ids = True
-        """Whether expert numbers that come are counted; experts that count for themselves clear it."""
+        """Whether expert numbers that come are counted, by one small kernel a dispatch on GPUs. If not, a graph that is
+        captured then counts its waits alone."""
         self.is_on = True
         self.read: Callable[[torch.Tensor], list[Any]] = read_here
         """Copies a tensor of the device to the host beside whatever runs there."""
