@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import weakref
 
 import pytest
 import torch
@@ -120,3 +121,14 @@ def test_without_prometheus_the_extra_is_named() -> None:
 
     with pytest.raises(tf.ConfigError, match=r"tokenferry\[metrics\]"):
         register(counted)
+
+
+def test_a_dropped_workspace_goes_at_once_and_its_telemetry_says_so() -> None:
+    config = tf.MoEConfig(hidden_size=8, num_experts=2, topk=1)
+    ws = tf.Workspace(config, tf.EPGroup.alone("cpu"), max_tokens_per_rank=2, transport="local", telemetry=True)
+    telemetry, seen = ws.telemetry, weakref.ref(ws)
+    ws.close()
+    with pytest.raises(tf.StateError, match="the workspace is closed"):
+        telemetry.snapshot()
+    del ws
+    assert seen() is None

@@ -116,7 +116,7 @@ class Workspace(GraphCalls):
         """Its place in the order of opening, by which compiled code finds it; it stays through `reset()`."""
         self._requested = transport
         self._with_telemetry = env.read(env.TelemetrySettings).enabled if telemetry is None else bool(telemetry)
-        self.telemetry = Telemetry(lambda: self._settings.recorder, lambda: self.group)
+        self.telemetry = Telemetry()
         """What it counts: `snapshot()`, `trace(path)` and more, if it was opened so."""
         self.lifecycle = Lifecycle()
         self.attached = {}
@@ -139,6 +139,7 @@ class Workspace(GraphCalls):
             settings, timeout_s = opened.settings, self._settings.timeout_s
             self._settings, self._lease = settings, Lease(opened.transport)
         self.transport, self.decisions = opened.name, opened.decisions
+        self.telemetry.follow(settings.recorder, group)
         try:
             with plain_torch(group.device):
                 self.operators = Operators(self.number, settings, self._transport, self._step_tensors.packed)

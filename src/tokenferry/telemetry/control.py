@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,15 +16,22 @@ GATHER_TIMEOUT_S = 60.0
 
 
 class Telemetry:
-    """What one rank's workspace counts. Its calls come from any thread, and none of them holds up a step.
+    """What one rank's workspace counts. Its calls come from any thread, and none of them holds up a step. It knows nothing of the
+    workspace, which would otherwise live until Python looks for cycles."""
 
-    Args:
-        current: the open recorder, or None where the workspace was opened without telemetry.
-        group: asked anew at every use, since a reset may change it.
-    """
+    def __init__(self) -> None:
+        self._followed: tuple[Recorder | None, EPGroup] | None = None
 
-    def __init__(self, current: Callable[[], Recorder | None], group: Callable[[], EPGroup]) -> None:
-        self._current, self._group = current, group
+    def follow(self, recorder: Recorder | None, group: EPGroup) -> None:
+        """From here on these are the workspace's: it has opened, or was reset. None without telemetry."""
+        self._followed = recorder, group
+
+    def _current(self) -> Recorder | None:
+        return None if self._followed is None else self._followed[0]
+
+    def _group(self) -> EPGroup:
+        assert self._followed is not None, "it has been followed since it opened"
+        return self._followed[1]
 
     @property
     def is_available(self) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
 
+from tokenferry.errors import StateError
 from tokenferry.kernels.wait_board import (
     DISPATCH,
     FIRST_WAITS_WORD,
@@ -62,7 +64,8 @@ class Recorder:
         self._words[TICKS_WORD] = self._words[NANOSECONDS_WORD] = 1  # spans of the host are in nanoseconds
         self.board: torch.Tensor | None = None
         """int64 on the device, where kernels count."""
-        self._switch: Callable[[bool], None] | None = None
+        self._switch: weakref.WeakMethod[Callable[[bool], None]] | None = None
+        self._is_closed = False
         self._step = 0
         self._tokens: deque[tuple[int, int]] = deque(maxlen=NUM_TOKEN_STEPS)
         self._spans: deque[tuple[int, int, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=4096)
@@ -80,8 +83,12 @@ class Recorder:
         return self.board
 
     def take_switch(self, switch: Callable[[bool], None]) -> None:
-        """`switch` lets the kernels count, or not."""
-        self._switch = switch
+        """`switch`, a method, lets the kernels count, or not. Its object is not kept alive."""
+        self._switch = weakref.WeakMethod(switch)
+
+    def close(self) -> None:
+        """What it reads is about to go."""
+        self._is_closed = True
 
     @property
     def has_board(self) -> bool:
@@ -90,8 +97,10 @@ class Recorder:
 
     def turn(self, on: bool) -> None:
         """Counts from here on, or does not."""
-        if self._switch is not None and on != self.is_on:
-            self._switch(on)
+        self._require_open()
+        switch = None if self._switch is None else self._switch()
+        if switch is not None and on != self.is_on:
+            switch(on)
         self.is_on = on
 
     # --- by the host ------------------------------------------------------------------------------------------------
@@ -165,13 +174,22 @@ class Recorder:
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise StateError("telemetry: the workspace is closed; take what you need before")
+
     def last_waits(self) -> tuple[tuple[StepRecord, ...], str]:
         """The last steps, and the reading of them in one line."""
         steps = self.snapshot().steps
         return steps, last_to_enter(steps, self.rank)
 
     def snapshot(self) -> Snapshot:
-        """What has been counted so far. Waits for no step."""
+        """What has been counted so far. Waits for no step.
+
+        Raises:
+            StateError: the workspace is closed.
+        """
+        self._require_open()
         self.collect_spans()
         words = list(self._words) if self.board is None else self.read(self.board)
         return snapshot_of(

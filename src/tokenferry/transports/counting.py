@@ -100,6 +100,7 @@ class CountingTransport(TransportWrapper):
             return super().combine_end(out)
 
     def close(self) -> None:
+        self._recorder.close()
         if self._reader is not None:
             self._reader.close()
         super().close()
