@@ -51,7 +51,7 @@ def check_delayed(seen: list[Seen], late: int, within: bool) -> None:
         if rank == late:
             assert told["waited_ns"][rank] == 0
             continue
-        assert told["waited_ns"][late] > 0.6 * delays_ns
+        assert told["waited_ns"][late] > 0.4 * delays_ns  # what another one was late too is charged to whom is looked for first
         assert told["waited_ns"][late] == max(told["waited_ns"])
         if not within:
             assert f"rank {late} was last to enter in" in reading

@@ -10,12 +10,14 @@ from .test_symmetric import INTERPRETER
 pytestmark = pytest.mark.interpreter
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("within", [False, True], ids=["entering", "within"])
 def test_a_delayed_rank_is_found_by_its_waits(within: bool) -> None:
     seen = run_ranks(work.delayed, 2, "p2p", 1, within, env=INTERPRETER)
     work.check_delayed(seen, 1, within)
 
 
+@pytest.mark.alone
 def test_of_three_ranks_the_late_one_is_found() -> None:
     work.check_delayed(run_ranks(work.delayed, 3, "p2p", 0, False, env=INTERPRETER), 0, within=False)
 

@@ -11,6 +11,7 @@ from rank_pool import RankPools
 pytestmark = pytest.mark.ranks
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("within", [False, True], ids=["entering", "within"])
 @pytest.mark.parametrize("late", [0, 2])
 def test_a_delayed_rank_is_found_by_its_waits(on_ranks: RankPools, late: int, within: bool) -> None:
