@@ -128,22 +128,43 @@ POLL_AND_CLEAR_BOTH = f"""{{ {_WAIT_REGISTERS} .reg .pred %p1; {_ZERO} mov.u32 $
 SEND_COUNT = """{ .reg .pred %p0; .reg .b128 %q; .reg .b64 %lo, %hi; setp.ne.u32 %p0, $6, 0; mov.u32 $0, 0;
       mov.b64 %lo, {$2, $3}; mov.b64 %hi, {$4, $5}; mov.b128 %q, {%lo, %hi}; @%p0 st.relaxed.sys.global.b128 [$1], %q; }"""
 
-AWAIT_COUNT = f"""{{ {_WAIT_REGISTERS} .reg .pred %p1; .reg .b128 %q; .reg .b64 %lo, %hi; .reg .u32 %s, %g;
-      mov.u32 $0, 0; mov.u32 $1, 0; setp.eq.u32 %p0, $3, 0; @%p0 bra END; mov.u32 %n, 0;
-      W: ld.relaxed.sys.global.b128 %q, [$2]; mov.b128 {{%lo, %hi}}, %q; mov.b64 {{%s, %g}}, %hi;
-      setp.eq.u32 %p0, %s, $4; setp.eq.u32 %p1, %g, $5; and.pred %p0, %p0, %p1;
-      {_waiting("GOT", "$6", "$7", "$2 + 8")} bra END;
+
+def await_count(clock: str = "") -> str:
+    """Polls a count packet until it is that of the step. `clock`: the number of a further output, the clock at the last poll."""
+    first = 2 + bool(clock)
+    packet, mask, step, generation, control, blame = (f"${first + place}" for place in range(6))
+    read_clock = f"mov.u64 {clock}, %clock64;" if clock else ""
+    return f"""{{ {_WAIT_REGISTERS} .reg .pred %p1; .reg .b128 %q; .reg .b64 %lo, %hi; .reg .u32 %s, %g;
+      mov.u32 $0, 0; mov.u32 $1, 0; {read_clock} setp.eq.u32 %p0, {mask}, 0; @%p0 bra END; mov.u32 %n, 0;
+      W: ld.relaxed.sys.global.b128 %q, [{packet}]; mov.b128 {{%lo, %hi}}, %q; mov.b64 {{%s, %g}}, %hi; {read_clock}
+      setp.eq.u32 %p0, %s, {step}; setp.eq.u32 %p1, %g, {generation}; and.pred %p0, %p0, %p1;
+      {_waiting("GOT", control, blame, f"{packet} + 8")} bra END;
       GOT: mov.b64 {{$0, $1}}, %lo;
       END: }}"""
+
 
 SIGNAL = """{ .reg .pred %p0; .reg .b64 %v; setp.ne.u32 %p0, $4, 0; mov.b64 %v, {$3, $2}; mov.u32 $0, 0;
       @%p0 st.release.sys.global.b64 [$1], %v; }"""
 
-AWAIT_SIGNAL = f"""{{ {_WAIT_REGISTERS} .reg .pred %p1; .reg .b64 %v; .reg .u32 %u, %e; mov.u32 $0, 0;
-      setp.eq.u32 %p0, $2, 0; @%p0 bra END; mov.u32 %n, 0;
-      W: ld.acquire.sys.global.b64 %v, [$1]; mov.b64 {{%u, %e}}, %v;
-      setp.eq.u32 %p0, %e, $3; setp.ge.u32 %p1, %u, $4; and.pred %p0, %p0, %p1;
-      {_waiting("END", "$5", "$6", "$7")} END: }}"""
+
+def await_signal(clock: str = "") -> str:
+    """Polls a flag until it has the epoch. `clock`: as in `await_count`."""
+    first = 1 + bool(clock)
+    flag, mask, epoch, units, control, blame, hint = (f"${first + place}" for place in range(7))
+    read_clock = f"mov.u64 {clock}, %clock64;" if clock else ""
+    return f"""{{ {_WAIT_REGISTERS} .reg .pred %p1; .reg .b64 %v; .reg .u32 %u, %e; mov.u32 $0, 0; {read_clock}
+      setp.eq.u32 %p0, {mask}, 0; @%p0 bra END; mov.u32 %n, 0;
+      W: ld.acquire.sys.global.b64 %v, [{flag}]; mov.b64 {{%u, %e}}, %v; {read_clock}
+      setp.eq.u32 %p0, %e, {epoch}; setp.ge.u32 %p1, %u, {units}; and.pred %p0, %p0, %p1;
+      {_waiting("END", control, blame, hint)} END: }}"""
+
+
+CLOCK = "mov.u64 $0, %clock64;"
+GLOBAL_CLOCK = "mov.u64 $0, %globaltimer;"
+
+NOTE_WAIT = """{ .reg .pred %p0; .reg .u32 %t; .reg .u64 %w; mov.u32 $0, 0; mov.u32 %t, %tid.x; setp.eq.u32 %p0, %t, 0;
+      setp.ne.and.u32 %p0, $5, 0, %p0; mov.u64 %w, %clock64; sub.u64 %w, %w, $3;
+      @%p0 red.relaxed.gpu.global.add.u64 [$1], %w; or.b64 %w, %w, $4; @%p0 st.global.u64 [$2], %w; }"""
 
 TAKE_TICKET = f"""{{ .reg .pred %p0; .reg .u32 %t; mov.u32 %t, %tid.x; setp.eq.u32 %p0, %t, 0; mov.u64 $0, 0;
       @%p0 atom.relaxed.gpu.global.add.u64 $0, [$1 + {ROUND_OFFSET}], 1; }}"""
