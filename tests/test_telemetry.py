@@ -132,3 +132,21 @@ def test_a_dropped_workspace_goes_at_once_and_its_telemetry_says_so() -> None:
         telemetry.snapshot()
     del ws
     assert seen() is None
+
+
+def test_compiled_code_is_counted() -> None:
+    config = tf.MoEConfig(hidden_size=8, num_experts=2, topk=1, dtype=torch.float32)
+    with tf.Workspace(config, tf.EPGroup.alone("cpu"), max_tokens_per_rank=2, transport="local", telemetry=True) as ws:
+        dispatcher = ws.dispatcher()
+
+        def step(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            ws.begin_step(2)
+            got = dispatcher.dispatch(hidden, ids, weights)
+            return dispatcher.combine(got.hidden * 2, got)
+
+        compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+        ids = torch.tensor([[1], [-1]], dtype=torch.int32)
+        for _ in range(3):
+            compiled(torch.ones(2, 8), ids, torch.ones(2, 1))
+        seen = ws.telemetry.snapshot()
+        assert (seen.num_steps, seen.num_rounds, seen.loads) == (3, 3, ((0, 3),))
