@@ -286,7 +286,7 @@ def combine_kernel(
             if IS_FP8:
                 if TELEMETRY:  # of all peers together: of two ranks it is the other one, of more nobody in particular
                     since = wire_clock.clock()
-                fp8_terms.sum_terms(packet, o0, o1, o2, o3, own_scale, num_tokens, num_out, first_row, rank, size, in_slots,
+                fp8_terms.sum_terms(b * BLOCK, o0, o1, o2, o3, own_scale, num_tokens, num_out, first_row, rank, size, in_slots,
                                     buffer_ptr, peer_table, slots_offset, slot_bytes, terms_offset, term_scales_offset, blamed,
                                     hints_ptr, out_ptr, H, OUT, BLOCK)  # fmt: skip
                 if TELEMETRY:

@@ -241,8 +241,9 @@ def poll_and_clear(address, mask, control_ptr, blamed, hint, WORDS):
     return tuple(_tensor(output, tl.uint32) for output in outputs)
 
 
-def poll_and_clear_word(address, mask, control_ptr, blamed, hint):
-    return poll_and_clear(address, mask, control_ptr, blamed, hint, 1)[0]
+def poll_and_clear_both(address, mask, word_address, word_mask, control_ptr, blamed, hint):
+    packet = poll_and_clear(address, mask, control_ptr, blamed, hint, 4)
+    return *packet, poll_and_clear(word_address, word_mask, control_ptr, blamed, hint, 1)[0]
 
 
 def take_ticket(counters_ptr):
@@ -380,17 +381,6 @@ def _to_float8(value):
     from_the_middle = np.append(_FLOAT8_MIDDLES, np.float32(0))[above] == magnitude
     bits = above + (from_the_middle & (above % 2 == 1)).astype(np.uint8)
     return np.where(np.isnan(value), np.uint8(0x7F), bits | np.signbit(value).astype(np.uint8) << np.uint8(7))
-
-
-def unpack_mxfp4(word, scale):
-    """As float32: the interpreter would multiply bfloat16 as if it were integers."""
-    word, scale = np.broadcast_arrays(_array(word).view(np.uint32), _array(scale).view(np.uint32))
-    all_bits, shift = np.uint32(0x81C081C0), [np.uint32(number) for number in range(8)]
-    last = (word << shift[1] ^ word >> shift[3]) & np.uint32(0x81808180) | word >> shift[7] & np.uint32(0x00400040)
-    pairs = (word & all_bits, word << shift[3] & all_bits, word << shift[6] & all_bits, last)
-    factor = (scale << np.uint32(23)).view(np.float32)
-    halves = [half for pair in pairs for half in (pair << np.uint32(16), pair & np.uint32(0xFFFF0000))]
-    return tuple(_tensor(half.view(np.float32) * factor, tl.float32) for half in halves)
 
 
 def wait_for_previous_kernel(PDL):

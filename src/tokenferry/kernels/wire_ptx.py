@@ -23,6 +23,7 @@ from tokenferry.kernels.control_block import (
 LOAD_CONSTRAINTS = "=&r,=&r,=&r,=&r,l,r"
 STORE_CONSTRAINTS = "=r,l,r,r,r,r,r"
 POLL_CONSTRAINTS = "=&r,=&r,=&r,=&r,l,r,l,l,l"
+POLL_BOTH_CONSTRAINTS = "=&r,=&r,=&r,=&r,=&r,l,r,l,r,l,l,l"
 PACK_CONSTRAINTS = "=r,f,f"
 
 _STEP = COUNTERS_OFFSET + STEP_OFFSET
@@ -114,6 +115,16 @@ def poll_and_clear(words: int) -> str:
       END: }}"""
 
 
+POLL_AND_CLEAR_BOTH = f"""{{ {_WAIT_REGISTERS} .reg .pred %p1; {_ZERO} mov.u32 $4, 0;
+      setp.eq.u32 %p0, $6, 0; @%p0 bra END; setp.ne.u32 %p1, $8, 0; mov.u32 %n, 0;
+      W: ld.relaxed.sys.global{_vector(4)}, [$5]; @%p1 ld.relaxed.sys.global.b32 $4, [$7];
+      max.u32 %i, $0, $1; max.u32 %i, %i, $2; max.u32 %i, %i, $3; max.u32 %i, %i, $4; setp.ne.u32 %p0, %i, {SENTINEL:#x};
+      {_waiting("GOT", "$9", "$10", "$11")} {_ZERO} mov.u32 $4, 0; bra END;
+      GOT: mov.u32 %i, {SENTINEL:#x}; st.relaxed.sys.global.v4.b32 [$5], {{%i, %i, %i, %i}};
+      @%p1 st.relaxed.sys.global.b32 [$7], %i;
+      END: }}"""
+"""Polls a packet of four words and a single word elsewhere, until no word of both is the sentinel; then puts it back."""
+
 SEND_COUNT = """{ .reg .pred %p0; .reg .b128 %q; .reg .b64 %lo, %hi; setp.ne.u32 %p0, $6, 0; mov.u32 $0, 0;
       mov.b64 %lo, {$2, $3}; mov.b64 %hi, {$4, $5}; mov.b128 %q, {%lo, %hi}; @%p0 st.relaxed.sys.global.b128 [$1], %q; }"""
 
@@ -188,3 +199,5 @@ UNPACK_MXFP4 = """{ .reg .b32 %s, %t, %u, %a, %b, %c, %d, %z; mov.b32 %z, 0x8000
       shr.b32 %u, $8, 7; lop3.b32 %d, %u, 0x00400040, %t, 0xEA;
       fma.rn.bf16x2 %a, %a, %s, %z; fma.rn.bf16x2 %b, %b, %s, %z; fma.rn.bf16x2 %c, %c, %s, %z; fma.rn.bf16x2 %d, %d, %s, %z;
       mov.b32 {$0, $1}, %a; mov.b32 {$2, $3}, %b; mov.b32 {$4, $5}, %c; mov.b32 {$6, $7}, %d; }"""
+
+SAME_FOR_ALL = "redux.sync.or.b32 $0, $1, 0xFFFFFFFF;"

@@ -226,7 +226,7 @@ def _offer(settings: TransportSettings, transport: str) -> dict[str, Any]:
         "max_tokens_per_rank": settings.max_tokens_per_rank,
         "combine_dtype": str(settings.combine_dtype),
         "index_dtype": str(settings.index_dtype),
-        "dispatch_format": str(settings.dispatch_format),
+        "dispatch_format": str(settings.dispatch_format.resolved(config)),
         "result_dtype": str(settings.result_dtype),
         "combine_order": settings.combine_order,
         "counts": settings.counts,
