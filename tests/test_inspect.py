@@ -10,8 +10,9 @@ import torch
 
 from tokenferry.errors import ConfigError
 from tokenferry.inspection import findings_of
+from tokenferry.kernels.wait_board import DISPATCH
 from tokenferry.placement import StepModel
-from tokenferry.telemetry.recorder import COUNTS, DISPATCH, Recorder
+from tokenferry.telemetry.recorder import COUNTS, Recorder
 from tokenferry.telemetry.snapshot import Snapshot, StepRecord, last_to_enter
 
 MODEL = StepModel(weight_bytes=1.0, flops_per_row=1e6, memory_bytes_per_s=1e12, flops_per_s=1e12)

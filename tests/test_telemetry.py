@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import tokenferry as tf
+from tokenferry.kernels.wait_board import COMBINE, DISPATCH
 from tokenferry.telemetry import Recorder, Snapshot
-from tokenferry.telemetry.recorder import COMBINE, COUNTS, DISPATCH
+from tokenferry.telemetry.recorder import COUNTS
 from tokenferry.telemetry.trace import align
 
 has_prometheus = importlib.util.find_spec("prometheus_client") is not None
