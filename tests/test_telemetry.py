@@ -13,6 +13,7 @@ from tokenferry.kernels.wait_board import COMBINE, DISPATCH
 from tokenferry.telemetry import Recorder, Snapshot
 from tokenferry.telemetry.recorder import COUNTS
 from tokenferry.telemetry.trace import align
+from tokenferry.transports.counting import wants_telemetry
 
 has_prometheus = importlib.util.find_spec("prometheus_client") is not None
 
@@ -151,3 +152,10 @@ def test_compiled_code_is_counted() -> None:
             compiled(torch.ones(2, 8), ids, torch.ones(2, 1))
         seen = ws.telemetry.snapshot()
         assert (seen.num_steps, seen.num_rounds, seen.loads) == (3, 3, ((0, 3),))
+
+
+def test_on_gpus_it_is_refused_until_a_run_has_shown_it_right() -> None:
+    with pytest.raises(tf.ConfigError, match="telemetry is not to be had on cuda yet"):
+        wants_telemetry(True, torch.device("cuda"))
+    assert not wants_telemetry(False, torch.device("cuda"))
+    assert wants_telemetry(True, torch.device("cpu"))
