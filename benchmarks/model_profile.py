@@ -30,7 +30,7 @@ FIRST, TOKENS = 4, 16
 """The token behind which the profile begins, and how many are profiled."""
 KINDS = {
     "exchange": r"dispatch_kernel|combine_kernel|counts_kernel|nccl|AllReduce",
-    "experts": r"expert|grouped|Grouped|bmm|sort|Sort|histc|radix",
+    "experts": r"expert|grouped|Grouped|GroupProblem|bmm|sort|Sort|histc|radix",
     "attention": r"flash|fmha|attention|sdpa|cudnn",
     "products": r"gemm|gemv|cutlass|nvjet|splitK|cublas|triton_tem",
     "of the compiler": r"^triton_",

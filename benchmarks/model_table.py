@@ -29,9 +29,17 @@ OURS = ("graph-compiled", "graph", "eager")
 GRAPHS = ("graph", "graph-batched")
 
 
+NOT_RUN = "cannot be captured"
+"""The model's own forward does what no capture allows; the record has torch's words."""
+
+
 def read(paths: list[Path]) -> Records:
     lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-    return {(point_of(line), line["way"], line["mode"]): line for line in lines if "mode" in line}
+    found = {(point_of(line), line["way"], line["mode"]): line for line in lines if "mode" in line}
+    for line in lines:
+        for mode, batch, prompt in line.get("not_run", ()):
+            found.setdefault(((line["config"], batch, prompt), line["way"], mode), {"not_run": line["reason"]})
+    return found
 
 
 def point_of(record: dict) -> Point:
@@ -61,12 +69,14 @@ def short_table(records: Records) -> Iterator[str]:
 
 def compared(records: Records, point: Point, name: str, ours: tuple[str, ...], theirs: tuple[str, ...]) -> list[str]:
     """Our figure, theirs, and how many times ours it is."""
-    mine, other = best(records, point, "p2p", ours, name), best(records, point, "transformers", theirs, name)
-    return [named(mine), named(other), "-" if mine is None or other is None else f"{other[0] / mine[0]:.2f}"]
-
-
-def named(found: tuple[float, str] | None) -> str:
-    return "-" if found is None else f"{shown(found[0])} ({found[1]})"
+    found = []
+    for way, modes in (("p2p", ours), ("transformers", theirs)):
+        figure = best(records, point, way, modes, name)
+        is_refused = any("not_run" in records.get((point, way, mode), {}) for mode in modes)
+        found.append((figure, "-" if not is_refused else NOT_RUN))
+    (mine, _), (other, _) = found
+    ratio = "-" if mine is None or other is None else f"{other[0] / mine[0]:.2f}"
+    return [*(word if figure is None else f"{shown(figure[0])} ({figure[1]})" for figure, word in found), ratio]
 
 
 def whole_table(records: Records) -> Iterator[str]:
@@ -77,8 +87,12 @@ def whole_table(records: Records) -> Iterator[str]:
         yield "|---" * (len(points) + 1) + "|"
         for way, mode in dict.fromkeys((way, mode) for point, way, mode in records if point in points):
             mine = [records.get((point, way, mode), {}) for point in points]
-            yield row(f"{NAMES[way]}: {mode}", [f"{shown(r.get('token_ms'))} / {shown(r.get('step_ms'))}" for r in mine])
+            yield row(f"{NAMES[way]}: {mode}", [cell(record) for record in mine])
         yield ""
+
+
+def cell(record: dict) -> str:
+    return NOT_RUN if "not_run" in record else f"{shown(record.get('token_ms'))} / {shown(record.get('step_ms'))}"
 
 
 def main() -> None:

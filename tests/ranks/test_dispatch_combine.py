@@ -6,7 +6,7 @@ from hypothesis import given, settings
 
 import tokenferry as tf
 from cases import CASES, Case, StepCase, run_case, run_layer, same
-from formats import FORMATS
+from formats import FORMATS, FP8_COMBINE
 from rank_pool import RankPools
 from scenarios import PROPERTY, scenarios
 from tokenferry.testing.data import make_inputs
@@ -23,6 +23,12 @@ def test_bits_as_reference(on_ranks: RankPools, name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_bits_as_reference_in_each_format(on_ranks: RankPools, name: str) -> None:
     world_size, case = FORMATS[name]
+    assert on_ranks(run_case, world_size, case) == [sum(step.layers for step in case.steps)] * world_size
+
+
+@pytest.mark.parametrize("name", FP8_COMBINE)
+def test_bits_as_reference_of_float8_terms(on_ranks: RankPools, name: str) -> None:
+    world_size, case = FP8_COMBINE[name]
     assert on_ranks(run_case, world_size, case) == [sum(step.layers for step in case.steps)] * world_size
 
 

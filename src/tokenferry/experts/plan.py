@@ -22,6 +22,7 @@ class Tiles:
         rows, columns, depth: of a tile; `columns` are of the output, so a gated product reads twice as many.
         num_warps, num_stages: of a program, and of its pipeline.
         programs_per_sm: the launch has at most so many programs for each SM, which take tiles in turn.
+        max_registers: of a thread, so that more programs fit on an SM at once; None: as the assembler likes.
     """
 
     rows: int
@@ -37,6 +38,7 @@ class Tiles:
     swapped: bool = False
     min_rows: int = 1
     max_rows: int = 0
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +93,11 @@ def plan(
     up, down = _few(up_depth, halves, scaled, limit), _few(down_depth, 1, scaled, limit)
     if not limit:
         return Plan(up=(up,), down=(down,))
-    # The second product for few rows comes right after the first one's, so that it starts while that one ends.
-    return Plan(up=(_many(halves, scaled), up), down=(down, _many(1, scaled)))
+    if scaled:  # the second product for few rows comes right after the first one's, so that it starts while that one ends
+        return Plan(up=(_many(halves, scaled), up), down=(down, _many(1, scaled)))
+    # Few rows first: they wait for the table alone, and not for a launch that finds no expert with many. Layers of qwen3-30b-a3b,
+    # 2 x H200, 2026-11-26: 50.8 instead of 53.3 microseconds at T = 1, within 0.6 % from 8 to 128, and not slower up to 4096.
+    return Plan(up=(up, _many(halves, scaled)), down=(down, _many(1, scaled)))
 
 
 def _packed(halves: int, batch_invariant: bool, max_rows: int | None) -> Plan:

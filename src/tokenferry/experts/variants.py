@@ -301,6 +301,7 @@ def _packed_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: in
         num_stages=tiles.num_stages,
         dtypes={"DTYPE": variant.dtype, "ROWS": torch.float8_e4m3fn if gathered else variant.dtype},
         aligned=variant.aligned,
+        max_registers=tiles.max_registers,
     )
 
 

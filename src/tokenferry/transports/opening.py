@@ -24,6 +24,7 @@ from tokenferry.lifecycle import logged
 from tokenferry.step import StepTensors
 from tokenferry.transports.base import PROTOCOL_VERSION, Transport, TransportFactory, TransportSettings
 from tokenferry.transports.collective.transport import CollectiveTransport
+from tokenferry.transports.counting import CountingTransport
 from tokenferry.transports.debug import DebugTransport
 from tokenferry.transports.local import LocalTransport
 from tokenferry.transports.selection import SYMMETRIC, TRANSPORTS, Accepted, Decision, Rejected, agree, choose, decide
@@ -256,6 +257,9 @@ def _open_here(
         if not callable(getattr(opened, "begin_step", None)):  # the commonest mistake is to return nothing
             raise ConfigError(f"its open() returned {opened!r}, which is no open Transport")
         transport = opened
+        if settings.recorder is not None:
+            settings.recorder.transport = factory.name
+            transport = CountingTransport(transport, settings.recorder, settings, step_tensors)
         if settings.debug:
             transport = DebugTransport.around(transport, settings, step_tensors)
         return transport, None
