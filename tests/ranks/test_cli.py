@@ -60,7 +60,7 @@ def test_verify_counts_tokens_of_rows_that_travel_quantized(environment, tmp_pat
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one prompt\nanother\n")
     arguments = ["--model", "tiny:qwen3_moe", "--prompts", str(prompts), "--max-new-tokens", "6"]
-    outcome = run([*CLI, "verify", *arguments, "--dispatch-format", "fp8_block128", "--json"], environment)
+    outcome = run([*CLI, "verify", *arguments, "--dispatch-format", "fp8_block128", "--json"], environment, timeout_s=400)
     assert outcome.returncode == 0, outcome.stderr
     document = json.loads(outcome.stdout)
     found = document["verify"]
