@@ -141,7 +141,9 @@ class ExpertBench:
             loaded.table(rows.topk_idx, count, *table, 0, num, 0)
 
         def make_sum():
-            loaded.sum(buffers.outputs_PH, rows.topk_idx, rows.topk_weights, count, out, 0, buffers.num_rows, 0, count, 0.0)
+            loaded.sum(
+                buffers.outputs_PH, rows.topk_idx, rows.topk_weights, count, out, count, 0, 0, buffers.num_rows, 0, count, 0.0
+            )
 
         done = {which: self.time_us(lambda which=which: products(which), 2) / len(self.layers) for which in ("up", "down")}
         return done if products_only else done | {"table": self.time_us(make_table, 10), "sum": self.time_us(make_sum, 10)}

@@ -132,15 +132,15 @@ def float8_plans(preset):
     def few(**changes):
         return Plan(up=(many_up, *changed([few_up], **changes)), down=(*changed([few_down], **changes), many_down))
 
-    half = {"rows": 64, "rows_few": 64, "num_warps": 4, "num_stages": 2, "programs_per_sm": 2}
     return {
         "before": plan(*sizes, gated=preset.activation.gated, scaled=True),
-        "many 16 warps": many(num_warps=16),
-        "many down 128": many({"columns": 128, "num_stages": 4}),
-        "many 64 rows": many(half),
-        "many 64 rows both": many(**half),
-        "few 32 rows": few(rows=32),
-        "few 4 stages": few(rows=32, num_stages=4),
+        "many 4 stages": many({"num_stages": 4}, num_stages=4),
+        "many down 64 rows": many({"rows": 64, "rows_few": 64, "num_warps": 4, "num_stages": 3, "programs_per_sm": 3}),
+        "many from 33": Plan(
+            up=(*changed([many_up], min_rows=33), *changed([few_up], max_rows=32)),
+            down=(*changed([few_down], max_rows=32), *changed([many_down], min_rows=33)),
+        ),
+        "few 2 stages": few(num_stages=2),
         "default again": default,
     }
 

@@ -55,7 +55,7 @@ def chain_of(ws, model, rows, left_out):
             settings = (*table, 0, activation.alpha, activation.limit)
             product.launch(source, valid, 0, argument, valid, valid if bias is None else bias, target, valid, *settings)
         if "sum" not in left_out:
-            loaded.sum(buffers.outputs_PH, got.topk_idx, got.topk_weights, valid, out, *bounds, first, valid, 0.0)
+            loaded.sum(buffers.outputs_PH, got.topk_idx, got.topk_weights, valid, out, valid, 0, *bounds, first, valid, 0.0)
 
     def layer(place, hidden, table=None):
         topk_weights, topk_idx = routing[place]

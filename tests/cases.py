@@ -8,7 +8,7 @@ import torch
 
 import tokenferry as tf
 from row_data import handed_rows, handed_terms, on, terms_to_combine
-from tokenferry.dispatched import SAME, QuantizedRows, RowFormat
+from tokenferry.dispatched import FLOAT8, SAME, QuantizedRows, RowFormat
 from tokenferry.testing.data import RankInputs, make_inputs
 from tokenferry.testing.numeric import first_difference
 from tokenferry.transports.symmetric.layout import SLOT_ROWS
@@ -155,7 +155,8 @@ def run_layer(ws: tf.Workspace, dispatcher: tf.Dispatcher, step: StepCase, layer
     same("valid_tokens", got.valid_tokens, expected.valid_tokens)
     assert bool((got.topk_idx[num_valid:] == -1).all()), "rows beyond the valid ones have no expert"
 
-    terms = [handed_terms(each.partial, quantized=step.quantized_terms) for each in inputs]
+    are_quantized = step.quantized_terms and ws.combine_dtype == FLOAT8
+    terms = [handed_terms(each.partial, quantized=are_quantized) for each in inputs]
     partial = terms_to_combine(dispatcher, on(ws.device, terms[rank]), got.hidden.shape[0], own_buffer=step.own_buffer)
     if step.spare is not None:
         partial = partial[: num_valid + step.spare]

@@ -25,6 +25,10 @@ TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
 """Of the largest expected number; bfloat16 rounds products, activation, each rank's term, and the sum with the row itself."""
 
 
+FLOAT8_TOLERANCE = 6e-2
+"""A number of float8 is off by up to one part in 16, and a row's products are sums of these."""
+
+
 @dataclass(frozen=True)
 class Setup:
     """A workspace, a model of `layers` layers, and the runner's buckets."""
@@ -43,10 +47,19 @@ class Setup:
     timeout_s: float = 20.0
     partial_rows: int = 0
     """How many rows the experts return, if not all gathered ones."""
+    dispatch_format: str = "same"
+    float8: bool = False
+    """Whether the experts have float8 weights, in blocks that are smaller than 128 x 128 here."""
+
+    @property
+    def tolerance(self) -> float:
+        """Of the largest expected number."""
+        return FLOAT8_TOLERANCE if self.float8 or self.dispatch_format != "same" else TOLERANCE[self.dtype]
 
     def __str__(self) -> str:
         parts = [self.transport, str(self.dtype).removeprefix("torch."), self.overlap, self.counts, self.draft]
-        return "-".join(part for part in (*parts, "shared" * self.shared, "latent" * self.latent) if part)
+        parts += ["shared" * self.shared, "latent" * self.latent, "float8" * self.float8]
+        return "-".join(part for part in (*parts, self.dispatch_format.replace("same", "")) if part)
 
 
 class FewerRows(Experts):
@@ -94,6 +107,8 @@ class Model:
         experts = kind(self.experts.config, ws.group.expert_range(E), dtype=setup.dtype, device=device)
         experts.num_rows = setup.partial_rows
         experts.load(self.experts.up_proj, self.experts.down_proj)
+        if setup.float8:
+            experts.quantize()
         optional = {}
         if setup.shared:
             optional["shared_experts"] = self.shared.to(device)
@@ -110,6 +125,7 @@ def open_workspace(group: tf.EPGroup, setup: Setup) -> tf.Workspace:
         max_tokens_per_rank=setup.capacity,
         transport=setup.transport,
         counts=setup.counts,
+        dispatch_format=setup.dispatch_format,
         timeout_s=setup.timeout_s,
     )
 
@@ -184,7 +200,7 @@ def check_steps(ws: tf.Workspace, runner: GraphRunner, forward: Forward, steps: 
         assert num_idle < 100, "the ranks do not find that all are done"
     wanted = [expected_bucket(setup, tokens, rank) for tokens in steps]
     assert buckets == wanted, [(step, got, want) for step, got, want in zip(steps, buckets, wanted, strict=True) if got != want]
-    assert worst < TOLERANCE[setup.dtype], worst
+    assert worst < setup.tolerance, worst
     runner.close()
     return {"memory": used, "calls": forward.calls, "num_idle": num_idle}
 

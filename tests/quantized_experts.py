@@ -9,6 +9,7 @@ from test_experts import Case
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched, QuantizedRows
 from tokenferry.experts import Experts
+from tokenferry.testing.numeric import first_difference
 
 CASES = {
     "swiglu": Case(dtype=torch.bfloat16, hidden_size=272, intermediate_size=144),
@@ -50,3 +51,22 @@ def pair(
     quantized.values.view(torch.uint8)[valid:] = 0x7F
     quantized.scales[valid:] = torch.nan
     return experts, dataclasses.replace(plain, hidden=quantized), plain
+
+
+def quantized_terms(experts: Experts, rows: Dispatched, num_valid: int) -> tuple[QuantizedRows, QuantizedRows]:
+    """The valid partial rows as the experts' sum quantizes them, and the specification's quantiser on the unrounded sums."""
+    num_rows, size = rows.hidden.shape
+    device = rows.topk_idx.device
+    apart = torch.full((num_rows, -(-size // 512) * 4), 7.0, device=device)
+    out = QuantizedRows(
+        torch.zeros(num_rows, size, dtype=torch.float8_e4m3fn, device=device), apart[:, : tf.dispatched.num_scales(size)]
+    )
+    assert experts(rows, out=out) is out
+    sums = experts(rows, out=torch.empty(num_rows, size, device=device))
+    return out[:num_valid], tf.reference.quantize(sums[:num_valid])
+
+
+def differing_terms(got: QuantizedRows, wanted: QuantizedRows) -> str:
+    """What differs, in bits; nothing if nothing does."""
+    scales = first_difference(got.scales.cpu().contiguous().view(torch.int32), wanted.scales.cpu().view(torch.int32))
+    return scales or first_difference(got.values.cpu().view(torch.uint8), wanted.values.cpu().view(torch.uint8))

@@ -31,6 +31,7 @@ def scenarios(draw: st.DrawFn, capacity: int = 9) -> tuple[int, Case]:
             spare=draw(st.none() | st.integers(0, 2)),
             into_out=draw(st.booleans()),
             quantized=draw(st.booleans()),
+            quantized_terms=draw(st.booleans()),
             seed=draw(st.integers(0, 1000)),
         )
 
@@ -42,7 +43,7 @@ def scenarios(draw: st.DrawFn, capacity: int = 9) -> tuple[int, Case]:
         num_experts=num_experts,
         topk=draw(st.integers(1, min(4, num_experts))),
         dtype=draw(st.sampled_from(DTYPES)),
-        combine_dtype=draw(st.none() | st.sampled_from(DTYPES)),
+        combine_dtype=draw(st.none() | st.sampled_from((*DTYPES, *[torch.float8_e4m3fn] * (hidden_size % 16 == 0)))),
         capacity=capacity,
         steps=tuple(step() for _ in range(draw(st.integers(1, 4)))),
     )

@@ -81,22 +81,26 @@ def test_collective_on_two_ranks(dispatch_format: str, quantized: bool) -> None:
 
 
 @pytest.mark.interpreter
-def test_bytes_over_symmetric_memory_compiled_by_inductor() -> None:
+@FORMATS
+def test_over_symmetric_memory_compiled_by_inductor(dispatch_format: str, quantized: bool) -> None:
+    """Of quantized rows compiled code gets copies; the others are read where they lie."""
     if shutil.which("g++") is None:
         pytest.skip("inductor needs a C++ compiler for CPU code")
-    given = ("p2p", "inductor", "bytes", False)
+    given = ("p2p", "inductor", dispatch_format, quantized)
     assert run_ranks(compiled_as_eager, 2, *given, timeout_s=150, env={"TRITON_INTERPRET": "1"}) == [3, 3]
 
 
-def refused(group: tf.EPGroup) -> str:
+def closed(group: tf.EPGroup) -> str:
     with tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport="p2p", dispatch_format="fp8_block128") as ws:
         layer = ws.dispatcher()
+        compiled = torch.compile(lambda *given: layer.dispatch(*given).topk_idx + 0, fullgraph=True, backend="eager")
         ws.begin_step(5)
-        with pytest.raises(Exception, match="does not pass through 'fp8_block128' rows of a symmetric transport") as caught:
-            torch.compile(lambda *given: layer.dispatch(*given).topk_idx, fullgraph=True, backend="eager")(*inputs(5, 0))
-    return type(caught.value).__name__
+        assert compiled(*inputs(5, 0)).shape == (8, 2)
+    with pytest.raises(tf.StateError) as caught:
+        compiled(*inputs(5, 0))
+    return str(caught.value)
 
 
 @pytest.mark.interpreter
-def test_quantized_rows_over_symmetric_memory_are_refused_with_the_reason() -> None:
-    assert run_ranks(refused, 1, timeout_s=100, env={"TRITON_INTERPRET": "1"})
+def test_compiled_code_of_a_closed_workspace_is_told_so() -> None:
+    assert "closed" in run_ranks(closed, 1, timeout_s=100, env={"TRITON_INTERPRET": "1"})[0]

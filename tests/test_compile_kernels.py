@@ -23,6 +23,7 @@ from tokenferry.kernels import (
     counts,
     dispatch,
     fixed_linear,
+    load_counts,
     own_routing,
     route,
     router_linear,
@@ -38,15 +39,16 @@ pytestmark = pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 lea
 DISPATCH = {
     "FORMAT": 0, "H": 7168, "HIDDEN": tl.bfloat16, "POWER_OF_TWO": 0,
     "ROW_WORDS": 3584, "K": 8, "IDX": tl.int64, "WEIGHTS": tl.bfloat16, "OUT_IDX": tl.int32, "WORDS": 4, "BLOCK": 256,
-    "MULTICAST": 0, "MAX_PROGRAMS": 512, "FLAG_BLOCK": 0, "PDL": 1,
+    "MULTICAST": 0, "MAX_PROGRAMS": 512, "FLAG_BLOCK": 0, "TELEMETRY": 0, "PDL": 1,
 }  # fmt: skip
 COMBINE = {
     "H": 7168, "PARTIAL": tl.bfloat16, "WIRE": tl.bfloat16, "OUT": tl.bfloat16, "WORDS": 4, "BLOCK": 256,
-    "SWITCH_SUM": 0, "MAX_PROGRAMS": 512, "FLAG_BLOCK": 0, "PDL": 1,
+    "SWITCH_SUM": 0, "MAX_PROGRAMS": 512, "FLAG_BLOCK": 0, "TELEMETRY": 0, "PDL": 1,
 }  # fmt: skip
 VARIANTS = {
-    "counts-EP2": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 32, "PDL": 1}, 1),
-    "counts-EP72": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 128, "PDL": 1}, 1),
+    "counts-EP2": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 32, "TELEMETRY": 0, "PDL": 1}, 1),
+    "counts-EP72": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 128, "TELEMETRY": 0, "PDL": 1}, 1),
+    "counts-telemetry": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 32, "TELEMETRY": 1, "PDL": 1}, 1),
     "abort": (abort.abort_kernel, abort.SIGNATURE, {"PDL": 0}, 1),
     "add": (control_words.add_kernel, control_words.SIGNATURE, {"PDL": 0}, 1),
     "dispatch": (dispatch.dispatch_kernel, dispatch.SIGNATURE, DISPATCH, 8),
@@ -67,6 +69,21 @@ VARIANTS = {
         8,
     ),
     "dispatch-bytes": (dispatch.dispatch_kernel, dispatch.SIGNATURE, {**DISPATCH, "FORMAT": 3}, 8),
+    "dispatch-telemetry": (dispatch.dispatch_kernel, dispatch.SIGNATURE, {**DISPATCH, "TELEMETRY": 1}, 8),
+    "dispatch-telemetry-few-tokens": (
+        dispatch.dispatch_kernel,
+        dispatch.SIGNATURE,
+        {**DISPATCH, "TELEMETRY": 1, "FLAG_BLOCK": 512},
+        8,
+    ),
+    "combine-telemetry": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "TELEMETRY": 1}, 8),
+    "combine-telemetry-few-tokens": (
+        combine.combine_kernel,
+        combine.SIGNATURE,
+        {**COMBINE, "TELEMETRY": 1, "FLAG_BLOCK": 512},
+        8,
+    ),
+    "load-counts": (load_counts.load_counts_kernel, load_counts.SIGNATURE, {"K": 8, "BLOCK": 1024, "PDL": 1}, 4),
     "combine": (combine.combine_kernel, combine.SIGNATURE, COMBINE, 8),
     "combine-few-tokens": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "FLAG_BLOCK": 512}, 8),
     "combine-16-warps": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "BLOCK": 512}, 16),
@@ -283,7 +300,7 @@ import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from tokenferry.kernels import counts
 from tokenferry.kernels.launch import options, source
-triton.compile(source(counts.counts_kernel, counts.SIGNATURE, {"LANES": 128, "PDL": 1}),
+triton.compile(source(counts.counts_kernel, counts.SIGNATURE, {"LANES": 128, "TELEMETRY": 0, "PDL": 1}),
                target=GPUTarget("cuda", 90, 32), options=options(1, True))
 """
 

@@ -168,7 +168,7 @@ def test_our_own_kernels_are_known() -> None:
     if wire.INTERPRETED:
         pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile")
     kernel = triton.compile(
-        source(counts.counts_kernel, counts.SIGNATURE, {"LANES": 32, "PDL": 1}),
+        source(counts.counts_kernel, counts.SIGNATURE, {"LANES": 32, "TELEMETRY": 0, "PDL": 1}),
         target=GPUTarget("cuda", 90, 32),
         options=options(1, True),
     )

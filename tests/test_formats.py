@@ -230,7 +230,9 @@ def test_debug_mode_notices_that_scales_were_changed_between_the_halves() -> Non
 # --- documentation ----------------------------------------------------------------------------------------------------
 
 
-def test_the_example_of_the_page_runs_as_it_stands() -> None:
+@pytest.mark.parametrize("number", [0, 1], ids=["dispatch", "combine"])
+def test_the_examples_of_the_page_run_as_they_stand(number: int) -> None:
     page = Path(__file__).parent.parent / "docs" / "formats.md"
-    [example] = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    exec(compile(example, str(page), "exec"), {})
+    examples = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(examples) == 2
+    exec(compile(examples[number], str(page), "exec"), {})

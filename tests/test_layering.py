@@ -15,9 +15,10 @@ import tokenferry
 ROOT = Path(tokenferry.__file__).parent
 ORDER = (
     "errors", "env", "ambient", "graph_capture", "config", "channel", "waiting", "groups", "gpu_links", "topology",
-    "dispatched", "precision", "reference", "kernels", "step", "lifecycle", "transports", "operators", "layer_operator",
-    "tensor_checks", "dispatcher", "peers", "capture", "workspace", "activations", "fixed_linear", "experts", "router",
-    "shared_experts", "layer", "recording", "graphs", "supervisor", "integrations", "testing", "benchmarking", "demo", "cli",
+    "dispatched", "precision", "reference", "kernels", "step", "lifecycle", "telemetry", "transports", "operators",
+    "layer_operator", "tensor_checks", "dispatcher", "peers", "capture", "workspace", "activations", "fixed_linear",
+    "experts", "router", "shared_experts", "layer", "recording", "graphs", "placement", "inspection", "supervisor",
+    "integrations", "testing", "benchmarking", "demo", "cli",
 )  # fmt: skip
 MEGATRON_API = ROOT / "integrations" / "megatron"
 """Megatron-Core's interface has class attributes; this integration alone may have them too."""
@@ -26,6 +27,11 @@ ALLOWED_BETWEEN_KERNELS = {
     "wire",
     "wire_ptx",
     "wire_interpreter",
+    "wire_clock",
+    "wire_observer",
+    "wire_clock_interpreter",
+    "wait_board",
+    "waits",
     "launch",
     "driver_launch",
     "expert_math",

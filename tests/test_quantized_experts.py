@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tokenferry as tf
-from quantized_experts import CASES, pair
+from quantized_experts import CASES, differing_terms, pair, quantized_terms
 from rank_pool import RankPools
 from tokenferry.dispatched import QuantizedRows
 from tokenferry.experts import Experts, ExpertsConfig, apply_experts
@@ -30,6 +30,13 @@ def test_the_dtype_between_the_products_is_the_weights_unless_another_is_given()
     activation = experts.config.activation
     assert apply_experts(came, experts.weights, 2, activation).dtype == torch.bfloat16
     assert apply_experts(came, experts.weights, 2, activation, dtype=torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize("float8", [False, True], ids=["plain-weights", "float8-weights"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_sum_is_quantized_as_the_specification_says(name: str, float8: bool) -> None:
+    experts, _, plain = pair(CASES[name], float8=float8)
+    assert not differing_terms(*quantized_terms(experts, plain, 19))
 
 
 WRONG = {
@@ -108,3 +115,46 @@ def test_a_layer_of_quantized_rows_is_near_one_of_plain_rows(on_ranks: RankPools
 def test_a_layer_of_quantized_rows_over_symmetric_memory(on_ranks: RankPools, float8: bool) -> None:
     for [error] in on_ranks(layers, 2, "p2p", float8, env={"TRITON_INTERPRET": "1"}, timeout_s=120):
         assert error == 0 if float8 else 1e-3 < error < 0.06
+
+
+# --- combine in float8 ------------------------------------------------------------------------------------------------
+
+
+def float8_terms(group: tf.EPGroup, transport: str, dispatch_format: str) -> tuple[float, bool]:
+    """How far a layer is whose terms travel in float8, and whether its bits are those of terms quantized by themselves."""
+    config = tf.MoEConfig(hidden_size=H, num_experts=NUM_EXPERTS, topk=2)
+    hidden = torch.randn(5, H, generator=torch.Generator().manual_seed(group.rank)).bfloat16().to(group.device)
+    settings = {"transport": transport, "dispatch_format": dispatch_format, "timeout_s": 20}
+    outputs, terms = [], None
+    for combine_dtype in (None, torch.float8_e4m3fn):
+        with tf.Workspace(config, group, max_tokens_per_rank=8, combine_dtype=combine_dtype, **settings) as ws:
+            layer = layer_of(ws, float8=False)
+            with ws.solo():
+                ws.begin_step(2)
+                assert layer(hidden[:2]).shape == (2, H)
+            ws.begin_step(5 - group.rank, 4 - group.rank)
+            outputs.append(layer(hidden[: 4 - group.rank]))
+            ws.begin_step(4 - group.rank)
+            weights, idx = layer.router(hidden[: 4 - group.rank])
+            got = layer.dispatcher.dispatch(hidden[: 4 - group.rank], idx, weights)
+            sums = layer.experts(got, out=torch.empty(got.hidden.shape, device=group.device))
+            terms = layer.dispatcher.combine(sums, got)
+    plain, quantized = outputs
+    near = ((quantized.float() - plain.float()).norm() / plain.float().norm()).item()
+    return near, same_bits(quantized, terms)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("dispatch_format", ["same", "fp8_block128"])
+@pytest.mark.parametrize(("world_size", "transport"), [(1, "local"), (2, "collective")], ids=["EP1", "EP2"])
+def test_a_layer_whose_terms_are_float8(on_ranks: RankPools, world_size: int, transport: str, dispatch_format: str) -> None:
+    for error, is_same in on_ranks(float8_terms, world_size, transport, dispatch_format):
+        assert is_same and 1e-3 < error < 0.06
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dispatch_format", ["same", "fp8_block128"])
+def test_a_layer_whose_terms_are_float8_over_symmetric_memory(on_ranks: RankPools, dispatch_format: str) -> None:
+    given = ("p2p", dispatch_format)
+    for error, is_same in on_ranks(float8_terms, 2, *given, env={"TRITON_INTERPRET": "1"}, timeout_s=120):
+        assert is_same and 1e-3 < error < 0.06

@@ -12,7 +12,7 @@ import torch
 
 from plain_moe import plain_route
 from tokenferry.errors import ConfigError, DtypeError, ShapeError
-from tokenferry.router import NOT_LOADED, Router, RouterConfig, route
+from tokenferry.router import NOT_LOADED, Router, RouterConfig, few_rows, route
 
 DEEPSEEK = {
     "score_function": "sigmoid",
@@ -285,6 +285,11 @@ def test_neither_a_switched_off_expert_nor_one_of_a_third_group_is_chosen(correc
     assert weights[0][is_off].tolist() == [0.0] * int(is_off.sum())
     if not is_off.all():
         assert weights[0].sum().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("num_experts", "hidden_size", "most"), [(8, 4096, 64), (32, 2880, 64), (128, 2048, 48), (256, 7168, 6)])
+def test_the_kernel_for_few_rows_serves_where_it_is_the_faster_one(num_experts: int, hidden_size: int, most: int) -> None:
+    assert few_rows(num_experts, hidden_size) == most
 
 
 def test_a_copy_has_no_loaded_kernel() -> None:

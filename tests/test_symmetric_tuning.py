@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tokenferry as tf
+from tokenferry.dispatched import SAME, RowFormat
 from tokenferry.transports.symmetric.bound_launches import BoundLaunches
 from tokenferry.transports.symmetric.layout import MAX_PROGRAMS, Layout, plan
 from tokenferry.transports.symmetric.tuning import (
@@ -17,6 +18,8 @@ from tokenferry.transports.symmetric.tuning import (
     choose_few_tokens,
     choose_grid,
     choose_tuning,
+    max_registers_of,
+    packets_per_row,
     tuning_for,
 )
 
@@ -30,6 +33,7 @@ def settings(
         config=tf.MoEConfig(hidden_size=hidden_size, num_experts=64, topk=8),
         group=types.SimpleNamespace(device=torch.device(device), size=ep_size),
         combine_dtype=torch.bfloat16,
+        dispatch_format=SAME,
         max_tokens_per_rank=max_tokens_per_rank,
         max_ctas=max_ctas,
     )
@@ -108,6 +112,36 @@ def test_the_interpreter_runs_one_program() -> None:
     tuning = choose_tuning(on_cpu, layout_of(on_cpu))
     assert tuning == INTERPRETED
     assert choose_grid(on_cpu, layout_of(on_cpu), tuning, resident=1, is_virtual=False) == 1
+
+
+@pytest.mark.parametrize(
+    ("dispatch_format", "combine_dtype", "expected"),
+    [
+        ("same", torch.bfloat16, 896 + 5),
+        ("fp8_block128", torch.bfloat16, 896 + 5),
+        ("fp8_block128", torch.float8_e4m3fn, 448 + 5),
+        ("same", torch.float8_e4m3fn, 896 + 5),
+        ("same", torch.float32, 1792 + 5),
+    ],
+    ids=["bfloat16", "fp8-dispatch", "fp8-both", "fp8-combine", "float32-terms"],
+)
+def test_a_row_has_the_threads_of_its_formats(dispatch_format: str, combine_dtype: torch.dtype, expected: int) -> None:
+    of = settings(4096)
+    of.dispatch_format, of.combine_dtype = RowFormat.of(dispatch_format), combine_dtype
+    assert packets_per_row(of) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_warps", "combine_dtype", "expected"),
+    [(16, torch.bfloat16, 64), (8, torch.bfloat16, 64), (16, torch.float8_e4m3fn, 64), (8, torch.float8_e4m3fn, 128)],
+    ids=["bfloat16-16-warps", "bfloat16-8-warps", "fp8-16-warps", "fp8-8-warps"],
+)
+def test_a_combine_of_float8_terms_has_more_registers_where_programs_are_small(
+    num_warps: int, combine_dtype: torch.dtype, expected: int
+) -> None:
+    of = settings(4096)
+    of.combine_dtype = combine_dtype
+    assert max_registers_of(of, Tuning(num_warps=num_warps, max_programs=264)) == expected
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,12 @@ def test_the_ranks_that_are_left_have_a_moment_to_name_it(file: Path) -> None:
     assert reasons.told() == "tokenferry: rank 1 failed"
 
 
+def test_new_engines_do_not_inherit_the_reason_of_those_before(file: Path) -> None:
+    reasons.tell("rank 1 failed")
+    wrapped_manager(None)
+    assert reasons.told() is None
+
+
 def test_an_engine_waits_for_the_reason_before_it_says_that_it_is_dead(file: Path) -> None:
     threading.Timer(0.2, reasons.tell, ["rank 1 failed"]).start()
     assert dead_engine(True).said == "tokenferry: rank 1 failed"

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -146,8 +147,22 @@ def run_logits(group: tf.EPGroup, dtype: torch.dtype) -> None:
     assert ours.calls == []
 
 
-def run_fallbacks(group: tf.EPGroup) -> dict[str, list[str]]:
-    """Which of vLLM's own calls carry what ours cannot; a forward that ours carries follows each."""
+@contextlib.contextmanager
+def logged() -> Iterator[list[str]]:
+    """What the plug-in logs within it."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger(LOGGER).addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logging.getLogger(LOGGER).removeHandler(handler)
+
+
+def run_fallbacks(group: tf.EPGroup) -> dict[str, tuple[list[str], list[str]]]:
+    """Which of vLLM's own calls carry what ours cannot, and what is logged of it, twice each; a forward that ours carries follows
+    each."""
     _, ours = managers(group, {})
     sizes = [3, 5]
     hidden, weights, ids = rows(group.rank, sizes[group.rank], 0, torch.bfloat16)
@@ -164,13 +179,15 @@ def run_fallbacks(group: tf.EPGroup) -> dict[str, list[str]]:
     }
     outcome = {}
     for name, call in calls.items():
-        ours.calls.clear()
-        with forward(sizes):
-            gathered = call()[0].real.to(torch.bfloat16)
-            assert ours.combine(gathered).shape == hidden.shape
-            outcome[name] = list(ours.calls)
-            assert ours.combine(ours.dispatch(hidden, weights, ids)[0]).shape == hidden.shape
-            assert ours.calls == outcome[name], f"after {name}: vLLM's own gathers carried rows that ours can"
+        with logged() as lines:
+            for _ in range(2):
+                ours.calls.clear()
+                with forward(sizes):
+                    gathered = call()[0].real.to(torch.bfloat16)
+                    assert ours.combine(gathered).shape == hidden.shape
+                    outcome[name] = list(ours.calls), lines
+                    assert ours.combine(ours.dispatch(hidden, weights, ids)[0]).shape == hidden.shape
+                    assert ours.calls == outcome[name][0], f"after {name}: vLLM's own gathers carried rows that ours can"
     return outcome
 
 
@@ -233,16 +250,13 @@ def run_worker_beside_other_managers(group: tf.EPGroup) -> dict[str, list[str]]:
     from tokenferry.integrations.vllm import Worker
 
     communicator = sys.modules[PARALLEL_STATE].groups["ep"].device_communicator
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger(LOGGER).addHandler(handler)
     outcome = {}
-    for name, manager, settings in (("ours", ours, {}), ("another", stock, {}), ("another, off", stock, False)):
-        communicator.all2all_manager = manager
-        Worker(None, fake_config(settings)).init_device()
-        outcome[name] = lines.copy()
-        lines.clear()
+    with logged() as lines:
+        for name, manager, settings in (("ours", ours, {}), ("another", stock, {}), ("another, off", stock, False)):
+            communicator.all2all_manager = manager
+            Worker(None, fake_config(settings)).init_device()
+            outcome[name] = lines.copy()
+            lines.clear()
     return outcome
 
 

@@ -48,14 +48,14 @@ OF_HOST_LOGIC = (
     ),
     Mutant(
         "the-library-rounds-sums-to-the-wires-dtype",
-        f"{_TRANSPORTS}/collective/transport.py",
+        f"{_TRANSPORTS}/collective/reducing.py",
         "settings.combine_dtype in (torch.float32, settings.result_dtype)",
         "settings.combine_dtype.is_floating_point",
         (f"{LIBRARY}::test_two_ranks_keep_the_bits_of_the_reference[a-sum-that-the-wire-would-round]",),
     ),
     Mutant(
         "the-library-sums-for-three-ranks",
-        f"{_TRANSPORTS}/collective/transport.py",
+        f"{_TRANSPORTS}/collective/reducing.py",
         "has_one_order = settings.group.size == 2",
         "has_one_order = settings.group.size >= 2",
         (f"{LIBRARY}::test_other_groups_sum_in_rank_order[EP3]",),

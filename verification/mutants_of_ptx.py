@@ -18,8 +18,8 @@ OF_PTX = (
     Mutant(
         "flag-is-not-acquired",
         f"{_KERNELS}/wire_ptx.py",
-        "W: ld.acquire.sys.global.b64 %v, [$1];",
-        "W: ld.relaxed.sys.global.b64 %v, [$1];",
+        "W: ld.acquire.sys.global.b64 %v, [{flag}];",
+        "W: ld.relaxed.sys.global.b64 %v, [{flag}];",
         (f"{ORDER}test_flags_are_released_and_acquired[combine-90]",),
     ),
     Mutant(

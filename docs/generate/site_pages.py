@@ -23,6 +23,8 @@ API = {
     "tokenferry.shared_experts": "Experts that every token goes to.",
     "tokenferry.fixed_linear": "Linear layers whose rows do not depend on the batch.",
     "tokenferry.activations": "What stands between the two products of an expert.",
+    "tokenferry.telemetry": "What ranks wait for, and where tokens go.",
+    "tokenferry.placement": "Where experts should live, and whether moving them would pay.",
     "tokenferry.testing": "Rank processes for tests, and comparison of bits.",
     "tokenferry.supervisor": "Rank processes under one supervisor.",
     "tokenferry.transports.base": "For transports of your own.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Self
 
 import torch
@@ -59,8 +59,9 @@ class QuantizedRows:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[R, H] of `dtype`: the products in float32, each rounded once. A new tensor."""
-        spread = self.scales.repeat_interleave(SCALE_BLOCK, 1)[:, : self.values.shape[1]]
-        return (self.values.to(torch.float32) * spread).to(dtype)
+        # Not by repeat_interleave and a cut: there torch 2.13's inductor reads other memory for a shorter last block (on CPUs).
+        block = torch.arange(self.values.shape[1], dtype=torch.int64, device=self.values.device) // SCALE_BLOCK
+        return (self.values.to(torch.float32) * self.scales.index_select(1, block)).to(dtype)
 
 
 HiddenRows = torch.Tensor | QuantizedRows
@@ -111,6 +112,10 @@ class RowFormat:
         if not isinstance(given, str):
             raise ConfigError(f"dispatch_format must be a RowFormat or one of {', '.join(FORMAT_NAMES)}, got {given!r}")
         return cls(name=given)  # type: ignore[arg-type]
+
+    def resolved(self, config: MoEConfig) -> RowFormat:
+        """The same with `row_bytes` in numbers where the configuration would give them: equal formats are equal then."""
+        return replace(self, row_bytes=self.columns(config)) if self.name == "bytes" else self
 
     def __str__(self) -> str:
         """As errors name it."""

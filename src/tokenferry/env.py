@@ -107,8 +107,34 @@ class VllmSettings:
     )
 
 
-Settings = TypeVar("Settings", DebugSettings, CacheSettings, TorchrunSettings, TritonSettings, RankProcessSettings, VllmSettings)
-CONCERNS: Final = (DebugSettings, CacheSettings, TorchrunSettings, TritonSettings, RankProcessSettings, VllmSettings)
+@dataclass(frozen=True, kw_only=True)
+class TelemetrySettings:
+    """Whether workspaces count what they wait for where their caller does not say."""
+
+    enabled: bool = _variable(
+        "TOKENFERRY_TELEMETRY", "1: open workspaces with telemetry, also those that an integration opens", _flag, False
+    )
+
+
+Settings = TypeVar(
+    "Settings",
+    DebugSettings,
+    CacheSettings,
+    TorchrunSettings,
+    TritonSettings,
+    RankProcessSettings,
+    VllmSettings,
+    TelemetrySettings,
+)
+CONCERNS: Final = (
+    DebugSettings,
+    CacheSettings,
+    TorchrunSettings,
+    TritonSettings,
+    RankProcessSettings,
+    VllmSettings,
+    TelemetrySettings,
+)
 
 
 @dataclass(frozen=True)
@@ -184,6 +210,11 @@ def nccl_errors_stay_ours() -> Iterator[None]:
         yield
     finally:
         _put_back(before)
+
+
+def turn_telemetry_on() -> None:
+    """For what this process opens from here on, also within an integration: see `TelemetrySettings`."""
+    os.environ["TOKENFERRY_TELEMETRY"] = "1"
 
 
 def hand_down_vllm_reason_file(name: str) -> None:

@@ -21,7 +21,7 @@ Messages say what is wrong, with both numbers where there are two, and what to d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 Phase = Literal["open", "not-entered", "data-missing", "counts-disagree", "reset"]
 """Where a peer was missed: while opening, at the start of a step, in the middle of one, off by a step, in a reset."""
@@ -127,6 +127,17 @@ class PeerError(TokenferryError, RuntimeError):
     rank: int
     phase: Phase
     step: int
+    waits: tuple[Any, ...] = ()
+    """With telemetry: the last steps (`telemetry.StepRecord`), the oldest first, with what this rank waited for each peer."""
+    reading: str = ""
+    """With telemetry: these in one line, as in "rank 3 was last to enter in 97 of the last 100 steps, by 4.1 ms"."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}; {self.reading}" if self.reading else super().__str__()
+
+    def _seen(self) -> dict[str, Any]:
+        """What telemetry adds, for a copy."""
+        return {"waits": self.waits, "reading": self.reading} if self.waits else {}
 
 
 class PeerTimeoutError(PeerError):
@@ -151,8 +162,8 @@ class PeerTimeoutError(PeerError):
             + "; look at that rank's log, then call reset() on every rank that goes on"
         )
 
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.rank, self.phase, self.step, self.layer, self.waited_s, self.detail)
+    def __reduce__(self) -> tuple[type, tuple[object, ...], dict[str, Any]]:
+        return type(self), (self.rank, self.phase, self.step, self.layer, self.waited_s, self.detail), self._seen()
 
 
 class PeerFailedError(PeerError):
@@ -170,8 +181,8 @@ class PeerFailedError(PeerError):
         what = f"the ranks disagree in step {step}" if phase == "counts-disagree" else f"{_named(rank)} failed in step {step}"
         super().__init__(f"{what}: {reason}; call reset() on every rank that goes on")
 
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.rank, self.reason, self.step, self.phase)
+    def __reduce__(self) -> tuple[type, tuple[object, ...], dict[str, Any]]:
+        return type(self), (self.rank, self.reason, self.step, self.phase), self._seen()
 
 
 def _named(rank: int) -> str:

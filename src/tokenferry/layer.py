@@ -12,7 +12,6 @@ from typing import Any, Literal, NoReturn, SupportsIndex, get_args
 import torch
 from torch import nn
 
-from tokenferry.dispatched import QuantizedRows
 from tokenferry.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError, check_kind, refuse_pickling
 from tokenferry.experts import Experts
 from tokenferry.fixed_linear import FixedLinear
@@ -184,8 +183,7 @@ class MoELayer(nn.Module):
             gathered = self.dispatcher.dispatch_end()
         else:
             gathered = self.dispatcher.dispatch(routed_TD, topk_idx_TK, topk_weights_TK)
-        terms_RD = self.dispatcher.combine_input()
-        partial_RD = self.experts(gathered, out=None if isinstance(terms_RD, QuantizedRows) else terms_RD)
+        partial_RD = self.experts(gathered, out=self.dispatcher.combine_input())
         output: torch.Tensor = self.dispatcher.combine(partial_RD, gathered)
         if self.latent_up is not None:
             output = self.latent_up(output)

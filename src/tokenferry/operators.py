@@ -127,6 +127,11 @@ class Operators:
         self.handle = object()
         """Stands for the handle of a dispatch that is made in compiled code."""
         fixed = transport.fixed_rows
+        self._copied_rows: int | None = None
+        """R, where dispatches in compiled code return copies of what lies at fixed addresses: quantized rows, since inductor
+        gives an operator copies of buffers that are read as float8."""
+        if fixed is not None and self._is_quantized:
+            self._copied_rows, fixed = fixed.hidden_RH.shape[0], None
         self.fixed = None if fixed is None else _fixed_tensors(fixed)
         self.fixed_addresses = [tensor.data_ptr() for tensor in self.fixed] if self.fixed is not None else None
 
@@ -156,19 +161,22 @@ class Operators:
         given = values, topk_idx, topk_weights.detach(), scales
         valid_tokens = self.counts[:1]
         if self.fixed is not None:
-            if self._is_quantized:  # inductor gives an operator copies of buffers that are read as float8
-                raise UsageError(
-                    "torch.compile does not pass through 'fp8_block128' rows of a symmetric transport; call it outside"
-                )
             out, idx, weights = self.fixed
             _DISPATCH_FIXED(self.order, out, idx, weights, *given, self._number, layer)
             return Dispatched(hidden=out, topk_idx=idx, topk_weights=weights, valid_tokens=valid_tokens, handle=self.handle)
-        num_rows = None if self._rows_per_token is None else num_tokens * self._rows_per_token
+        num_rows = self._copied_rows
+        if num_rows is None and self._rows_per_token is not None:
+            num_rows = num_tokens * self._rows_per_token
         out, idx, weights, out_scales = _DISPATCH_FRESH(
             self.order, *given, self._number, layer, num_rows, self._index_dtype, self._is_quantized
         )
         rows = QuantizedRows(out, out_scales) if self._is_quantized else out
         return Dispatched(hidden=rows, topk_idx=idx, topk_weights=weights, valid_tokens=valid_tokens, handle=self.handle)
+
+    @property
+    def copies(self) -> bool:
+        """Whether what a dispatch returns lies in the workspace's buffers, of which compiled code gets copies."""
+        return self._copied_rows is not None
 
     def combine(self, layer: int, partial: PartialRows, num_rows: int) -> torch.Tensor:
         """Combines into `num_rows` rows."""
@@ -249,14 +257,16 @@ def _dispatch_fresh(
     index_dtype: torch.dtype,
     quantized: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows = _rows_of(hidden, scales)
-    got = _WORKSPACES.find(workspace).dispatcher_at(layer).dispatch(rows, topk_idx, topk_weights)
+    callee = _WORKSPACES.find(workspace)
+    got = callee.dispatcher_at(layer).dispatch(_rows_of(hidden, scales), topk_idx, topk_weights)
     values, scales_got = (got.hidden.values, got.hidden.scales) if quantized else (got.hidden, hidden.new_empty(0))
     if num_rows is not None:
         _with_rows("dispatch", values, num_rows)
     given = [t.untyped_storage().data_ptr() for t in (hidden, topk_idx, topk_weights, scales) if t is not None]
     fresh = [
-        tensor.clone() if tensor.untyped_storage().data_ptr() in given else tensor
+        tensor.clone(memory_format=torch.contiguous_format)
+        if callee.operators.copies or tensor.untyped_storage().data_ptr() in given
+        else tensor
         for tensor in (values, got.topk_idx, got.topk_weights, scales_got)
     ]
     return fresh[0], fresh[1], fresh[2], fresh[3]
@@ -326,8 +336,7 @@ def _copied(callee: Callee) -> UsageError:
 
 def _fixed_tensors(gathered: Gathered) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     hidden = gathered.hidden_RH
-    rows = hidden.values.view(torch.uint8) if isinstance(hidden, QuantizedRows) else hidden  # dlpack may know no float8
-    return _alone(rows), _alone(gathered.topk_idx_RK), _alone(gathered.topk_weights_RK)
+    return _alone(hidden), _alone(gathered.topk_idx_RK), _alone(gathered.topk_weights_RK)
 
 
 def _rows_of(hidden: torch.Tensor, scales: torch.Tensor | None) -> HiddenRows:

@@ -225,12 +225,21 @@ class PeerCalls:
 
     def record_failure(self, error: PeerError) -> None:
         """Breaks the workspace: every later call raises `error`, until a reset."""
+        self._add_waits(error)
         self.lifecycle.fail(error)
+
+    def _add_waits(self, error: BaseException) -> None:
+        """What telemetry has seen of the last steps, for a peer's error that does not carry it yet."""
+        recorder = self._settings.recorder
+        if recorder is not None and isinstance(error, PeerError) and not error.waits:
+            with logged("the waits of the last steps could not be read"):
+                error.waits, error.reading = recorder.last_waits()
 
     def settle_failure(self, operation: str, error: BaseException) -> None:
         """Called as `error` leaves `operation`. Where nothing was launched, the workspace stands where it stood (after
         `begin_step` without a step). Else it is broken, and the peers, who wait for what will not come, are told; in a capture,
         where nothing runs, neither: the step is forgotten."""
+        self._add_waits(error)
         self.lifecycle.settle(operation, error, self._lease, self._left_in_doubt)
 
     def _left_in_doubt(self) -> bool:

@@ -22,8 +22,10 @@ from tokenferry.lifecycle import Lease, Lifecycle, Stage, logged
 from tokenferry.operators import Operators, take_number
 from tokenferry.peers import position_of
 from tokenferry.step import Step, StepRequest, StepTensors, checked_counts
+from tokenferry.telemetry.control import Telemetry
 from tokenferry.transports import selection
 from tokenferry.transports.base import CombineOrder, Counts, TransportFactory, TransportSettings
+from tokenferry.transports.counting import new_recorder
 from tokenferry.transports.opening import open_together, required_bytes
 from tokenferry.transports.settings import check_dtypes, check_kinds, check_positive_ints, check_reset, check_settings
 
@@ -58,6 +60,8 @@ class Workspace(GraphCalls):
         max_ctas: bound on the thread blocks of a kernel, for workspaces that share a GPU; None: chosen from shape and group.
         result_dtype: of combined rows. Default: `config.dtype`; float32 leaves the sums as they are, for a caller who adds to
             them before they are rounded.
+        telemetry: whether waits, rows and loads are counted: see `telemetry`. None: as TOKENFERRY_TELEMETRY says. Without it the
+            kernels have none of it compiled in. Ranks may differ.
 
     Raises:
         ConfigError: a setting is wrong, differs between ranks, or there are fewer experts than ranks.
@@ -82,6 +86,7 @@ class Workspace(GraphCalls):
         open_timeout_s: float = 300.0,
         max_ctas: int | None = None,
         result_dtype: torch.dtype | None = None,
+        telemetry: bool | None = None,
     ) -> None:
         check_kinds(config, group)
         super().__init__()
@@ -110,6 +115,9 @@ class Workspace(GraphCalls):
         self.number = take_number(group)
         """Its place in the order of opening, by which compiled code finds it; it stays through `reset()`."""
         self._requested = transport
+        self._with_telemetry = env.read(env.TelemetrySettings).enabled if telemetry is None else bool(telemetry)
+        self.telemetry = Telemetry()
+        """What it counts: `snapshot()`, `trace(path)` and more, if it was opened so."""
         self.lifecycle = Lifecycle()
         self.attached = {}
         self._num_layers = 0
@@ -122,6 +130,8 @@ class Workspace(GraphCalls):
         settings = self._settings
         start = time.monotonic()
         group = settings.group
+        if self._with_telemetry:
+            settings = dataclasses.replace(settings, recorder=new_recorder(settings))
         with plain_torch(group.device):
             self._step_tensors = StepTensors(group.rank, group.size, group.device)
             opened = open_together(self._requested, settings, self._step_tensors, phase)
@@ -129,6 +139,7 @@ class Workspace(GraphCalls):
             settings, timeout_s = opened.settings, self._settings.timeout_s
             self._settings, self._lease = settings, Lease(opened.transport)
         self.transport, self.decisions = opened.name, opened.decisions
+        self.telemetry.follow(settings.recorder, group)
         try:
             with plain_torch(group.device):
                 self.operators = Operators(self.number, settings, self._transport, self._step_tensors.packed)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tokenferry as tf
+from quantized_experts import differing_terms, quantized_terms
 from test_experts import Case
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched
@@ -55,6 +56,13 @@ def test_rows_that_come_quantized_give_the_same_bits(name: str, num_rows: int) -
     _, ours, rows = both(name, num_rows)
     rows = on_gpu(rows)
     assert torch.equal(ours(quantized(rows)), ours(rows))
+
+
+@pytest.mark.parametrize("num_rows", [FEW, MANY], ids=["few", "many"])
+@pytest.mark.parametrize("name", ["swiglu", "relu-last-part-short"])
+def test_the_sum_is_quantized_as_the_specification_says(name: str, num_rows: int) -> None:
+    _, ours, rows = both(name, num_rows)
+    assert not differing_terms(*quantized_terms(ours, on_gpu(rows), num_rows))
 
 
 @pytest.mark.parametrize("name", ["swiglu", "interleaved"])

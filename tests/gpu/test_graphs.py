@@ -35,7 +35,10 @@ SETUPS = [
     Setup(transport="p2p", dtype=BF16, partial_rows=600),
     Setup(transport="p2p", dtype=BF16, draft="rows"),
     Setup(transport="p2p", dtype=BF16, draft="step"),
+    Setup(transport="p2p", dtype=BF16, dispatch_format="fp8_block128", float8=True, shared=True, overlap="between"),
+    Setup(transport="p2p", dtype=BF16, dispatch_format="fp8_block128", draft="rows"),
     Setup(transport="collective", dtype=BF16, shared=True, overlap="stream"),
+    Setup(transport="collective", dtype=BF16, dispatch_format="fp8_block128", float8=True, counts="equal"),
     Setup(transport="collective", dtype=BF16, counts="equal"),
     Setup(transport="collective", dtype=BF16, draft="step"),
 ]
@@ -70,13 +73,14 @@ def test_500_random_steps_in_constant_memory(on_ranks: RankPools, transport: str
 # --- bits -----------------------------------------------------------------------------------------------------------------
 
 
-def graph_and_eager(group: tf.EPGroup, transport: str) -> list[str]:
+def graph_and_eager(group: tf.EPGroup, transport: str, dispatch_format: str = "same") -> list[str]:
     """Names what differs: eager against graph, and the three ways of overlap, same inputs and same counts."""
     found = []
     for latent in (False, True):
         outputs = {}
         for overlap in ("off", "between", "stream"):
-            setup = Setup(transport=transport, dtype=BF16, shared=True, latent=latent, overlap=overlap, layers=2)
+            settings = {"latent": latent, "dispatch_format": dispatch_format, "float8": dispatch_format != "same"}
+            setup = Setup(transport=transport, dtype=BF16, shared=True, overlap=overlap, layers=2, **settings)
             with open_workspace(group, setup) as ws:
                 forward = Forward(setup, ws)
                 rows = forward.pool[:64]
@@ -97,6 +101,12 @@ def graph_and_eager(group: tf.EPGroup, transport: str) -> list[str]:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_graphs_and_overlaps_give_the_bits_of_the_eager_forward(on_ranks: RankPools, transport: str) -> None:
     assert on_ranks(graph_and_eager, 2, transport, backend="nccl", timeout_s=180) == [[], []]
+
+
+@two_gpus
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_so_do_graphs_of_quantized_rows(on_ranks: RankPools, transport: str) -> None:
+    assert on_ranks(graph_and_eager, 2, transport, "fp8_block128", backend="nccl", timeout_s=180) == [[], []]
 
 
 # --- no synchronisation ---------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import torch
 
 import tokenferry as tf
 from quantiser import difficult_rows
+from tokenferry.experts import quantize_weights
 from tokenferry.kernels.expert_quantize import quantize_rows_kernel
 from tokenferry.testing.numeric import first_difference
 
@@ -45,3 +46,11 @@ def test_the_experts_quantize_rows_to_the_bits_of_the_specification(dtype: torch
     constants = {"L": 1, "X": columns, "IS_FIRST_PRODUCT": True, "MIN_ROWS": 1, "LANES": 1, "PDL": 0}
     quantize_rows_kernel[(64,)](rows.cuda(), count, count, values, scales, 0, num_rows, **constants)
     same_as_specified(values, scales, rows)
+
+
+def test_weights_are_quantized_to_the_bits_of_the_cpu() -> None:
+    """CUDA multiplies by the reciprocal of a number that it is told to divide by."""
+    weights = torch.randn(3, 400, 272, generator=torch.Generator().manual_seed(1))
+    (values, scales), (wanted, wanted_scales) = quantize_weights(weights.cuda()), quantize_weights(weights)
+    assert not first_difference(scales.cpu().view(torch.int32), wanted_scales.view(torch.int32))
+    assert not first_difference(values.cpu().view(torch.uint8), wanted.view(torch.uint8))

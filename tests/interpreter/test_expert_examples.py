@@ -55,16 +55,39 @@ def sum_example(group: tf.EPGroup) -> list[list[float]]:
     out = torch.full((3, 1), 7.0)
     valid = torch.tensor([2], dtype=torch.int32)
     scale = torch.tensor([2.0])
-    constants = {"L": 2, "H": 1, "BLOCK": 2, "PDL": 0}
-    expert_sum.expert_sum_kernel[(2,)](outputs, idx, weights, valid, out, 0, 3, 0, scale, 0.0, K=3, NORM=False, **constants)
+    constants = {"L": 2, "H": 1, "BLOCK": 2, "QUANTIZES": False, "PDL": 0}
+    unread = (valid, 0)
+    expert_sum.expert_sum_kernel[(2,)](
+        outputs, idx, weights, valid, out, *unread, 0, 3, 0, scale, 0.0, K=3, NORM=False, **constants
+    )
     one, seven, normed = torch.tensor([[2.0]]), torch.tensor([[7.0]]), torch.zeros(1, 1)
     first = idx[:1, :1].contiguous()
-    expert_sum.expert_sum_kernel[(1,)](one, first, seven, valid, normed, 0, 1, 0, scale, 48.0, K=1, NORM=True, **constants)
+    expert_sum.expert_sum_kernel[(1,)](
+        one, first, seven, valid, normed, *unread, 0, 1, 0, scale, 48.0, K=1, NORM=True, **constants
+    )
     return out.tolist() + normed.tolist()
 
 
 def test_sum_kernel() -> None:
     assert run_ranks(sum_example, 1, env=INTERPRETER) == [[[3.0], [0.0], [7.0], [3.5]]]
+
+
+def quantized_sum_example(group: tf.EPGroup) -> tuple[list[float], list[list[float]]]:
+    outputs, out = torch.zeros(2, 130), torch.full((2, 130), 2.0).to(torch.float8_e4m3fn)
+    outputs[0, :2] = torch.tensor([224.0, -448.0])
+    idx, weights = torch.zeros(2, 1, dtype=torch.int32), torch.full((2, 1), 2.0)
+    valid, scales = torch.tensor([1], dtype=torch.int32), torch.full((2, 4), 7.0)
+    expert_sum.expert_sum_kernel[(1,)](
+        outputs, idx, weights, valid, out, scales, 4, 0, 2, 0, valid, 0.0, L=1, K=1, H=130, BLOCK=128, NORM=False,
+        QUANTIZES=True, PDL=0,
+    )  # fmt: skip
+    return out.float()[:, [0, 1, 2, 129]].flatten().tolist(), scales.tolist()
+
+
+def test_sum_kernel_that_quantizes() -> None:
+    values, scales = run_ranks(quantized_sum_example, 1, env=INTERPRETER)[0]
+    assert values == [224.0, -448.0, 0.0, 0.0, 2.0, 2.0, 2.0, 2.0], "row 1 is beyond V"
+    assert scales == [[2.0, pytest.approx(1e-4 / 448), 7.0, 7.0], [7.0] * 4]
 
 
 def gemm_example(group: tf.EPGroup) -> list[list[list[float]]]:

@@ -15,6 +15,7 @@ from tokenferry.testing import run_ranks
 
 from .test_few_tokens import FewTokensOnly
 from .test_formats import INTERPRETER, SmallSlots, many
+from .test_symmetric import random_steps
 
 pytestmark = pytest.mark.interpreter
 
@@ -58,6 +59,14 @@ MIXED = {
 def test_slots_and_bulk_in_turn(on_ranks: RankPools, name: str, world_size: int) -> None:
     case = slots_and_bulk(world_size, **MIXED[name])
     assert on_ranks(run_case, world_size, case, env=INTERPRETER) == [sum(step.layers for step in case.steps)] * world_size
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long)], ids=["EP2", "EP3"])
+def test_random_steps_in_slots_and_bulk(on_ranks: RankPools, world_size: int) -> None:
+    every = [dataclasses.replace(step, payload="normal") for step in random_steps(world_size, 24, world_size, 7)]
+    steps = tuple(dataclasses.replace(step, quantized_terms=number % 3 > 0) for number, step in enumerate(every))
+    case = Case(hidden_size=144, topk=3, capacity=7, transport=SmallSlots(), combine_dtype=FLOAT8, steps=steps)
+    assert on_ranks(run_case, world_size, case, env=INTERPRETER) == [sum(step.layers for step in steps)] * world_size
 
 
 def test_launches_for_few_tokens(on_ranks: RankPools) -> None:

@@ -69,3 +69,11 @@ def test_without_gpus_it_says_so() -> None:
 
 def test_the_presets_are_those_of_the_page() -> None:
     assert [preset.name for preset in PRESETS] == ["qwen3-30b-a3b", "gpt-oss-20b", "gpt-oss-120b", "deepseek-v3", "mixtral-8x7b"]
+
+
+def test_a_rehearsed_layer_of_packed_experts_is_right_in_each_way(tmp_path: Path) -> None:
+    """transformers' functions get the weights that the packed ones stand for."""
+    path = tmp_path / "layer.jsonl"
+    assert layer_command(2, "tiny-mxfp4", "1", 200.0, path, rehearse=True) == 0
+    for record in records_of(path):
+        assert record["correct"] == dict.fromkeys(("layer", "collective", "grouped_mm", "batched_mm"), True)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 
 import tokenferry as tf
 from cases import CASES, Case, StepCase, run_case, run_layer, same
-from formats import FORMATS
+from formats import FORMATS, FP8_COMBINE
 from rank_pool import RankPools
 from scenarios import PROPERTY, scenarios
 from tokenferry.testing.data import make_inputs
@@ -23,6 +23,12 @@ def test_bits_as_reference(on_ranks: RankPools, name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_bits_as_reference_in_each_format(on_ranks: RankPools, name: str) -> None:
     world_size, case = FORMATS[name]
+    assert on_ranks(run_case, world_size, case) == [sum(step.layers for step in case.steps)] * world_size
+
+
+@pytest.mark.parametrize("name", FP8_COMBINE)
+def test_bits_as_reference_of_float8_terms(on_ranks: RankPools, name: str) -> None:
+    world_size, case = FP8_COMBINE[name]
     assert on_ranks(run_case, world_size, case) == [sum(step.layers for step in case.steps)] * world_size
 
 
@@ -92,6 +98,19 @@ def differing_formats(group: tf.EPGroup) -> str:
 def test_formats_that_differ_are_an_error_on_every_rank(on_ranks: RankPools) -> None:
     said = "rank 0 has 'fp8_block128', rank 1 has 'fp8_block128 with power-of-two scales'; open the workspace with equal settings"
     assert on_ranks(differing_formats, 2)[0] == f"dispatch_format differs between ranks: {said}"
+
+
+def equal_formats(group: tf.EPGroup) -> int:
+    """One rank takes the bytes of a hidden row, the other says the same number."""
+    config = Case().config
+    row_bytes = config.hidden_size * config.dtype.itemsize if group.rank else None
+    with tf.Workspace(config, group, max_tokens_per_rank=4, dispatch_format=tf.RowFormat("bytes", row_bytes=row_bytes)) as ws:
+        return ws.dispatch_format.columns(config)
+
+
+def test_formats_are_compared_and_not_their_spellings(on_ranks: RankPools) -> None:
+    first, second = on_ranks(equal_formats, 2)
+    assert first == second
 
 
 def two_groups(group: tf.EPGroup) -> bool:

@@ -29,6 +29,8 @@ SETUPS = [
     Setup(counts="equal"),
     Setup(draft="rows"),
     Setup(draft="step"),
+    Setup(dispatch_format="fp8_block128", shared=True, draft="rows"),
+    Setup(dispatch_format="fp8_block128", dtype=torch.bfloat16, float8=True, shared=True, overlap="between"),
 ]
 
 

@@ -14,6 +14,7 @@ import torch
 import tokenferry as tf
 from cases import Case, StepCase, run_case
 from rank_pool import RankPools
+from tokenferry.transports.collective import reducing
 from tokenferry.transports.collective import transport as collective
 from tokenferry.transports.collective.gloo import GlooCommunicator
 from tokenferry.transports.collective.messages import Header, Pending
@@ -115,7 +116,7 @@ def test_other_groups_sum_in_rank_order(on_ranks: RankPools, world_size: int, re
 
 def few_bytes_reduced(group: tf.EPGroup) -> tuple[int, int]:
     case = Case(hidden_size=16, dtype=FLOAT32, steps=(StepCase((4, 4)), StepCase((5, 5)), StepCase((1, 1))))
-    with mock.patch.object(collective, "REDUCED_BYTES_OF_TWO", 4 * 16 * 4):
+    with mock.patch.object(reducing, "REDUCED_BYTES_OF_TWO", 4 * 16 * 4):
         return calls_of(group, case)
 
 

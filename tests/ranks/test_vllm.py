@@ -50,11 +50,22 @@ def test_router_logits_arrive_unchanged(dtype: torch.dtype) -> None:
     run_ranks(run_logits, 2, dtype)
 
 
-def test_what_cannot_be_carried_goes_to_vllms_own_gathers() -> None:
-    for calls in run_ranks(run_fallbacks, 2):
-        logits = calls.pop("logits with LoRA mappings")
-        assert logits == ["dispatch_router_logits", "combine"]
-        assert set(map(tuple, calls.values())) == {("dispatch", "combine")} and len(calls) == 6
+def test_what_cannot_be_carried_goes_to_vllms_own_gathers_with_a_line_in_the_log() -> None:
+    words = {
+        "sequence parallel": "sequence parallelism",
+        "LoRA mappings": "LoRA mappings",
+        "LoRA mappings of float8 rows": "",
+        "one scale of each rank's rows": "scales of quantized rows",
+        "complex rows": "hidden rows of torch.complex64",
+        "double weights": "weights or logits of torch.float64",
+        "logits with LoRA mappings": "",
+    }
+    for outcome in run_ranks(run_fallbacks, 2):
+        assert outcome.keys() == words.keys()
+        for name, (calls, lines) in outcome.items():
+            assert calls == ["dispatch_router_logits" if name.startswith("logits") else "dispatch", "combine"]
+            assert len(lines) == bool(words[name]), f"{name}: a line for a reason, once"
+            assert all(words[name] in line for line in lines)
 
 
 @pytest.mark.parametrize("logits", [False, True], ids=["experts", "logits"])

@@ -144,7 +144,7 @@ def _measurement(
     timer: GroupTimer, model: LayerModel, transport: str, stack: ExitStack, rates: dict[str, float]
 ) -> tuple[Callable[[int], Record], str]:
     """What measures a point of the model, and the transport. Collective."""
-    if model.experts is not model.bfloat16_experts:
+    if model.float8:
         layers = FormatLayers(model, transport, stack)
         return (lambda count: layers.measure(timer, count, rates)), layers.transport
     ours, collective = (stack.enter_context(model.open(name)) for name in (transport, "collective"))
@@ -193,7 +193,7 @@ def _transformers_times(
         record[f"{name}_us"] = None
         if name == "batched_mm" and num_valid * preset.topk * weight_bytes > MAX_WEIGHT_COPY_BYTES:
             continue
-        layer = model.layer(ws, TransformersExperts(model.experts, function, num_valid))
+        layer = model.layer(ws, TransformersExperts(model.bfloat16_experts, function, num_valid))
         try:
             total_us, outputs = time_layer(timer, ws, layer, rows)
         except (RuntimeError, TypeError) as error:  # another version's function, or one that cannot be captured

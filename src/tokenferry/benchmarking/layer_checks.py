@@ -33,7 +33,7 @@ def experts_floor(timer: GroupTimer, model: LayerModel, count: int, rates: dict[
         num_pairs += local.numel()
     expert_size = 3 * preset.hidden_size * preset.intermediate_size
     shared_size = 3 * preset.hidden_size * preset.shared_size
-    num_bytes = model.experts.up_proj.element_size() * expert_size * num_touched / POSITIONS + 2 * shared_size
+    num_bytes = model.bytes_per_weight * expert_size * num_touched / POSITIONS + 2 * shared_size
     flop = 2 * (expert_size * num_pairs / POSITIONS + shared_size * count)
     floor_us = max(num_bytes / rates["read_gb_per_s"] / 1e3, flop / rates["gemm_tflops"] / 1e6)
     return {
@@ -64,7 +64,8 @@ def expected_rows(model: LayerModel, count: int) -> torch.Tensor:
 
 def _term(model: LayerModel, row: torch.Tensor, weights: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
     """The weighted sum over this rank's experts for one row."""
-    experts, local_range = model.experts, model.experts.expert_range
+    experts = model.experts if model.float8 else model.bfloat16_experts
+    local_range = experts.expert_range
     total = torch.zeros(len(row), dtype=torch.float32, device=model.device)
     for weight, expert in zip(weights.tolist(), idx.tolist(), strict=True):
         if expert not in local_range:

@@ -9,7 +9,7 @@ from torch import nn
 
 from tokenferry.benchmarking.presets import Preset
 from tokenferry.config import MoEConfig
-from tokenferry.experts import Experts, ExpertsConfig
+from tokenferry.experts import Experts, ExpertsConfig, mxfp4
 from tokenferry.groups import EPGroup
 from tokenferry.layer import MoELayer
 from tokenferry.router import Router, RouterConfig
@@ -26,11 +26,13 @@ class LayerModel:
 
     Args:
         capacity: the most tokens that a rank brings in the run.
-        float8: the experts' weights are block-scaled float8; those that they were made of are `bfloat16_experts`.
+        float8: the experts' weights are block-scaled float8; those that they were made of are `bfloat16_experts`. For a preset
+            with MXFP4 weights these are what the packed ones stand for.
     """
 
     def __init__(self, group: EPGroup, preset: Preset, capacity: int, *, float8: bool = False) -> None:
         self.group, self.preset, self.device, self._capacity = group, preset, group.device, capacity
+        self.float8 = float8
         torch.manual_seed(1)
         routing = RouterConfig(hidden_size=preset.hidden_size, num_experts=preset.num_experts, topk=preset.topk, **preset.router)
         self.router = Router(routing, dtype=DTYPE, device=self.device)
@@ -48,11 +50,19 @@ class LayerModel:
             self.experts = Experts(sizes, local_range, dtype=DTYPE, device=self.device)
             self.experts.load_state_dict(self.bfloat16_experts.state_dict())
             self.experts.quantize()
+        elif preset.mxfp4:
+            self.experts = Experts(sizes, local_range, dtype=DTYPE, device=self.device)
+            _load_mxfp4(self.experts, self.bfloat16_experts)
         self.shared: SharedExperts | None = None
         if preset.shared_size:
             shared = SharedExpertsConfig(hidden_size=preset.hidden_size, intermediate_size=preset.shared_size)
             torch.manual_seed(1)
             self.shared = SharedExperts(shared, dtype=DTYPE, device=self.device)
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Of the experts, scales of MXFP4 included."""
+        return 4.25 / 8 if self.experts.weights.is_packed else self.experts.up_proj.element_size()
 
     def open(self, transport: str, dispatch_format: str = "same") -> Workspace:
         """A workspace for all numbers of tokens of the run. Collective."""
@@ -74,3 +84,20 @@ class LayerModel:
         generator = torch.Generator(self.device).manual_seed(100 + rank)
         shape = (POSITIONS, count, self.preset.hidden_size)
         return list(torch.randn(shape, generator=generator, device=self.device, dtype=DTYPE).unbind())
+
+
+def _load_mxfp4(packed: Experts, plain: Experts) -> None:
+    """Random MXFP4 weights of about the usual size, and what they stand for."""
+    config, num_experts, device = packed.config, len(packed.expert_range), packed.up_proj.device
+
+    def random(rows: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (num_experts, rows, depth // mxfp4.GROUP)
+        blocks = torch.randint(0, 256, (*shape, mxfp4.GROUP // 2), dtype=torch.uint8, device=device)
+        return blocks, torch.full(shape, 120 if depth > 512 else 122, dtype=torch.uint8, device=device)
+
+    up = random(config.activation.num_columns(config.intermediate_size), config.hidden_size)
+    down = random(config.hidden_size, config.intermediate_size)
+    packed.load_mxfp4(*up, *down, packed.up_bias, packed.down_bias)
+    for matrices, checkpoint in ((plain.up_proj, up), (plain.down_proj, down)):
+        for matrix, blocks, scales in zip(matrices, *checkpoint, strict=True):
+            matrix.copy_(mxfp4.dequantize(blocks, scales))

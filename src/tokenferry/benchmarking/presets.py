@@ -17,6 +17,7 @@ class Preset:
 
     Attributes:
         router: settings of `RouterConfig` beside the sizes.
+        mxfp4: the experts' weights are packed MXFP4.
         shared_size: intermediate size of the shared expert; 0 for none.
     """
 
@@ -28,6 +29,7 @@ class Preset:
     activation: Activation = field(default_factory=Activation)
     bias: bool = False
     shared_size: int = 0
+    mxfp4: bool = False
     router: Any = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -51,6 +53,17 @@ PRESETS: Final = (
         topk=4,
         activation=GPT_OSS_GATE,
         bias=True,
+        router=GPT_OSS,
+    ),
+    Preset(
+        name="gpt-oss-20b-mxfp4",
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_experts=32,
+        topk=4,
+        activation=GPT_OSS_GATE,
+        bias=True,
+        mxfp4=True,
         router=GPT_OSS,
     ),
     Preset(
@@ -86,6 +99,17 @@ REHEARSAL: Final = (
         topk=2,
         activation=GPT_OSS_GATE,
         bias=True,
+        router=GPT_OSS,
+    ),
+    Preset(
+        name="tiny-mxfp4",
+        hidden_size=64,
+        intermediate_size=96,
+        num_experts=8,
+        topk=2,
+        activation=GPT_OSS_GATE,
+        bias=True,
+        mxfp4=True,
         router=GPT_OSS,
     ),
     Preset(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ class Job:
         seed: for random weights. Decoding is greedy and needs none.
         exact: whether experts are called once for each rank that the rows come from; see `from_pretrained`.
         keep_logits: whether answers carry the logits of every new token.
+        telemetry: whether ranks count what they wait for, and tell it.
     """
 
     model: str
@@ -31,6 +33,7 @@ class Job:
     exact: bool = False
     keep_logits: bool = False
     timeout_s: float = 120.0
+    telemetry: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,7 @@ class RankResult:
         experts: the first expert of each layer that this rank holds, and the one after the last.
         num_threads: torch's CPU threads. The last bits of results can depend on their number.
         peak_memory_bytes: the most GPU memory that was held, or on CPUs the most memory of the whole process.
+        telemetry: if the job asks for it: the workspace's "snapshot" and the "shape" of the layers.
     """
 
     rank: int
@@ -77,6 +81,7 @@ class RankResult:
     num_experts: int
     num_threads: int
     peak_memory_bytes: int
+    telemetry: dict[str, Any] | None = None
 
     @property
     def num_prompt_tokens(self) -> int:

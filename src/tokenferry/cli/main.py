@@ -113,6 +113,42 @@ def verify(
 
 
 @app.command()
+def inspect(
+    ranks: options.Ranks = None,
+    model: options.Model = "demo",
+    random_init: options.RandomInit = None,
+    prompts: options.Prompts = None,
+    max_new_tokens: options.MaxNewTokens = 32,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.DeviceOption = options.Device.auto,
+    transport: options.Transport = "auto",
+    seed: options.Seed = 0,
+    output: Path = typer.Option(Path("tokenferry-report"), help="Folder for report.html and the pictures."),
+    json: options.Json = False,
+) -> None:
+    """Run prompts, and report where tokens went, what the ranks waited for, and whether balancing experts would pay."""
+    with one_line_errors():
+        with loading():
+            from tokenferry.cli.inspect import inspect as inspect_run
+            from tokenferry.cli.request import request_of
+
+        request = request_of(
+            "inspect",
+            ranks,
+            model,
+            prompts,
+            max_new_tokens,
+            dtype,
+            device,
+            transport,
+            seed,
+            json,
+            random_init=random_init,
+        )
+        raise typer.Exit(inspect_run(request, output))
+
+
+@app.command()
 def doctor(
     json: options.Json = False,
     selftest: bool = typer.Option(True, "--selftest/--no-selftest", help="Whether transports are opened and tried here."),

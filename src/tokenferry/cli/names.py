@@ -7,9 +7,9 @@ from typing import Final
 
 TRANSPORTS: Final = ("local", "p2p", "nvls", "collective")
 """Of `transports.selection`."""
-PRESETS: Final = ("qwen3-30b-a3b", "gpt-oss-20b", "gpt-oss-120b", "deepseek-v3", "mixtral-8x7b")
+PRESETS: Final = ("qwen3-30b-a3b", "gpt-oss-20b", "gpt-oss-20b-mxfp4", "gpt-oss-120b", "deepseek-v3", "mixtral-8x7b")
 """Of `benchmarking.presets`: one MoE layer each."""
-REHEARSAL_PRESETS: Final = ("tiny", "tiny-oss", "tiny-v3")
+REHEARSAL_PRESETS: Final = ("tiny", "tiny-oss", "tiny-mxfp4", "tiny-v3")
 """The same, for CPUs."""
 MODEL_CONFIGS: Final = ("qwen3-30b-a3b", "gpt-oss-20b", "mixtral-8x7b")
 """Of `testing.model_configs`: whole models."""

@@ -96,7 +96,7 @@ def choose_device(device: Device, num_ranks: int, place: env.TorchrunSettings | 
 
 
 def request_of(
-    command: Literal["generate", "verify"],
+    command: Literal["generate", "verify", "inspect"],
     ranks: int | None,
     model: str,
     prompts: Path | None,

@@ -6,11 +6,12 @@ Legend of shape suffixes: R gathered rows, K choices of a row, H hidden size, L 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from tokenferry.activations import Activation
-from tokenferry.dispatched import Dispatched
+from tokenferry.dispatched import Dispatched, PartialRows
 from tokenferry.errors import ShapeError
 from tokenferry.experts.module import apply_experts
 from tokenferry.experts.scratch import ExpertScratch
@@ -96,7 +97,7 @@ class BorrowedExperts:
             )
 
     @torch.no_grad()
-    def __call__(self, dispatched: Dispatched, out: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, dispatched: Dispatched, out: PartialRows | None = None) -> Any:
         """`apply_experts` with these weights: [R, H] partial rows, in `out` if given."""
         return apply_experts(
             dispatched,

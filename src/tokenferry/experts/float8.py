@@ -34,7 +34,8 @@ def quantize_weights(weights_LYX: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     scales = []
     for expert, matrix_YX in enumerate(weights_LYX):  # one at a time: a float32 copy of all would be four times the result
         largest = _by_block(matrix_YX.float()).abs().amax((1, 3))
-        scale = torch.where(largest > 0, largest / FLOAT8_MAX, 1.0)
+        # By a tensor: CUDA multiplies by the reciprocal of a number, and a scale would differ from the CPU's by its last bit.
+        scale = torch.where(largest > 0, largest / torch.full_like(largest, FLOAT8_MAX), 1.0)
         quantized[expert] = (matrix_YX.float() / _spread(scale, matrix_YX.shape)).to(FLOAT8)
         scales.append(scale)
     return quantized, torch.stack(scales)

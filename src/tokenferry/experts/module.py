@@ -7,7 +7,7 @@ Legend of shape suffixes: R gathered rows, K choices of a row, H hidden size, I 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch import nn
 
 from tokenferry.activations import Activation
 from tokenferry.config import HIDDEN_DTYPES
-from tokenferry.dispatched import FLOAT8, Dispatched, QuantizedRows
+from tokenferry.dispatched import FLOAT8, Dispatched, PartialRows, QuantizedRows
 from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, StateError, check_kind
-from tokenferry.experts import torch_path
+from tokenferry.experts import mxfp4, torch_path
 from tokenferry.experts.float8 import quantize_weights
 from tokenferry.experts.scratch import ExpertScratch
 from tokenferry.experts.weights import ExpertsConfig, ExpertWeights, check_operands, check_out
@@ -34,13 +34,13 @@ def apply_experts(
     weights: ExpertWeights,
     first_expert: int,
     activation: Activation,
-    out: torch.Tensor | None = None,
+    out: PartialRows | None = None,
     *,
     scratch: ExpertScratch | None = None,
     batch_invariant: bool = False,
     max_rows: int | None = None,
     dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+) -> Any:
     """The weighted sum, for each gathered row, over this rank's experts.
 
     Products are in the weights' dtype, the activation in float32 (rounded once), the sum over a row's K choices in float32, in
@@ -53,8 +53,8 @@ def apply_experts(
         weights: of this rank's L experts.
         first_expert: global number of the first of them.
         activation: between the products.
-        out: [R, H] to write into, bfloat16, float16 or float32, e.g. `dispatcher.combine_input()`. None: a new tensor
-            in the dtype of `dispatched.hidden`.
+        out: [R, H] to write into, bfloat16, float16 or float32, or `QuantizedRows`, into which the sum's float32 numbers are
+            quantized as they are made; e.g. `dispatcher.combine_input()`. None: a new tensor in the dtype of `dispatched.hidden`.
         scratch: working memory for the kernels of CUDA tensors; layers that never run at the same time share one. None: the
             library's operators, which are slower and take temporary memory for R·K pairs.
         batch_invariant: with `scratch`: a row's bits do not depend on how many other rows there are.
@@ -110,7 +110,8 @@ class Experts(KeepsPrecision):
     """The routed experts that this rank holds.
 
     Parameters (no gradients): `up_proj` [L, N, H], `down_proj` [L, H, I]; with `config.bias` also `up_bias` [L, N] and
-    `down_bias` [L, H]. After `quantize` the matrices are float8_e4m3fn, with buffers `up_scale` and `down_scale`.
+    `down_bias` [L, H]. After `quantize` the matrices are float8_e4m3fn, with buffers `up_scale` and `down_scale`; after
+    `load_mxfp4` they and their scales are int32, as `tokenferry.experts.mxfp4.pack` makes them.
 
     Args:
         config: the shape, of all experts.
@@ -152,7 +153,8 @@ class Experts(KeepsPrecision):
         if dtype not in HIDDEN_DTYPES:
             raise DtypeError(f"experts take {', '.join(map(str, HIDDEN_DTYPES))}, got {dtype!r}")
         self.config, self.expert_range, self.batch_invariant = config, expert_range, batch_invariant
-        self._float8_dtype = dtype  # of hidden rows once the parameters are float8
+        self._hidden_dtype = dtype  # of hidden rows once the parameters are float8 or MXFP4
+        self._packed_sizes: tuple[int, int] | None = None  # see ExpertWeights
         self.scratch: ExpertScratch | None = None
         """Memory and kernels on CUDA: the workspace's after `prepare`, else this module's own from its first call."""
         self._max_rows: int | None = None
@@ -171,13 +173,15 @@ class Experts(KeepsPrecision):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the hidden rows; of the parameters too unless they are float8."""
-        return self.up_proj.dtype if self.up_scale is None else self._float8_dtype
+        """Of the hidden rows; of the parameters too unless they are float8 or MXFP4."""
+        return self.up_proj.dtype if self.up_scale is None else self._hidden_dtype
 
     def kept_dtypes(self) -> Mapping[str, torch.dtype]:
-        """See `KeepsPrecision`: float8 values mean something together with their scales alone."""
+        """See `KeepsPrecision`: float8 values mean something together with their scales alone, and packed ones are no numbers."""
         if self.up_scale is None:
             return {}
+        if self._packed_sizes is not None:
+            return dict.fromkeys(("up_proj", "down_proj", "up_scale", "down_scale"), torch.int32)
         return {"up_proj": FLOAT8, "down_proj": FLOAT8, "up_scale": torch.float32, "down_scale": torch.float32}
 
     @property
@@ -190,6 +194,7 @@ class Experts(KeepsPrecision):
             down_bias=self.down_bias,
             up_scale=self.up_scale,
             down_scale=self.down_scale,
+            packed_sizes=self._packed_sizes,
         )
 
     def bind(self, workspace: Workspace) -> None:
@@ -219,7 +224,7 @@ class Experts(KeepsPrecision):
             raise StateError("quantize: these experts are prepared for a workspace; quantize them before MoELayer is made")
         if self.up_scale is not None or self.dtype == torch.float32:
             raise DtypeError(f"quantize takes bfloat16 or float16 experts once; these are {self.up_proj.dtype}")
-        self._float8_dtype = self.dtype
+        self._hidden_dtype = self.dtype
         for name in ("up", "down"):
             weights, scale = quantize_weights(getattr(self, f"{name}_proj"))
             setattr(self, f"{name}_proj", nn.Parameter(weights, requires_grad=False))
@@ -245,26 +250,78 @@ class Experts(KeepsPrecision):
 
         Raises:
             ShapeError: a tensor of another shape, or a bias too many or missing.
-            DtypeError: after `quantize`.
+            DtypeError: after `quantize` or `load_mxfp4`.
         """
         if self.up_scale is not None:
-            raise DtypeError("these experts are float8 already; load before quantize()")
+            kind = "float8" if self._packed_sizes is None else "MXFP4"
+            raise DtypeError(f"these experts are {kind} already; load before that, or make others")
         if transposed:
             up_proj, down_proj = up_proj.transpose(1, 2), down_proj.transpose(1, 2)
-        for name, source in (("up_proj", up_proj), ("down_proj", down_proj), ("up_bias", up_bias), ("down_bias", down_bias)):
+        self._copy_in({"up_proj": up_proj, "down_proj": down_proj, "up_bias": up_bias, "down_bias": down_bias})
+
+    @torch.no_grad()
+    def load_mxfp4(
+        self,
+        up_blocks: torch.Tensor,
+        up_scales: torch.Tensor,
+        down_blocks: torch.Tensor,
+        down_scales: torch.Tensor,
+        up_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
+    ) -> None:
+        """Packed MXFP4 weights in the place of both stacks, as gpt-oss checkpoints have them: of all E experts (this rank's part
+        is taken) or of this rank's L. They stay packed, rearranged once, on the device of the parameters. Before `prepare`.
+
+        Args:
+            up_blocks, up_scales: [E or L, N, H / 32, 16] and [E or L, N, H / 32] uint8 (gate_up_proj_blocks and _scales); gate
+                and up rows lie as `config.activation.interleaved` says.
+            down_blocks, down_scales: [E or L, H, I / 32, 16] and [E or L, H, I / 32] uint8.
+            up_bias, down_bias: as in `load`.
+
+        Raises:
+            ShapeError: a tensor of another shape, a scale byte above 128 (a factor of 2), or a bias too many or missing.
+            DtypeError: hidden rows are not bfloat16, these experts are float8 or MXFP4 already, or a tensor is not uint8.
+            StateError: they are prepared, as a `MoELayer` does.
+        """
+        if self._max_rows is not None:
+            raise StateError("load_mxfp4: these experts are prepared for a workspace; load before MoELayer is made")
+        if self.up_scale is not None or self.dtype != torch.bfloat16:
+            raise DtypeError(f"load_mxfp4 takes bfloat16 experts once; these are {self.up_proj.dtype}")
+        L, H, I = len(self.expert_range), self.config.hidden_size, self.config.intermediate_size
+        N = self.config.activation.num_columns(I)
+        if H % mxfp4.GROUP or I % mxfp4.GROUP:
+            raise ShapeError(f"MXFP4 experts need sizes that are multiples of {mxfp4.GROUP}, got hidden {H}, intermediate {I}")
+
+        def own(name: str, tensor: torch.Tensor, *shape: int) -> torch.Tensor:
+            return self._part_of_this_rank(name, tensor, shape).to(self.up_proj.device)
+
+        weights = ExpertWeights.from_mxfp4(
+            own("up_blocks", up_blocks, L, N, H // mxfp4.GROUP, mxfp4.GROUP // 2),
+            own("up_scales", up_scales, L, N, H // mxfp4.GROUP),
+            own("down_blocks", down_blocks, L, H, I // mxfp4.GROUP, mxfp4.GROUP // 2),
+            own("down_scales", down_scales, L, H, I // mxfp4.GROUP),
+            self.config.activation,
+        )
+        self._copy_in({"up_bias": up_bias, "down_bias": down_bias})
+        self.up_proj = nn.Parameter(weights.up_proj, requires_grad=False)
+        self.down_proj = nn.Parameter(weights.down_proj, requires_grad=False)
+        self.up_scale, self.down_scale, self._packed_sizes = weights.up_scale, weights.down_scale, weights.packed_sizes
+
+    def _copy_in(self, tensors: Mapping[str, torch.Tensor | None]) -> None:
+        for name, source in tensors.items():
             target: torch.Tensor | None = getattr(self, name)
             if (target is None) != (source is None):
                 raise ShapeError(f"{name} is {'missing' if source is None else 'given'} but config.bias is {self.config.bias}")
             if target is not None and source is not None:
-                target.copy_(self._part_of_this_rank(name, source, target))
+                target.copy_(self._part_of_this_rank(name, source, target.shape))
 
-    def _part_of_this_rank(self, name: str, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def _part_of_this_rank(self, name: str, source: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         check_kind(name, source, torch.Tensor)
         if source.dim() and source.shape[0] == self.config.num_experts:
             source = source[self.expert_range.start : self.expert_range.stop]
-        if source.shape != target.shape:
+        if source.shape != tuple(shape):
             raise ShapeError(
-                f"{name} is {list(source.shape)} after transposition and slicing but this rank holds {list(target.shape)}; "
+                f"{name} is {list(source.shape)} after transposition and slicing but this rank holds {list(shape)}; "
                 f"give {self.config.num_experts} (all) or {len(self.expert_range)} (this rank's) experts, or check `transposed`"
             )
         return source
@@ -294,7 +351,7 @@ class Experts(KeepsPrecision):
         from tokenferry.experts import triton_path  # here: Triton is not everywhere
 
         self.scratch, self._max_rows = scratch, workspace.max_tokens_per_rank * workspace.group.size
-        for out_dtype in {workspace.combine_dtype, workspace.config.dtype} - {FLOAT8}:
+        for out_dtype in {workspace.combine_dtype, workspace.config.dtype}:
             triton_path.prepare(
                 scratch,
                 self.weights,
@@ -309,7 +366,7 @@ class Experts(KeepsPrecision):
             )
 
     @torch.no_grad()
-    def forward(self, dispatched: Dispatched, out: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, dispatched: Dispatched, out: PartialRows | None = None) -> Any:
         """`apply_experts` with this rank's weights: [R, H] partial rows, in `out` if given. Without `prepare`, the first call on
         CUDA loads the kernels."""
         check_kind("dispatched", dispatched, Dispatched)

@@ -19,8 +19,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from tokenferry import reference
 from tokenferry.activations import Activation
-from tokenferry.dispatched import Dispatched
+from tokenferry.dispatched import Dispatched, PartialRows, QuantizedRows
 from tokenferry.errors import DtypeError
 from tokenferry.experts import float8, mxfp4
 from tokenferry.experts.weights import ExpertWeights
@@ -42,11 +43,11 @@ def run(
     weights: ExpertWeights,
     first_expert: int,
     activation: Activation,
-    out: torch.Tensor,
+    out: PartialRows,
     *,
     dtype: torch.dtype | None = None,
     is_rounded: bool = False,
-) -> torch.Tensor:
+) -> PartialRows:
     """`apply_experts` by `path`, on checked operands. With `is_rounded` the hidden rows are what quantized ones stand for, and
     the rows between the products have `dtype`."""
     hidden_RH, num_local_experts = dispatched.hidden, weights.up_proj.shape[0]
@@ -199,17 +200,24 @@ def _weighted_sum(
     position_RK: torch.Tensor,
     is_local_RK: torch.Tensor,
     weights_RK: torch.Tensor,
-    out_RH: torch.Tensor,
-) -> torch.Tensor:
-    """Sum over the local choices of a row, in their order, in float32, into `out`.
+    out_RH: PartialRows,
+) -> PartialRows:
+    """Sum over the local choices of a row, in their order, in float32, into `out`, rounded once.
 
     The mask selects and does not multiply: the pair of a choice without a local expert may be NaN.
     """
-    sum_RH = out_RH.zero_() if out_RH.dtype == torch.float32 else torch.zeros_like(out_RH, dtype=torch.float32)
+    sum_RH = torch.zeros(out_RH.shape, dtype=torch.float32, device=out_RH.device)
+    if isinstance(out_RH, torch.Tensor) and out_RH.dtype == torch.float32:
+        sum_RH = out_RH.zero_()
     if output_PH.shape[0]:
         for position_R, is_local_R, weights_R in zip(*(x.unbind(1) for x in (position_RK, is_local_RK, weights_RK)), strict=True):
             term_RH = output_PH.index_select(0, position_R).float() * weights_R.unsqueeze(1)
             sum_RH += torch.where(is_local_R.unsqueeze(1), term_RH, 0.0)
+    if isinstance(out_RH, QuantizedRows):
+        quantized = reference.quantize(sum_RH)
+        out_RH.values.view(torch.uint8).copy_(quantized.values.view(torch.uint8))
+        out_RH.scales.copy_(quantized.scales)
+        return out_RH
     return out_RH if sum_RH is out_RH else out_RH.copy_(sum_RH)
 
 

@@ -16,7 +16,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tokenferry.activations import Activation
-from tokenferry.dispatched import Dispatched, QuantizedRows
+from tokenferry.dispatched import Dispatched, PartialRows, QuantizedRows
 from tokenferry.experts.plan import Plan, Tiles
 from tokenferry.experts.scratch import Buffers, ExpertScratch
 from tokenferry.experts.variants import Variant, chosen_plan, descriptor_block, is_in_blocks, row_shape, specs, variant_of
@@ -39,8 +39,8 @@ PRODUCT_ARGUMENTS = (
     "first_row", "alpha", "limit",
 )  # fmt: skip
 SUM_ARGUMENTS = (
-    "outputs", "topk_idx", "topk_weights", "valid_tokens", "out", "first_row", "num_rows", "first_expert", "norm_scale",
-    "norm_epsilon",
+    "outputs", "topk_idx", "topk_weights", "valid_tokens", "out", "out_scales", "out_scale_stride", "first_row", "num_rows",
+    "first_expert", "norm_scale", "norm_epsilon",
 )  # fmt: skip
 
 
@@ -136,19 +136,19 @@ def run(
     weights: ExpertWeights,
     first_expert: int,
     activation: Activation,
-    out: torch.Tensor,
+    out: PartialRows,
     scratch: ExpertScratch,
     *,
     batch_invariant: bool = False,
     max_rows: int | None = None,
     plan: Plan | None = None,
     dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+) -> PartialRows:
     """`apply_experts` on checked operands, R > 0. Rows >= V of `out` are left as they are. `QuantizedRows` have a `dtype`."""
     scratch.poison()
     hidden, idx_RK = dispatched.hidden, dispatched.topk_idx.contiguous()
     weights_RK, valid = dispatched.topk_weights.float().contiguous(), dispatched.valid_tokens
-    target = out if out.is_contiguous() else out.contiguous()
+    target, target_scales = _written_to(out)
     gathered: Rows
     if isinstance(hidden, QuantizedRows):
         scales = hidden.scales if hidden.scales.stride(1) == 1 else hidden.scales.contiguous()
@@ -156,7 +156,8 @@ def run(
     else:
         gathered, dtype = (hidden.contiguous(), valid, 0), hidden.dtype
     assert dtype is not None, "quantized rows come with the dtype of what is made of them"
-    aligned = all(t.data_ptr() % POINTER_ALIGNMENT == 0 for t in (gathered[0], gathered[1], idx_RK, weights_RK, target))
+    given = (gathered[0], gathered[1], idx_RK, weights_RK, target, *(() if target_scales is None else (target_scales,)))
+    aligned = all(t.data_ptr() % POINTER_ALIGNMENT == 0 for t in given)
     variant = variant_of(
         weights,
         activation,
@@ -177,6 +178,7 @@ def run(
     up = (_or(weights.up_scale, valid), no_bias if weights.up_bias is None else weights.up_bias.to(dtype).contiguous())
     down = (_or(weights.down_scale, valid), no_bias if weights.down_bias is None else weights.down_bias.to(dtype).contiguous())
     norm = (_or(weights.norm_scale, valid), weights.norm_epsilon)
+    quantized_to = (valid, 0) if target_scales is None else (target_scales, target_scales.stride(0))
     activated: Rows = (buffers.activated_PI, valid, 0)
     if loaded.in_blocks:
         values, scales = buffers.quantized[2:]
@@ -193,8 +195,25 @@ def run(
         for product in loaded.down:
             matrices = weights_argument(weights.down_proj, None, product)
             product.launch(*rows[product.prequantized], matrices, *down, buffers.outputs_PH, valid, *settings)
-        loaded.sum(buffers.outputs_PH, idx_RK, weights_RK, valid, target, *bounds, first_expert, *norm)
-    return out if target is out else out.copy_(target)
+        loaded.sum(buffers.outputs_PH, idx_RK, weights_RK, valid, target, *quantized_to, *bounds, first_expert, *norm)
+    return _with_what_was_written(out, target, target_scales)
+
+
+def _written_to(out: PartialRows) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the sum writes to: `out` itself, or a copy where its layout is none that kernels take; and the scales, if any."""
+    if not isinstance(out, QuantizedRows):
+        return out.contiguous(), None
+    return out.values.contiguous(), out.scales if out.scales.stride(1) == 1 else out.scales.contiguous()
+
+
+def _with_what_was_written(out: PartialRows, target: torch.Tensor, scales: torch.Tensor | None) -> PartialRows:
+    if not isinstance(out, QuantizedRows):
+        return out if target is out else out.copy_(target)
+    if target is not out.values:
+        out.values.view(torch.uint8).copy_(target.view(torch.uint8))
+    if scales is not None and scales is not out.scales:
+        out.scales.copy_(scales)
+    return out
 
 
 def _quantized(

@@ -185,6 +185,7 @@ def specs(variant: Variant, device: torch.device) -> Specs:
         dtypes={"IDX": variant.index_dtype},
         aligned=variant.aligned,
     )
+    quantizes = variant.out_dtype == FLOAT8
     total = specify(
         expert_sum_kernel,
         SUM_SIGNATURE,
@@ -192,8 +193,9 @@ def specs(variant: Variant, device: torch.device) -> Specs:
             "L": variant.num_local_experts,
             "K": variant.topk,
             "H": variant.hidden_size,
-            "BLOCK": min(SUM_BLOCK, triton.next_power_of_2(variant.hidden_size)),
+            "BLOCK": max(SCALE_BLOCK * quantizes, min(SUM_BLOCK, triton.next_power_of_2(variant.hidden_size))),
             "NORM": variant.norm,
+            "QUANTIZES": quantizes,
             "PDL": pdl,
         },
         num_warps=4,
@@ -299,6 +301,7 @@ def _packed_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: in
         num_stages=tiles.num_stages,
         dtypes={"DTYPE": variant.dtype, "ROWS": torch.float8_e4m3fn if gathered else variant.dtype},
         aligned=variant.aligned,
+        max_registers=tiles.max_registers,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from tokenferry.activations import Activation
 from tokenferry.config import HIDDEN_DTYPES
-from tokenferry.dispatched import FLOAT8, SCALE_BLOCK, HiddenRows, QuantizedRows
+from tokenferry.dispatched import FLOAT8, SCALE_BLOCK, HiddenRows, PartialRows, QuantizedRows
 from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, check_kind
 from tokenferry.experts import mxfp4
 
@@ -208,12 +208,7 @@ def check_operands(hidden_RH: HiddenRows, weights: ExpertWeights, activation: Ac
 
 def _check_hidden_dtype(hidden_RH: HiddenRows, weights: ExpertWeights) -> None:
     if isinstance(hidden_RH, QuantizedRows):
-        wanted = (hidden_RH.shape[0], -(-hidden_RH.shape[1] // SCALE_BLOCK))
-        values, scales = hidden_RH.values, hidden_RH.scales
-        if values.dtype != FLOAT8 or scales.dtype != torch.float32:
-            raise DtypeError(f"hidden must have float8_e4m3fn values and float32 scales, got {values.dtype} and {scales.dtype}")
-        if scales.shape != wanted:
-            raise ShapeError(f"hidden.scales must be {list(wanted)} for values {list(values.shape)}, got {list(scales.shape)}")
+        _check_quantized("hidden", hidden_RH)
     elif weights.is_packed:
         if hidden_RH.dtype != torch.bfloat16:
             raise DtypeError(f"hidden is {hidden_RH.dtype} but MXFP4 experts take bfloat16, in which their weights are exact")
@@ -224,14 +219,25 @@ def _check_hidden_dtype(hidden_RH: HiddenRows, weights: ExpertWeights) -> None:
         raise DtypeError(f"hidden is {hidden_RH.dtype} but the experts are {weights.up_proj.dtype}; convert one of them")
 
 
-def check_out(out: torch.Tensor, hidden_RH: HiddenRows) -> None:
+def _check_quantized(name: str, rows: QuantizedRows) -> None:
+    wanted = (rows.shape[0], -(-rows.shape[1] // SCALE_BLOCK))
+    values, scales = rows.values, rows.scales
+    if values.dtype != FLOAT8 or scales.dtype != torch.float32:
+        raise DtypeError(f"{name} must have float8_e4m3fn values and float32 scales, got {values.dtype} and {scales.dtype}")
+    if scales.shape != wanted:
+        raise ShapeError(f"{name}.scales must be {list(wanted)} for values {list(values.shape)}, got {list(scales.shape)}")
+
+
+def check_out(out: PartialRows, hidden_RH: HiddenRows) -> None:
     """Raises where `out` does not fit the gathered rows."""
     if out.shape != hidden_RH.shape:
         raise ShapeError(f"out is {list(out.shape)} but there are {list(hidden_RH.shape)} gathered rows; use combine_input()")
-    if out.dtype not in HIDDEN_DTYPES:
-        raise DtypeError(f"out must be {', '.join(map(str, HIDDEN_DTYPES))}, got {out.dtype}")
     if out.device != hidden_RH.device:
         raise DeviceError(f"out is on {out.device} but hidden is on {hidden_RH.device}; use combine_input()")
+    if isinstance(out, QuantizedRows):
+        _check_quantized("out", out)
+    elif out.dtype not in HIDDEN_DTYPES:
+        raise DtypeError(f"out must be {', '.join(map(str, HIDDEN_DTYPES))}, or QuantizedRows, got {out.dtype}")
 
 
 def check_packed(weights: ExpertWeights, activation: Activation) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import fp8_terms, wire
+from tokenferry.kernels import fp8_terms, waits, wire, wire_clock
 from tokenferry.kernels.term_rows import copy_terms, load_term, store_sum
 
 SIGNATURE = {
@@ -43,6 +43,7 @@ SIGNATURE = {
     "SWITCH_SUM": "constexpr",
     "MAX_PROGRAMS": "constexpr",
     "FLAG_BLOCK": "constexpr",
+    "TELEMETRY": "constexpr",
     "PDL": "constexpr",
 }
 
@@ -83,6 +84,7 @@ def combine_kernel(
     SWITCH_SUM: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
     FLAG_BLOCK: tl.constexpr,
+    TELEMETRY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Sends each owner this rank's terms for its rows, and sums the terms of this rank's own rows, from rank 0's to the last.
@@ -132,6 +134,8 @@ def combine_kernel(
     first_row = tl.load(step_counts + 2 + size + rank)
     round_number = wire.read_round(counters_ptr)
     step = tl.load(wire.field(counters_ptr, wire.STEP_OFFSET, tl.int32))
+    if TELEMETRY:
+        board = waits.find_board(counters_ptr)
     wire.wait_for_previous_kernel(PDL)
     wire.let_next_kernel_start(PDL)
     record = wire.read_record(buffer_ptr)
@@ -229,14 +233,21 @@ def combine_kernel(
             flag_ptr = (buffer_ptr + ready_offset) + (lanes * MAX_PROGRAMS + pid) * wire.FLAG_BYTES
             is_awaited = (lanes < size) & (lanes != rank) & (num_tokens > 0)
             blamed_ranks = wire.set_blamed_rank(blamed, lanes)
-            wire.await_signal(
-                flag_ptr, epoch, 1, is_awaited, buffer_ptr, blamed_ranks, hints_ptr + lanes * wire.COUNT_PACKET_BYTES
-            )
+            hint_ptrs = hints_ptr + lanes * wire.COUNT_PACKET_BYTES
+            if TELEMETRY:
+                since = wire_clock.clock()
+                clocks = wire_clock.await_signal(flag_ptr, epoch, 1, is_awaited, buffer_ptr, blamed_ranks, hint_ptrs)
+                is_noted = is_awaited & (pid == 0)
+                waits.note_sources(board, size, layer, step, lanes, since, clocks, is_noted, waits.COMBINE)
+            else:
+                wire.await_signal(flag_ptr, epoch, 1, is_awaited, buffer_ptr, blamed_ranks, hint_ptrs)
 
     # The abort record was asked for first and is looked at here: what goes to a group that has given up does no harm.
     if record != 0:
         wire.report(buffer_ptr, record)
     elif mode >= wire.MODE_RECEIVE:
+        if TELEMETRY:
+            waits.begin_round(board, step_counts, size, layer, step, lanes, pid == 0, waits.COMBINE)
         for b in range(pid, (num_own_packets + BLOCK - 1) // BLOCK, programs):
             packet = b * BLOCK + lanes
             live = packet < num_own_packets
@@ -262,19 +273,26 @@ def combine_kernel(
                     flag_ptr = (buffer_ptr + ready_offset) + (lanes * MAX_PROGRAMS + flag) * wire.FLAG_BYTES
                     is_awaited = (lanes < size) & (lanes != rank)
                     blamed_ranks = wire.set_blamed_rank(blamed, lanes)
-                    wire.await_signal(
-                        flag_ptr,
-                        round_number + 1,
-                        1,
-                        is_awaited,
-                        buffer_ptr,
-                        blamed_ranks,
-                        hints_ptr + lanes * wire.COUNT_PACKET_BYTES,
-                    )
+                    hint_ptrs = hints_ptr + lanes * wire.COUNT_PACKET_BYTES
+                    if TELEMETRY:
+                        since = wire_clock.clock()
+                        clocks = wire_clock.await_signal(
+                            flag_ptr, round_number + 1, 1, is_awaited, buffer_ptr, blamed_ranks, hint_ptrs
+                        )
+                        is_noted = is_awaited & (b == 0)
+                        waits.note_sources(board, size, layer, step, lanes, since, clocks, is_noted, waits.COMBINE)
+                    else:
+                        wire.await_signal(flag_ptr, round_number + 1, 1, is_awaited, buffer_ptr, blamed_ranks, hint_ptrs)
             if IS_FP8:
-                fp8_terms.sum_terms(packet, o0, o1, o2, o3, own_scale, num_tokens, num_out, first_row, rank, size, in_slots,
+                if TELEMETRY:  # of all peers together: of two ranks it is the other one, of more nobody in particular
+                    since = wire_clock.clock()
+                fp8_terms.sum_terms(b * BLOCK, o0, o1, o2, o3, own_scale, num_tokens, num_out, first_row, rank, size, in_slots,
                                     buffer_ptr, peer_table, slots_offset, slot_bytes, terms_offset, term_scales_offset, blamed,
                                     hints_ptr, out_ptr, H, OUT, BLOCK)  # fmt: skip
+                if TELEMETRY:
+                    awaited = tl.where(size == 2, 1 - rank, rank)
+                    is_first = in_slots & (size > 1) & (b == 0)
+                    waits.note_source(board, size, layer, step, awaited, since, is_first, waits.COMBINE)
             else:
                 s0 = tl.zeros([BLOCK], tl.float32)
                 s1 = s0
@@ -297,7 +315,11 @@ def combine_kernel(
                         blamed_source = wire.set_blamed_rank(blamed, source)
                         packet_ptr = slot_ptr + index * (WORDS * 4)
                         hint_ptr = hints_ptr + source * wire.COUNT_PACKET_BYTES
+                        if TELEMETRY:
+                            since = wire_clock.clock()
                         w0, w1, w2, w3 = wire.poll_and_clear(packet_ptr, live, buffer_ptr, blamed_source, hint_ptr, WORDS)
+                        if TELEMETRY:
+                            waits.note_source(board, size, layer, step, source, since, b == 0, waits.COMBINE)
                     elif SWITCH_SUM:
                         if is_bulk:
                             summed_ptr = multicast_ptr.to(tl.int64) + terms_offset + first_row.to(tl.int64) * ROW_BYTES

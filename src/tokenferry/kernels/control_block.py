@@ -40,6 +40,9 @@ ROUND_OFFSET = 8
 """int64: upper half: bulk rounds (a dispatch and its combine) that are done; lower half: tickets taken in the one under way."""
 NUM_REAL_OFFSET = 16
 """int32: `num_real_tokens` of the step, where the host knows it."""
+BOARD_OFFSET = 24
+"""int64: address of the rank's telemetry board (see `wait_board`), 0 while nothing is counted. Kernels without telemetry do not
+read it, and those of `solo` find 0."""
 
 MODE_SEND = 1
 MODE_RECEIVE = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import wire
+from tokenferry.kernels import waits, wire, wire_clock
 
 SIGNATURE = {
     "buffer_ptr": "i64",
@@ -22,6 +22,7 @@ SIGNATURE = {
     "num_real": "i32",
     "generation": "i32",
     "LANES": "constexpr",
+    "TELEMETRY": "constexpr",
     "PDL": "constexpr",
 }
 
@@ -42,6 +43,7 @@ def counts_kernel(
     num_real,
     generation,
     LANES: tl.constexpr,
+    TELEMETRY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Sends this rank's count to every peer, waits for theirs, and publishes the step. One program.
@@ -57,6 +59,7 @@ def counts_kernel(
         step_counts_ptr: int32 [V, max T, T_0 .. T_EP-1, offset_0 .. offset_EP-1], which our own kernels read.
         step_tensors_ptr: int32 [V, offset, max T, T_0 .. T_EP-1, flags_0 .. flags_EP-1], the memory of `StepTensors`.
         public_rank, public_size: rank and size as users see them, also in `solo`.
+        TELEMETRY: whether waits are noted on the board of the counters: see `waits`.
 
     Example:
         Counts 2, 0 and 3 on three ranks: the step counts are [5, 3, 2, 0, 3, 0, 2, 2], and the step tensors of rank 2
@@ -79,7 +82,13 @@ def counts_kernel(
     else:
         arriving = (buffer_ptr + packets) + lanes * wire.COUNT_PACKET_BYTES
         blamed = wire.set_blamed_rank(wire.blame(step, tl.full([], -1, tl.int32), rank, wire.NOT_ENTERED), lanes)
-        counts, all_flags = wire.await_count(arriving, is_peer, step, generation, buffer_ptr, blamed)
+        if TELEMETRY:
+            began_ns = wire_clock.global_clock()
+            since = wire_clock.clock()
+            counts, all_flags, clocks = wire_clock.await_count(arriving, is_peer, step, generation, buffer_ptr, blamed)
+            waits.note_step(waits.find_board(counters_ptr), size, step, lanes, is_peer, since, began_ns, clocks)
+        else:
+            counts, all_flags = wire.await_count(arriving, is_peer, step, generation, buffer_ptr, blamed)
         tl.store(step_pointer, step)
         tl.store(wire.field(counters_ptr, wire.NUM_REAL_OFFSET, tl.int32), num_real)
         all_counts = tl.where(lanes == rank, num_tokens, counts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import fp8_rows, routing_packets, wire
+from tokenferry.kernels import fp8_rows, routing_packets, waits, wire, wire_clock
 
 SIGNATURE = {
     "buffer_ptr": "i64",
@@ -47,6 +47,7 @@ SIGNATURE = {
     "MULTICAST": "constexpr",
     "MAX_PROGRAMS": "constexpr",
     "FLAG_BLOCK": "constexpr",
+    "TELEMETRY": "constexpr",
     "PDL": "constexpr",
 }
 
@@ -103,6 +104,7 @@ def dispatch_kernel(
     MULTICAST: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
     FLAG_BLOCK: tl.constexpr,
+    TELEMETRY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Sends this rank's T rows to every rank and gathers everybody's, rank after rank. Rows from V on get id -1.
@@ -169,6 +171,8 @@ def dispatch_kernel(
     dirty_rows = tl.load(wire.field(buffer_ptr, wire.DIRTY_ROWS_OFFSET, tl.int32))
     round_number = wire.read_round(counters_ptr)
     step = tl.load(wire.field(counters_ptr, wire.STEP_OFFSET, tl.int32))
+    if TELEMETRY:
+        board = waits.find_board(counters_ptr)
     packet = pid * BLOCK + lanes
     if IS_FP8:
         n0, n1, n2, n3, n4, n5, n6, n7 = fp8_rows.load_first_words(
@@ -272,19 +276,8 @@ def dispatch_kernel(
                 offset = slot_offset + routing_offset + packet.to(tl.int64) * 16
                 wire.send(target_ptr + offset, r0, r1, r2, r3, packet < num_packets, buffer_ptr, 4)
             else:
-                routing_packets.store_routing_packet(
-                    word,
-                    r0,
-                    r1,
-                    r2,
-                    r3,
-                    num_words,
-                    target_ptr + out_idx_offset,
-                    target_ptr + out_weights_offset,
-                    first_row,
-                    K,
-                    OUT_IDX,
-                )
+                routing_packets.store_routing_packet(word, r0, r1, r2, r3, num_words, target_ptr + out_idx_offset,
+                                                     target_ptr + out_weights_offset, first_row, K, OUT_IDX)  # fmt: skip
 
     # Ids of rows that an earlier, larger step has left behind.
     idx_pointer = (buffer_ptr + out_idx_offset).to(tl.pointer_type(OUT_IDX))
@@ -300,6 +293,9 @@ def dispatch_kernel(
     else:
         blamed = wire.blame(step, layer, rank, wire.DATA_MISSING)
         hints_ptr = buffer_ptr + counts_offset + ((step + 1) & 1) * size * wire.COUNT_PACKET_BYTES + wire.COUNT_PACKET_STEP_OFFSET
+        if TELEMETRY:
+            begins = (pid == 0) & (mode >= wire.MODE_RECEIVE)
+            waits.begin_round(board, step_counts, size, layer, step, lanes, begins, waits.DISPATCH)
         if in_slots & (mode >= wire.MODE_RECEIVE):
             begin = pid
             for i in range(1 - MULTICAST, size):  # the multicast also writes this rank's own slot
@@ -318,7 +314,12 @@ def dispatch_kernel(
                     packet = b * BLOCK + lanes
                     live = packet < num_packets
                     offset = packet.to(tl.int64) * (WORDS * 4)
+                    if TELEMETRY:
+                        since = wire_clock.clock()
                     w0, w1, w2, w3 = wire.poll_and_clear(slot_ptr + offset, live, buffer_ptr, blamed_source, hint_ptr, WORDS)
+                    if TELEMETRY:
+                        is_first = (b == 0) & (source != rank)
+                        waits.note_source(board, size, layer, step, source, since, is_first, waits.DISPATCH)
                     if IS_FP8:
                         offset = fp8_rows.place_of_received(packet, out_scales_offset - out_hidden_offset, source_row, H)
                     wire.store(target_ptr + offset, w0, w1, w2, w3, live, WORDS)
@@ -333,19 +334,8 @@ def dispatch_kernel(
                     word = packet * 4
                     offset = slot_ptr + routing_offset + packet.to(tl.int64) * 16
                     r0, r1, r2, r3 = wire.poll_and_clear(offset, packet < num_packets, buffer_ptr, blamed_source, hint_ptr, 4)
-                    routing_packets.store_routing_packet(
-                        word,
-                        r0,
-                        r1,
-                        r2,
-                        r3,
-                        num_words,
-                        buffer_ptr + out_idx_offset,
-                        buffer_ptr + out_weights_offset,
-                        source_row,
-                        K,
-                        OUT_IDX,
-                    )
+                    routing_packets.store_routing_packet(word, r0, r1, r2, r3, num_words, buffer_ptr + out_idx_offset,
+                                                         buffer_ptr + out_weights_offset, source_row, K, OUT_IDX)  # fmt: skip
                 begin = next_share(begin, blocks, programs)
         elif largest > slot_rows:
             if FLAG_BLOCK == 0:
@@ -362,15 +352,17 @@ def dispatch_kernel(
                 if mode >= wire.MODE_RECEIVE:
                     brings = is_peer & (tl.load(step_counts + 2 + lanes, mask=is_peer, other=0) > 0)
                     flag_ptr = (buffer_ptr + arrived_offset) + (lanes * MAX_PROGRAMS + pid) * wire.FLAG_BYTES
-                    wire.await_signal(
-                        flag_ptr,
-                        round_number + 1,
-                        1,
-                        brings,
-                        buffer_ptr,
-                        wire.set_blamed_rank(blamed, lanes),
-                        hints_ptr + lanes * wire.COUNT_PACKET_BYTES,
-                    )
+                    blamed_ranks = wire.set_blamed_rank(blamed, lanes)
+                    hint_ptrs = hints_ptr + lanes * wire.COUNT_PACKET_BYTES
+                    if TELEMETRY:
+                        since = wire_clock.clock()
+                        clocks = wire_clock.await_signal(
+                            flag_ptr, round_number + 1, 1, brings, buffer_ptr, blamed_ranks, hint_ptrs
+                        )
+                        is_noted = brings & (pid == 0)
+                        waits.note_sources(board, size, layer, step, lanes, since, clocks, is_noted, waits.DISPATCH)
+                    else:
+                        wire.await_signal(flag_ptr, round_number + 1, 1, brings, buffer_ptr, blamed_ranks, hint_ptrs)
             else:
                 # All that this CTA sends is on its way, so that it may set any of this rank's flags: all together stand for all
                 # of its CTAs, and each of the peers' CTAs waits for the flags that it knows.
@@ -387,12 +379,15 @@ def dispatch_kernel(
                         sources, flags, exist = wire.rank_and_flag(first_pair + lanes, pid, programs, size, num_flags)
                         is_awaited = exist & (sources != rank)
                         brings = is_awaited & (tl.load(step_counts + 2 + sources, mask=is_awaited, other=0) > 0)
-                        wire.await_signal(
-                            (buffer_ptr + arrived_offset) + (sources * MAX_PROGRAMS + flags) * wire.FLAG_BYTES,
-                            round_number + 1,
-                            1,
-                            brings,
-                            buffer_ptr,
-                            wire.set_blamed_rank(blamed, sources),
-                            hints_ptr + sources * wire.COUNT_PACKET_BYTES,
-                        )
+                        flag_ptr = (buffer_ptr + arrived_offset) + (sources * MAX_PROGRAMS + flags) * wire.FLAG_BYTES
+                        blamed_ranks = wire.set_blamed_rank(blamed, sources)
+                        hint_ptrs = hints_ptr + sources * wire.COUNT_PACKET_BYTES
+                        if TELEMETRY:
+                            since = wire_clock.clock()
+                            clocks = wire_clock.await_signal(
+                                flag_ptr, round_number + 1, 1, brings, buffer_ptr, blamed_ranks, hint_ptrs
+                            )
+                            is_noted = brings & (flags == 0)
+                            waits.note_sources(board, size, layer, step, sources, since, clocks, is_noted, waits.DISPATCH)
+                        else:
+                            wire.await_signal(flag_ptr, round_number + 1, 1, brings, buffer_ptr, blamed_ranks, hint_ptrs)

@@ -15,6 +15,7 @@ SIGNATURE = {
     "scales": "*i32",
     "bias": "*DTYPE",
     "out": "*DTYPE",
+    "out_scales": "*fp32",
     "counts": "*i32",
     "offsets": "*i32",
     "pairs": "*i32",
@@ -169,6 +170,7 @@ def expert_mxfp4_kernel(
     scales,
     bias,
     out,
+    out_scales,
     counts,
     offsets,
     pairs,
@@ -200,6 +202,7 @@ def expert_mxfp4_kernel(
 
     Args:
         weights, scales: [L, blocks of columns, blocks of depth, 512] and [.., 32].
+        out_scales: not used.
         GATHERED: the gathered rows came as float8 with `row_scales`; they become numbers of the dtype of `out`.
 
     Example:
@@ -218,7 +221,7 @@ def expert_mxfp4_kernel(
         served = served & (count <= MAX_ROWS)
     tiles = tl.where(served, (count + BM - 1) // BM, 0) * TILES_N
     ends = tl.cumsum(tiles, 0)
-    total = tl.sum(tiles)
+    total = wire_mxfp4.same_for_all(tl.sum(tiles))
     if not IS_FIRST_PRODUCT:
         if not OVERLAPS:
             wire.wait_for_previous_kernel(PDL)

@@ -1,11 +1,12 @@
-"""The weighted sum of a row's expert outputs, in the order of its K choices, in float32, written in the dtype of the wire."""
+"""The weighted sum of a row's expert outputs, in the order of its K choices, in float32; then rounded, or quantized."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import wire
+from tokenferry.kernels import expert_math, wire
+from tokenferry.kernels.expert_math import SCALE_BLOCK
 
 SIGNATURE = {
     "outputs": "*DTYPE",
@@ -13,6 +14,8 @@ SIGNATURE = {
     "topk_weights": "*fp32",
     "valid_tokens": "*i32",
     "out": "*OUT",
+    "out_scales": "*fp32",
+    "out_scale_stride": "i32",
     "first_row": "i32",
     "num_rows": "i32",
     "first_expert": "i32",
@@ -23,6 +26,7 @@ SIGNATURE = {
     "H": "constexpr",
     "BLOCK": "constexpr",
     "NORM": "constexpr",
+    "QUANTIZES": "constexpr",
     "PDL": "constexpr",
 }
 
@@ -46,6 +50,8 @@ def expert_sum_kernel(
     topk_weights,
     valid_tokens,
     out,
+    out_scales,
+    out_scale_stride,
     first_row,
     num_rows,
     first_expert,
@@ -56,6 +62,7 @@ def expert_sum_kernel(
     H: tl.constexpr,
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
+    QUANTIZES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Programs take rows in turn. Choices of experts elsewhere are left out by selection, not by a weight of zero, since what
@@ -65,11 +72,14 @@ def expert_sum_kernel(
         outputs: [num_rows * K, H]; row r * K + k is the output for choice k of row first_row + r, if its expert is here.
         topk_weights: [R, K]; read for local choices only.
         out: [R, H]. Rows >= V are not written; a row without a local expert becomes +0.0.
+        out_scales, out_scale_stride: with QUANTIZES `out` is float8, and these are its scales, [R, ceil(H / 128)], and the
+            distance between their rows: the float32 sums are quantized, for a combine in float8. BLOCK is a multiple of 128.
         norm_scale: [H], read if NORM: each output is first multiplied by it, and divided by the root of the mean of its squares
             and `norm_epsilon`; rounded after both, as a model's own code does.
 
     Example:
         Output 2 with NORM, scale 2, epsilon 48 and weight 7: 4 / sqrt(16 + 48) * 7 = 3.5.
+        With QUANTIZES, one output of 224, -448 and zeros with weight 2: the same numbers in float8, scale 2.
         Outputs 1 and 2^-9 for choices 0 and 2 with weights 2 and 512, choice 1 elsewhere and NaN: 2 * 1 + 512 * 2^-9 = 3.
     """
     CHUNKS: tl.constexpr = (H + BLOCK - 1) // BLOCK
@@ -98,4 +108,11 @@ def expert_sum_kernel(
                 value = value.to(outputs.dtype.element_ty).to(tl.float32)
             total = tl.where(is_local, total + value * weight, total)
         target = out + (first_row + row).to(tl.int64) * H
-        tl.store(target + column, total.to(out.dtype.element_ty), mask=column < H)
+        if QUANTIZES:
+            q, scale = expert_math.quantize(tl.reshape(total, [BLOCK // SCALE_BLOCK, SCALE_BLOCK]))
+            tl.store(target + column, tl.reshape(q, [BLOCK]), mask=column < H)
+            group = (task % CHUNKS) * (BLOCK // SCALE_BLOCK) + tl.arange(0, BLOCK // SCALE_BLOCK)
+            scales_of_row = out_scales + (first_row + row).to(tl.int64) * out_scale_stride
+            tl.store(scales_of_row + group, scale, mask=group < (H + SCALE_BLOCK - 1) // SCALE_BLOCK)
+        else:
+            tl.store(target + column, total.to(out.dtype.element_ty), mask=column < H)

@@ -119,24 +119,27 @@ def poll_term(thread, num_rows, slot_ptr, buffer_ptr, blamed, hint_ptr, H: tl.co
     live = (row < num_rows) & (column < H)
     is_scale = live & (column % 128 == 0)
     row_ptr = slot_ptr + row.to(tl.int64) * SLOT_ROW
-    v0, v1, v2, v3 = wire.poll_and_clear(row_ptr + column, live, buffer_ptr, blamed, hint_ptr, 4)
-    word = wire_float8.poll_and_clear_word(row_ptr + H + column // 128 * 4, is_scale, buffer_ptr, blamed, hint_ptr)
-    word = tl.where(is_scale, word, tl.zeros([BLOCK], tl.uint32))
+    v0, v1, v2, v3, word = wire_float8.poll_and_clear_both(
+        row_ptr + column, live, row_ptr + H + column // 128 * 4, is_scale, buffer_ptr, blamed, hint_ptr
+    )
     scale = tl.max(tl.reshape(word, [BLOCK // 32, 4, 8]), 2)
     scale = tl.reshape(tl.broadcast_to(scale[:, :, None], [BLOCK // 32, 4, 8]), [BLOCK])
     return v0, v1, v2, v3, scale
 
 
 @triton.jit
-def fetch_term(thread, num_rows, first_row, terms_ptr, term_scales_ptr, H: tl.constexpr):
-    """Values and scale of each thread's columns from a peer's regions. Threads that share a scale all load it, which is one
-    access of the warp."""
-    row, column = place(thread, H)
+def fetch_term(first_thread, num_rows, first_row, terms_ptr, term_scales_ptr, H: tl.constexpr, BLOCK: tl.constexpr):
+    """Values and scale of each thread's columns from a peer's regions. The scales of a program's columns are neighbours: its
+    first threads load one each and tell the others. Loaded by each warp for itself, they would be a fifth of all requests."""
+    SCALES: tl.constexpr = (H + 511) // 512 * 16
+    lanes = tl.arange(0, BLOCK)
+    row, column = place(first_thread + lanes, H)
     live = (row < num_rows) & (column < H)
-    index = first_row.to(tl.int64) + row
-    v0, v1, v2, v3 = wire.load_peer(terms_ptr + index * H + column, live, 4)
-    scale = wire_float8.load_peer_word(term_scales_ptr + index * ((H + 511) // 512 * 16) + column // 128 * 4, live)
-    return v0, v1, v2, v3, scale
+    v0, v1, v2, v3 = wire.load_peer(terms_ptr + (first_row.to(tl.int64) + row) * H + column, live, 4)
+    row, column = place(first_thread + lanes * 8 % BLOCK, H)
+    is_scale = (lanes < BLOCK // 8) & (row < num_rows) & (column < H)
+    word = wire_float8.load_peer_word(term_scales_ptr + (first_row.to(tl.int64) + row) * SCALES + column // 128 * 4, is_scale)
+    return v0, v1, v2, v3, tl.gather(word, lanes // 8, 0)
 
 
 @triton.jit
@@ -165,15 +168,17 @@ def store_eight(address, live, a, b, c, d, e, f, g, h, OUT: tl.constexpr):
 
 
 @triton.jit
-def sum_terms(thread, o0, o1, o2, o3, own_scale, num_rows, num_out, first_row, rank, size, in_slots, buffer_ptr, peer_table,
+def sum_terms(first_thread, o0, o1, o2, o3, own_scale, num_rows, num_out, first_row, rank, size, in_slots, buffer_ptr, peer_table,
               slots_offset, slot_bytes, terms_offset, term_scales_offset, blamed, hints_ptr, out_ptr, H: tl.constexpr,
               OUT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Sums the terms of each thread's columns, from rank 0's to the last, and stores the sums.
 
     Args:
         o0, o1, o2, o3, own_scale: this rank's own term.
+        first_thread: the number of this program's first thread.
         num_rows, num_out: of this rank, and of these the first that are wanted.
     """
+    thread = first_thread + tl.arange(0, BLOCK)
     s0 = tl.zeros([BLOCK], tl.float32)
     s1 = s0
     s2 = s0
@@ -205,7 +210,7 @@ def sum_terms(thread, o0, o1, o2, o3, own_scale, num_rows, num_out, first_row, r
         elif source != rank:
             peer_ptr = tl.load(peer_table + source)
             v0, v1, v2, v3, bits = fetch_term(
-                thread, num_rows, first_row, peer_ptr + terms_offset, peer_ptr + term_scales_offset, H
+                first_thread, num_rows, first_row, peer_ptr + terms_offset, peer_ptr + term_scales_offset, H, BLOCK
             )
         scale = bits.to(tl.float32, bitcast=True)
         is_first = source == 0

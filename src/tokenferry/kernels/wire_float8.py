@@ -11,10 +11,10 @@ _PACK_FLOAT8: tl.constexpr = tl.constexpr(wire_ptx.PACK_FLOAT8)
 _UNPACK_FLOAT8: tl.constexpr = tl.constexpr(wire_ptx.UNPACK_FLOAT8)
 _SEND1: tl.constexpr = tl.constexpr(wire_ptx.send(1))
 _LOAD_PEER1: tl.constexpr = tl.constexpr(wire_ptx.load_peer(1))
-_POLL1: tl.constexpr = tl.constexpr(wire_ptx.poll_and_clear(1))
+_POLL_BOTH: tl.constexpr = tl.constexpr(wire_ptx.POLL_AND_CLEAR_BOTH)
 _LOAD_CONSTRAINTS: tl.constexpr = tl.constexpr(wire_ptx.LOAD_CONSTRAINTS)
 _STORE_CONSTRAINTS: tl.constexpr = tl.constexpr(wire_ptx.STORE_CONSTRAINTS)
-_POLL_CONSTRAINTS: tl.constexpr = tl.constexpr(wire_ptx.POLL_CONSTRAINTS)
+_POLL_BOTH_CONSTRAINTS: tl.constexpr = tl.constexpr(wire_ptx.POLL_BOTH_CONSTRAINTS)
 
 if not wire.INTERPRETED:
 
@@ -72,25 +72,25 @@ if not wire.INTERPRETED:
         return word
 
     @triton.jit
-    def poll_and_clear_word(address, mask, control_ptr, blamed, hint):
-        """`wire.poll_and_clear` of one word, which needs exactly one owner thread too."""
-        tl.static_assert(address.shape[0] % tl.extra.cuda.num_threads() == 0, "a word needs exactly one owner thread")
-        word, _x, _y, _z = tl.inline_asm_elementwise(
-            _POLL1,
-            _POLL_CONSTRAINTS,
-            [address, mask.to(tl.int32), control_ptr, blamed, hint],
-            dtype=(tl.uint32,) * 4,
+    def poll_and_clear_both(address, mask, word_address, word_mask, control_ptr, blamed, hint):
+        """`wire.poll_and_clear` of a packet of four words and, for the threads of `word_mask`, of a word elsewhere, at once: one
+        wait after another would take two round trips to the L2 cache. A thread of `word_mask` is one of `mask` too."""
+        tl.static_assert(address.shape[0] % tl.extra.cuda.num_threads() == 0, "a packet needs exactly one owner thread")
+        return tl.inline_asm_elementwise(
+            _POLL_BOTH,
+            _POLL_BOTH_CONSTRAINTS,
+            [address, mask.to(tl.int32), word_address, word_mask.to(tl.int32), control_ptr, blamed, hint],
+            dtype=(tl.uint32,) * 5,
             is_pure=False,
             pack=1,
         )
-        return word
 
 else:
     from tokenferry.kernels.wire_interpreter import (  # noqa: F401  # the names that are defined above
         divide,
         load_peer_word,
         pack_float8,
-        poll_and_clear_word,
+        poll_and_clear_both,
         send_word,
         to_float8,
         unpack_float8,

@@ -1,7 +1,6 @@
 """The device functions of `wire` in numpy, for Triton's interpreter: one program a rank, in one thread.
 
-Addresses are those of the process, so that ranks in processes of their own share memory as GPUs do. An `Observer` can watch
-what a rank puts on the wire and hold it up between two packets.
+Addresses are those of the process, so that ranks in processes of their own share memory as GPUs do. An `Observer` can watch it.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from tokenferry.kernels.control_block import (
     STEP_OFFSET,
     TICK_SHIFT,
 )
+from tokenferry.kernels.wire_observer import Observer
 
 
 def _float8_magnitudes() -> np.ndarray:
@@ -42,20 +42,6 @@ _FLOAT8_MIDDLES = (_float8_magnitudes()[1:] + _float8_magnitudes()[:-1]) / np.fl
 
 _FLOAT8_NUMBERS = np.concatenate([sign * np.append(_float8_magnitudes(), np.float32(np.nan)) for sign in (1, -1)])
 """Of all 256 patterns of bits."""
-
-
-class Observer:
-    """Sees the words that an interpreted rank puts on the wire, and may delay them. Subclass it in tests.
-
-    Kinds of events: count, send, poll, restore, signal. `addresses` are int64, one a packet.
-    """
-
-    def pieces(self, kind: str, num_packets: int) -> list[np.ndarray]:
-        """The order in which the packets of one block go out, in pieces; it may sleep between two of them."""
-        return [np.arange(num_packets)]
-
-    def event(self, kind: str, addresses: np.ndarray) -> None:
-        """Called after each piece."""
 
 
 # --- memory and tensors ---------------------------------------------------------------------------------------------------
@@ -255,8 +241,9 @@ def poll_and_clear(address, mask, control_ptr, blamed, hint, WORDS):
     return tuple(_tensor(output, tl.uint32) for output in outputs)
 
 
-def poll_and_clear_word(address, mask, control_ptr, blamed, hint):
-    return poll_and_clear(address, mask, control_ptr, blamed, hint, 1)[0]
+def poll_and_clear_both(address, mask, word_address, word_mask, control_ptr, blamed, hint):
+    packet = poll_and_clear(address, mask, control_ptr, blamed, hint, 4)
+    return *packet, poll_and_clear(word_address, word_mask, control_ptr, blamed, hint, 1)[0]
 
 
 def take_ticket(counters_ptr):
@@ -281,8 +268,13 @@ def send_count(address, num_tokens, flags, step, generation, mask, control_ptr):
 
 
 def await_count(address, mask, step, generation, control_ptr, blamed):
+    return await_count_timed(address, mask, step, generation, control_ptr, blamed)[:2]
+
+
+def await_count_timed(address, mask, step, generation, control_ptr, blamed):
     addresses, live = _live(address, mask)
     results = [np.zeros(addresses.shape, np.int32) for _ in range(2)]
+    clocks = np.full(addresses.shape, time.monotonic_ns(), np.int64)
     expected = (_scalar(step), _scalar(generation))
 
     def poll(waiting):
@@ -292,10 +284,11 @@ def await_count(address, mask, step, generation, control_ptr, blamed):
             arrived.append((int(words[2]), int(words[3])) == expected)
             if arrived[-1]:
                 results[0][element], results[1][element] = words[0], words[1]
+        clocks[waiting] = time.monotonic_ns()
         return np.array(arrived, bool)
 
     _wait(live, poll, _scalar(control_ptr), _array(blamed, addresses.shape), addresses + 8)
-    return tuple(_tensor(result, tl.int32) for result in results)
+    return (*(_tensor(result, tl.int32) for result in results), _tensor(clocks, tl.int64))
 
 
 def signal(address, epoch, units, mask, control_ptr):
@@ -309,14 +302,21 @@ def signal(address, epoch, units, mask, control_ptr):
 
 
 def await_signal(address, epoch, units, mask, control_ptr, blamed, hint):
+    await_signal_timed(address, epoch, units, mask, control_ptr, blamed, hint)
+
+
+def await_signal_timed(address, epoch, units, mask, control_ptr, blamed, hint):
     addresses, live = _live(address, mask)
+    clocks = np.full(addresses.shape, time.monotonic_ns(), np.int64)
     wanted_epoch, wanted_units = _scalar(epoch) & 0xFFFFFFFF, _scalar(units)
 
     def poll(waiting):
         seen = np.array([int(_int64(int(addresses[element]))[0]) for element in waiting])
+        clocks[waiting] = time.monotonic_ns()
         return (seen >> 32 & 0xFFFFFFFF == wanted_epoch) & (seen & 0xFFFFFFFF >= wanted_units)
 
     _wait(live, poll, _scalar(control_ptr), _array(blamed, addresses.shape), _array(hint, addresses.shape))
+    return _tensor(clocks, tl.int64)
 
 
 def pack(low, high, DTYPE):
@@ -381,17 +381,6 @@ def _to_float8(value):
     from_the_middle = np.append(_FLOAT8_MIDDLES, np.float32(0))[above] == magnitude
     bits = above + (from_the_middle & (above % 2 == 1)).astype(np.uint8)
     return np.where(np.isnan(value), np.uint8(0x7F), bits | np.signbit(value).astype(np.uint8) << np.uint8(7))
-
-
-def unpack_mxfp4(word, scale):
-    """As float32: the interpreter would multiply bfloat16 as if it were integers."""
-    word, scale = np.broadcast_arrays(_array(word).view(np.uint32), _array(scale).view(np.uint32))
-    all_bits, shift = np.uint32(0x81C081C0), [np.uint32(number) for number in range(8)]
-    last = (word << shift[1] ^ word >> shift[3]) & np.uint32(0x81808180) | word >> shift[7] & np.uint32(0x00400040)
-    pairs = (word & all_bits, word << shift[3] & all_bits, word << shift[6] & all_bits, last)
-    factor = (scale << np.uint32(23)).view(np.float32)
-    halves = [half for pair in pairs for half in (pair << np.uint32(16), pair & np.uint32(0xFFFF0000))]
-    return tuple(_tensor(half.view(np.float32) * factor, tl.float32) for half in halves)
 
 
 def wait_for_previous_kernel(PDL):

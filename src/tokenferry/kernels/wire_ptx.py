@@ -23,6 +23,7 @@ from tokenferry.kernels.control_block import (
 LOAD_CONSTRAINTS = "=&r,=&r,=&r,=&r,l,r"
 STORE_CONSTRAINTS = "=r,l,r,r,r,r,r"
 POLL_CONSTRAINTS = "=&r,=&r,=&r,=&r,l,r,l,l,l"
+POLL_BOTH_CONSTRAINTS = "=&r,=&r,=&r,=&r,=&r,l,r,l,r,l,l,l"
 PACK_CONSTRAINTS = "=r,f,f"
 
 _STEP = COUNTERS_OFFSET + STEP_OFFSET
@@ -114,25 +115,56 @@ def poll_and_clear(words: int) -> str:
       END: }}"""
 
 
+POLL_AND_CLEAR_BOTH = f"""{{ {_WAIT_REGISTERS} .reg .pred %p1; {_ZERO} mov.u32 $4, 0;
+      setp.eq.u32 %p0, $6, 0; @%p0 bra END; setp.ne.u32 %p1, $8, 0; mov.u32 %n, 0;
+      W: ld.relaxed.sys.global{_vector(4)}, [$5]; @%p1 ld.relaxed.sys.global.b32 $4, [$7];
+      max.u32 %i, $0, $1; max.u32 %i, %i, $2; max.u32 %i, %i, $3; max.u32 %i, %i, $4; setp.ne.u32 %p0, %i, {SENTINEL:#x};
+      {_waiting("GOT", "$9", "$10", "$11")} {_ZERO} mov.u32 $4, 0; bra END;
+      GOT: mov.u32 %i, {SENTINEL:#x}; st.relaxed.sys.global.v4.b32 [$5], {{%i, %i, %i, %i}};
+      @%p1 st.relaxed.sys.global.b32 [$7], %i;
+      END: }}"""
+"""Polls a packet of four words and a single word elsewhere, until no word of both is the sentinel; then puts it back."""
+
 SEND_COUNT = """{ .reg .pred %p0; .reg .b128 %q; .reg .b64 %lo, %hi; setp.ne.u32 %p0, $6, 0; mov.u32 $0, 0;
       mov.b64 %lo, {$2, $3}; mov.b64 %hi, {$4, $5}; mov.b128 %q, {%lo, %hi}; @%p0 st.relaxed.sys.global.b128 [$1], %q; }"""
 
-AWAIT_COUNT = f"""{{ {_WAIT_REGISTERS} .reg .pred %p1; .reg .b128 %q; .reg .b64 %lo, %hi; .reg .u32 %s, %g;
-      mov.u32 $0, 0; mov.u32 $1, 0; setp.eq.u32 %p0, $3, 0; @%p0 bra END; mov.u32 %n, 0;
-      W: ld.relaxed.sys.global.b128 %q, [$2]; mov.b128 {{%lo, %hi}}, %q; mov.b64 {{%s, %g}}, %hi;
-      setp.eq.u32 %p0, %s, $4; setp.eq.u32 %p1, %g, $5; and.pred %p0, %p0, %p1;
-      {_waiting("GOT", "$6", "$7", "$2 + 8")} bra END;
+
+def await_count(clock: str = "") -> str:
+    """Polls a count packet until it is that of the step. `clock`: the number of a further output, the clock at the last poll."""
+    first = 2 + bool(clock)
+    packet, mask, step, generation, control, blame = (f"${first + place}" for place in range(6))
+    read_clock = f"mov.u64 {clock}, %clock64;" if clock else ""
+    return f"""{{ {_WAIT_REGISTERS} .reg .pred %p1; .reg .b128 %q; .reg .b64 %lo, %hi; .reg .u32 %s, %g;
+      mov.u32 $0, 0; mov.u32 $1, 0; {read_clock} setp.eq.u32 %p0, {mask}, 0; @%p0 bra END; mov.u32 %n, 0;
+      W: ld.relaxed.sys.global.b128 %q, [{packet}]; mov.b128 {{%lo, %hi}}, %q; mov.b64 {{%s, %g}}, %hi; {read_clock}
+      setp.eq.u32 %p0, %s, {step}; setp.eq.u32 %p1, %g, {generation}; and.pred %p0, %p0, %p1;
+      {_waiting("GOT", control, blame, f"{packet} + 8")} bra END;
       GOT: mov.b64 {{$0, $1}}, %lo;
       END: }}"""
+
 
 SIGNAL = """{ .reg .pred %p0; .reg .b64 %v; setp.ne.u32 %p0, $4, 0; mov.b64 %v, {$3, $2}; mov.u32 $0, 0;
       @%p0 st.release.sys.global.b64 [$1], %v; }"""
 
-AWAIT_SIGNAL = f"""{{ {_WAIT_REGISTERS} .reg .pred %p1; .reg .b64 %v; .reg .u32 %u, %e; mov.u32 $0, 0;
-      setp.eq.u32 %p0, $2, 0; @%p0 bra END; mov.u32 %n, 0;
-      W: ld.acquire.sys.global.b64 %v, [$1]; mov.b64 {{%u, %e}}, %v;
-      setp.eq.u32 %p0, %e, $3; setp.ge.u32 %p1, %u, $4; and.pred %p0, %p0, %p1;
-      {_waiting("END", "$5", "$6", "$7")} END: }}"""
+
+def await_signal(clock: str = "") -> str:
+    """Polls a flag until it has the epoch. `clock`: as in `await_count`."""
+    first = 1 + bool(clock)
+    flag, mask, epoch, units, control, blame, hint = (f"${first + place}" for place in range(7))
+    read_clock = f"mov.u64 {clock}, %clock64;" if clock else ""
+    return f"""{{ {_WAIT_REGISTERS} .reg .pred %p1; .reg .b64 %v; .reg .u32 %u, %e; mov.u32 $0, 0; {read_clock}
+      setp.eq.u32 %p0, {mask}, 0; @%p0 bra END; mov.u32 %n, 0;
+      W: ld.acquire.sys.global.b64 %v, [{flag}]; mov.b64 {{%u, %e}}, %v; {read_clock}
+      setp.eq.u32 %p0, %e, {epoch}; setp.ge.u32 %p1, %u, {units}; and.pred %p0, %p0, %p1;
+      {_waiting("END", control, blame, hint)} END: }}"""
+
+
+CLOCK = "mov.u64 $0, %clock64;"
+GLOBAL_CLOCK = "mov.u64 $0, %globaltimer;"
+
+NOTE_WAIT = """{ .reg .pred %p0; .reg .u32 %t; .reg .u64 %w; mov.u32 $0, 0; mov.u32 %t, %tid.x; setp.eq.u32 %p0, %t, 0;
+      setp.ne.and.u32 %p0, $5, 0, %p0; mov.u64 %w, %clock64; sub.u64 %w, %w, $3;
+      @%p0 red.relaxed.gpu.global.add.u64 [$1], %w; or.b64 %w, %w, $4; @%p0 st.global.u64 [$2], %w; }"""
 
 TAKE_TICKET = f"""{{ .reg .pred %p0; .reg .u32 %t; mov.u32 %t, %tid.x; setp.eq.u32 %p0, %t, 0; mov.u64 $0, 0;
       @%p0 atom.relaxed.gpu.global.add.u64 $0, [$1 + {ROUND_OFFSET}], 1; }}"""
@@ -167,3 +199,5 @@ UNPACK_MXFP4 = """{ .reg .b32 %s, %t, %u, %a, %b, %c, %d, %z; mov.b32 %z, 0x8000
       shr.b32 %u, $8, 7; lop3.b32 %d, %u, 0x00400040, %t, 0xEA;
       fma.rn.bf16x2 %a, %a, %s, %z; fma.rn.bf16x2 %b, %b, %s, %z; fma.rn.bf16x2 %c, %c, %s, %z; fma.rn.bf16x2 %d, %d, %s, %z;
       mov.b32 {$0, $1}, %a; mov.b32 {$2, $3}, %b; mov.b32 {$4, $5}, %c; mov.b32 {$6, $7}, %d; }"""
+
+SAME_FOR_ALL = "redux.sync.or.b32 $0, $1, 0xFFFFFFFF;"

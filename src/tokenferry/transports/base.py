@@ -18,6 +18,7 @@ from tokenferry.dispatched import SAME, HiddenRows, PartialRows, RowFormat
 from tokenferry.errors import PeerError, PeerFailedError, PeerTimeoutError, StateError
 from tokenferry.groups import EPGroup
 from tokenferry.step import Announced, StepRequest, StepTensors
+from tokenferry.telemetry.recorder import Recorder
 from tokenferry.transports.symmetric.layout import Layout
 
 CombineOrder = Literal["rank", "any"]
@@ -52,6 +53,8 @@ class TransportSettings:
     """Of combined rows: of each sum, rounded once."""
     dispatch_format: RowFormat = SAME
     """Of rows while they travel, and as a dispatch returns them."""
+    recorder: Recorder | None = None
+    """Where waits are noted; None without telemetry."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from tokenferry.lifecycle import logged
 from tokenferry.step import StepTensors
 from tokenferry.transports.base import PROTOCOL_VERSION, Transport, TransportFactory, TransportSettings
 from tokenferry.transports.collective.transport import CollectiveTransport
+from tokenferry.transports.counting import CountingTransport
 from tokenferry.transports.debug import DebugTransport
 from tokenferry.transports.local import LocalTransport
 from tokenferry.transports.selection import SYMMETRIC, TRANSPORTS, Accepted, Decision, Rejected, agree, choose, decide
@@ -225,7 +226,7 @@ def _offer(settings: TransportSettings, transport: str) -> dict[str, Any]:
         "max_tokens_per_rank": settings.max_tokens_per_rank,
         "combine_dtype": str(settings.combine_dtype),
         "index_dtype": str(settings.index_dtype),
-        "dispatch_format": str(settings.dispatch_format),
+        "dispatch_format": str(settings.dispatch_format.resolved(config)),
         "result_dtype": str(settings.result_dtype),
         "combine_order": settings.combine_order,
         "counts": settings.counts,
@@ -256,6 +257,9 @@ def _open_here(
         if not callable(getattr(opened, "begin_step", None)):  # the commonest mistake is to return nothing
             raise ConfigError(f"its open() returned {opened!r}, which is no open Transport")
         transport = opened
+        if settings.recorder is not None:
+            settings.recorder.transport = factory.name
+            transport = CountingTransport(transport, settings.recorder, settings, step_tensors)
         if settings.debug:
             transport = DebugTransport.around(transport, settings, step_tensors)
         return transport, None

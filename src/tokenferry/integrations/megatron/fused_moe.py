@@ -86,7 +86,9 @@ def fused_moe(
     )
     weights = ExpertWeights(up_proj=fc1_weight, down_proj=fc2_weight)
     activation = _activation(activation_type)
-    return apply_experts(gathered, weights, local_expert_start, activation, out, scratch=scratch, batch_invariant=batch_invariant)
+    settings: dict[str, Any] = {"scratch": scratch, "batch_invariant": batch_invariant}
+    partial: torch.Tensor = apply_experts(gathered, weights, local_expert_start, activation, out, **settings)
+    return partial
 
 
 def _valid_only(routing_RK: torch.Tensor, valid_tokens: torch.Tensor) -> torch.Tensor:

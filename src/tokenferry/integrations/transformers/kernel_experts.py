@@ -93,7 +93,8 @@ class KernelExperts:
 
     def __call__(self, dispatched: Dispatched, out: torch.Tensor) -> torch.Tensor:
         """The partial rows, in `out`. Rows >= V are neither read nor written."""
-        return self.borrowed(dispatched, out=out)
+        partial: torch.Tensor = self.borrowed(dispatched, out=out)
+        return partial
 
 
 def prepare_together(

@@ -64,6 +64,14 @@ def told() -> str | None:
         return None
 
 
+def forget() -> None:
+    """Removes the reason, if there is one."""
+    name = env.read(env.VllmSettings).reason_file
+    if name is not None:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+
+
 def errors_name_reasons(module: ModuleType) -> None:
     """vLLM's `EngineDeadError` says why, from now on, once a rank has left a reason."""
     found = getattr(module, "EngineDeadError", None)
@@ -101,12 +109,14 @@ def engines_wait_for_reasons(module: ModuleType) -> None:
 
 
 def with_switch(original: Callable[..., None]) -> Callable[..., None]:
-    """A constructor that gets a `vllm_config`, which is kept: whether tokenferry is on stands there."""
+    """A constructor that gets a `vllm_config`, which is kept: whether tokenferry is on stands there. Reasons of engines that this
+    process had before are forgotten."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
         self.vllm_config = signature.bind(self, *args, **kwargs).arguments.get("vllm_config")
+        forget()
         original(self, *args, **kwargs)
 
     return initialise

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -60,18 +60,13 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         num_real_tokens = None
         if getattr(self.vllm_config, "speculative_config", None) is None:
             num_real_tokens = getattr(scheduler_output, "total_num_scheduled_tokens", None)
-        with _engine_step(num_real_tokens):
-            output = super().execute_model(scheduler_output, *args, **kwargs)
-        return _checked_later(output)
+        return _in_a_step(num_real_tokens, super().execute_model, scheduler_output, *args, **kwargs)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        with _engine_step():
-            output = super().sample_tokens(*args, **kwargs)
-        return _checked_later(output)
+        return _in_a_step(None, super().sample_tokens, *args, **kwargs)
 
     def execute_dummy_batch(self) -> None:
-        with _engine_step(0):
-            super().execute_dummy_batch()
+        _in_a_step(0, super().execute_dummy_batch)
 
 
 class CheckedOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
@@ -84,41 +79,40 @@ class CheckedOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
     def get_output(self) -> Any:
         """vLLM's own output. Raises PeerTimeoutError or PeerFailedError; vLLM calls it from a thread of its own."""
         output = self._output.get_output()
-        with _peers_errors_told():
+        try:
             self._exchange.check_known()
+        except PeerError as error:
+            _tell(error)
+            raise
         return output
 
 
-def _checked_later(output: Any) -> Any:
-    if not isinstance(output, AsyncModelRunnerOutput):
-        return output  # its tokens are on the host, and the step has looked
-    exchange = current_exchange()
-    return output if exchange is None else CheckedOutput(output, exchange)
+def _in_a_step(num_real_tokens: int | None, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `call` returns, as a step of the engine. Failures of peers come out of it, or of its output where that comes later.
 
-
-@contextlib.contextmanager
-def _engine_step(num_real_tokens: int | None = None) -> Iterator[None]:
-    """`num_real_tokens`: of this rank's rows; None: all, or not known."""
+    Args:
+        num_real_tokens: of this rank's rows; None: all, or not known.
+    """
     exchange = current_exchange()
     if exchange is None:
-        yield
-        return
-    with (
-        _peers_errors_told(),
-        exchange.engine_step(),
-        contextlib.nullcontext() if num_real_tokens is None else exchange.real_rows(num_real_tokens),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def _peers_errors_told() -> Iterator[None]:
-    """Leaves the error of a peer for the API servers."""
+        return call(*args, **kwargs)
     try:
-        yield
+        with exchange.engine_step():
+            if num_real_tokens is None or not exchange.masks:
+                output = call(*args, **kwargs)
+            else:
+                with exchange.real_rows(num_real_tokens):
+                    output = call(*args, **kwargs)
     except PeerError as error:
-        reasons.tell(f"{type(error).__name__}: {error}")
+        _tell(error)
         raise
+    # Of another kind of output the tokens are on the host, and the step has looked.
+    return CheckedOutput(output, exchange) if isinstance(output, AsyncModelRunnerOutput) else output
+
+
+def _tell(error: PeerError) -> None:
+    """Leaves the error for the API servers."""
+    reasons.tell(f"{type(error).__name__}: {error}")
 
 
 @contextlib.contextmanager

@@ -59,6 +59,7 @@ class GlooCommunicator(Communicator):
     def wait(self, peer: int, work: Any, started_s: float) -> None:
         """Waits for a message from or to `peer`. Its time-out began at `started_s`."""
         self._waiting_since_s = started_s
+        before_ns = time.monotonic_ns() if self.on_wait is not None else 0
         try:
             work.wait(_NO_TORCH_TIMEOUT)
         except RuntimeError as error:
@@ -66,6 +67,8 @@ class GlooCommunicator(Communicator):
             raise CommunicationError(peer, waited_s, "" if self._given_up else CONNECTION_GONE) from error
         finally:
             self._waiting_since_s = None
+            if self.on_wait is not None:
+                self.on_wait(peer, time.monotonic_ns() - before_ns)
 
     def look_after_wait(self) -> float:
         """Ends a wait that is in vain. Returns after how many seconds to look again."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
 from typing import Protocol
@@ -32,7 +32,8 @@ class CommunicationError(Exception):
 
 @dataclass(frozen=True)
 class Header:
-    """The packet at the head of every operation. Equal on all ranks but for `num_tokens` and `flags`, or a rank is off."""
+    """The packet at the head of every operation. Equal on all ranks but for `num_tokens`, `flags` and `entered_ns`, or a
+    rank is off."""
 
     operation: int
     step: int
@@ -40,6 +41,8 @@ class Header:
     generation: int
     num_tokens: int = 0
     flags: int = 0
+    entered_ns: int = 0
+    """When the rank came, by its host's clock; 0 where it does not count what it waits for."""
 
     def position(self) -> tuple[int, int, int, int]:
         """What must agree, in the order in which ranks advance."""
@@ -50,7 +53,7 @@ class Header:
         return torch.tensor(astuple(self), dtype=torch.int64, device="cpu")
 
 
-HEADER_WORDS = 6
+HEADER_WORDS = 7
 
 
 class Pending(Protocol):
@@ -70,6 +73,8 @@ class Communicator(ABC):
     size: int
     timeout_s: float
     """May be set at any moment, and counts for waits under way too."""
+    on_wait: Callable[[int, int], None] | None = None
+    """Called with a peer and the nanoseconds that the host has waited for a message from or to it."""
 
     @property
     def peers(self) -> list[int]:

@@ -9,14 +9,13 @@ Legend: T rows of this rank, R gathered rows, H hidden size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
-from tokenferry.dispatched import FLOAT8, HiddenRows, PartialRows, empty_terms
+from tokenferry.dispatched import HiddenRows, PartialRows, empty_terms
 from tokenferry.errors import PeerError, PeerFailedError, Phase, StateError
 from tokenferry.reference import in_combine_dtype, in_format, pad_rows
 from tokenferry.step import FLAG_DONE, Announced, StepRequest, StepTensors
@@ -30,17 +29,15 @@ from tokenferry.transports.collective.messages import (
     Pending,
 )
 from tokenferry.transports.collective.nccl import NcclCommunicator
+from tokenferry.transports.collective.reducing import most_reduced_bytes
 from tokenferry.transports.collective.rows import message_of, row_work, rows_of, wire_rows
+from tokenferry.transports.collective.waits import CollectiveWaits
 from tokenferry.transports.local import LocalTransport
 from tokenferry.transports.settling import agree_on_record, known_record
 
 STEP, DISPATCH, COMBINE, ANNOUNCE = 0, 1, 2, 3
 """Operations, in the order in which a rank goes through them within a layer. Announcing stands apart, so that a rank which
 announces beside one which begins a step is found: they would bring different numbers of rows."""
-
-REDUCED_BYTES_OF_TWO = 16 * 2**20
-"""The most bytes of terms for the other one of two ranks that are reduced by the library. Of more, an exchange and the sum in one
-launch take up to a tenth less time than its reduce-scatter and a cast (2x H200, 2026-11-26); the bits are the same."""
 
 RECORD_GRACE_S = 0.3
 """How long a broken connection waits for the abort record that explains it: the reporter writes it just after it closes."""
@@ -85,9 +82,11 @@ class CollectiveTransport(Transport):
         self._aborted = False
         self._per_token = step_tensors.per_token()
         self._rows = row_work(settings)
-        self._most_reduced_bytes = _most_reduced_bytes(settings)
+        self._most_reduced_bytes = most_reduced_bytes(settings)
         self._busy = BusyBoard(settings)
         self._communicator = _open_communicator(settings, WaitClock(self._busy.num_peers_signs, settings.longest_wait_s))
+        self._waits = CollectiveWaits(settings.recorder, settings.group.device)
+        self._communicator.on_wait = self._waits.by_message
 
     @property
     def nbytes(self) -> int:
@@ -157,11 +156,13 @@ class CollectiveTransport(Transport):
 
     def _exchange_headers(self) -> list[Header]:
         self.launched = True
+        self._waits.step_begins(self._request.index)
         try:
             headers = self._communicator.exchange_headers(self._header())
         except CommunicationError as error:
             raise self._peer_error(error) from error
         self._compare(headers)
+        self._waits.headers_came(headers)
         return headers
 
     # --- dispatch ---------------------------------------------------------------------------------------------------
@@ -177,6 +178,7 @@ class CollectiveTransport(Transport):
         self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor, *, overlaps: bool
     ) -> None:
         self._layer, self._operation = layer, DISPATCH
+        self._waits.span_begins(DISPATCH, layer)
         self._num_supplied, real = hidden.shape[0], self._request.num_real_tokens
         hidden = in_format(hidden, self._settings.dispatch_format)
         if self._num_supplied < self._request.num_tokens:
@@ -203,6 +205,7 @@ class CollectiveTransport(Transport):
         dispatch, self._dispatch = self._dispatch, None
         assert dispatch is not None, "the workspace orders the halves"
         self._finish(dispatch.pending)
+        self._waits.span_ends()
         message, idx, weights = dispatch.gathered
         return Gathered(rows_of(message, self._settings), idx, weights)
 
@@ -226,6 +229,7 @@ class CollectiveTransport(Transport):
 
     def _begin_combine(self, partial: PartialRows, *, overlaps: bool, out: torch.Tensor | None = None) -> None:
         self._operation = COMBINE
+        self._waits.span_begins(COMBINE, self._layer)
         rank, size = self._settings.group.rank, self._settings.group.size
         rows = message_of(in_combine_dtype(partial, self._settings.combine_dtype))
         own_rows, hidden_size = self._counts[rank], rows.shape[1]
@@ -247,6 +251,7 @@ class CollectiveTransport(Transport):
         combine, self._combine = self._combine, None
         assert combine is not None, "the workspace orders the halves"
         self._finish(combine.pending)
+        self._waits.span_ends()
         if combine.own is None:
             combined = combine.received[: self._num_supplied]
             if out is None:
@@ -264,7 +269,8 @@ class CollectiveTransport(Transport):
     def _header(self) -> Header:
         request = self._request
         generation = self._settings.generation
-        return Header(self._operation, request.index, self._layer, generation, request.num_tokens, request.flags)
+        place = (self._operation, request.index, self._layer, generation)
+        return Header(*place, request.num_tokens, request.flags, self._waits.now_ns())
 
     def _start(self, outgoing: list[tuple[torch.Tensor, ...]], incoming: list[tuple[torch.Tensor, ...]]) -> Pending:
         self.launched = True
@@ -373,23 +379,6 @@ class CollectiveTransport(Transport):
         finally:  # whoever interrupts the wait has closed it all the same
             self._communicator.abort()
             self._dispatch = self._combine = self._combine_input = None
-
-
-def _most_reduced_bytes(settings: TransportSettings) -> float:
-    """Up to how many bytes of terms for one rank the library's reduce-scatter may stand for the sum in rank order; 0: never.
-
-    Of two ranks it may: a + b has the bits of b + a. It rounds the sum to `combine_dtype`, where the promise is a float32 sum
-    that is rounded to the result's dtype. float32 is rounded so afterwards. Where both are one dtype of 16 bits, rounding the
-    exact sum once gives the bits of rounding it to float32 first, whose 24 bits are enough for that (2 * 11 + 2).
-    """
-    if settings.combine_dtype == FLOAT8:  # messages of bytes
-        return 0
-    has_one_order = settings.group.size == 2
-    if settings.combine_order == "rank" and not (
-        has_one_order and settings.combine_dtype in (torch.float32, settings.result_dtype)
-    ):
-        return 0
-    return REDUCED_BYTES_OF_TWO if has_one_order else math.inf
 
 
 def _open_communicator(settings: TransportSettings, clock: WaitClock) -> Communicator:

@@ -140,10 +140,11 @@ def _load(
     mirror = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=is_cuda)
     initialise(settings, buffer, layout, mirror.data_ptr() if is_cuda else 0)
     pdl = int(has_pdl(device))
+    telemetry = int(settings.recorder is not None)
     lanes = max(32, 1 << (settings.group.size - 1).bit_length())
     rows = load_row_kernels(settings, tuning, multicast=multicast)
     kernels = LoadedKernels(
-        counts=prepare(counts_kernel, COUNTS_SIGNATURE, {"LANES": lanes, "PDL": pdl}, 1, device),
+        counts=prepare(counts_kernel, COUNTS_SIGNATURE, {"LANES": lanes, "TELEMETRY": telemetry, "PDL": pdl}, 1, device),
         abort=prepare(abort_kernel, ABORT_SIGNATURE, {"PDL": 0}, 1, device),
         add=prepare(add_kernel, ADD_SIGNATURE, {"PDL": 0}, 1, device),
         rows=rows,
@@ -170,6 +171,7 @@ def load_row_kernels(settings: TransportSettings, tuning: Tuning, *, multicast: 
     device = settings.group.device
     pdl = int(has_pdl(device))
     cut = {"BLOCK": tuning.block, "MAX_PROGRAMS": MAX_PROGRAMS, "FLAG_BLOCK": flag_block, "PDL": pdl}
+    cut["TELEMETRY"] = int(settings.recorder is not None)
 
     def dispatches(multicast: bool) -> dict[Given, Launch]:
         quantized = (False, True) if settings.dispatch_format.is_quantized else (False,)

@@ -70,6 +70,9 @@ def initialise(settings: TransportSettings, buffer: SymmetricBuffer, layout: Lay
     control[control_block.LIMITS_OFFSET // 8] = limits_of(settings)
     control[control_block.MIRROR_OFFSET // 8] = mirror_address
     control[control_block.PEER_TABLE_OFFSET // 8] = buffer.table_address
+    if settings.recorder is not None:
+        board = settings.recorder.make_board(settings.group.device)
+        control[(control_block.COUNTERS_OFFSET + control_block.BOARD_OFFSET) // 8] = board.data_ptr()
     # Little-endian: the group's size is the lower half, and the upper half is the int32 at DIRTY_ROWS_OFFSET.
     control[control_block.GROUP_SIZE_OFFSET // 8] = settings.group.size
     buffer.tensor[: control_block.CONTROL_BYTES].copy_(control.view(torch.uint8))

@@ -16,6 +16,7 @@ from tokenferry.errors import ConfigError, TransportUnavailableError
 from tokenferry.graph_capture import is_capturing
 from tokenferry.kernels import wire
 from tokenferry.kernels.control_block import (
+    BOARD_OFFSET,
     COUNTERS_OFFSET,
     LIMITS_OFFSET,
     OBSERVER_OFFSET,
@@ -108,6 +109,8 @@ class SymmetricTransport(RankKernels):
         self._observer: Observer | None = None
         watched = buffer.address + RECORD_OFFSET if self._is_cpu else self._mirror.data_ptr()
         self._record = ctypes.c_int64.from_address(watched)
+        if settings.recorder is not None:
+            settings.recorder.take_switch(self._let_kernels_count)
 
     # --- operations: look at the record first, without asking the device --------------------------------------------
 
@@ -200,6 +203,14 @@ class SymmetricTransport(RankKernels):
         lacking = limits_of(settings) - limits_of(self._settings)
         self._add_to_words(self._buffer.own_table_address, 1, -1, LIMITS_OFFSET, lacking)
         self._settings = settings
+
+    def _let_kernels_count(self, on: bool) -> None:
+        """Kernels find the address of the board in their counters, or nothing."""
+        recorder = self._settings.recorder
+        assert recorder is not None and recorder.board is not None, "it was made as the workspace opened"
+        address = recorder.board.data_ptr()
+        offset = COUNTERS_OFFSET + BOARD_OFFSET
+        self._add_to_words(self._buffer.own_table_address, 1, -1, offset, address if on else -address)
 
     def _add_to_words(self, table_address: int, size: int, skipped: int, offset: int, amount: int) -> None:
         """See `add_kernel`. Not by the kernel on CPUs, as in `_abort`."""

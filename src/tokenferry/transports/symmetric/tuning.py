@@ -149,10 +149,13 @@ def choose_few_tokens(
 
 
 def packets_per_row(settings: TransportSettings) -> int:
-    """Packets that a row is sent in, or comes back in."""
-    config = settings.config
-    largest = max(config.dtype.itemsize, settings.combine_dtype.itemsize)
-    return config.hidden_size * largest // 16 + config.topk * 2 // 4 + 1
+    """Threads that send a row, or take its sums, each a packet; and packets of its routing."""
+    config, row_format = settings.config, settings.dispatch_format
+    quantized = -(-config.hidden_size // 512) * THREADS_PER_WARP
+    plain_bytes = row_format.columns(config) * row_format.dtype(config).itemsize
+    dispatched = quantized if row_format.is_quantized else -(-plain_bytes // 16)
+    combined = quantized if settings.combine_dtype == FLOAT8 else -(-config.hidden_size * settings.combine_dtype.itemsize // 16)
+    return max(dispatched, combined) + config.topk * 2 // 4 + 1
 
 
 def max_registers_of(settings: TransportSettings, tuning: Tuning) -> int:

@@ -1,0 +1,88 @@
+"""`tokenferry inspect`: runs prompts with telemetry, and reports where tokens went and what the ranks waited for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.text import Text
+
+from tokenferry.cli.job import RankResult
+from tokenferry.cli.plan import EXCHANGES, GEMM_TFLOPS, READ_GB_PER_S, Shape
+from tokenferry.cli.run import Request, run_ranks
+from tokenferry.cli.terminal import print_json
+from tokenferry.errors import ConfigError
+from tokenferry.inspection.findings import Findings, findings_of
+from tokenferry.inspection.page import summary, write_report
+from tokenferry.placement import StepModel
+from tokenferry.telemetry import Snapshot
+
+SCHEMA: Final = 1
+NEEDED: Final = ("jinja2", "matplotlib")
+
+
+def inspect(request: Request, folder: Path) -> int:
+    """Answers the prompts, writes the report into `folder`, and prints the summary. Returns the exit code.
+
+    Raises:
+        ConfigError: a package is missing, or the folder cannot be written.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"the report needs {' and '.join(missing)}; pip install 'tokenferry[inspect]'")
+    request = replace(request, job=replace(request.job, telemetry=True))
+    results = run_ranks(request)
+    if results is None:
+        return 0
+    findings = findings_of([_snapshot(result) for result in results], step_model(results[0]))
+    paths = write_report(findings, folder, _about(request, results))
+    console = Console(highlight=False)
+    if request.as_json:
+        print_json(console, json.dumps(_document(request, findings, paths), indent=1))
+        return 0
+    for line in summary(findings):
+        console.print(Text(line), soft_wrap=True)
+    console.print(Text(f"report: {paths[0]}"), soft_wrap=True)
+    return 0
+
+
+def step_model(result: RankResult) -> StepModel:
+    """Of the model that the ranks ran, on an H100 whatever they ran on: a CPU's times would say nothing of where it is served.
+
+    The exchange is that of a step of one token a rank.
+    """
+    assert result.telemetry is not None, "the job asked for it"
+    shape = Shape(**result.telemetry["shape"], num_layers=None)
+    return StepModel.of_gated(
+        shape.hidden_size,
+        shape.expert_size,
+        2.0,
+        memory_bytes_per_s=READ_GB_PER_S * 1e9,
+        flops_per_s=GEMM_TFLOPS * 1e12,
+        exchange_s=EXCHANGES["p2p"].latency_us / 1e6,
+    )
+
+
+def _snapshot(result: RankResult) -> Snapshot:
+    assert result.telemetry is not None, "the job asked for it"
+    return Snapshot.from_dict(result.telemetry["snapshot"])
+
+
+def _about(request: Request, results: list[RankResult]) -> dict[str, str]:
+    first = results[0]
+    return {
+        "model": request.job.model,
+        "ranks": f"{len(results)}, on {first.device}, transport {first.transport}",
+        "prompts": str(len(request.job.prompts)),
+        "new tokens": str(sum(result.num_new_tokens for result in results)),
+        "experts": f"{first.num_experts} in each of {first.num_layers} layers",
+    }
+
+
+def _document(request: Request, findings: Findings, paths: list[Path]) -> dict[str, Any]:
+    files = [str(path) for path in paths]
+    return {"schema": SCHEMA, "command": "inspect", "model": request.job.model, "files": files, **findings.to_dict()}

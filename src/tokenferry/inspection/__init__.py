@@ -1,0 +1,5 @@
+"""A report of what telemetry has seen: figures, pictures, and whether balancing would pay. `tokenferry inspect` writes it."""
+
+from tokenferry.inspection.findings import Findings, findings_of
+
+__all__ = ["Findings", "findings_of"]

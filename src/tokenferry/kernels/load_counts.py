@@ -1,0 +1,55 @@
+"""How many rows came for each expert, counted from the gathered expert numbers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tokenferry.kernels import wire
+
+SIGNATURE = {
+    "topk_idx": "*i32",
+    "valid_tokens": "*i32",
+    "loads": "*i64",
+    "num_experts": "i32",
+    "num_rows": "i32",
+    "layer": "i32",
+    "K": "constexpr",
+    "BLOCK": "constexpr",
+    "PDL": "constexpr",
+}
+BLOCK = 1024
+NUM_WARPS = 4
+
+
+@triton.jit
+def load_counts_kernel(
+    topk_idx,
+    valid_tokens,
+    loads,
+    num_experts,
+    num_rows,
+    layer,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Adds one to `loads[layer, id]` for each id of the first V rows; -1, and numbers beyond the experts, are nobody's.
+
+    Args:
+        topk_idx: [num_rows, K] expert numbers.
+        valid_tokens: [1] V.
+        loads: [layers, num_experts].
+
+    Example:
+        Ids [[0, 2], [2, -1]] add [1, 0, 2] to the layer's row.
+    """
+    lanes = tl.arange(0, BLOCK)
+    wire.wait_for_previous_kernel(PDL)
+    wire.let_next_kernel_start(PDL)
+    total = tl.minimum(tl.load(valid_tokens), num_rows) * K
+    row = loads + layer.to(tl.int64) * num_experts
+    for begin in range(tl.program_id(0) * BLOCK, total, tl.num_programs(0) * BLOCK):
+        place = begin + lanes
+        expert = tl.load(topk_idx + place, mask=place < total, other=-1)
+        tl.atomic_add(row + expert, tl.full([BLOCK], 1, tl.int64), mask=(expert >= 0) & (expert < num_experts), sem="relaxed")

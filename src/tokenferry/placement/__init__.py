@@ -1,0 +1,11 @@
+"""Where experts should live, from the load that was seen, and whether moving them would pay.
+
+`place` turns a table of loads into a `Placement`; `judge` predicts a model's step with it and says what it would save. Nothing
+here moves an expert.
+"""
+
+from tokenferry.placement.algorithm import place
+from tokenferry.placement.layout import Placement
+from tokenferry.placement.verdict import Option, StepModel, Verdict, judge
+
+__all__ = ["Option", "Placement", "StepModel", "Verdict", "judge", "place"]

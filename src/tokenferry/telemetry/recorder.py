@@ -1,0 +1,207 @@
+"""What one rank counts. Kernels write to a board on the device; whatever else telemetry sees is noted here, by the host."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+
+from tokenferry.errors import StateError
+from tokenferry.kernels.wait_board import (
+    DISPATCH,
+    FIRST_WAITS_WORD,
+    NANOSECONDS_WORD,
+    NUM_LAYERS,
+    NUM_ROUND_STEPS,
+    NUM_STEPS,
+    STAMP_SHIFT,
+    STEPS_WORD,
+    TICKS_WORD,
+    BoardLayout,
+)
+from tokenferry.telemetry.snapshot import Snapshot, StepRecord, last_to_enter, snapshot_of
+
+COUNTS: Final = -1
+"""The phase in which a step's counts are exchanged; the others are those of `wait_board`."""
+NUM_TOKEN_STEPS: Final = 4096
+"""Steps of which a rank's rows are kept."""
+_TICKS: Final = (1 << STAMP_SHIFT) - 1
+
+
+def read_here(tensor: torch.Tensor) -> list[Any]:
+    """A tensor of the CPU as a list."""
+    return tensor.tolist()
+
+
+class Recorder:
+    """The counters of one workspace on one rank, from one opening to the next.
+
+    A transport whose kernels write to a board of their own takes `make_board`; the others call `step_began`, `waited` and `came`.
+
+    Args:
+        row_bytes: of a hidden row on its way.
+        device: where the expert numbers are counted.
+    """
+
+    def __init__(self, rank: int, size: int, num_experts: int, row_bytes: int, device: torch.device) -> None:
+        self.rank, self.size, self._row_bytes = rank, size, row_bytes
+        self.transport = ""
+        """The name of what moves the rows."""
+        self.layout = BoardLayout(size)
+        self.loads = torch.zeros((NUM_LAYERS, num_experts), dtype=torch.int64, device=device)
+        """[NUM_LAYERS, E] rows that came for each expert. Layers beyond share the last row."""
+        self.counts_ids = True
+        """Whether expert numbers that come are counted, by one small kernel a dispatch on GPUs. If not, a graph that is
+        captured then counts its waits alone."""
+        self.is_on = True
+        self.read: Callable[[torch.Tensor], list[Any]] = read_here
+        """Copies a tensor of the device to the host beside whatever runs there."""
+        self._words = [0] * self.layout.num_words
+        self._words[TICKS_WORD] = self._words[NANOSECONDS_WORD] = 1  # spans of the host are in nanoseconds
+        self.board: torch.Tensor | None = None
+        """int64 on the device, where kernels count."""
+        self._switch: weakref.WeakMethod[Callable[[bool], None]] | None = None
+        self._is_closed = False
+        self._step = 0
+        self._tokens: deque[tuple[int, int]] = deque(maxlen=NUM_TOKEN_STEPS)
+        self._spans: deque[tuple[int, int, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=4096)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        return self.loads.nbytes + (0 if self.board is None else self.board.nbytes)
+
+    # --- with kernels that write to a board ------------------------------------------------------------------------
+
+    def make_board(self, device: torch.device) -> torch.Tensor:
+        """From here on a board of int64 words on the device, empty and returned, holds what is counted."""
+        self.board = torch.zeros(self.layout.num_words, dtype=torch.int64, device=device)
+        return self.board
+
+    def take_switch(self, switch: Callable[[bool], None]) -> None:
+        """`switch`, a method, lets the kernels count, or not. Its object is not kept alive."""
+        self._switch = weakref.WeakMethod(switch)
+
+    def close(self) -> None:
+        """What it reads is about to go."""
+        self._is_closed = True
+
+    @property
+    def has_board(self) -> bool:
+        """Whether kernels count, so that the host must not."""
+        return self.board is not None
+
+    def turn(self, on: bool) -> None:
+        """Counts from here on, or does not."""
+        self._require_open()
+        switch = None if self._switch is None else self._switch()
+        if switch is not None and on != self.is_on:
+            switch(on)
+        self.is_on = on
+
+    # --- by the host ------------------------------------------------------------------------------------------------
+
+    def step_began(self, step: int) -> None:
+        """The counts of `step` are exchanged from now on."""
+        if not self.is_on or self.has_board:
+            return
+        self._step = step
+        self.collect_spans()
+        words, first = self._words, self._first_of_step(step)
+        words[STEPS_WORD] += 1
+        words[first], words[first + 1] = step, time.time_ns()
+        for source in range(self.size):
+            words[first + 2 + source] = self._stamp(step) if source != self.rank else 0
+
+    def is_in_step(self, step: int, num_tokens: int) -> None:
+        """This rank has brought so many rows to `step`, which begins now if whoever exchanged its counts has not said so."""
+        if self._step != step:
+            self.step_began(step)
+        if self.is_on:
+            self._tokens.append((step, num_tokens))
+
+    def waited(self, phase: int, layer: int, source: int, span_ns: int) -> None:
+        """This rank has waited so long for `source`; under its own number, for peers that it cannot tell apart."""
+        if not self.is_on or self.has_board:
+            return
+        words, step = self._words, self._step
+        if phase == COUNTS:
+            words[FIRST_WAITS_WORD + source] += span_ns
+            self._add(self._first_of_step(step) + 2 + source, step, span_ns)
+            return
+        place = 2 * min(layer, NUM_LAYERS - 1) + phase
+        words[self.layout.layer_waits + place * self.size + source] += span_ns
+        first = self.layout.round_log + (step % NUM_ROUND_STEPS * 2 * NUM_LAYERS + place) * (1 + self.size)
+        if words[first + 1 + source] >> STAMP_SHIFT != step % (1 << 16) or not words[first]:
+            words[first] = time.time_ns() - span_ns
+        self._add(first + 1 + source, step, span_ns)
+
+    def came(self, layer: int, tokens_per_rank: Sequence[int]) -> None:
+        """A dispatch has brought so many rows from each rank."""
+        if not self.is_on or self.has_board:
+            return
+        self._words[self.layout.rounds + min(layer, NUM_LAYERS - 1)] += 1
+        for source, number in enumerate(tokens_per_rank):
+            self._words[self.layout.rows + source] += number
+
+    def span_on_stream(self, phase: int, layer: int, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
+        """A call of a library lies between two events on the stream. It is read once both have passed, and never waited for."""
+        if self.is_on and not self.has_board:
+            self._spans.append((phase, layer, begin, end))
+
+    def collect_spans(self) -> None:
+        """Notes the calls that are over. Of two ranks the peer is known; of more, they cannot be told apart."""
+        source = 1 - self.rank if self.size == 2 else self.rank
+        while self._spans and self._spans[0][3].query():
+            phase, layer, begin, end = self._spans.popleft()
+            self.waited(phase, layer, source, round(begin.elapsed_time(end) * 1e6))
+
+    def _stamp(self, step: int) -> int:
+        return step % (1 << 16) << STAMP_SHIFT
+
+    def _first_of_step(self, step: int) -> int:
+        return self.layout.steps + step % NUM_STEPS * (2 + self.size)
+
+    def _add(self, place: int, step: int, span_ns: int) -> None:
+        """To a kept wait, which begins at 0 in a new step."""
+        word, stamp = self._words[place], self._stamp(step)
+        before = word & _TICKS if word & ~_TICKS == stamp else 0
+        self._words[place] = stamp | min(before + span_ns, _TICKS)
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise StateError("telemetry: the workspace is closed; take what you need before")
+
+    def last_waits(self) -> tuple[tuple[StepRecord, ...], str]:
+        """The last steps, and the reading of them in one line."""
+        steps = self.snapshot().steps
+        return steps, last_to_enter(steps, self.rank)
+
+    def snapshot(self) -> Snapshot:
+        """What has been counted so far. Waits for no step.
+
+        Raises:
+            StateError: the workspace is closed.
+        """
+        self._require_open()
+        self.collect_spans()
+        words = list(self._words) if self.board is None else self.read(self.board)
+        return snapshot_of(
+            words,
+            self.read(self.loads),
+            rank=self.rank,
+            size=self.size,
+            transport=self.transport,
+            is_on=self.is_on,
+            row_bytes=self._row_bytes,
+            tokens=tuple(self._tokens),
+        )
+
+
+__all__ = ["COUNTS", "DISPATCH", "Recorder", "read_here"]

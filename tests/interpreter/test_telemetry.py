@@ -1,0 +1,38 @@
+"""Telemetry of interpreted symmetric transports: the kernels' own counters, in slots and in bulk rounds."""
+
+import pytest
+
+import telemetry_work as work
+from tokenferry.testing import run_ranks
+
+from .test_symmetric import INTERPRETER
+
+pytestmark = pytest.mark.interpreter
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("within", [False, True], ids=["entering", "within"])
+def test_a_delayed_rank_is_found_by_its_waits(within: bool) -> None:
+    seen = run_ranks(work.delayed, 2, "p2p", 1, within, env=INTERPRETER)
+    work.check_delayed(seen, 1, within)
+
+
+@pytest.mark.alone
+def test_of_three_ranks_the_late_one_is_found() -> None:
+    work.check_delayed(run_ranks(work.delayed, 3, "p2p", 0, False, env=INTERPRETER), 0, within=False)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_loads_and_rows_are_those_counted_by_hand(world_size: int) -> None:
+    for told in run_ranks(work.counts_by_hand, world_size, "p2p", env=INTERPRETER):
+        work.check_counts_by_hand(told)
+
+
+def test_nothing_is_counted_while_it_is_stopped() -> None:
+    assert run_ranks(work.stops_and_starts, 2, "p2p", env=INTERPRETER) == [[1, 1, 2]] * 2
+
+
+def test_the_error_of_a_late_rank_says_who_was_late_before() -> None:
+    _, reading, num_steps = run_ranks(work.error_of_a_late_rank, 2, "p2p", env=INTERPRETER)[0]
+    assert reading.startswith("rank 1 was last to enter in")
+    assert num_steps >= 3

@@ -1,0 +1,64 @@
+"""Telemetry over gloo, and with one rank: what a delayed rank costs, counts by hand, the error that says so, a trace."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import telemetry_work as work
+from rank_pool import RankPools
+
+pytestmark = pytest.mark.ranks
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("within", [False, True], ids=["entering", "within"])
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_delayed_rank_is_found_by_its_waits(on_ranks: RankPools, late: int, within: bool) -> None:
+    work.check_delayed(on_ranks(work.delayed, 3, "collective", late, within), late, within)
+
+
+@pytest.mark.parametrize(("transport", "world_size"), [("local", 1), ("collective", 1), ("collective", 2)])
+def test_loads_and_rows_are_those_counted_by_hand(on_ranks: RankPools, transport: str, world_size: int) -> None:
+    for told in on_ranks(work.counts_by_hand, world_size, transport):
+        work.check_counts_by_hand(told)
+
+
+@pytest.mark.parametrize(("transport", "world_size"), [("local", 1), ("collective", 2)])
+def test_nothing_is_counted_while_it_is_stopped(on_ranks: RankPools, transport: str, world_size: int) -> None:
+    assert on_ranks(work.stops_and_starts, world_size, transport) == [[1, 1, 2]] * world_size
+
+
+def test_a_workspace_without_telemetry_says_how_to_get_it(on_ranks: RankPools) -> None:
+    assert on_ranks(work.is_refused_without, 2, "collective") == [True, True]
+
+
+def test_the_environment_turns_it_on(on_ranks: RankPools) -> None:
+    [told] = on_ranks(counts_as_the_environment_says, 1, env={"TOKENFERRY_TELEMETRY": "1"})
+    assert told
+
+
+def counts_as_the_environment_says(group) -> bool:
+    with work.opened(group, "local") as ws:
+        return ws.telemetry.is_on
+
+
+def test_the_error_of_a_late_rank_says_who_was_late_before(on_ranks: RankPools) -> None:
+    message, reading, num_steps = on_ranks(work.error_of_a_late_rank, 2, "collective")[0]
+    assert reading.startswith("rank 1 was last to enter in")
+    assert message.endswith(reading)
+    assert num_steps >= 3
+
+
+def test_a_trace_has_the_steps_of_all_ranks_on_one_time_line(on_ranks: RankPools, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    error_ns = on_ranks(work.traced, 2, "collective", str(path))[0]
+    trace = json.loads(path.read_text())
+    assert trace["otherData"]["clock_error_us"] == pytest.approx(error_ns / 1e3)
+    steps = [event for event in trace["traceEvents"] if event["name"].startswith("step ")]
+    assert {event["pid"] for event in steps} == {0, 1}
+    assert len(steps) == 8
+    assert {"dispatch[0]", "combine[1]"} <= {event["name"] for event in trace["traceEvents"]}
+    tracks = {event["args"]["name"] for event in trace["traceEvents"] if event["ph"] == "M"}
+    assert {"rank 1 (collective)", "steps and layers", "waits for rank 1"} <= tracks
+    assert all(event["ts"] >= -1e-3 and event["dur"] >= 0 for event in trace["traceEvents"] if event["ph"] == "X")

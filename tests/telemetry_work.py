@@ -1,0 +1,138 @@
+"""What rank processes do for the tests of telemetry, over every transport."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+import tokenferry as tf
+from faults import CAPACITY, CONFIG, one_step
+
+DELAY_S = 0.05
+NUM_STEPS = 6
+TOKENS, NUM_REAL = 3, 2
+IDS = [[0, 1], [2, -1], [5, 6]]
+"""Of each rank; the last row is padding, and -1 is no expert."""
+Seen = tuple[dict[str, Any], str]
+
+
+def opened(group: tf.EPGroup, transport: str, **settings: Any) -> tf.Workspace:
+    return tf.Workspace(CONFIG, group, max_tokens_per_rank=CAPACITY, transport=transport, **settings)
+
+
+def delayed(group: tf.EPGroup, transport: str, late: int, within: bool) -> Seen:
+    """Rank `late` is 50 ms late in every step: to enter it or, `within`, to combine."""
+    with opened(group, transport, telemetry=True) as ws:
+        dispatchers = [ws.dispatcher()]
+
+        def pause() -> None:
+            if group.rank == late:
+                time.sleep(DELAY_S)
+
+        assert one_step(ws, dispatchers, 0)  # whatever the first step waits for is not the delay
+        before = ws.telemetry.snapshot()
+        for step in range(1, NUM_STEPS):
+            group.channel.barrier(group.unique_name("together"), 60.0)  # nobody is late but the one that is meant to be
+            if not within:
+                pause()
+            assert one_step(ws, dispatchers, step, pause if within else None)
+        after = ws.telemetry.snapshot()
+        phase = "combine_ns" if within else "counts_ns"
+        told = [getattr(taken.waits, phase) for taken in (before, after)]
+        waited = [late_ns - early_ns for early_ns, late_ns in zip(*told, strict=True)]
+        return {"waited_ns": waited, **after.to_dict()}, ws.telemetry.reading()
+
+
+def check_delayed(seen: list[Seen], late: int, within: bool) -> None:
+    """Whoever is not late has waited for the late rank, and for nobody else as long."""
+    delays_ns = DELAY_S * 1e9 * (NUM_STEPS - 1)
+    for rank, (told, reading) in enumerate(seen):
+        if rank == late:
+            assert told["waited_ns"][rank] == 0
+            continue
+        assert told["waited_ns"][late] > 0.4 * delays_ns  # what another one was late too is charged to whom is looked for first
+        assert told["waited_ns"][late] == max(told["waited_ns"])
+        if not within:
+            assert f"rank {late} was last to enter in" in reading
+
+
+def counts_by_hand(group: tf.EPGroup, transport: str) -> dict[str, Any]:
+    """Two layers, of which the second is called every other step."""
+    with opened(group, transport, telemetry=True) as ws:
+        dispatchers = [ws.dispatcher() for _ in range(2)]
+        hidden = torch.ones(TOKENS, CONFIG.hidden_size, dtype=CONFIG.dtype, device=ws.device)
+        ids = torch.tensor(IDS, dtype=torch.int32, device=ws.device)
+        weights = torch.ones(TOKENS, CONFIG.topk, device=ws.device)
+        for step in range(4):
+            ws.begin_step(TOKENS, NUM_REAL)
+            for dispatcher in dispatchers[: 1 + step % 2]:
+                got = dispatcher.dispatch(hidden, ids, weights)
+                dispatcher.combine(got.hidden.clone())
+        ws.check()
+        settle(ws)
+        return ws.telemetry.snapshot().to_dict()
+
+
+def check_counts_by_hand(told: dict[str, Any]) -> None:
+    size, rounds = told["size"], (4, 2)
+    one = [1, 1, 1, 0, 0, 0, 0, 0]  # experts 0, 1 and 2; the row of 5 and 6 is padding
+    assert [list(row) for row in told["loads"]] == [[count * size * number for count in one] for number in rounds]
+    assert [layer["num_rounds"] for layer in told["layers"]] == list(rounds)
+    assert told["num_steps"] == 4
+    assert told["num_rounds"] == 6
+    assert list(told["rows"]) == [TOKENS * 6] * size
+    assert list(told["num_bytes"]) == [TOKENS * 6 * CONFIG.hidden_size * CONFIG.dtype.itemsize] * size
+
+
+def stops_and_starts(group: tf.EPGroup, transport: str) -> list[int]:
+    """Rounds that were counted after each of three steps: on, off, on again."""
+    with opened(group, transport, telemetry=True) as ws:
+        dispatchers, counted = [ws.dispatcher()], []
+        for step, turn in enumerate((ws.telemetry.start, ws.telemetry.stop, ws.telemetry.start)):
+            turn()
+            assert one_step(ws, dispatchers, step)
+            counted.append(ws.telemetry.snapshot().num_rounds)
+        return counted
+
+
+def is_refused_without(group: tf.EPGroup, transport: str) -> bool:
+    with opened(group, transport, telemetry=False) as ws:
+        assert not ws.telemetry.is_available
+        for call in (ws.telemetry.start, ws.telemetry.stop, ws.telemetry.snapshot):
+            with pytest.raises(tf.StateError, match="opened without telemetry"):
+                call()
+        return one_step(ws, [ws.dispatcher()], 0)
+
+
+def error_of_a_late_rank(group: tf.EPGroup, transport: str) -> tuple[str, str, int] | None:
+    """Rank 1 is late twice, and then does not come at all. What rank 0's error says, its reading, and the steps it carries."""
+    with opened(group, transport, telemetry=True, timeout_s=2.0) as ws:
+        dispatchers = [ws.dispatcher()]
+        for step in range(3):
+            if group.rank == 1 and step:
+                time.sleep(DELAY_S)
+            assert one_step(ws, dispatchers, step)
+        if group.rank == 1:
+            time.sleep(4.0)
+            return None
+        with pytest.raises(tf.PeerError) as caught:
+            one_step(ws, dispatchers, 3)
+        with pytest.raises(tf.PeerError) as again:
+            ws.check()
+        assert str(again.value) == str(caught.value)
+        return str(caught.value), caught.value.reading, len(caught.value.waits)
+
+
+def traced(group: tf.EPGroup, transport: str, path: str) -> float | None:
+    """A few steps, and their trace. The clocks' error, in nanoseconds."""
+    with opened(group, transport, telemetry=True) as ws:
+        dispatchers = [ws.dispatcher(), ws.dispatcher()]
+        for step in range(4):
+            assert one_step(ws, dispatchers, step)
+        return ws.telemetry.trace(path)
+
+
+def settle(ws: tf.Workspace) -> None:
+    if ws.device.type == "cuda":
+        torch.cuda.synchronize(ws.device)

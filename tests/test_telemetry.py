@@ -1,0 +1,134 @@
+"""What telemetry's host side makes of known figures: alignment of clocks, Prometheus, one line of JSON, kept steps."""
+
+import importlib.util
+import io
+import json
+import weakref
+
+import pytest
+import torch
+
+import tokenferry as tf
+from tokenferry.telemetry import Recorder, Snapshot
+from tokenferry.telemetry.recorder import COMBINE, COUNTS, DISPATCH
+from tokenferry.telemetry.trace import align
+
+has_prometheus = importlib.util.find_spec("prometheus_client") is not None
+
+
+def counted(rank: int = 0) -> Snapshot:
+    recorder = Recorder(rank, 2, 3, 8, torch.device("cpu"))
+    recorder.step_began(1)
+    recorder.waited(COUNTS, -1, 1 - rank, 1_500_000_000)
+    recorder.waited(DISPATCH, 4, 1 - rank, 200)
+    recorder.waited(DISPATCH, 4, 1 - rank, 100)
+    recorder.waited(COMBINE, 4, rank, 70)
+    recorder.came(4, (2, 3))
+    recorder.loads[4] += torch.tensor([1, 0, 4])
+    return recorder.snapshot()
+
+
+def test_what_is_noted_is_what_is_read() -> None:
+    taken = counted()
+    assert taken.waits.counts_ns == (0, 1_500_000_000)
+    assert taken.waits.dispatch_ns == (0, 300)
+    assert taken.waits.shared_ns == 70
+    assert taken.rows == (2, 3)
+    assert taken.num_bytes == (16, 24)
+    assert taken.loads == ((0, 0, 0),) * 4 + ((1, 0, 4),)
+    [layer] = taken.layers
+    assert (layer.layer, layer.num_rounds, layer.dispatch_ns) == (4, 1, (0, 300))
+    [step] = taken.steps
+    assert step.waits_ns == (None, 1_500_000_000)
+    assert [(each.layer, each.phase, each.waits_ns) for each in step.rounds] == [(4, "dispatch", (None, 300))]
+
+
+def test_only_the_last_steps_are_kept() -> None:
+    recorder = Recorder(0, 2, 3, 8, torch.device("cpu"))
+    for step in range(1, 301):
+        recorder.step_began(step)
+        recorder.waited(COUNTS, -1, 1, step)
+        recorder.waited(DISPATCH, 0, 1, step)
+        recorder.came(0, (1, 1))
+    steps = recorder.snapshot().steps
+    assert [step.step for step in steps] == list(range(173, 301))
+    assert all(step.waits_ns == (None, step.step) for step in steps)
+    assert [step.step for step in steps if step.rounds] == list(range(285, 301))
+
+
+def test_layers_beyond_the_last_share_its_place() -> None:
+    recorder = Recorder(0, 2, 3, 8, torch.device("cpu"))
+    recorder.step_began(1)
+    for layer in (127, 128, 500):
+        recorder.waited(DISPATCH, layer, 1, 10)
+        recorder.came(layer, (1, 1))
+    [layer] = recorder.snapshot().layers
+    assert (layer.layer, layer.num_rounds, layer.dispatch_ns) == (127, 3, (0, 30))
+
+
+def test_clocks_are_aligned_by_the_moments_that_all_ranks_share() -> None:
+    first, second = counted(0), counted(1)
+
+    def begun(taken: Snapshot, moments: list[int]) -> Snapshot:
+        steps = [
+            {"step": number, "begin_ns": moment, "waits_ns": [None, None], "rounds": []}
+            for number, moment in enumerate(moments, start=1)
+        ]
+        return Snapshot.from_dict({**taken.to_dict(), "steps": steps})
+
+    alignment = align([begun(first, [1000, 2000]), begun(second, [1005, 2007])])
+    assert alignment.offsets_ns == (0, 6)
+    assert alignment.error_ns == 1
+
+
+def test_a_line_of_json() -> None:
+    config = tf.MoEConfig(hidden_size=8, num_experts=2, topk=1)
+    with tf.Workspace(config, tf.EPGroup.alone("cpu"), max_tokens_per_rank=2, transport="local", telemetry=True) as ws:
+        ws.begin_step(1)
+        file = io.StringIO()
+        ws.telemetry.write_json_line(file)
+        ws.telemetry.write_json_line(file)
+        lines = [json.loads(line) for line in file.getvalue().splitlines()]
+        assert [Snapshot.from_dict(line) for line in lines] == [ws.telemetry.snapshot()] * 2
+        assert lines[0]["transport"] == "local"
+
+
+def test_a_reset_counts_anew() -> None:
+    config = tf.MoEConfig(hidden_size=8, num_experts=2, topk=1)
+    with tf.Workspace(config, tf.EPGroup.alone("cpu"), max_tokens_per_rank=2, transport="local", telemetry=True) as ws:
+        ws.begin_step(1)
+        assert ws.telemetry.snapshot().num_steps == 1
+        ws.reset()
+        assert ws.telemetry.snapshot().num_steps == 0
+
+
+@pytest.mark.skipif(not has_prometheus, reason="needs prometheus_client, not installed")
+def test_prometheus_reads_the_figures_of_the_moment() -> None:
+    from prometheus_client import generate_latest
+
+    from tokenferry.telemetry.prometheus import register
+
+    text = generate_latest(register(counted)).decode()
+    assert 'tokenferry_wait_seconds_total{phase="counts",rank="0",source="1"} 1.5' in text
+    assert 'tokenferry_rows_total{rank="0",source="1"} 3.0' in text
+    assert 'tokenferry_expert_rows_total{expert="2",layer="4",rank="0"} 4.0' in text
+    assert 'tokenferry_rounds_total{layer="4",rank="0"} 1.0' in text
+
+
+@pytest.mark.skipif(has_prometheus, reason="prometheus_client is installed")
+def test_without_prometheus_the_extra_is_named() -> None:
+    from tokenferry.telemetry.prometheus import register
+
+    with pytest.raises(tf.ConfigError, match=r"tokenferry\[metrics\]"):
+        register(counted)
+
+
+def test_a_dropped_workspace_goes_at_once_and_its_telemetry_says_so() -> None:
+    config = tf.MoEConfig(hidden_size=8, num_experts=2, topk=1)
+    ws = tf.Workspace(config, tf.EPGroup.alone("cpu"), max_tokens_per_rank=2, transport="local", telemetry=True)
+    telemetry, seen = ws.telemetry, weakref.ref(ws)
+    ws.close()
+    with pytest.raises(tf.StateError, match="the workspace is closed"):
+        telemetry.snapshot()
+    del ws
+    assert seen() is None
