@@ -15,8 +15,8 @@ pytestmark = pytest.mark.filterwarnings("default")  # transformers warns of its 
 
 
 def test_a_model_whose_graphs_cannot_be_freed_is_closed_all_the_same(
-    graphed: Graphed,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    graphed: Graphed,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail() -> None:
         raise RuntimeError("an illegal memory access")
