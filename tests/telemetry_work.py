@@ -2,12 +2,14 @@
 
 import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import tokenferry as tf
 from faults import CAPACITY, CONFIG, one_step
+from tokenferry.transports import counting
 
 DELAY_S = 0.05
 NUM_STEPS = 6
@@ -18,17 +20,18 @@ Seen = tuple[dict[str, Any], str]
 
 
 def opened(group: tf.EPGroup, transport: str, **settings: Any) -> tf.Workspace:
-    return tf.Workspace(CONFIG, group, max_tokens_per_rank=CAPACITY, transport=transport, **settings)
+    with mock.patch.object(counting, "SHOWN_ON", ("cpu", "cuda")):  # the tests on GPUs are to show it
+        return tf.Workspace(CONFIG, group, transport=transport, **{"max_tokens_per_rank": CAPACITY, **settings})
 
 
-def delayed(group: tf.EPGroup, transport: str, late: int, within: bool) -> Seen:
-    """Rank `late` is 50 ms late in every step: to enter it or, `within`, to combine."""
+def delayed(group: tf.EPGroup, transport: str, late: int, within: bool, delay_s: float = DELAY_S) -> Seen:
+    """Rank `late` is late in every step: to enter it or, `within`, to combine."""
     with opened(group, transport, telemetry=True) as ws:
         dispatchers = [ws.dispatcher()]
 
         def pause() -> None:
             if group.rank == late:
-                time.sleep(DELAY_S)
+                time.sleep(delay_s)
 
         assert one_step(ws, dispatchers, 0)  # whatever the first step waits for is not the delay
         before = ws.telemetry.snapshot()
@@ -44,9 +47,9 @@ def delayed(group: tf.EPGroup, transport: str, late: int, within: bool) -> Seen:
         return {"waited_ns": waited, **after.to_dict()}, ws.telemetry.reading()
 
 
-def check_delayed(seen: list[Seen], late: int, within: bool) -> None:
+def check_delayed(seen: list[Seen], late: int, within: bool, delay_s: float = DELAY_S) -> None:
     """Whoever is not late has waited for the late rank, and for nobody else as long."""
-    delays_ns = DELAY_S * 1e9 * (NUM_STEPS - 1)
+    delays_ns = delay_s * 1e9 * (NUM_STEPS - 1)
     for rank, (told, reading) in enumerate(seen):
         if rank == late:
             assert told["waited_ns"][rank] == 0

@@ -66,6 +66,15 @@ def test_what_makes_verify_fail(results, reason):
         raise AssertionError("\n".join(comparison.reasons))
 
 
+def test_where_rows_travel_quantized_other_tokens_are_counted_and_complete_answers_wanted():
+    results = [result(0, [answer(0, (5, 6, 4)), answer(1, (8, 9))])]
+    comparison = compare(results, REFERENCE, is_lossy=True)
+    assert comparison.passed
+    assert (comparison.num_equal, comparison.num_equal_tokens, comparison.num_tokens) == (1, 4, 5)
+    ended = [result(0, [REFERENCE[0], answer(1, (8, 9), complete=False)])]
+    assert not compare(ended, REFERENCE, is_lossy=True).passed
+
+
 def test_logits_count_up_to_the_first_token_that_differs():
     logits = REFERENCE[0].logits.clone()
     logits[1] += 0.5
@@ -78,7 +87,17 @@ def test_json_has_the_documented_keys():
     job = Job(model="demo", prompts=("first", "second"), max_new_tokens=3)
     results = [result(0, [REFERENCE[1]]), result(1, [REFERENCE[0]])]
     document = json.loads(output.as_json("verify", job, results, compare(results, REFERENCE)))
-    assert set(document) == {"schema", "command", "model", "max_new_tokens", "exact", "ranks", "prompts", "verify"}
+    assert set(document) == {
+        "schema",
+        "command",
+        "model",
+        "max_new_tokens",
+        "exact",
+        "dispatch_format",
+        "ranks",
+        "prompts",
+        "verify",
+    }
     assert document["ranks"][1] | {"peak_memory_bytes": 0} == {
         "rank": 1, "device": "cpu", "transport": "collective", "dtype": "float32", "num_prompts": 1, "num_prompt_tokens": 3,
         "num_new_tokens": 3, "generate_s": 2.0, "total_s": 4.0, "tokens_per_s": 1.5, "communication_share": 0.25,

@@ -41,6 +41,10 @@ VARIANTS = {
         512, 384, 8, 2, activation="geglu_tanh", norm=True, up_strides=(768 * 512, 1, 768), down_strides=(384 * 512, 1, 512),
     ),
     "deepseek-v3-float8": variant(7168, 2048, 32, 8, weight_dtype=torch.float8_e4m3fn),
+    "gpt-oss-20b-mxfp4": variant(
+        2880, 2880, 16, 4, activation="clamped_swiglu", interleaved=True, up_bias=True, down_bias=True, weight_dtype=torch.int32,
+        up_strides=(90 * 45 * 512, 45 * 512, 512, 1), down_strides=(45 * 45 * 512, 45 * 512, 512, 1),
+    ),
     "one-cut-int64-ids": variant(batch_invariant=True, index_dtype=torch.int64, out_dtype=torch.float32),
     "squared-relu-fp16-odd": variant(
         76, 75, 3, 5, dtype=torch.float16, weight_dtype=torch.float16, activation="squared_relu", gated=False,

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ import torch
 
 from tokenferry.errors import ConfigError
 from tokenferry.inspection import findings_of
+from tokenferry.kernels.wait_board import DISPATCH
 from tokenferry.placement import StepModel
-from tokenferry.telemetry.recorder import COUNTS, DISPATCH, Recorder
+from tokenferry.telemetry.recorder import COUNTS, Recorder
 from tokenferry.telemetry.snapshot import Snapshot, StepRecord, last_to_enter
 
 MODEL = StepModel(weight_bytes=1.0, flops_per_row=1e6, memory_bytes_per_s=1e12, flops_per_s=1e12)
@@ -140,14 +143,14 @@ def colours_of(path: Path) -> int:
 @drawn
 @needs("transformers")
 @pytest.mark.ranks
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tokenferry.cli.inspect import inspect
-    from tokenferry.cli.options import Device, Dtype
-    from tokenferry.cli.request import request_of
-
-    request = request_of("inspect", 2, "tiny:mixtral", None, 4, Dtype.auto, Device.cpu, "auto", 0, as_json=True)
-    assert inspect(request, tmp_path / "made" / "report") == 0
-    told = json.loads(capsys.readouterr().out)
+def test_the_command(tmp_path: Path) -> None:
+    """In a process of its own: the command's fork server has transformers, and with it Triton, whose interpreter other tests of
+    this process want to be turned on before."""
+    options = ["--ranks", "2", "--model", "tiny:mixtral", "--max-new-tokens", "4", "--device", "cpu", "--json"]
+    command = [sys.executable, "-m", "tokenferry.cli", "inspect", *options, "--output", str(tmp_path / "made" / "report")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
     assert Path(told["files"][0]).read_text().startswith("<!DOCTYPE html>")
     assert told["num_ranks"] == 2
     rows = sum(told["snapshots"][0]["rows"])

@@ -36,6 +36,7 @@ ALLOWED_BETWEEN_KERNELS = {
     "driver_launch",
     "expert_math",
     "expert_tiles",
+    "expert_scaled",
     "wire_float8",
     "wire_mxfp4",
     "fp8_rows",

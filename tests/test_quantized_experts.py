@@ -8,6 +8,7 @@ from quantized_experts import CASES, differing_terms, pair, quantized_terms
 from rank_pool import RankPools
 from tokenferry.dispatched import QuantizedRows
 from tokenferry.experts import Experts, ExpertsConfig, apply_experts
+from tokenferry.integrations.megatron import fused_moe
 from tokenferry.layer import MoELayer
 from tokenferry.router import Router, RouterConfig
 from tokenferry.testing import same_bits
@@ -64,6 +65,19 @@ def test_quantized_rows_that_do_not_fit(name: str) -> None:
     )
     with pytest.raises(error, match=said):
         experts(rows)
+
+
+@pytest.mark.parametrize("float8", [False, True], ids=["plain-weights", "float8-weights"])
+def test_fused_moe_takes_quantized_rows_and_writes_quantized_terms(float8: bool) -> None:
+    experts, came, plain = pair(CASES["swiglu"], float8=float8)
+    weights, terms = experts.weights, []
+    for rows in (came, plain):
+        out = QuantizedRows(torch.zeros(19, H, dtype=torch.float8_e4m3fn), torch.zeros(19, 3))
+        given = (weights.up_proj, weights.down_proj, experts.config.activation, 3, 2, rows.valid_tokens, rows.topk_idx)
+        scales = {"fc1_scale": weights.up_scale, "fc2_scale": weights.down_scale}
+        assert fused_moe(rows.hidden, rows.topk_weights, *given, out=out, **scales) is out
+        terms.append(out)
+    assert not differing_terms(*terms)
 
 
 # --- whole layers -----------------------------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import tokenferry as tf
+from tokenferry.kernels.wait_board import COMBINE, DISPATCH
 from tokenferry.telemetry import Recorder, Snapshot
-from tokenferry.telemetry.recorder import COMBINE, COUNTS, DISPATCH
+from tokenferry.telemetry.recorder import COUNTS
 from tokenferry.telemetry.trace import align
+from tokenferry.transports.counting import wants_telemetry
 
 has_prometheus = importlib.util.find_spec("prometheus_client") is not None
 
@@ -132,3 +134,28 @@ def test_a_dropped_workspace_goes_at_once_and_its_telemetry_says_so() -> None:
         telemetry.snapshot()
     del ws
     assert seen() is None
+
+
+def test_compiled_code_is_counted() -> None:
+    config = tf.MoEConfig(hidden_size=8, num_experts=2, topk=1, dtype=torch.float32)
+    with tf.Workspace(config, tf.EPGroup.alone("cpu"), max_tokens_per_rank=2, transport="local", telemetry=True) as ws:
+        dispatcher = ws.dispatcher()
+
+        def step(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            ws.begin_step(2)
+            got = dispatcher.dispatch(hidden, ids, weights)
+            return dispatcher.combine(got.hidden * 2, got)
+
+        compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+        ids = torch.tensor([[1], [-1]], dtype=torch.int32)
+        for _ in range(3):
+            compiled(torch.ones(2, 8), ids, torch.ones(2, 1))
+        seen = ws.telemetry.snapshot()
+        assert (seen.num_steps, seen.num_rounds, seen.loads) == (3, 3, ((0, 3),))
+
+
+def test_on_gpus_it_is_refused_until_a_run_has_shown_it_right() -> None:
+    with pytest.raises(tf.ConfigError, match="telemetry is not to be had on cuda yet"):
+        wants_telemetry(True, torch.device("cuda"))
+    assert not wants_telemetry(False, torch.device("cuda"))
+    assert wants_telemetry(True, torch.device("cpu"))

@@ -53,10 +53,10 @@ OF_FORMATS = (
         (f"{COMBINE}test_named_cases_give_the_bits_of_the_reference[3]",),
     ),
     Mutant(
-        "float8-terms-that-are-fetched-have-the-scale-of-their-rows-first-block",
+        "float8-terms-that-are-fetched-have-the-scale-of-another-block",
         f"{_KERNELS}/fp8_terms.py",
-        "term_scales_ptr + index * ((H + 511) // 512 * 16) + column // 128 * 4, live)",
-        "term_scales_ptr + index * ((H + 511) // 512 * 16), live)",
+        "return v0, v1, v2, v3, tl.gather(word, lanes // 8, 0)",
+        "return v0, v1, v2, v3, tl.gather(word, lanes // 32, 0)",
         (f"{COMBINE}test_slots_and_bulk_in_turn[H272-EP2]",),
     ),
     Mutant(

@@ -149,9 +149,9 @@ class Operators:
         """Begins a step."""
         if isinstance(num_real_tokens, torch.Tensor):
             _BEGIN_STEP(self.order, self.counts, num_real_tokens, self._number, num_tokens, 0, done)
-        else:
-            real = num_tokens if num_real_tokens is None else num_real_tokens
-            _BEGIN_STEP(self.order, self.counts, None, self._number, num_tokens, real, done)
+            return
+        real = num_tokens if num_real_tokens is None else num_real_tokens
+        _BEGIN_STEP(self.order, self.counts, None, self._number, num_tokens, real, done)
 
     def dispatch(
         self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor, num_tokens: int
@@ -164,12 +164,10 @@ class Operators:
             out, idx, weights = self.fixed
             _DISPATCH_FIXED(self.order, out, idx, weights, *given, self._number, layer)
             return Dispatched(hidden=out, topk_idx=idx, topk_weights=weights, valid_tokens=valid_tokens, handle=self.handle)
-        num_rows = self._copied_rows
-        if num_rows is None and self._rows_per_token is not None:
-            num_rows = num_tokens * self._rows_per_token
-        out, idx, weights, out_scales = _DISPATCH_FRESH(
-            self.order, *given, self._number, layer, num_rows, self._index_dtype, self._is_quantized
-        )
+        counted = None if self._rows_per_token is None else num_tokens * self._rows_per_token
+        num_rows = counted if self._copied_rows is None else self._copied_rows
+        how = self._number, layer, num_rows, self._index_dtype, self._is_quantized
+        out, idx, weights, out_scales = _DISPATCH_FRESH(self.order, *given, *how)
         rows = QuantizedRows(out, out_scales) if self._is_quantized else out
         return Dispatched(hidden=rows, topk_idx=idx, topk_weights=weights, valid_tokens=valid_tokens, handle=self.handle)
 
@@ -362,9 +360,7 @@ def _with_rows(operation: str, tensor: torch.Tensor, num_rows: int) -> torch.Ten
 _LIBRARY: Final = torch.library.Library(NAMESPACE, "DEF")  # its operators are there for as long as it is
 
 
-def define(
-    schema: str, implementation: Callable[..., object], shapes: Callable[..., object], tags: Sequence[torch.Tag] = ()
-) -> Any:
+def define(schema: str, implementation: Callable[..., Any], shapes: Callable[..., Any], tags: Sequence[torch.Tag] = ()) -> Any:
     """Not by `torch.library.custom_op`, which takes 21 microseconds a call."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=tuple(tags))

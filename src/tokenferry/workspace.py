@@ -25,7 +25,7 @@ from tokenferry.step import Step, StepRequest, StepTensors, checked_counts
 from tokenferry.telemetry.control import Telemetry
 from tokenferry.transports import selection
 from tokenferry.transports.base import CombineOrder, Counts, TransportFactory, TransportSettings
-from tokenferry.transports.counting import new_recorder
+from tokenferry.transports.counting import new_recorder, wants_telemetry
 from tokenferry.transports.opening import open_together, required_bytes
 from tokenferry.transports.settings import check_dtypes, check_kinds, check_positive_ints, check_reset, check_settings
 
@@ -60,8 +60,8 @@ class Workspace(GraphCalls):
         max_ctas: bound on the thread blocks of a kernel, for workspaces that share a GPU; None: chosen from shape and group.
         result_dtype: of combined rows. Default: `config.dtype`; float32 leaves the sums as they are, for a caller who adds to
             them before they are rounded.
-        telemetry: whether waits, rows and loads are counted: see `telemetry`. None: as TOKENFERRY_TELEMETRY says. Without it the
-            kernels have none of it compiled in. Ranks may differ.
+        telemetry: whether waits, rows and loads are counted, on CPUs: see `telemetry`. None: as TOKENFERRY_TELEMETRY says.
+            Without it the kernels have none of it compiled in. Ranks may differ.
 
     Raises:
         ConfigError: a setting is wrong, differs between ranks, or there are fewer experts than ranks.
@@ -89,6 +89,7 @@ class Workspace(GraphCalls):
         telemetry: bool | None = None,
     ) -> None:
         check_kinds(config, group)
+        self._with_telemetry = wants_telemetry(telemetry, group.device)
         super().__init__()
         self._settings = TransportSettings(
             config=config,
@@ -115,7 +116,6 @@ class Workspace(GraphCalls):
         self.number = take_number(group)
         """Its place in the order of opening, by which compiled code finds it; it stays through `reset()`."""
         self._requested = transport
-        self._with_telemetry = env.read(env.TelemetrySettings).enabled if telemetry is None else bool(telemetry)
         self.telemetry = Telemetry()
         """What it counts: `snapshot()`, `trace(path)` and more, if it was opened so."""
         self.lifecycle = Lifecycle()

@@ -11,7 +11,7 @@ import tokenferry as tf
 from faults import CONFIG
 from rank_pool import RankPools
 from tokenferry.graph_capture import captured
-from tokenferry.testing import run_virtual
+from tokenferry.testing.ranks import run_virtual
 
 two_gpus = pytest.mark.gpu(count=2)
 one_gpu = pytest.mark.gpu(count=1)
@@ -41,7 +41,7 @@ def test_nothing_is_counted_while_it_is_stopped(on_ranks: RankPools, transport: 
 def replays(group: tf.EPGroup, num_tokens: int) -> dict[str, Any]:
     """A captured step of two rounds, replayed five times with rank 1 late by 50 ms; a snapshot is read amid the replays, while
     rank 0's kernel waits."""
-    with tf.Workspace(CONFIG, group, max_tokens_per_rank=num_tokens, transport="p2p", telemetry=True) as ws:
+    with work.opened(group, "p2p", max_tokens_per_rank=num_tokens, telemetry=True) as ws:
         dispatcher = ws.dispatcher()
         hidden = torch.ones(num_tokens, CONFIG.hidden_size, dtype=CONFIG.dtype, device=ws.device)
         ids = torch.zeros(num_tokens, CONFIG.topk, dtype=torch.int32, device=ws.device)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 import tokenferry as tf
-from tokenferry.kernels import expert_gemm, expert_math, expert_quantize, expert_sum, expert_table
+from tokenferry.kernels import expert_gemm, expert_math, expert_quantize, expert_scaled, expert_sum, expert_table
 from tokenferry.testing import run_ranks
 
 pytestmark = pytest.mark.interpreter
@@ -112,6 +112,44 @@ def test_gemm_kernel() -> None:
     first, second = run_ranks(gemm_example, 1, env=INTERPRETER)[0]
     assert first == [[3.0, 4.0], [4.0, 2.0]]  # row 1 by expert 0, row 0 by expert 1
     assert second == [[4.0, 8.0], [3.0, 4.0]]  # back at their own places
+
+
+@triton.jit
+def scaled(out, quantized, scales, SWAPPED: tl.constexpr):
+    lanes = tl.arange(0, 16)
+    first = lanes[None, :] == 0
+    x = tl.where(first, tl.where(lanes[:, None] == 0, 1.0, 2.0), 0.0)  # rows of 1 and 2, of depth 1
+    w = tl.where(lanes[:, None] == 0, 3.0, 0.0) + tl.zeros([16, 16], tl.float32)
+    scale = tl.where(lanes == 0, 10.0, 100.0)
+    total = expert_scaled.scaled_sum(tl.full([16, 16], 0.5, tl.float32), x, w, scale, SWAPPED)
+    if SWAPPED:
+        total = tl.trans(total)
+    tl.store(out + lanes[:, None] * 16 + lanes[None, :], total)
+    rows = tl.arange(0, 2)
+    column = tl.arange(0, 128)
+    value = tl.where(column[None, :] == 0, 224.0, tl.where(column[None, :] == 1, -448.0, 0.0)) + tl.zeros([2, 128], tl.float32)
+    expert_scaled.store_quantized(value, quantized, scales, (3 + rows).to(tl.int64), rows < 1, 128, 200)
+
+
+def scaled_example(group: tf.EPGroup, swapped: bool) -> list[list[float]]:
+    out, quantized, scales = torch.zeros(16, 16), torch.full((5, 200), 2.0).to(torch.float8_e4m3fn), torch.full((5, 2), 7.0)
+    scaled[(1,)](out, quantized, scales, SWAPPED=swapped)
+    assert (out[:, :1] == out).all(), "every column has the same weights"
+    left = quantized.float()
+    return [
+        out[:2, 0].tolist(),
+        left[3, 127:131].tolist(),
+        [left[3, 199].item(), left[4, 128].item()],
+        scales[3:].flatten().tolist(),
+    ]
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["rows-first", "swapped"])
+def test_scaled_sums_and_quantized_stores(swapped: bool) -> None:
+    sums, written, beside, scales = run_ranks(scaled_example, 1, swapped, env=INTERPRETER)[0]
+    assert sums == [30.5, 600.5]
+    assert written == [2.0, 224.0, -448.0, 0.0] and beside == [0.0, 2.0], "row 4 is none of the tile's"
+    assert scales == [7.0, 1.0, 7.0, 7.0]
 
 
 @triton.jit

@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import switch
 import tokenferry as tf
@@ -11,6 +13,7 @@ from cases import Case, run_case
 from formats import FLOAT8, FP8_COMBINE, plain
 from rank_pool import RankPools
 from tokenferry.dispatched import QuantizedRows
+from tokenferry.kernels import fp8_terms, wire_float8
 from tokenferry.testing import run_ranks
 
 from .test_few_tokens import FewTokensOnly
@@ -157,3 +160,29 @@ def other_scales(group: tf.EPGroup, num_tokens: int) -> list[float]:
 @pytest.mark.parametrize("num_tokens", [2, 5], ids=["slots", "bulk"])
 def test_scales_of_other_memory_are_not_taken_for_those_in_place(on_ranks: RankPools, num_tokens: int) -> None:
     assert on_ranks(other_scales, 2, num_tokens, env=INTERPRETER) == [[6.0]] * 2
+
+
+@triton.jit
+def places_and_numbers(words, out, numbers, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    row, column = fp8_terms.place(lanes, 272)
+    tl.store(out + lanes * 2, row)
+    tl.store(out + lanes * 2 + 1, column)
+    a, b, c, d = wire_float8.unpack_float8(tl.load(words + lanes).to(tl.uint32, bitcast=True))
+    tl.store(numbers + lanes * 4, a)
+    tl.store(numbers + lanes * 4 + 1, b)
+    tl.store(numbers + lanes * 4 + 2, c)
+    tl.store(numbers + lanes * 4 + 3, d)
+
+
+def of_64_threads(group: tf.EPGroup) -> tuple[list[list[int]], bool]:
+    every = torch.arange(256, dtype=torch.uint8)
+    places, numbers = torch.zeros(64, 2, dtype=torch.int32), torch.zeros(256)
+    places_and_numbers[(1,)](every.view(torch.int32), places, numbers, BLOCK=64)
+    wanted = every.view(FLOAT8).to(torch.float32)
+    return places[[16, 17, 32]].tolist(), torch.equal(numbers.nan_to_num(7.0), wanted.nan_to_num(7.0))
+
+
+def test_the_example_of_place_and_what_all_float8_numbers_are() -> None:
+    """272 lies behind the row, so that thread 17 has no column."""
+    assert run_ranks(of_64_threads, 1, env=INTERPRETER) == [([[0, 256], [0, 272], [1, 0]], True)]

@@ -88,6 +88,25 @@ def test_the_program_of_the_page_runs(tmp_path: Path) -> None:
     assert re.search(r"^tiny +8 .* yes$", done.stdout, re.MULTILINE), done.stdout
 
 
+def test_float8_terms_are_measured_and_compared() -> None:
+    combine_formats = ("same", "fp8_block128", "fp8_block128-quantized")
+    points = benchmarking.round_trip_points((256,), (3,), ("collective",), 2, combine_formats=combine_formats)
+    records = benchmarking.run_round_trips([point for point in points if point.combine_order == "rank"], 2, device="cpu")
+    assert all(record["correct"] for record in records)
+    assert [(record["combine_format"], record["quantized_terms"]) for record in records] == [
+        ("same", False),
+        ("fp8_block128", False),
+        ("fp8_block128", True),
+    ]
+    assert [record["wire_bytes"] for record in records] == [3 * (512 + 64 + each) for each in (512, 272, 272)]
+    assert "fp8_block128-quantized" in benchmarking.round_trip_table(records)
+
+
+def test_a_combine_format_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a combine format is one of same, fp8_block128, the last also -quantized; got 'bytes'"):
+        benchmarking.round_trip_points((256,), (3,), ("local",), 1, combine_formats=("bytes",))
+
+
 def test_formats_are_measured_and_compared_like_the_rows_themselves() -> None:
     formats = ("fp8_block128", "fp8_block128-quantized", "bytes")
     points = benchmarking.round_trip_points((256,), (3,), ("local",), 1, formats=formats)

@@ -56,6 +56,21 @@ def test_generate_answers_uneven_prompts_and_prints_one_json_object(environment,
     assert "rank 1: 3 prompts" in outcome.stderr
 
 
+def test_verify_counts_tokens_of_rows_that_travel_quantized(environment, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one prompt\nanother\n")
+    arguments = ["--model", "tiny:qwen3_moe", "--prompts", str(prompts), "--max-new-tokens", "6"]
+    outcome = run([*CLI, "verify", *arguments, "--dispatch-format", "fp8_block128", "--json"], environment, timeout_s=400)
+    assert outcome.returncode == 0, outcome.stderr
+    document = json.loads(outcome.stdout)
+    found = document["verify"]
+    assert document["dispatch_format"] == "fp8_block128"
+    assert found["num_tokens"] == 12 and 0 <= found["num_equal_tokens"] <= 12
+    assert found["largest_logit_difference"] > 1e-3, "float8 rows differ from the model's own"
+    refused = run([*CLI, "verify", *arguments, "--dispatch-format", "bytes"], environment)
+    assert refused.returncode == 2 and "must be one of same, fp8_block128, got 'bytes'" in refused.stderr
+
+
 def test_generate_with_random_weights_for_a_configuration(environment, tmp_path):
     (tmp_path / "config.json").write_text(tiny_config("mixtral").to_json_string())
     arguments = ["--random-init", str(tmp_path / "config.json"), "--ranks", "2", "--max-new-tokens", "3", "--json"]

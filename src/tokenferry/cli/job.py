@@ -19,6 +19,7 @@ class Job:
         device: "cpu" or "cuda".
         seed: for random weights. Decoding is greedy and needs none.
         exact: whether experts are called once for each rank that the rows come from; see `from_pretrained`.
+        dispatch_format: of the rows on their way to the experts; see `from_pretrained`.
         keep_logits: whether answers carry the logits of every new token.
         telemetry: whether ranks count what they wait for, and tell it.
     """
@@ -31,6 +32,7 @@ class Job:
     transport: str = "auto"
     seed: int = 0
     exact: bool = False
+    dispatch_format: str = "same"
     keep_logits: bool = False
     timeout_s: float = 120.0
     telemetry: bool = False

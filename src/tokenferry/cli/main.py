@@ -101,6 +101,7 @@ def verify(
     seed: options.Seed = 0,
     json: options.Json = False,
     exact: options.Exact = False,
+    dispatch_format: options.DispatchFormat = "same",
 ) -> None:
     """Generate, and compare every token with the unmodified model in one process. Exit code 0: all equal, 1: not."""
     with one_line_errors():
@@ -108,7 +109,8 @@ def verify(
             from tokenferry.cli import run
             from tokenferry.cli.request import request_of
 
-        request = request_of("verify", ranks, model, prompts, max_new_tokens, dtype, device, transport, seed, json, exact)
+        given = (ranks, model, prompts, max_new_tokens, dtype, device, transport, seed, json, exact)
+        request = request_of("verify", *given, dispatch_format=dispatch_format)
         raise typer.Exit(run.verify(request))
 
 

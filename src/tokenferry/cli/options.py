@@ -62,4 +62,7 @@ DeviceOption = Annotated[Device, typer.Option("--device", help="auto: GPUs if th
 Transport = Annotated[str, typer.Option("--transport", help=f"auto, {', '.join(TRANSPORTS)}; see `tokenferry doctor`.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of random weights. Decoding is greedy.")]
 Exact = Annotated[bool, typer.Option("--exact", help="One expert call for each rank that rows come from: equal in every dtype.")]
+DispatchFormat = Annotated[
+    str, typer.Option("--dispatch-format", help="same, or fp8_block128: rows quantized on their way. Then tokens may differ.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of texts and tables.")]

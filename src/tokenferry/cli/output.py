@@ -22,6 +22,7 @@ def as_json(command: str, job: Job, results: Sequence[RankResult], comparison: C
         "model": job.model,
         "max_new_tokens": job.max_new_tokens,
         "exact": job.exact,
+        "dispatch_format": job.dispatch_format,
         "ranks": [_rank(result) for result in results],
         "prompts": sorted((entry for result in results for entry in _answers(job, result)), key=lambda entry: entry["prompt_id"]),
     }
@@ -32,6 +33,8 @@ def as_json(command: str, job: Job, results: Sequence[RankResult], comparison: C
             "reasons": list(comparison.reasons),
             "num_equal": comparison.num_equal,
             "num_prompts": comparison.num_prompts,
+            "num_equal_tokens": comparison.num_equal_tokens,
+            "num_tokens": comparison.num_tokens,
             "largest_logit_difference": None if math.isnan(difference) else difference,
         }
     return json.dumps(document, indent=1, ensure_ascii=False)

@@ -23,12 +23,16 @@ class Comparison:
     Attributes:
         reasons: why it failed, empty if it passed.
         num_equal: prompts whose tokens are all equal.
+        num_equal_tokens, num_tokens: positions of the answers with the same token, and all. After a token that differs, an answer
+            goes on from another text.
         largest_logit_difference: over the tokens up to and including the first that differs; NaN if there is none.
     """
 
     reasons: tuple[str, ...]
     num_equal: int
     num_prompts: int
+    num_equal_tokens: int
+    num_tokens: int
     largest_logit_difference: float
 
     @property
@@ -71,10 +75,11 @@ def _reference_process(rank: int, world_size: int, store_path: str, job: Job, nu
     return answers
 
 
-def compare(results: Sequence[RankResult], reference: Sequence[Answer]) -> Comparison:
-    """Whether EP layers were installed, every answer is complete, and every token is the reference's."""
+def compare(results: Sequence[RankResult], reference: Sequence[Answer], *, is_lossy: bool = False) -> Comparison:
+    """Whether EP layers were installed, every answer is complete, and every token is the reference's. Where rows travel quantized
+    (`is_lossy`), other tokens are counted, and are no reason to fail."""
     by_prompt = {answer.prompt: answer for answer in reference}
-    reasons, num_equal, differences = [], 0, [float("nan")]
+    reasons, num_equal, num_equal_tokens, num_tokens, differences = [], 0, 0, 0, [float("nan")]
     for result in results:
         if result.num_layers == 0:
             reasons.append(f"rank {result.rank}: no MoE layer is under expert parallelism")
@@ -83,9 +88,12 @@ def compare(results: Sequence[RankResult], reference: Sequence[Answer]) -> Compa
             if not answer.complete:
                 reasons.append(f"rank {result.rank}, prompt {answer.prompt}: ended after {len(answer.token_ids)} tokens")
             first = first_difference(answer.token_ids, expected.token_ids)
+            pairs = zip(answer.token_ids, expected.token_ids, strict=False)
+            num_equal_tokens += sum(got == want for got, want in pairs)
+            num_tokens += len(expected.token_ids)
             if first is None:
                 num_equal += 1
-            else:
+            elif not is_lossy:
                 got, want = (list(ids[first : first + 1]) or "the end" for ids in (answer.token_ids, expected.token_ids))
                 reasons.append(f"rank {result.rank}, prompt {answer.prompt}: token {first} is {got}, alone it is {want}")
             differences.append(logit_difference(answer, expected, first))
@@ -95,6 +103,8 @@ def compare(results: Sequence[RankResult], reference: Sequence[Answer]) -> Compa
         reasons=tuple(reasons),
         num_equal=num_equal,
         num_prompts=len(reference),
+        num_equal_tokens=num_equal_tokens,
+        num_tokens=num_tokens,
         largest_logit_difference=max(known, default=float("nan")),
     )
 

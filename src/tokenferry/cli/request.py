@@ -25,6 +25,8 @@ from tokenferry.testing.model_configs import config_values
 from tokenferry.testing.tiny_models import COMMON, FAMILIES
 from tokenferry.transports.selection import TRANSPORTS
 
+MODEL_FORMATS: Final = ("same", "fp8_block128")
+"""In which hidden rows of a model travel."""
 EXPERT_COUNTS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Names under which the configurations of model families hold the number of experts."""
 
@@ -108,6 +110,7 @@ def request_of(
     as_json: bool,
     exact: bool = False,
     random_init: str | None = None,
+    dispatch_format: str = "same",
 ) -> Request:
     """The options, checked, with their defaults found. Makes the demo checkpoint if need be.
 
@@ -116,6 +119,10 @@ def request_of(
     """
     if transport not in ("auto", *TRANSPORTS):
         raise ConfigError(f"--transport must be auto or one of {', '.join(TRANSPORTS)}, got {transport!r}")
+    if dispatch_format not in MODEL_FORMATS:
+        raise ConfigError(f"--dispatch-format must be one of {', '.join(MODEL_FORMATS)}, got {dispatch_format!r}")
+    if exact and dispatch_format != "same":
+        raise ConfigError(f"--exact and --dispatch-format {dispatch_format} exclude one another; leave one of them out")
     if random_init is not None:
         if model != "demo":
             raise ConfigError(f"--random-init makes a model of its own, but --model is {model}; leave one of them out")
@@ -131,5 +138,6 @@ def request_of(
         transport=transport,
         seed=seed,
         exact=exact,
+        dispatch_format=dispatch_format,
     )
     return Request(command=command, job=job, num_ranks=num_ranks, place=place, as_json=as_json)

@@ -97,7 +97,7 @@ class Snapshot:
         rows, num_bytes: that dispatches brought from each source rank, this one's own rows included; bytes of hidden rows.
         waits: see `Waits`.
         layers: of those that had a round.
-        loads: [layer][expert] rows that came for each of the model's experts, other ranks' experts included, since every rank
+        loads: `[layer][expert]` rows that came for each of the model's experts, other ranks' experts included, since every rank
             gets every row's numbers; without padding and ids of -1.
         steps: the last ones, the oldest first.
         tokens: the step and this rank's rows in it, of the last steps that were begun by a call: those of replayed graphs are not

@@ -24,7 +24,7 @@ from tokenferry.transports.symmetric.layout import Layout
 CombineOrder = Literal["rank", "any"]
 Counts = Literal["uneven", "equal"]
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Raised when ranks of an older release could not understand this one; compared when a workspace opens."""
 
 

@@ -4,21 +4,42 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 
+from tokenferry import env
 from tokenferry.ambient import plain_torch
 from tokenferry.dispatched import HiddenRows, PartialRows
+from tokenferry.errors import ConfigError
 from tokenferry.kernels.wait_board import NUM_LAYERS
 from tokenferry.step import StepRequest, StepTensors
 from tokenferry.telemetry import Recorder
 from tokenferry.transports.base import Gathered, Transport, TransportSettings
 from tokenferry.transports.wrapper import TransportWrapper
 
+SHOWN_ON: Final = ("cpu",)
+"""Device types on which tests have shown telemetry to be right. For GPUs its kernels compile; the only run, on two of them on
+2026-11-26, ended in a crash before it had a result: in all likelihood pinned memory was given back after the stream that had
+copied to it was gone. No pinned memory is used since, and no run has followed."""
 RANGES = ("tokenferry.begin_step", "tokenferry.dispatch", "tokenferry.combine")
 """Names of the NVTX ranges; those of rounds are followed by the layer, as in tokenferry.dispatch[3]. Halves of a call are named
 like the whole, and a range holds what its call launches, not what runs meanwhile."""
+
+
+def wants_telemetry(asked: bool | None, device: torch.device) -> bool:
+    """Whether a workspace on `device` counts. None: as the environment says.
+
+    Raises:
+        ConfigError: it shall, on a device on which no run has shown it to be right.
+    """
+    wanted = env.read(env.TelemetrySettings).enabled if asked is None else bool(asked)
+    if wanted and device.type not in SHOWN_ON:
+        raise ConfigError(
+            f"telemetry is not to be had on {device.type} yet: no run on a GPU has shown it to be right, and the first one "
+            "crashed; open the workspace without it (telemetry=False, TOKENFERRY_TELEMETRY not set), or on CPUs"
+        )
+    return wanted
 
 
 def new_recorder(settings: TransportSettings) -> Recorder:
@@ -60,9 +81,6 @@ class CountingTransport(TransportWrapper):
             }
             self._count = launch.bind(fixed, ("topk_idx", "num_rows", "layer"))
             torch.cuda.current_stream(self._device).synchronize()
-            for counters in (recorder.loads, recorder.board):  # to take pinned memory later may wait for the device
-                if counters is not None:
-                    self._reader(counters)
 
     @property
     def nbytes(self) -> int:
@@ -144,28 +162,24 @@ class CountingTransport(TransportWrapper):
 
 
 class _Reader:
-    """Copies counters to the host on a stream of its own: a reader waits for the copy alone, and no step for the reader."""
+    """Copies counters to the host on a stream of its own: a reader waits for the copy alone, and no step for the reader.
+
+    Not to pinned memory: as that is given back, torch records an event on the stream that copied to it, which may be gone.
+    """
 
     def __init__(self, device: torch.device) -> None:
         from tokenferry.transports.symmetric.side_stream import SideStream
 
         self._side = SideStream(device)
-        self._pinned: dict[int, torch.Tensor] = {}
 
     def __call__(self, tensor: torch.Tensor) -> list[Any]:
         """As a list, by value."""
         with self._side.current():
-            pinned = self._pinned.get(tensor.data_ptr())
-            if pinned is None:
-                pinned = torch.empty_like(tensor, device="cpu", dtype=tensor.dtype, pin_memory=True)
-                self._pinned[tensor.data_ptr()] = pinned
-            pinned.copy_(tensor, non_blocking=True)
-            torch.cuda.current_stream(tensor.device).synchronize()
-        return pinned.tolist()
+            return tensor.cpu().tolist()
 
     def close(self) -> None:
         """The stream is gone then."""
         self._side.close()
 
 
-__all__ = ["RANGES", "CountingTransport", "new_recorder"]
+__all__ = ["RANGES", "CountingTransport", "new_recorder", "wants_telemetry"]

@@ -84,7 +84,8 @@ class ExpertEntries:
             operands = (hidden_states, probs, fc1_weight, fc2_weight, activation_type, num_local_experts, local_expert_start)
             rest = (valid_tokens, routing_map, disable_fused_quant_kernels, out)
             if self._ours_serves("mcore_fused_moe", hidden_states, fc1_weight, fc2_weight, activation_type, valid_tokens, out):
-                return fused_moe(*operands, *rest, scratch=self._scratch(hidden_states.device, out))
+                partial: torch.Tensor = fused_moe(*operands, *rest, scratch=self._scratch(hidden_states.device, out))
+                return partial
             return original(*operands, *rest)
 
         return mcore_fused_moe
@@ -107,7 +108,9 @@ class ExpertEntries:
             operands = (hidden_states, probs, fc1_weight, fc2_weight, activation_type, num_local_experts, local_expert_start)
             if self._ours_serves("vllm_fused_moe", hidden_states, fc1_weight, fc2_weight, activation_type, valid_tokens, out):
                 scratch = self._scratch(hidden_states.device, out)
-                return fused_moe(*operands, valid_tokens, routing_map, False, out, num_tokens_hint, scratch=scratch)
+                rest = (valid_tokens, routing_map, False, out, num_tokens_hint)
+                partial: torch.Tensor = fused_moe(*operands, *rest, scratch=scratch)
+                return partial
             return original(*operands, valid_tokens, routing_map, out, num_tokens_hint)
 
         return vllm_fused_moe

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from tokenferry.activations import Activation
-from tokenferry.dispatched import Dispatched
+from tokenferry.dispatched import Dispatched, HiddenRows, PartialRows
 from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError
 from tokenferry.experts import ExpertScratch, ExpertWeights, apply_experts
 
 
 @torch.no_grad()
 def fused_moe(
-    hidden_states: torch.Tensor,
+    hidden_states: HiddenRows,
     probs: torch.Tensor,
     fc1_weight: torch.Tensor,
     fc2_weight: torch.Tensor,
@@ -27,16 +27,19 @@ def fused_moe(
     valid_tokens: torch.Tensor,
     routing_map: torch.Tensor,
     disable_fused_quant_kernels: bool = False,
-    out: torch.Tensor | None = None,
+    out: PartialRows | None = None,
     num_tokens_hint: int | None = None,
     *,
     scratch: ExpertScratch | None = None,
     batch_invariant: bool = False,
-) -> torch.Tensor:
+    fc1_scale: torch.Tensor | None = None,
+    fc2_scale: torch.Tensor | None = None,
+) -> Any:
     """For each row the sum over this rank's experts, weighted by `probs`. Takes the arguments of Megatron's two entries.
 
     Args:
-        hidden_states: [R, H], bfloat16 (float16 and float32 too, as the weights are).
+        hidden_states: [R, H], bfloat16 (float16 and float32 too, as the weights are), or `QuantizedRows`, as a dispatch with
+            dispatch_format "fp8_block128" gives them.
         probs: [R, K] float32 (others are converted).
         fc1_weight: [L, N, H]: gate rows, then up rows, where the activation has a gate.
         fc2_weight: [L, H, I].
@@ -45,13 +48,14 @@ def fused_moe(
         local_expert_start: number of the first of them.
         valid_tokens: [1] int32 on the same device, V, read there: rows >= V are not computed, whatever they hold.
         routing_map: [R, K] int64 or int32 expert numbers; -1 and other ranks' experts are left out.
-        disable_fused_quant_kernels, num_tokens_hint: taken for Megatron's sake. There is nothing quantized here, and kernels are
+        disable_fused_quant_kernels, num_tokens_hint: taken for Megatron's sake. Rows come quantized or not, and kernels are
             not chosen by a host's guess, so that a row's bits do not depend on it.
-        out: [R, H] to write into, e.g. the RSV buffer. None: a new float32 tensor.
+        out: [R, H] to write into, e.g. the RSV buffer, or `QuantizedRows`. None: a new float32 tensor.
         scratch: on CUDA, one `ExpertScratch(device)` for all layers: our own kernels, gated by `valid_tokens`, several times
             faster. Its first call in a process compiles, so make one before capturing a graph or while no peer waits.
         batch_invariant: with `scratch`: a row's bits do not depend on how many other rows there are. Megatron's
             `batch_invariant_mode`, which this function does not see.
+        fc1_scale, fc2_scale: of float8_e4m3fn weights, float32 for every 128 x 128; see `ExpertWeights`.
 
     Returns:
         `out`. Rows without a local expert are 0. Rows >= V are 0 too; with `scratch` they are not written.
@@ -84,11 +88,10 @@ def fused_moe(
         topk_weights=probs.to(torch.float32),
         valid_tokens=valid_tokens,
     )
-    weights = ExpertWeights(up_proj=fc1_weight, down_proj=fc2_weight)
+    weights = ExpertWeights(up_proj=fc1_weight, down_proj=fc2_weight, up_scale=fc1_scale, down_scale=fc2_scale)
     activation = _activation(activation_type)
     settings: dict[str, Any] = {"scratch": scratch, "batch_invariant": batch_invariant}
-    partial: torch.Tensor = apply_experts(gathered, weights, local_expert_start, activation, out, **settings)
-    return partial
+    return apply_experts(gathered, weights, local_expert_start, activation, out, **settings)
 
 
 def _valid_only(routing_RK: torch.Tensor, valid_tokens: torch.Tensor) -> torch.Tensor:
