@@ -50,15 +50,18 @@ class Setup:
     dispatch_format: str = "same"
     float8: bool = False
     """Whether the experts have float8 weights, in blocks that are smaller than 128 x 128 here."""
+    float8_terms: bool = False
+    """Whether partial rows travel as float8."""
 
     @property
     def tolerance(self) -> float:
         """Of the largest expected number."""
-        return FLOAT8_TOLERANCE if self.float8 or self.dispatch_format != "same" else TOLERANCE[self.dtype]
+        has_float8 = self.float8 or self.float8_terms or self.dispatch_format != "same"
+        return FLOAT8_TOLERANCE if has_float8 else TOLERANCE[self.dtype]
 
     def __str__(self) -> str:
         parts = [self.transport, str(self.dtype).removeprefix("torch."), self.overlap, self.counts, self.draft]
-        parts += ["shared" * self.shared, "latent" * self.latent, "float8" * self.float8]
+        parts += ["shared" * self.shared, "latent" * self.latent, "float8" * self.float8, "terms" * self.float8_terms]
         return "-".join(part for part in (*parts, self.dispatch_format.replace("same", "")) if part)
 
 
@@ -126,6 +129,7 @@ def open_workspace(group: tf.EPGroup, setup: Setup) -> tf.Workspace:
         transport=setup.transport,
         counts=setup.counts,
         dispatch_format=setup.dispatch_format,
+        combine_dtype=torch.float8_e4m3fn if setup.float8_terms else None,
         timeout_s=setup.timeout_s,
     )
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tokenferry as tf
-from tokenferry.dispatched import QuantizedRows
+from tokenferry.dispatched import FLOAT8, QuantizedRows
 from tokenferry.testing import run_ranks
 
 H = 144
@@ -31,10 +31,17 @@ def inputs(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     )
 
 
-def compiled_as_eager(group: tf.EPGroup, transport: str, backend: str, dispatch_format: str, quantized: bool) -> int:
+def compiled_as_eager(
+    group: tf.EPGroup,
+    transport: str,
+    backend: str,
+    dispatch_format: str,
+    quantized: bool,
+    combine_dtype: torch.dtype | None = None,
+) -> int:
     """A model that reads all that a dispatch gives, compiled and eager, on several inputs."""
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
-    settings = {"transport": transport, "dispatch_format": dispatch_format}
+    settings = {"transport": transport, "dispatch_format": dispatch_format, "combine_dtype": combine_dtype}
     with tf.Workspace(CONFIG, group, max_tokens_per_rank=8, **settings) as ws, torch.no_grad():
         layers = [ws.dispatcher() for _ in range(2)]
 
@@ -88,6 +95,25 @@ def test_over_symmetric_memory_compiled_by_inductor(dispatch_format: str, quanti
         pytest.skip("inductor needs a C++ compiler for CPU code")
     given = ("p2p", "inductor", dispatch_format, quantized)
     assert run_ranks(compiled_as_eager, 2, *given, timeout_s=300, env={"TRITON_INTERPRET": "1"}) == [3, 3]
+
+
+@pytest.mark.parametrize("dispatch_format", ["same", "fp8_block128"])
+def test_terms_become_float8_behind_compiled_code(dispatch_format: str) -> None:
+    group = tf.EPGroup(device="cpu")
+    assert compiled_as_eager(group, "local", "aot_eager", dispatch_format, False, FLOAT8) == 3
+
+
+def test_compiled_code_hands_no_quantized_terms_to_combine() -> None:
+    with tf.Workspace(CONFIG, tf.EPGroup(device="cpu"), max_tokens_per_rank=8, transport="local", combine_dtype=FLOAT8) as ws:
+        layer = ws.dispatcher()
+
+        def forward(hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+            got = layer.dispatch(hidden, topk_idx, topk_weights)
+            return layer.combine(QuantizedRows(got.hidden.to(FLOAT8), torch.ones(got.hidden.shape[0], 2)), got)
+
+        ws.begin_step(4)
+        with pytest.raises(Exception, match="does not pass through a combine of quantized partial rows"):
+            torch.compile(forward, fullgraph=True, backend="aot_eager")(*inputs(4, 1))
 
 
 def closed(group: tf.EPGroup) -> str:

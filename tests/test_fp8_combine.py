@@ -151,6 +151,16 @@ def test_rows_of_scales_may_lie_apart() -> None:
         assert layer.combine(terms, got).unique().tolist() == [2.0]
 
 
+def test_results_between_rows_of_scales_are_refused() -> None:
+    """Behind the bytes that the scales have together, but before their last row."""
+    memory = torch.zeros(T, 2 * H)
+    out = memory.view(torch.bfloat16).flatten()[2 * H : 2 * H + T * H].view(T, H)
+    with opened() as ws:
+        layer, got = dispatched(ws)
+        with pytest.raises(tf.LayoutError, match="out overlaps partial"):
+            layer.combine(quantized(scales=memory[:, :S]), got, out=out)
+
+
 @pytest.mark.parametrize("transport", ["local", "collective", "p2p"])
 def test_a_hidden_size_that_is_no_multiple_of_16_is_refused(transport: str) -> None:
     config = tf.MoEConfig(hidden_size=24, num_experts=2, topk=1)

@@ -49,12 +49,20 @@ def made_contiguous(weights: torch.Tensor) -> torch.Tensor:
 
 
 def overlap(tensor: torch.Tensor, rows: HiddenRows) -> bool:
-    """Whether a contiguous tensor has memory in common with contiguous rows."""
+    """Whether a contiguous tensor has memory in common with rows, which may lie apart: what is between them counts too."""
     begin = tensor.data_ptr()
+    end = begin + tensor.nbytes
     return any(
-        tensor.device == each.device and begin < each.data_ptr() + each.nbytes and each.data_ptr() < begin + tensor.nbytes
+        tensor.device == each.device and begin < each.data_ptr() + _bytes_spanned(each) and each.data_ptr() < end
         for each in ((rows.values, rows.scales) if isinstance(rows, QuantizedRows) else (rows,))
     )
+
+
+def _bytes_spanned(tensor: torch.Tensor) -> int:
+    """From the first byte of a tensor's rows to the last one's end."""
+    if not tensor.numel():
+        return 0
+    return (sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1) * tensor.itemsize
 
 
 def ids_out_of_range(topk_idx: torch.Tensor, num_experts: int) -> int | None:

@@ -27,3 +27,11 @@ def test_layers_of_quantized_rows(float8: bool) -> None:
         draft="rows",
     )  # fmt: skip
     run_ranks(run_steps, 2, setup, [(1, 4), (0, 5), (5, 2)], timeout_s=150, env={"TRITON_INTERPRET": "1"})
+
+
+def test_layers_whose_terms_are_float8() -> None:
+    setup = Setup(
+        transport="p2p", dtype=torch.bfloat16, capacity=5, buckets=(2, 4), dispatch_format="fp8_block128", float8=True,
+        float8_terms=True,
+    )  # fmt: skip
+    run_ranks(run_steps, 2, setup, [(1, 4), (0, 5), (5, 2)], timeout_s=150, env={"TRITON_INTERPRET": "1"})
