@@ -307,7 +307,7 @@ def test_experts_are_quantized_once_and_loaded_before():
     experts.quantize()
     with pytest.raises(DtypeError, match=r"these are torch\.float8_e4m3fn"):
         experts.quantize()
-    with pytest.raises(DtypeError, match="load before quantize"):
+    with pytest.raises(DtypeError, match="float8 already; load before that"):
         experts.load(*weights)
     with pytest.raises(DtypeError, match=r"these are torch\.float32"):
         Case().build()[0].quantize()

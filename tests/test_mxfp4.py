@@ -12,7 +12,7 @@ from rank_pool import RankPools
 from test_experts import LOCAL, NUM_EXPERTS
 from tokenferry.activations import Activation
 from tokenferry.dispatched import QuantizedRows
-from tokenferry.experts import Experts, ExpertsConfig, ExpertWeights, mxfp4
+from tokenferry.experts import Experts, ExpertsConfig, ExpertWeights, apply_experts, mxfp4
 from tokenferry.layer import MoELayer
 from tokenferry.router import Router, RouterConfig
 from tokenferry.testing.numeric import first_difference, same_bits
@@ -25,6 +25,12 @@ def test_what_bits_stand_for() -> None:
     values = mxfp4.dequantize(blocks, torch.tensor([[128]], dtype=torch.uint8))[0, :16].tolist()
     assert values == [0, 1, 2, 3, 4, 6, 8, 12, -0.0, -1, -2, -3, -4, -6, -8, -12]
     assert str(values[8]) == "-0.0"
+
+
+def test_a_scale_of_255_is_no_number() -> None:
+    values = mxfp4.dequantize(EVERY_BYTE[0], torch.tensor([[254, 255, 0, 255]] * 4, dtype=torch.uint8))
+    assert values.isnan().view(4, 4, 32).all(2).tolist() == [[False, True, False, True]] * 4
+    assert not values.view(4, 4, 32)[:, ::2].isnan().any()
 
 
 def test_transformers_reads_the_same_numbers() -> None:
@@ -135,6 +141,9 @@ def test_rows_of_another_dtype(dtype: torch.dtype) -> None:
     packed, _, rows = pair(CASES["halves"])
     with pytest.raises(tf.DtypeError, match=r"hidden is torch\.float\d\d but MXFP4 experts take bfloat16"):
         packed(dataclasses.replace(rows, hidden=rows.hidden.to(dtype)))
+    quantized = dataclasses.replace(rows, hidden=tf.reference.quantize(rows.hidden))
+    with pytest.raises(tf.DtypeError, match=r"dtype is torch\.float\d\d but MXFP4 experts take rows as bfloat16"):
+        apply_experts(quantized, packed.weights, LOCAL.start, packed.config.activation, dtype=dtype)
 
 
 def test_packed_experts_are_loaded_once() -> None:

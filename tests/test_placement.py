@@ -171,6 +171,13 @@ def test_a_verdict_becomes_json() -> None:
             "5 places do not divide over 2 nodes",
             id="places",
         ),
+        pytest.param(
+            {"num_ranks": 4, "num_groups": 2, "num_nodes": 2, "num_replicas": 2},
+            ConfigError,
+            "6 places do not divide over 4 ranks on 2 nodes",
+            id="places-of-a-node",
+        ),
+        pytest.param({"num_ranks": 0}, ConfigError, "num_ranks is 0", id="no-rank"),
     ],
 )
 def test_sizes_that_do_not_fit(wrong: dict, error: type[Exception], words: str) -> None:

@@ -9,10 +9,11 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plain_moe import plain_route
 from tokenferry.errors import ConfigError, DtypeError, ShapeError
-from tokenferry.router import NOT_LOADED, Router, RouterConfig, few_rows, route
+from tokenferry.router import NOT_LOADED, Router, RouterConfig, _is_few_rows, few_rows, route
 
 DEEPSEEK = {
     "score_function": "sigmoid",
@@ -299,3 +300,17 @@ def test_a_copy_has_no_loaded_kernel() -> None:
     for twin in (copy.deepcopy(router), pickle.loads(pickle.dumps(router))):
         assert twin._loaded == NOT_LOADED
         assert torch.equal(twin.weight, router.weight)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "trained", "expected"),
+    [
+        pytest.param(torch.bfloat16, False, True, id="served"),
+        pytest.param(torch.bfloat16, True, False, id="weight-wants-a-gradient"),
+        pytest.param(torch.float64, False, False, id="sums-of-float64"),
+    ],
+)
+def test_what_the_kernel_for_few_rows_cannot_do_is_left_to_operators(dtype: torch.dtype, trained: bool, expected: bool) -> None:
+    with FakeTensorMode():
+        weight = torch.empty(8, 4, dtype=dtype, device="cuda").requires_grad_(trained)
+        assert _is_few_rows(torch.empty(2, 4, dtype=dtype, device="cuda"), weight, None) == expected

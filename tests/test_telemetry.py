@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import time
 import weakref
 
 import pytest
@@ -43,6 +44,19 @@ def test_what_is_noted_is_what_is_read() -> None:
     [step] = taken.steps
     assert step.waits_ns == (None, 1_500_000_000)
     assert [(each.layer, each.phase, each.waits_ns) for each in step.rounds] == [(4, "dispatch", (None, 300))]
+
+
+def test_a_round_begins_with_its_first_wait() -> None:
+    """Whichever source that was for: the next one is waited for once that has come."""
+    recorder = Recorder(0, 3, 3, 8, torch.device("cpu"))
+    recorder.step_began(1)
+    before_ns = time.time_ns()
+    recorder.waited(DISPATCH, 0, 2, 0)
+    time.sleep(0.02)
+    recorder.waited(DISPATCH, 0, 1, 0)
+    (step,) = recorder.snapshot().steps
+    (found,) = step.rounds
+    assert 0 <= found.begin_ns - before_ns < 20_000_000
 
 
 def test_only_the_last_steps_are_kept() -> None:
@@ -115,6 +129,20 @@ def test_prometheus_reads_the_figures_of_the_moment() -> None:
     assert 'tokenferry_rows_total{rank="0",source="1"} 3.0' in text
     assert 'tokenferry_expert_rows_total{expert="2",layer="4",rank="0"} 4.0' in text
     assert 'tokenferry_rounds_total{layer="4",rank="0"} 1.0' in text
+
+
+@pytest.mark.skipif(not has_prometheus, reason="needs prometheus_client, not installed")
+def test_a_closed_workspace_does_not_break_the_registry_of_others() -> None:
+    from prometheus_client import CollectorRegistry, Counter, generate_latest
+
+    registry = CollectorRegistry()
+    Counter("others", "Of somebody else.", registry=registry)
+    config = tf.MoEConfig(hidden_size=8, num_experts=2, topk=1)
+    with tf.Workspace(config, tf.EPGroup.alone("cpu"), max_tokens_per_rank=2, transport="local", telemetry=True) as ws:
+        ws.telemetry.prometheus(registry)
+        assert "tokenferry_steps_total" in generate_latest(registry).decode()
+    text = generate_latest(registry).decode()
+    assert "others_total" in text and "tokenferry" not in text
 
 
 @pytest.mark.skipif(has_prometheus, reason="prometheus_client is installed")

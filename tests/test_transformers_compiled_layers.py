@@ -115,3 +115,12 @@ def test_what_fails_behind_a_layer_is_no_reason_to_run_the_layers_again(
 def test_layers_that_differ_share_no_code(models: list[Any]) -> None:
     [model] = models
     assert layers_alike(model, model.expert_parallel.layers) is None
+
+
+@pytest.mark.parametrize("models", [("qwen3_moe", (2,))], indirect=True, ids=["qwen3_moe"])
+def test_a_forward_that_somebody_has_replaced_is_not_passed_by(models: list[Any]) -> None:
+    [model] = models
+    assert layers_alike(model, model.expert_parallel.layers) is not None
+    layer = model.model.layers[1]
+    layer.forward = layer.forward
+    assert layers_alike(model, model.expert_parallel.layers) is None

@@ -139,6 +139,13 @@ def test_no_other_end_is_delayed(failed: str | None, settings: object, file: Pat
     assert time.monotonic() - began_s < 1.0 and not file.exists()
 
 
+def test_processes_are_ended_where_the_settings_are_wrong(file: Path) -> None:
+    manager = wrapped_manager("EngineCore_DP1", {"transprot": "p2p"})
+    manager.shutdown(timeout=3.0)
+    assert manager.timeout == 3.0
+    assert dead_engine({"transprot": "p2p"}).said == "nothing"
+
+
 def test_children_inherit_the_name_and_the_first_process_removes_the_file(tmp_path: Path) -> None:
     child = "from tokenferry.integrations.vllm import reasons; reasons.hand_down(); reasons.tell('rank 1')"
     code = (

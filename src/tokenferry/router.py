@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tokenferry.config import HIDDEN_DTYPES
 from tokenferry.errors import ConfigError, DtypeError, ShapeError, check_kind
 from tokenferry.fixed_linear import fixed_linear
 from tokenferry.precision import KeepsPrecision
@@ -224,10 +225,11 @@ def _float32_linear(hidden_TH: torch.Tensor, weight_EH: torch.Tensor, bias_E: to
 
 
 def _is_few_rows(hidden_TH: torch.Tensor, weight_EH: torch.Tensor, bias_E: torch.Tensor | None) -> bool:
-    """Whether one kernel for few rows makes the logits, which has no gradient."""
+    """Whether one kernel for few rows makes the logits, which has no gradient, and whose sums are float32."""
     of_one_dtype = hidden_TH.dtype == weight_EH.dtype and (bias_E is None or bias_E.dtype == weight_EH.dtype)
     is_few = hidden_TH.shape[0] <= few_rows(*weight_EH.shape)
-    return hidden_TH.is_cuda and is_few and of_one_dtype and not _wants_operators(hidden_TH)
+    is_served = hidden_TH.is_cuda and is_few and of_one_dtype and weight_EH.dtype in HIDDEN_DTYPES
+    return is_served and not any(_wants_operators(tensor) for tensor in (hidden_TH, weight_EH, bias_E) if tensor is not None)
 
 
 def few_rows(num_experts: int, hidden_size: int) -> int:
@@ -285,7 +287,7 @@ class Router(KeepsPrecision):
             dtype = dtype if self.config.float32_logits else weight.dtype
             from tokenferry.kernels.router_linear import load_for  # here: Triton is not everywhere
 
-            if dtype == weight.dtype and not self.batch_invariant:
+            if dtype == weight.dtype and dtype in HIDDEN_DTYPES and not self.batch_invariant:
                 self._loaded = (weight.device, weight.dtype, load_for(weight, self.bias, self._logits_dtype))
             for num_rows in (1, few_rows(*weight.shape) + 1):
                 with torch.no_grad():

@@ -73,6 +73,13 @@ def test_what_the_budget_leaves_out_is_said(tmp_path: Path, capsys: pytest.Captu
     assert "left out graph at 2 x 9, eager at 2 x 9: the budget of 0 s was spent" in capsys.readouterr().out
 
 
+def test_a_configuration_of_ones_own_is_measured_by_its_path(tmp_path: Path) -> None:
+    path, config = tmp_path / "model.jsonl", tmp_path / "config.json"
+    config.write_text(tiny_config("mixtral").to_json_string())
+    assert model_command(1, [str(config)], "1", "5", "plain", 60.0, path, modes="eager", families="", rehearse=True) == 0
+    assert [record["config"] for record in records_of(path) if record.get("mode") == "eager"] == [str(config)]
+
+
 def test_a_way_that_fails_says_why_and_the_next_one_is_measured() -> None:
     """Peer memory on CPUs is for the interpreter alone."""
     point = ModelPoint("mixtral-8x7b:1", 1, 5)

@@ -76,6 +76,8 @@ def apply_experts(
         dtype = hidden_RH.dtype
     elif dtype is None:
         dtype = torch.bfloat16 if weights.up_scale is not None else weights.up_proj.dtype
+    elif weights.is_packed and dtype != torch.bfloat16:
+        raise DtypeError(f"dtype is {dtype} but MXFP4 experts take rows as bfloat16, in which their weights are exact")
     if out is None:
         out = torch.empty(hidden_RH.shape, dtype=dtype, device=hidden_RH.device)
     else:

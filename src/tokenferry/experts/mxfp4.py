@@ -32,7 +32,7 @@ def dequantize(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
     Args:
         blocks: [..., G, 16] uint8; the lower half of a byte is the earlier column.
-        scales: [..., G] uint8: a group is multiplied by 2 ** (scale - 127).
+        scales: [..., G] uint8: a group is multiplied by 2 ** (scale - 127). 255 stands for NaN.
 
     Returns:
         [..., 32·G] bfloat16.
@@ -43,7 +43,7 @@ def dequantize(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     magnitudes = torch.tensor(MAGNITUDES, dtype=torch.float32, device=blocks.device)
     codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2).to(torch.int32)
     values = magnitudes[codes & 7] * torch.where(codes >= 8, -1.0, 1.0)
-    powers = torch.exp2(scales.to(torch.float64) - 127).to(torch.float32)
+    powers = torch.exp2(scales.to(torch.float64) - 127).to(torch.float32).masked_fill(scales == 255, torch.nan)
     return (values * powers.unsqueeze(-1)).flatten(-2).to(torch.bfloat16)
 
 

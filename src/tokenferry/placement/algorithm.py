@@ -80,6 +80,8 @@ def place(
     num_physical = num_experts + num_replicas
     if num_replicas < 0:
         raise ConfigError(f"num_replicas is {num_replicas}, but it counts the places beyond one for each expert; give 0 or more")
+    if num_ranks < 1:
+        raise ConfigError(f"num_ranks is {num_ranks}, but the experts need a rank; give 1 or more")
     if num_groups < 1 or num_experts % num_groups:
         raise ConfigError(f"{num_experts} experts do not divide into {num_groups} groups")
     if num_nodes < 1 or num_ranks % num_nodes:
@@ -90,6 +92,8 @@ def place(
         num_groups = num_nodes = 1
     if num_physical % num_nodes:
         raise ConfigError(f"{num_physical} places do not divide over {num_nodes} nodes; change num_replicas by a few")
+    if num_nodes > 1 and num_physical % num_ranks:  # the ranks of one node would hold more places than its copies are
+        raise ConfigError(f"{num_physical} places do not divide over {num_ranks} ranks on {num_nodes} nodes; change num_replicas")
     rows = [_place_layer(weights, num_ranks, num_physical, num_groups, num_nodes) for weights in table.tolist()]
     placed = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), num_physical)
     return Placement.of(placed, num_experts, num_ranks)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tokenferry.errors import ConfigError
+from tokenferry.errors import ConfigError, StateError
 from tokenferry.telemetry.snapshot import Snapshot
 
 
 def register(snapshot: Callable[[], Snapshot], registry: Any = None) -> Any:
-    """Lets `registry` (default: a new one) ask `snapshot` for figures at each scrape. Returns the registry.
+    """Lets `registry` (default: a new one) ask `snapshot` for figures at each scrape. Returns the registry. From the moment on at
+    which `snapshot` raises StateError, as it does once its workspace is closed, there are none.
 
     Raises:
         ConfigError: `prometheus_client` is not installed.
@@ -25,7 +27,8 @@ def register(snapshot: Callable[[], Snapshot], registry: Any = None) -> Any:
         """Its metrics are made anew at each scrape."""
 
         def collect(self) -> Iterator[Any]:
-            yield from _families(core, snapshot())
+            with contextlib.suppress(StateError):  # a registry serves others too, when this workspace is closed
+                yield from _families(core, snapshot())
 
     registry = prometheus_client.CollectorRegistry() if registry is None else registry
     registry.register(Collector())

@@ -136,7 +136,8 @@ class Recorder:
         place = 2 * min(layer, NUM_LAYERS - 1) + phase
         words[self.layout.layer_waits + place * self.size + source] += span_ns
         first = self.layout.round_log + (step % NUM_ROUND_STEPS * 2 * NUM_LAYERS + place) * (1 + self.size)
-        if words[first + 1 + source] >> STAMP_SHIFT != step % (1 << 16) or not words[first]:
+        kept = words[first + 1 : first + 1 + self.size]
+        if not words[first] or all(word >> STAMP_SHIFT != step % (1 << 16) for word in kept):  # the round's first wait
             words[first] = time.time_ns() - span_ns
         self._add(first + 1 + source, step, span_ns)
 

@@ -131,7 +131,9 @@ class CountingTransport(TransportWrapper):
         if not recorder.is_on:
             return gathered
         counts = self.inner.tokens_per_rank
-        recorder.came(layer, (self._num_tokens,) if counts is None else counts)
+        if counts is None:  # a transport whose host knows none: of a rank alone they are its own, of more nobody's in particular
+            counts = (self._num_tokens,) if recorder.size == 1 else ()
+        recorder.came(layer, counts)
         if recorder.counts_ids:
             ids = gathered.topk_idx_RK
             if self._count is not None:

@@ -91,8 +91,11 @@ def layers_alike(model: Any, moe_layers: Sequence[ExpertLayer]) -> Sequence[nn.M
     """The decoder layers of a model, each with one MoE layer, if they can share compiled code. None: they cannot."""
     if not is_plain(StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=1)):
         return None  # windows: layers of two kinds, and numbers that the host counts
+    children = list(model.base_model.children())
+    if any("forward" in vars(module) for child in children for module in (child, *child.children())):
+        return None  # what somebody has put around a module's own forward, as accelerate does; shared code would pass it by
     experts = {id(layer.module) for layer in moe_layers}
-    for found in model.base_model.children():
+    for found in children:
         if isinstance(found, nn.ModuleList) and len(found) == len(experts):
             kinds = {tuple(type(module) for module in layer.modules()) for layer in found}
             counts = {sum(id(module) in experts for module in layer.modules()) for layer in found}

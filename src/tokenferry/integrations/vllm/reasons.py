@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from tokenferry import env
+from tokenferry.errors import ConfigError
 from tokenferry.integrations.vllm.settings import settings_from
 
 ERRORS: Final = "vllm.v1.engine.exceptions"
@@ -146,7 +147,10 @@ def _name_of_engine(engine: Any) -> str:
 
 def _is_on(owner: Any) -> bool:
     config = getattr(owner, "vllm_config", None)
-    return config is not None and settings_from(config.additional_config) is not None
+    try:
+        return config is not None and settings_from(config.additional_config) is not None
+    except ConfigError:  # why the ranks ended; raised here too, vLLM would not end the processes that are left
+        return False
 
 
 def _remove(name: Path, owner: int) -> None:
