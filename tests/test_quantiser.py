@@ -8,7 +8,7 @@ import torch
 import tokenferry as tf
 from quantiser import difficult_rows, quantize_rows
 from tokenferry import reference
-from tokenferry.dispatched import RowFormat
+from tokenferry.dispatched import QuantizedRows, RowFormat
 from tokenferry.testing import same_bits
 
 NAN_CODE = 0x7F
@@ -45,6 +45,13 @@ def test_a_block_with_a_nan_or_an_infinity_is_nan_as_a_whole_and_no_other(fault:
     assert got.scales[0, 0].item() > 0 and got.scales.view(torch.int32)[0, 1].item() == 0x7FC00000
     assert got.values.view(torch.uint8)[0, 128:].tolist() == [NAN_CODE] * 128
     assert got.dequantize()[0, :128].tolist() == [1.0] * 128 and bool(got.dequantize()[0, 128:].isnan().all())
+
+
+@pytest.mark.parametrize("found", [1, 3], ids=["too-few", "too-many"])
+def test_rows_without_a_scale_for_every_128_columns_stand_for_nothing(found: int) -> None:
+    rows = QuantizedRows(torch.zeros(2, 144, dtype=torch.float8_e4m3fn), torch.ones(2, found))
+    with pytest.raises(tf.ShapeError, match=f"scales have {found} columns but values have 144, which need 2"):
+        rows.dequantize()
 
 
 def test_dequantized_rows_are_within_a_sixteenth_of_what_they_stand_for() -> None:

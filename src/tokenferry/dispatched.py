@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, Self
 import torch
 
 from tokenferry.config import MoEConfig
-from tokenferry.errors import ConfigError
+from tokenferry.errors import ConfigError, ShapeError
 
 SCALE_BLOCK: Final = 128
 """Columns of a quantized row that share a scale."""
@@ -58,9 +58,19 @@ class QuantizedRows:
         return QuantizedRows(self.values.clone(), self.scales.clone())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """[R, H] of `dtype`: the products in float32, each rounded once. A new tensor."""
+        """[R, H] of `dtype`: the products in float32, each rounded once. A new tensor.
+
+        Raises:
+            ShapeError: not a scale for every 128 columns.
+        """
+        columns, found = self.values.shape[1], self.scales.shape[1]
+        if found != num_scales(columns):  # fewer would be an assertion on the GPU, which ends all of the process's work there
+            raise ShapeError(
+                f"scales have {found} columns but values have {columns}, which need {num_scales(columns)}; give one for every "
+                f"{SCALE_BLOCK} columns"
+            )
         # Not by repeat_interleave and a cut: there torch 2.13's inductor reads other memory for a shorter last block (on CPUs).
-        block = torch.arange(self.values.shape[1], dtype=torch.int64, device=self.values.device) // SCALE_BLOCK
+        block = torch.arange(columns, dtype=torch.int64, device=self.values.device) // SCALE_BLOCK
         return (self.values.to(torch.float32) * self.scales.index_select(1, block)).to(dtype)
 
 
