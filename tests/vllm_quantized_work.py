@@ -47,7 +47,8 @@ def run_quantized(group: tf.EPGroup, transport: str, name: str, logits: bool) ->
                     else:
                         given = manager.dispatch(hidden, weights, ids, False, scales)
                     for each in given:  # a list of the scales is the last one
-                        told += [part.view(torch.uint8) for part in each] if isinstance(each, list) else [each.view(torch.uint8)]
+                        # Copies: gathered rows are the workspace's own again from combine on, and poisoned in debug mode.
+                        told += [part.view(torch.uint8).clone() for part in (each if isinstance(each, list) else [each])]
                     told.append(manager.combine(partial_of(terms, group.rank)))
             same(f"{sizes}, layer {layer}", tuple(got), tuple(want))
         with forward(sizes):

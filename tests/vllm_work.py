@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -92,7 +93,8 @@ def combined(ours: Any, gathered: torch.Tensor, own: torch.Tensor, rank: int, in
     output = torch.full_like(own, float("nan"))
     with Copies() as copies:
         assert ours.combine_into_output(partial, output) is output
-    if ours.exchange.workspaces()[0].transport == "p2p":
+    is_checked = os.environ.get("TOKENFERRY_DEBUG", "") == "1"  # then rows are copied, to be compared with what they become
+    if ours.exchange.workspaces()[0].transport == "p2p" and not is_checked:
         assert copies.found == [], "the kernel writes into vLLM's output itself"
     return output
 

@@ -79,7 +79,7 @@ class DebugTransport(TransportWrapper):
 
     def combine_begin(self, partial: PartialRows) -> None:
         self._look_at_terms(partial)
-        held = self._copies(partial=partial)
+        held = [] if self._is_written_over(partial) else self._copies(partial=partial)
         super().combine_begin(self._poison_behind(partial))
         self._held = held
 
@@ -128,6 +128,18 @@ class DebugTransport(TransportWrapper):
             for tensor in _parts(handed)
             if rows is None or not any(_lies_in(tensor, part) for part in _parts(rows.hidden_RH))
         ]
+
+    def _is_written_over(self, partial: PartialRows) -> bool:
+        """Whether partial rows lie in `combine_input()`, but not as its first rows: the transport itself then copies them, and
+        writes its terms over the memory that they lie in."""
+        if self.fixed_rows is None:
+            return False
+        return any(
+            _lies_in(part, place)
+            and (part.data_ptr(), part.dtype, part.stride(0)) != (place.data_ptr(), place.dtype, place.stride(0))
+            for part in _parts(partial)
+            for place in _parts(self.combine_input())
+        )
 
     def _compare_held(self) -> None:
         """What the sending half was given must be as it was. What has left may be either, so that the workspace is broken and the
