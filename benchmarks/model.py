@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from tokenferry.benchmarking import TINY_FAMILIES
-from tokenferry.benchmarking.model_table import shown
+from tokenferry.benchmarking.model_tables import shown
 from tokenferry.cli.bench_model import model_command
 
 BARS = (

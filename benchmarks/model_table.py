@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tokenferry.benchmarking.model_table import shown
+from tokenferry.benchmarking.model_tables import shown
 
 Point = tuple[str, int, int]
 """Configuration, batch of each rank, tokens of each prompt."""

@@ -7,10 +7,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import tokenferry
+from tokenferry import benchmarking
 
 ROOT = Path(tokenferry.__file__).parent
 ORDER = (
@@ -165,6 +167,14 @@ def test_no_file_is_longer_than_400_lines() -> None:
 def test_public_names_are_sorted_and_there() -> None:
     assert list(tokenferry.__all__) == sorted(tokenferry.__all__)
     assert all(hasattr(tokenferry, name) for name in tokenferry.__all__)
+
+
+@pytest.mark.parametrize(
+    ("package", "modules"), [(tokenferry, {"reference"}), (benchmarking, set())], ids=["tokenferry", "benchmarking"]
+)
+def test_a_module_and_what_it_holds_have_other_names(package: ModuleType, modules: set[str]) -> None:
+    """An imported module becomes an attribute of its package, even where a function of that name was to come."""
+    assert set(package.__all__) & {path.stem for path in Path(str(package.__file__)).parent.glob("*.py")} == modules
 
 
 def test_importing_pulls_in_neither_transformers_nor_a_command_line() -> None:

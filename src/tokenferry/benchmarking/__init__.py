@@ -14,7 +14,7 @@
     model_ways, model_modes        how a model is spread over the ranks, and how its decode steps run
     model_times, model_batching    a step by itself, within `generate()`, and within `generate_batch()`
     model_checks                   whether all of them make the same tokens
-    records, tables                JSON lines, and text
+    records, tables, model_tables  JSON lines, and text
 
 Nothing here prints. Progress goes to a callable, results come back as records, and a table is a string.
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         ModelPoint,
         ModelRequest,
     )
-    from tokenferry.benchmarking.model_table import model_table
+    from tokenferry.benchmarking.model_tables import model_table
     from tokenferry.benchmarking.presets import PRESETS, REHEARSAL, Preset
     from tokenferry.benchmarking.records import check_output, write_records
     from tokenferry.benchmarking.round_trip import round_trip_points, run_round_trips
@@ -100,7 +100,7 @@ _HOMES: Final = {
     "environment": "machine",
     "is_right": "model",
     "layer_table": "tables",
-    "model_table": "model_table",
+    "model_table": "model_tables",
     "round_trip_points": "round_trip",
     "round_trip_table": "tables",
     "run_layer": "layer",
