@@ -59,11 +59,7 @@ def quantize_term(thread, n0, n1, n2, n3, n4, n5, n6, n7, partial_ptr, num_rows,
         v3 = fp8_rows.canonical_values(n3)
         return v0, v1, v2, v3, fp8_rows.canonical_scale(n4)
     else:
-        v0, v1, v2, v3, scales = fp8_rows.quantize_columns(
-            thread, n0, n1, n2, n3, n4, n5, n6, n7, partial_ptr, num_rows, H, PARTIAL, False, BLOCK
-        )
-        bits = tl.broadcast_to(scales.to(tl.uint32, bitcast=True)[:, :, None], [BLOCK // 32, 4, 8])
-        return v0, v1, v2, v3, tl.reshape(bits, [BLOCK])
+        return fp8_rows.quantize_columns(thread, n0, n1, n2, n3, n4, n5, n6, n7, partial_ptr, num_rows, H, PARTIAL, False, BLOCK)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from tokenferry.kernels import wire, wire_ptx
 _PACK_FLOAT8: tl.constexpr = tl.constexpr(wire_ptx.PACK_FLOAT8)
 _UNPACK_FLOAT8: tl.constexpr = tl.constexpr(wire_ptx.UNPACK_FLOAT8)
 _SEND1: tl.constexpr = tl.constexpr(wire_ptx.send(1))
+_MULTICAST1: tl.constexpr = tl.constexpr(wire_ptx.multicast(1))
 _LOAD_PEER1: tl.constexpr = tl.constexpr(wire_ptx.load_peer(1))
 _POLL_BOTH: tl.constexpr = tl.constexpr(wire_ptx.POLL_AND_CLEAR_BOTH)
 _LOAD_CONSTRAINTS: tl.constexpr = tl.constexpr(wire_ptx.LOAD_CONSTRAINTS)
@@ -64,6 +65,18 @@ if not wire.INTERPRETED:
         )
 
     @triton.jit
+    def multicast_word(address, word, mask, control_ptr):
+        """`wire.multicast` of one word."""
+        tl.inline_asm_elementwise(
+            _MULTICAST1,
+            _STORE_CONSTRAINTS,
+            [address, word, word, word, word, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
     def load_peer_word(address, mask):
         """`wire.load_peer` of one word."""
         word, _x, _y, _z = tl.inline_asm_elementwise(
@@ -89,6 +102,7 @@ else:
     from tokenferry.kernels.wire_interpreter import (  # noqa: F401  # the names that are defined above
         divide,
         load_peer_word,
+        multicast_word,
         pack_float8,
         poll_and_clear_both,
         send_word,

@@ -162,6 +162,10 @@ def multicast(address, a, b, c, d, mask, control_ptr, WORDS):
         _put(_tensor(clone, tl.int64), (a, b, c, d), mask, _scalar(WORDS), observer, "send")
 
 
+def multicast_word(address, word, mask, control_ptr):
+    multicast(address, word, word, word, word, mask, control_ptr, 1)
+
+
 def multicast_sum(address, mask, control_ptr):
     totals = None
     for clone in _clones(address, control_ptr):
