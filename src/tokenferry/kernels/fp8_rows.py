@@ -26,6 +26,18 @@ BYTES: tl.constexpr = tl.constexpr(3)
 
 
 @triton.jit
+def place(thread, H: tl.constexpr):
+    """The row of each thread, and its first column, which lies behind the row where H is no multiple of 512.
+
+    Example:
+        H 272: thread 16 has column 256 of row 0, thread 17 none, thread 32 column 0 of row 1.
+    """
+    THREADS: tl.constexpr = (H + 511) // 512 * 32
+    row = thread // THREADS
+    return row, (thread - row * THREADS) * 16
+
+
+@triton.jit
 def thread_of_scale(thread, BLOCK: tl.constexpr):
     """Of the first eighth of a program's threads: the thread whose columns begin with the scale that this one sends.
 
