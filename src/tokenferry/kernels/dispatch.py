@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import fp8_rows, routing_packets, shares, waits, wire, wire_clock
+from tokenferry.kernels import fp8_rows, routing_packets, shares, waits, wire, wire_clock, wire_float8
 
 SIGNATURE = {
     "buffer_ptr": "i64",
@@ -168,7 +168,7 @@ def dispatch_kernel(
     packet = pid * BLOCK + lanes
     if IS_FP8:
         n0, n1, n2, n3, n4, n5, n6, n7 = fp8_rows.load_first_words(
-            packet, hidden_ptr, scales_ptr, num_supplied, H, FORMAT, HIDDEN
+            packet, hidden_ptr, scales_ptr, num_supplied, H, FORMAT, HIDDEN, BLOCK
         )
     else:
         n0, n1, n2, n3 = wire.load(hidden_ptr + packet.to(tl.int64) * (WORDS * 4), packet < supplied, WORDS)
@@ -188,30 +188,29 @@ def dispatch_kernel(
     # Hidden rows go to every peer and to their place in this rank's buffer. The next packets are loaded while these are sent.
     num_sent = num_tokens * (mode & wire.MODE_SEND)
     num_packets = num_sent * THREADS
-    senders = programs
-    receivers = programs
-    receiver = pid
-    receives = pid >= 0
+    senders, receivers, receives, receiver = shares.senders_and_receivers(
+        pid, programs, num_tokens, valid, in_slots, mode, PER_ROW, SPLIT, BLOCK
+    )
     if SPLIT > 0:
-        is_whole = in_slots & (mode == wire.MODE_SEND + wire.MODE_RECEIVE)
-        senders, receivers, receives, receiver = shares.senders_and_receivers(
-            pid, programs, num_tokens, valid, is_whole, PER_ROW, SPLIT, BLOCK
-        )
         num_packets = tl.where(pid < senders, num_packets, 0)
     for b in range(pid, (num_packets + BLOCK - 1) // BLOCK, senders):
         packet = b * BLOCK + lanes
         live = packet < num_packets
         following = packet + senders * BLOCK
         if IS_FP8:
-            w0, w1, w2, w3, s0, s1, s2, s3 = fp8_rows.words_to_send(
+            w0, w1, w2, w3, scale = fp8_rows.words_to_send(
                 packet, n0, n1, n2, n3, n4, n5, n6, n7, hidden_ptr, num_supplied, H, FORMAT, HIDDEN, POWER_OF_TWO, BLOCK
             )
             n0, n1, n2, n3, n4, n5, n6, n7 = fp8_rows.load_first_words(
-                following, hidden_ptr, scales_ptr, num_supplied, H, FORMAT, HIDDEN
+                following, hidden_ptr, scales_ptr, num_supplied, H, FORMAT, HIDDEN, BLOCK
             )
-            is_value, is_scale = fp8_rows.sends_what(packet, live, H)
-            values_here, scales_here = fp8_rows.offsets(packet, H, (H + 511) // 512 * 16, H)
-            values_in_slot, scales_in_slot = fp8_rows.offsets(packet, ROW_BYTES, ROW_BYTES, H)
+            is_value = live & (packet % THREADS * 16 < H)
+            values_here = fp8_rows.offset_of_values(packet, H, H)
+            values_in_slot = fp8_rows.offset_of_values(packet, ROW_BYTES, H)
+            first = fp8_rows.thread_of_scale(packet, BLOCK)
+            is_scale = (lanes < BLOCK // 8) & (first < num_packets)
+            scales_here = fp8_rows.offset_of_scale(first, (H + 511) // 512 * 16, H)
+            scales_in_slot = fp8_rows.offset_of_scale(first, ROW_BYTES, H)
             values_offset = tl.where(in_slots, values_in_slot, values_here)
             scales_offset = tl.where(in_slots, scales_in_slot + H, scales_here)
             scales_place_offset = out_scales_offset + first_row.to(tl.int64) * ((H + 511) // 512 * 16)
@@ -228,7 +227,7 @@ def dispatch_kernel(
             if IS_FP8:
                 wire.multicast(target_ptr + values_offset, w0, w1, w2, w3, is_value, buffer_ptr, 4)
                 target_ptr = multicast_ptr + tl.where(in_slots, slot_offset, scales_place_offset)
-                wire.multicast(target_ptr + scales_offset, s0, s1, s2, s3, is_scale, buffer_ptr, 4)
+                wire_float8.multicast_word(target_ptr + scales_offset, scale, is_scale, buffer_ptr)
             else:
                 wire.multicast(target_ptr + offset, w0, w1, w2, w3, live, buffer_ptr, WORDS)
         else:
@@ -240,14 +239,14 @@ def dispatch_kernel(
                 if IS_FP8:
                     scales_ptr_there = peer_ptr + tl.where(in_slots, slot_offset, scales_place_offset)
                     wire.send(target_ptr + values_offset, w0, w1, w2, w3, is_value, buffer_ptr, 4)
-                    wire.send(scales_ptr_there + scales_offset, s0, s1, s2, s3, is_scale, buffer_ptr, 4)
+                    wire_float8.send_word(scales_ptr_there + scales_offset, scale, is_scale, buffer_ptr)
                     peer_ptr = tl.load(peer_table + wire.add_mod(peer + 1, size))
                 else:
                     peer_ptr = tl.load(peer_table + wire.add_mod(peer + 1, size))
                     wire.send(target_ptr + offset, w0, w1, w2, w3, live, buffer_ptr, WORDS)
             if IS_FP8:
                 wire.store(buffer_ptr + hidden_place_offset + values_here, w0, w1, w2, w3, is_value, 4)
-                wire.store(buffer_ptr + scales_place_offset + scales_here, s0, s1, s2, s3, is_scale, 4)
+                wire.store(buffer_ptr + scales_place_offset + scales_here, scale, scale, scale, scale, is_scale, 1)
             else:
                 wire.store(buffer_ptr + hidden_place_offset + offset, w0, w1, w2, w3, live, WORDS)
 
