@@ -78,7 +78,8 @@ def float8_tables(records: list[dict], name: str) -> Iterator[str]:
     yield wrapped(
         "The layer with float8 weights: rows in bfloat16, which the experts quantize, beside rows that their sender quantizes "
         f"([formats.md](formats.md)). {run_of(records[0])}, p2p, C = {records[0]['capacity']}, "
-        f"`tokenferry bench layer --float8`, `{name}`; every output compared with float32 products of what weights and rows stand for. Microseconds."
+        f"`tokenferry bench layer --float8`, `{name}`; every output compared with float32 products "
+        "of what weights and rows stand for. Microseconds."
     )
     for preset in dict.fromkeys(record["preset"] for record in records):
         mine = [record for record in records if record["preset"] == preset]
