@@ -2,14 +2,12 @@
 
 import time
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 
 import tokenferry as tf
 from faults import CAPACITY, CONFIG, one_step
-from tokenferry.transports import counting
 
 DELAY_S = 0.05
 NUM_STEPS = 6
@@ -20,8 +18,7 @@ Seen = tuple[dict[str, Any], str]
 
 
 def opened(group: tf.EPGroup, transport: str, **settings: Any) -> tf.Workspace:
-    with mock.patch.object(counting, "SHOWN_ON", ("cpu", "cuda")):  # the tests on GPUs are to show it
-        return tf.Workspace(CONFIG, group, transport=transport, **{"max_tokens_per_rank": CAPACITY, **settings})
+    return tf.Workspace(CONFIG, group, transport=transport, **{"max_tokens_per_rank": CAPACITY, **settings})
 
 
 def delayed(group: tf.EPGroup, transport: str, late: int, within: bool, delay_s: float = DELAY_S) -> Seen:

@@ -24,8 +24,8 @@ from tokenferry.kernels.expert_quantize import SIGNATURE as QUANTIZE_SIGNATURE
 from tokenferry.kernels.expert_quantize import quantize_rows_kernel
 from tokenferry.kernels.expert_sum import SIGNATURE as SUM_SIGNATURE
 from tokenferry.kernels.expert_sum import expert_sum_kernel
+from tokenferry.kernels.expert_table import COUNTING_SIGNATURE, NO_LOADS, expert_table_kernel
 from tokenferry.kernels.expert_table import SIGNATURE as TABLE_SIGNATURE
-from tokenferry.kernels.expert_table import expert_table_kernel
 from tokenferry.kernels.launch import POINTER_ALIGNMENT, KernelSpec, has_pdl, specify
 
 TABLE_FEW, TABLE_MANY = 1024, 8192
@@ -176,15 +176,6 @@ def specs(variant: Variant, device: torch.device) -> Specs:
     """All kernels of a variant."""
     pdl = int(has_pdl(device))
     chosen = chosen_plan(variant, device)
-    table = specify(
-        expert_table_kernel,
-        TABLE_SIGNATURE,
-        {"K": variant.topk, "FEW": TABLE_FEW, "MANY": TABLE_MANY, "PDL": pdl},
-        num_warps=8,
-        num_stages=1,
-        dtypes={"IDX": variant.index_dtype},
-        aligned=variant.aligned,
-    )
     quantizes = variant.out_dtype == FLOAT8
     total = specify(
         expert_sum_kernel,
@@ -209,7 +200,21 @@ def specs(variant: Variant, device: torch.device) -> Specs:
     if _prequantizes(variant, chosen):
         products = [True] * (not variant.quantized_rows) + [False] * (not is_in_blocks(chosen))
         quantize = tuple(_quantize_spec(variant, chosen, is_first_product, pdl) for is_first_product in products)
-    return Specs(table, quantize, up, down, total)
+    return Specs(table_spec(variant, device, counts_loads=False), quantize, up, down, total)
+
+
+def table_spec(variant: Variant, device: torch.device, *, counts_loads: bool) -> KernelSpec:
+    """The table's kernel, or the one that adds up each expert's pairs besides, for telemetry."""
+    constants = {"K": variant.topk, "FEW": TABLE_FEW, "MANY": TABLE_MANY, "PDL": int(has_pdl(device))}
+    return specify(
+        expert_table_kernel,
+        COUNTING_SIGNATURE if counts_loads else TABLE_SIGNATURE,
+        constants | ({"TELEMETRY": 1} if counts_loads else NO_LOADS),
+        num_warps=8,
+        num_stages=1,
+        dtypes={"IDX": variant.index_dtype},
+        aligned=variant.aligned,
+    )
 
 
 def is_in_blocks(chosen: Plan) -> bool:

@@ -284,15 +284,15 @@ def combine_kernel(
                     else:
                         wire.await_signal(flag_ptr, round_number + 1, 1, is_awaited, buffer_ptr, blamed_ranks, hint_ptrs)
             if IS_FP8:
-                if TELEMETRY:  # of all peers together: of two ranks it is the other one, of more nobody in particular
-                    since = wire_clock.clock()
-                fp8_terms.sum_terms(b * BLOCK, o0, o1, o2, o3, own_scale, num_tokens, num_out, first_row, rank, size, in_slots,
-                                    buffer_ptr, peer_table, slots_offset, slot_bytes, terms_offset, term_scales_offset, blamed,
-                                    hints_ptr, out_ptr, H, OUT, BLOCK)  # fmt: skip
                 if TELEMETRY:
-                    awaited = tl.where(size == 2, 1 - rank, rank)
-                    is_first = in_slots & (size > 1) & (b == 0)
-                    waits.note_source(board, size, layer, step, awaited, since, is_first, waits.COMBINE)
+                    fp8_terms.sum_terms(b * BLOCK, o0, o1, o2, o3, own_scale, num_tokens, num_out, first_row, rank, size,
+                                        in_slots, buffer_ptr, peer_table, slots_offset, slot_bytes, terms_offset,
+                                        term_scales_offset, blamed, hints_ptr, out_ptr, H, OUT, BLOCK, 1, board, layer,
+                                        step)  # fmt: skip
+                else:
+                    fp8_terms.sum_terms(b * BLOCK, o0, o1, o2, o3, own_scale, num_tokens, num_out, first_row, rank, size,
+                                        in_slots, buffer_ptr, peer_table, slots_offset, slot_bytes, terms_offset,
+                                        term_scales_offset, blamed, hints_ptr, out_ptr, H, OUT, BLOCK)  # fmt: skip
             else:
                 s0 = tl.zeros([BLOCK], tl.float32)
                 s1 = s0

@@ -20,14 +20,21 @@ SIGNATURE = {
     "FEW": "constexpr",
     "MANY": "constexpr",
     "PDL": "constexpr",
+    "loads": "constexpr",
+    "first_load": "constexpr",
+    "TELEMETRY": "constexpr",
 }
+COUNTING_SIGNATURE = {**SIGNATURE, "loads": "*i64", "first_load": "i32"}
+"""With telemetry. Without, the last three are `NO_LOADS`."""
+NO_LOADS = {"loads": 0, "first_load": 0, "TELEMETRY": 0}
 
 
 @triton.jit
 def fill_table(ids, counts, offsets, pairs, total, expert, first_expert, BLOCK: tl.constexpr):
     """Writes one expert's part of the table. The `total` expert numbers at `ids` are read twice, BLOCK at a time.
 
-    Numbers are compared in their own width: cut to 32 bits, 2**32 + 3 would be taken for expert 3.
+    Numbers are compared in their own width: cut to 32 bits, 2**32 + 3 would be taken for expert 3. Returns how many pairs the
+    expert has.
     """
     lanes = tl.arange(0, BLOCK)
     before = tl.zeros([BLOCK], tl.int32)
@@ -49,6 +56,7 @@ def fill_table(ids, counts, offsets, pairs, total, expert, first_expert, BLOCK: 
             rank = tl.cumsum(here, 0) - here
             tl.store(pairs + position + rank, at, mask=here > 0)
             position += tl.sum(here)
+    return count
 
 
 @triton.jit
@@ -65,6 +73,9 @@ def expert_table_kernel(
     FEW: tl.constexpr,
     MANY: tl.constexpr,
     PDL: tl.constexpr,
+    loads=0,
+    first_load=0,
+    TELEMETRY: tl.constexpr = 0,
 ):
     """One program for each expert. It reads all ids of the chunk, so that no program waits for another and no atomic operation
     decides an order.
@@ -76,6 +87,8 @@ def expert_table_kernel(
         pairs: out: row * K + choice of each pair, rows counted from first_row; sorted by expert, then by row and choice.
         first_row, num_rows: the rows of this chunk.
         first_expert: global number of expert 0 here. The grid is L.
+        loads, first_load: with TELEMETRY, each expert's pairs are added to its word: the one at `first_load` is expert 0's here.
+            Word 0 of `loads` is 0 while nothing shall be counted.
 
     Example:
         Experts 2 and 3 are here, K = 2, rows [3, 0], [2, 3], [-1, 2]: counts [2, 2], offsets [0, 2], pairs [2, 5, 0, 3].
@@ -86,7 +99,11 @@ def expert_table_kernel(
     valid = tl.load(valid_tokens)
     total = tl.maximum(tl.minimum(valid - first_row, num_rows), 0) * K
     ids_of_chunk = topk_idx + first_row.to(tl.int64) * K
+    if TELEMETRY:
+        is_on = tl.load(loads) != 0
     if total <= FEW:
-        fill_table(ids_of_chunk, counts, offsets, pairs, total, expert, first_expert, FEW)
+        count = fill_table(ids_of_chunk, counts, offsets, pairs, total, expert, first_expert, FEW)
     else:  # larger blocks: the loop pays the global-memory latency once a block
-        fill_table(ids_of_chunk, counts, offsets, pairs, total, expert, first_expert, MANY)
+        count = fill_table(ids_of_chunk, counts, offsets, pairs, total, expert, first_expert, MANY)
+    if TELEMETRY:
+        tl.atomic_add(loads + first_load + expert, count.to(tl.int64), mask=is_on & (count > 0), sem="relaxed")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import fp8_rows, wire, wire_float8
+from tokenferry.kernels import fp8_rows, waits, wire, wire_clock, wire_float8
 
 
 @triton.jit
@@ -170,13 +170,14 @@ def store_eight(address, live, a, b, c, d, e, f, g, h, OUT: tl.constexpr):
 @triton.jit
 def sum_terms(first_thread, o0, o1, o2, o3, own_scale, num_rows, num_out, first_row, rank, size, in_slots, buffer_ptr, peer_table,
               slots_offset, slot_bytes, terms_offset, term_scales_offset, blamed, hints_ptr, out_ptr, H: tl.constexpr,
-              OUT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+              OUT: tl.constexpr, BLOCK: tl.constexpr, TELEMETRY: tl.constexpr = 0, board=0, layer=0, step=0):  # fmt: skip
     """Sums the terms of each thread's columns, from rank 0's to the last, and stores the sums.
 
     Args:
         o0, o1, o2, o3, own_scale: this rank's own term.
         first_thread: the number of this program's first thread.
         num_rows, num_out: of this rank, and of these the first that are wanted.
+        TELEMETRY: whether waits are noted on the board of a round in this layer and step: see `waits`.
     """
     thread = first_thread + tl.arange(0, BLOCK)
     s0 = tl.zeros([BLOCK], tl.float32)
@@ -204,9 +205,13 @@ def sum_terms(first_thread, o0, o1, o2, o3, own_scale, num_rows, num_out, first_
         if in_slots & (source != rank):
             slot_ptr = buffer_ptr + slots_offset + (source - (source > rank).to(tl.int32)) * slot_bytes
             hint_ptr = hints_ptr + source * wire.COUNT_PACKET_BYTES
+            if TELEMETRY:
+                since = wire_clock.clock()
             v0, v1, v2, v3, bits = poll_term(
                 thread, num_rows, slot_ptr, buffer_ptr, wire.set_blamed_rank(blamed, source), hint_ptr, H, BLOCK
             )
+            if TELEMETRY:
+                waits.note_source(board, size, layer, step, source, since, first_thread == 0, waits.COMBINE)
         elif source != rank:
             peer_ptr = tl.load(peer_table + source)
             v0, v1, v2, v3, bits = fetch_term(
