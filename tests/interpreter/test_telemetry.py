@@ -37,3 +37,15 @@ def test_the_error_of_a_late_rank_says_who_was_late_before() -> None:
     _, reading, num_steps = run_ranks(work.error_of_a_late_rank, 2, "p2p", env=INTERPRETER)[0]
     assert reading.startswith("rank 1 was last to enter in")
     assert num_steps >= 3
+
+
+@pytest.mark.alone
+def test_float8_terms_are_waited_for_by_source() -> None:
+    delay_s = 0.5  # what an interpreted rank does before its combine may take 50 ms itself
+    seen = run_ranks(work.float8_terms_delayed, 3, 2, "p2p", delay_s, env=INTERPRETER)
+    work.check_float8_terms_delayed(seen, 2, delay_s)
+
+
+@pytest.mark.parametrize(("transport", "world_size"), [("local", 1), ("p2p", 2), ("collective", 2)])
+def test_our_own_experts_count_their_rows(transport: str, world_size: int) -> None:
+    work.check_loads_of_own_experts(run_ranks(work.loads_of_own_experts, world_size, transport, env=INTERPRETER))

@@ -205,11 +205,17 @@ def specs(variant: Variant, device: torch.device) -> Specs:
 
 def table_spec(variant: Variant, device: torch.device, *, counts_loads: bool) -> KernelSpec:
     """The table's kernel, or the one that adds up each expert's pairs besides, for telemetry."""
-    constants = {"K": variant.topk, "FEW": TABLE_FEW, "MANY": TABLE_MANY, "PDL": int(has_pdl(device))}
+    constants = {
+        "K": variant.topk,
+        "FEW": TABLE_FEW,
+        "MANY": TABLE_MANY,
+        "TELEMETRY": int(counts_loads),
+        "PDL": int(has_pdl(device)),
+    }
     return specify(
         expert_table_kernel,
         COUNTING_SIGNATURE if counts_loads else TABLE_SIGNATURE,
-        constants | ({"TELEMETRY": 1} if counts_loads else NO_LOADS),
+        constants if counts_loads else constants | NO_LOADS,
         num_warps=8,
         num_stages=1,
         dtypes={"IDX": variant.index_dtype},

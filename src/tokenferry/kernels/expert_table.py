@@ -16,16 +16,16 @@ SIGNATURE = {
     "first_row": "i32",
     "num_rows": "i32",
     "first_expert": "i32",
+    "loads": "constexpr",
+    "first_load": "constexpr",
     "K": "constexpr",
     "FEW": "constexpr",
     "MANY": "constexpr",
-    "PDL": "constexpr",
-    "loads": "constexpr",
-    "first_load": "constexpr",
     "TELEMETRY": "constexpr",
+    "PDL": "constexpr",
 }
 COUNTING_SIGNATURE = {**SIGNATURE, "loads": "*i64", "first_load": "i32"}
-"""With telemetry. Without, the last three are `NO_LOADS`."""
+"""With telemetry. Without, `NO_LOADS` are among the constants."""
 NO_LOADS = {"loads": 0, "first_load": 0, "TELEMETRY": 0}
 
 
@@ -69,13 +69,13 @@ def expert_table_kernel(
     first_row,
     num_rows,
     first_expert,
+    loads,
+    first_load,
     K: tl.constexpr,
     FEW: tl.constexpr,
     MANY: tl.constexpr,
+    TELEMETRY: tl.constexpr,
     PDL: tl.constexpr,
-    loads=0,
-    first_load=0,
-    TELEMETRY: tl.constexpr = 0,
 ):
     """One program for each expert. It reads all ids of the chunk, so that no program waits for another and no atomic operation
     decides an order.

@@ -14,6 +14,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
@@ -69,7 +70,7 @@ def trace_events(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
     events: list[dict[str, Any]] = []
     for snapshot, offset in zip(snapshots, alignment.offsets_ns, strict=True):
         events.extend(_names(snapshot))
-        for step, following in zip(snapshot.steps, [*snapshot.steps[1:], None], strict=True):
+        for step, following in zip_longest(snapshot.steps, snapshot.steps[1:]):
             events.extend(_step_events(snapshot, step, following, start_ns + offset))
     note = {
         "clock_error_us": alignment.error_ns / 1e3 if math.isfinite(alignment.error_ns) else "unknown",

@@ -49,10 +49,11 @@ class CountingTransport(TransportWrapper):
         super().__init__(inner)
         self._recorder, self._step_tensors = recorder, step_tensors
         self._device, self._layer, self._num_tokens = settings.group.device, -1, 0
-        self._is_cuda = self._device.type == "cuda"
+        self.names_ranges = self._device.type == "cuda"
+        """Whether calls stand in NVTX ranges."""
         self._uncounted: tuple[torch.Tensor, LoadsToCount] | None = None
         """Numbers and counters of the dispatch under way. They are looked at before its combine: experts may have counted."""
-        self._reader = _Reader(self._device) if self._is_cuda else None
+        self._reader = _Reader(self._device) if self._device.type == "cuda" else None
         self._count: Any = None
         if self._reader is not None:
             recorder.read, recorder.write, recorder.relaxed = self._reader.read, self._reader.write, self._reader.relaxed
@@ -158,7 +159,7 @@ class CountingTransport(TransportWrapper):
 
     @contextlib.contextmanager
     def _range(self, name: str, layer: int = -1) -> Iterator[None]:
-        if not self._is_cuda:
+        if not self.names_ranges:
             yield
             return
         torch.cuda.nvtx.range_push(f"{name}[{layer}]" if layer >= 0 else name)
