@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 lea
 
 
 OPTIONAL = ", TELEMETRY: tl.constexpr = 0, board=0, layer=0, step=0"
-"""Arguments that have a default for kernels without telemetry."""
+"""Arguments of `sum_terms` that kernels without telemetry leave out."""
 
 
 def without_telemetry(text: str) -> str:
@@ -35,9 +35,8 @@ def without_telemetry(text: str) -> str:
             lines[number - 1] = ""
         for number in range(kept, (node.end_lineno if node.orelse else kept - 1) + 1):
             lines[number - 1] = lines[number - 1].removeprefix("    ")
-    gone = re.compile(
-        r' *("(TELEMETRY|loads|first_load)": "constexpr",|TELEMETRY: tl\.constexpr,|(COUNTING_SIGNATURE|NO_LOADS) = .*)'
-    )
+    arguments = r'"(TELEMETRY|loads|first_load)": "constexpr",|TELEMETRY: tl\.constexpr,|(loads|first_load),'
+    gone = re.compile(rf" *({arguments}|(COUNTING_SIGNATURE|NO_LOADS) = .*)")
     stripped = "\n".join("" if gone.fullmatch(line) else line for line in lines)
     code = re.sub(r"^ +(TELEMETRY: whether|loads, first_load: with TELEMETRY).*$", "", stripped, flags=re.MULTILINE)
     assert "TELEMETRY" not in code
