@@ -48,6 +48,7 @@ ALLOWED_BETWEEN_KERNELS = {
     "fp8_terms",
     "term_rows",
     "routing_packets",
+    "shares",
 }
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
 Offences = Iterator[tuple[Path, str]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import fp8_bulk, fp8_terms, waits, wire, wire_clock
+from tokenferry.kernels import fp8_bulk, fp8_terms, shares, waits, wire, wire_clock
 from tokenferry.kernels.term_rows import copy_terms, load_term, store_sum
 
 SIGNATURE = {
@@ -43,6 +43,7 @@ SIGNATURE = {
     "SWITCH_SUM": "constexpr",
     "MAX_PROGRAMS": "constexpr",
     "FLAG_BLOCK": "constexpr",
+    "SPLIT": "constexpr",
     "TELEMETRY": "constexpr",
     "PDL": "constexpr",
 }
@@ -84,6 +85,7 @@ def combine_kernel(
     SWITCH_SUM: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
     FLAG_BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
     TELEMETRY: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -104,6 +106,7 @@ def combine_kernel(
         counted_rows: rounds of steps with more rows than that are counted: those in which the dispatch or the combine is bulk.
         num_flags, FLAG_BLOCK: see `dispatch_kernel`. A flag stands for the terms of each block of FLAG_BLOCK packets whose number
             is the flag's, modulo `num_flags`.
+        SPLIT: see `dispatch_kernel`; programs that receive sum what they receive.
 
     Example:
         Two ranks with one row each, bfloat16: partials [[1], [2]] on rank 0 and [[10], [20]] on rank 1 give [[11]] and [[22]].
@@ -123,6 +126,7 @@ def combine_kernel(
     WIRE_BYTES: tl.constexpr = WIRE.primitive_bitwidth // 8
     PER_PACKET: tl.constexpr = WORDS * 4 // WIRE_BYTES
     IS_FP8: tl.constexpr = tl.float8e4nv == WIRE
+    tl.static_assert(SPLIT == 0 or not IS_FP8, "programs that only send or only sum have not been tried with float8 terms")
     PER_ROW: tl.constexpr = (H + 511) // 512 * 32 if IS_FP8 else H // PER_PACKET
     ROW_BYTES: tl.constexpr = H * WIRE_BYTES
     # These are read before the previous kernel has ended. The step's counts and the round are as they were when it began, since
@@ -161,7 +165,12 @@ def combine_kernel(
     hints_ptr = buffer_ptr + counts_offset + ((step + 1) & 1) * size * wire.COUNT_PACKET_BYTES + wire.COUNT_PACKET_STEP_OFFSET
     num_own_packets = num_tokens * PER_ROW
     first_own_element = first_row.to(tl.int64) * H
-    packet = pid * BLOCK + lanes
+    senders, summers, sums, summer = shares.senders_and_receivers(
+        pid, programs, num_tokens, num_valid, in_slots, mode, PER_ROW, SPLIT, BLOCK
+    )
+    if SPLIT > 0:
+        num_own_packets = tl.where(sums, num_own_packets, 0)
+    packet = summer * BLOCK + lanes
     if IS_FP8:
         own_ptr = partial_ptr + first_own_element * (PARTIAL.primitive_bitwidth // 8)
         own_scales_ptr = scales_ptr + first_row.to(tl.int64) * scale_row * 4
@@ -180,20 +189,21 @@ def combine_kernel(
             peer_ptr = tl.load(peer_table + wire.add_mod(owner + 1, size))
             num_packets = num_rows * PER_ROW
             blocks = (num_packets + BLOCK - 1) // BLOCK
+            if SPLIT > 0:
+                blocks = tl.where(pid < senders, blocks, 0)
             if IS_FP8:
                 sent_ptr = partial_ptr + first_sent * (H * (PARTIAL.primitive_bitwidth // 8))
                 sent_scales_ptr = scales_ptr + first_sent * scale_row * 4
                 fp8_terms.send_terms(begin, blocks, programs, target_ptr, sent_ptr, sent_scales_ptr, scale_row, num_rows,
                                      buffer_ptr, H, PARTIAL, BLOCK)  # fmt: skip
             else:
-                for b in range(begin, blocks, programs):
+                for b in range(begin, blocks, senders):
                     packet = b * BLOCK + lanes
                     live = packet < num_packets
                     index = packet.to(tl.int64)
                     w0, w1, w2, w3 = load_term(partial_ptr, first_sent * H + index * PER_PACKET, live, PARTIAL, WIRE, WORDS)
                     wire.send(target_ptr + index * (WORDS * 4), w0, w1, w2, w3, live, buffer_ptr, WORDS)
-            begin -= tl.where(blocks < programs, blocks, blocks % programs)
-            begin = tl.where(begin < 0, begin + programs, begin)
+            begin = shares.next_share(begin, blocks, senders)
     elif is_bulk:
         epoch = round_number + 1
         terms_ptr = buffer_ptr + terms_offset
@@ -251,7 +261,7 @@ def combine_kernel(
         wire.report(buffer_ptr, record)
     elif mode >= wire.MODE_RECEIVE:
         if TELEMETRY:
-            waits.begin_round(board, step_counts, size, layer, step, lanes, pid == 0, waits.COMBINE)
+            waits.begin_round(board, step_counts, size, layer, step, lanes, sums & (summer == 0), waits.COMBINE)
         if IS_FP8:
             if is_bulk:
                 fp8_bulk.sum_terms(pid, programs, n0, n1, n2, n3, n4, n5, n6, n7, own_ptr, own_scales_ptr, scale_row, num_tokens,
@@ -264,7 +274,7 @@ def combine_kernel(
                                     num_out, rank, size, buffer_ptr, slots_offset, slot_bytes, blamed, hints_ptr, out_ptr, H,
                                     PARTIAL, OUT, BLOCK, TELEMETRY, board, layer, step)  # fmt: skip
         else:
-            for b in range(pid, (num_own_packets + BLOCK - 1) // BLOCK, programs):
+            for b in range(summer, (num_own_packets + BLOCK - 1) // BLOCK, summers):
                 packet = b * BLOCK + lanes
                 live = packet < num_own_packets
                 index = packet.to(tl.int64)
@@ -272,7 +282,7 @@ def combine_kernel(
                 o1 = n1
                 o2 = n2
                 o3 = n3
-                following = packet + programs * BLOCK
+                following = packet + summers * BLOCK
                 element = first_own_element + following.to(tl.int64) * PER_PACKET
                 n0, n1, n2, n3 = load_term(partial_ptr, element, following < num_own_packets, PARTIAL, WIRE, WORDS)
                 if FLAG_BLOCK != 0:  # noqa: SIM102  # this one is decided by the compiler
