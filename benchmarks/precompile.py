@@ -33,11 +33,11 @@ def tasks(hidden_sizes, all_warps, topk):
         for idx, weights in itertools.product(INDEX_DTYPES, FLOAT_DTYPES):
             constants = {"ROW_WORDS": hidden_size // 2, "K": topk, "IDX": idx, "WEIGHTS": weights, "OUT_IDX": torch.int32,
                          "WORDS": 4, "BLOCK": num_warps * 32, "MULTICAST": 0, "MAX_PROGRAMS": MAX_PROGRAMS,
-                         "FLAG_BLOCK": 0, "PDL": 1}  # fmt: skip
+                         "FLAG_BLOCK": 0, "SPLIT": 0, "TELEMETRY": 0, "PDL": 1}  # fmt: skip
             yield "dispatch", constants, num_warps
         for partial in FLOAT_DTYPES:
             constants = {"H": hidden_size, "PARTIAL": partial, "WIRE": torch.bfloat16, "OUT": torch.bfloat16, "WORDS": 4,
-                         "BLOCK": num_warps * 32, "SWITCH_SUM": 0, "MAX_PROGRAMS": MAX_PROGRAMS, "FLAG_BLOCK": 0,
+                         "BLOCK": num_warps * 32, "SWITCH_SUM": 0, "MAX_PROGRAMS": MAX_PROGRAMS, "FLAG_BLOCK": 0, "SPLIT": 0,
                          "PDL": 1}  # fmt: skip
             yield "combine", constants, num_warps
 

@@ -13,19 +13,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from test_compile_kernels import VARIANTS
-from tokenferry.kernels import combine, counts, dispatch, expert_table, fp8_terms, wire
+from tokenferry.kernels import combine, counts, dispatch, expert_table, fp8_bulk, fp8_terms, wire
 from tokenferry.kernels.launch import options, source
 
 pytestmark = pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
 
-OPTIONAL = ", TELEMETRY: tl.constexpr = 0, board=0, layer=0, step=0"
-"""Arguments of `sum_terms` that kernels without telemetry leave out."""
+PASSED_ON = re.compile(r",\s+TELEMETRY(: tl\.constexpr)?,\s+board,\s+layer,\s+step\)")
+"""What kernels hand on to device functions of float8 terms, where these have arguments of that name. Nothing comes behind it."""
 
 
 def without_telemetry(text: str) -> str:
     """A kernel's module with every `if TELEMETRY:` and its arguments gone, and all other lines as they were."""
-    text = text.replace(OPTIONAL, "")
+    text = PASSED_ON.sub(")", text)
     lines = text.splitlines()
     tests = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.If) and ast.unparse(node.test) == "TELEMETRY"]
     assert tests, "the kernel has no telemetry at all"
@@ -36,7 +36,7 @@ def without_telemetry(text: str) -> str:
         for number in range(kept, (node.end_lineno if node.orelse else kept - 1) + 1):
             lines[number - 1] = lines[number - 1].removeprefix("    ")
     arguments = r'"(TELEMETRY|loads|first_load)": "constexpr",|TELEMETRY: tl\.constexpr,|(loads|first_load),'
-    gone = re.compile(rf" *({arguments}|(COUNTING_SIGNATURE|NO_LOADS) = .*)")
+    gone = re.compile(rf" *({arguments}|(COUNTING_SIGNATURE|NO_LOADS) = .*|board = tl.zeros.*)")
     stripped = "\n".join("" if gone.fullmatch(line) else line for line in lines)
     code = re.sub(r"^ +(TELEMETRY: whether|loads, first_load: with TELEMETRY).*$", "", stripped, flags=re.MULTILINE)
     assert "TELEMETRY" not in code
@@ -49,7 +49,7 @@ def stripped(module: ModuleType, folder: Path) -> ModuleType:
     path = folder / f"{module.__name__.split('.')[-1]}.py"
     bare = module_of(without_telemetry(Path(module.__file__).read_text()), path)
     if module is combine:
-        bare.fp8_terms = stripped(fp8_terms, folder)
+        bare.fp8_terms, bare.fp8_bulk = stripped(fp8_terms, folder), stripped(fp8_bulk, folder)
     return bare
 
 
@@ -68,7 +68,7 @@ def ptx(kernel, signature: dict, constants: dict, num_warps: int) -> str:
     # The path of the source, where it is named, and the column, which an `else` that is gone has moved.
     text = re.sub(r"^\s*\.file.*$", "", compiled.asm["ptx"], flags=re.MULTILINE)
     text = re.sub(r"^\s*\.loc.*$", "", text, flags=re.MULTILINE)
-    return text.split(".section")[0]
+    return text.split(".section")[0].strip()
 
 
 MODULES = {"counts": counts, "dispatch": dispatch, "combine": combine, "table": expert_table}
@@ -91,7 +91,7 @@ def test_every_kernel_that_counts_is_among_these() -> None:
     """A new one must have variants that are compared with it bare, float8 rows and terms among them."""
     folder = Path(wire.__file__).parent
     counting = {path.stem for path in folder.glob("*.py") if "if TELEMETRY:" in path.read_text()}
-    assert counting == {"counts", "dispatch", "combine", "fp8_terms", "expert_table"}
+    assert counting == {"counts", "dispatch", "combine", "fp8_terms", "fp8_bulk", "expert_table"}
     assert {"dispatch-fp8", "dispatch-fp8-quantized", "dispatch-bytes", "combine-fp8", "combine-fp8-quantized-few-tokens"} <= set(
         OFF
     )

@@ -103,7 +103,8 @@ def gemm_example(group: tf.EPGroup) -> list[list[list[float]]]:
             source, counts, 0, weights, counts, counts, out, counts, counts, offsets, pairs, 0, 0.0, 0.0, L=2, K=1, DEPTH=2,
             WIDTH=2, STRIDE_E=4, STRIDE_N=2, STRIDE_D=1, IS_FIRST_PRODUCT=first, GATED=False, INTERLEAVED=False,
             ACTIVATION="none", BIAS=False, SCALED=False, QUANTIZED=False, GATHERED=False, IN_BLOCKS=False, SWAPPED=False,
-            TENSOR_MAP=False, MIN_ROWS=1, MAX_ROWS=0, BM_FEW=16, BM=16, BN=16, BD=16, LANES=2, UPCAST=True, OVERLAPS=False, PDL=0,
+            TENSOR_MAP=False, MIN_ROWS=1, MAX_ROWS=0, BM_FEW=16, BM=16, BM_MORE=0, BN=16, BD=16, LANES=2, UPCAST=True,
+            OVERLAPS=False, PDL=0,
         )  # fmt: skip
         results.append(out.tolist())
         source = torch.tensor([[3.0, 4], [4, 2]])
