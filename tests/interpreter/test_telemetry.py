@@ -13,14 +13,14 @@ pytestmark = pytest.mark.interpreter
 @pytest.mark.alone
 @pytest.mark.parametrize("within", [False, True], ids=["entering", "within"])
 def test_a_delayed_rank_is_found_by_its_waits(within: bool) -> None:
-    delay_s = 0.5 if within else work.DELAY_S  # what an interpreted rank does before its combine may take 50 ms itself
+    delay_s = 0.5 if within else 0.2  # what an interpreted rank does before its combine may take 50 ms itself
     seen = run_ranks(work.delayed, 2, "p2p", 1, within, delay_s, env=INTERPRETER)
     work.check_delayed(seen, 1, within, delay_s)
 
 
 @pytest.mark.alone
 def test_of_three_ranks_the_late_one_is_found() -> None:
-    work.check_delayed(run_ranks(work.delayed, 3, "p2p", 0, False, env=INTERPRETER), 0, within=False)
+    work.check_delayed(run_ranks(work.delayed, 3, "p2p", 0, False, 0.2, env=INTERPRETER), 0, within=False, delay_s=0.2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
