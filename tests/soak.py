@@ -393,7 +393,7 @@ def main() -> None:
             file.writelines(lines)
     trips = min(report.eager + report.graph for report in reports)
     sys.stdout.write(
-        f"{plan.where}, {plan.ranks} ranks, seed {plan.seed}: {trips} round trips a rank, no difference, memory flat\n"
+        f"{plan.where}, {plan.ranks} ranks, seed {plan.seed}: {trips} round trips each, no difference, memory flat\n"
     )
 
 
