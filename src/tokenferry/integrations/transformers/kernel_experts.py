@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tokenferry.activations import Activation, ActivationName
-from tokenferry.dispatched import Dispatched, RowFormat
+from tokenferry.dispatched import Dispatched, PartialRows, RowFormat
 from tokenferry.errors import UsageError
 from tokenferry.experts import BorrowedExperts, ExpertScratch, ExpertWeights
 from tokenferry.groups import EPGroup
@@ -91,9 +91,9 @@ class KernelExperts:
             return "another experts_implementation was set"
         return None
 
-    def __call__(self, dispatched: Dispatched, out: torch.Tensor) -> torch.Tensor:
+    def __call__(self, dispatched: Dispatched, out: PartialRows) -> PartialRows:
         """The partial rows, in `out`. Rows >= V are neither read nor written."""
-        partial: torch.Tensor = self.borrowed(dispatched, out=out)
+        partial: PartialRows = self.borrowed(dispatched, out=out)
         return partial
 
 

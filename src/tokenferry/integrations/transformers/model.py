@@ -63,7 +63,8 @@ def from_pretrained(
             communication and one expert call for each rank: for verification.
         serialize: a second thread that calls the model waits until the first is through. Otherwise it gets a `StateError`.
         combine_dtype: in which the experts' partial sums travel. float32 keeps a bfloat16 model's tokens nearest to the
-            unmodified model's; None = the model's own dtype, half the bytes. `exact` leaves it unused.
+            unmodified model's; None = the model's own dtype, half the bytes; float8_e4m3fn with a scale for every 128 columns,
+            half of these again, needs a hidden size that is a multiple of 16. `exact` leaves it unused, and refuses float8.
         dispatch_format: of hidden rows on their way: "same", or "fp8_block128" for half the bytes and float8's rounding of each
             row; the same on all ranks. `exact` takes "same" alone.
         timeout_s: how long to wait for another rank in a step.
