@@ -48,7 +48,7 @@ def test_continuous_batching(on_ranks: RankPools, path: Path) -> None:
     assert on_ranks(batches, 2, path, backend="nccl", timeout_s=240) == [True, True]
 
 
-def test_no_bfloat16_is_made_while_loading(on_ranks: RankPools, path: Path) -> None:
+def test_memory_of_packed_and_unpacked(on_ranks: RankPools, path: Path) -> None:
     for packed, unpacked in on_ranks(held, 2, path, backend="nccl", timeout_s=120):
         num_weights = 2 * 4 * (128 * 64 + 64 * 64)  # layers, experts of a rank, both matrices
         assert unpacked - packed > num_weights * (16 - 4.5) / 8

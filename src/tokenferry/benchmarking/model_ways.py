@@ -104,14 +104,12 @@ def _plain(group: EPGroup, config: Any, request: ModelRequest) -> Any:
 def unmodified(group: EPGroup, config: Any, dtype: torch.dtype, **settings: Any) -> Any:
     """transformers' own class, with the weights that `ours` gives to it, on this rank's device."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils.quantization_config import Mxfp4Config
 
     from tokenferry.integrations.transformers import LOCAL_EXPERTS, random_state, register
-    from tokenferry.integrations.transformers.packed_experts import is_packed
+    from tokenferry.integrations.transformers.packed_experts import unpacking
 
     register()
-    if is_packed(getattr(config, "quantization_config", None)):  # else it would take kernels from a hub, where it has them
-        settings["quantization_config"] = Mxfp4Config(dequantize=True)
+    settings |= unpacking(getattr(config, "quantization_config", None))
     if "distributed_config" not in settings and group.device.type == "cuda":
         settings["device_map"] = {"": group.device}
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]

@@ -12,7 +12,6 @@ from typing import Any, Final
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig
-from transformers.utils.quantization_config import Mxfp4Config
 
 from tokenferry.dispatched import RowFormat
 from tokenferry.errors import ConfigError, StateError
@@ -24,7 +23,7 @@ from tokenferry.integrations.transformers.graph_choice import check_asked_for
 from tokenferry.integrations.transformers.graphed_generation import GraphedGeneration
 from tokenferry.integrations.transformers.layer import LOCAL_EXPERTS, install_layers, register
 from tokenferry.integrations.transformers.loading import open_tensors, own_tensors
-from tokenferry.integrations.transformers.packed_experts import is_packed, stays_packed
+from tokenferry.integrations.transformers.packed_experts import is_packed, stays_packed, unpacking
 from tokenferry.integrations.transformers.packed_loading import LayerPacker, take_packed
 from tokenferry.integrations.transformers.random_init import random_state
 from tokenferry.integrations.transformers.settings import CudaGraphs, Options
@@ -224,11 +223,10 @@ class ExpertParallelModel(GraphedGeneration):
     def from_pretrained(cls, path_or_id: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' own. It is told to make bfloat16 of packed experts, which needs no kernels, and then never sees them:
         see `take_packed`."""
-        cls.expert_parallel.keeps_packed = stays_packed(
-            getattr(kwargs.get("config"), "quantization_config", None), kwargs.get("quantization_config")
-        )
+        stored = getattr(kwargs.get("config"), "quantization_config", None)
+        cls.expert_parallel.keeps_packed = stays_packed(stored, kwargs.get("quantization_config"))
         if cls.expert_parallel.keeps_packed:
-            kwargs["quantization_config"] = Mxfp4Config(dequantize=True)
+            kwargs |= unpacking(stored)
         return super().from_pretrained(path_or_id, *args, **kwargs)  # type: ignore[misc]
 
     @staticmethod

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from transformers.utils.quantization_config import Mxfp4Config
 
 from tokenferry.activations import Activation
 from tokenferry.experts import ExpertScratch, ExpertWeights
@@ -57,6 +58,12 @@ def stays_packed(stored: Any, given: Any) -> bool:
 def is_packed(stored: Any) -> bool:
     """Whether a configuration with this `quantization_config` (None: without one) is of packed experts."""
     return bool(_of(stored, "quant_method") == METHOD)
+
+
+def unpacking(stored: Any) -> dict[str, Any]:
+    """The argument of transformers' `from_pretrained` that makes bfloat16 of packed experts; nothing for others. Without it, what
+    an unmodified model computes with hangs on which packages there are: kernels from a hub may run packed experts."""
+    return {"quantization_config": Mxfp4Config(dequantize=True)} if is_packed(stored) else {}
 
 
 def why_unpacked(module: Any, owns_kernels: bool, device: torch.device) -> str | None:

@@ -32,7 +32,9 @@ _ROLES: Final = ("up_proj", "up_scale", "down_proj", "down_scale")
 """Attributes of `ExpertWeights`."""
 _BUFFERS: Final[Mapping[str, str]] = {"proj": "{}_packed", "scale": "{}_packed_scales"}
 """What a module's buffers are called, by the name of the parameter in whose place they are."""
-_UNPACKED: Final = "%d of %d MoE layers have packed experts, of which bfloat16 is made while loading, four times the memory: %s"
+_UNPACKED: Final = (
+    "%d of %d MoE layers have packed experts that are unpacked while loading, to four times the memory in bfloat16: %s"
+)
 
 Keys = Mapping[str, Mapping[str, str]]
 """Parameter name -> "blocks" and "scales" -> key in the checkpoint."""
