@@ -143,3 +143,9 @@ def test_a_configuration_without_experts_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64}')
     with pytest.raises(ConfigError, match=r"has none of num_local_experts, num_experts, .* is it one with experts"):
         shape_of(str(tmp_path))
+
+
+def test_packed_experts_take_4_25_bits_a_weight():
+    plain, packed = shape_of("gpt-oss-20b"), shape_of("gpt-oss-20b-mxfp4")
+    assert packed.expert_bytes * 16 == plain.expert_bytes * 4.25
+    assert experts_floor_us(packed, 2, 8) < 0.3 * experts_floor_us(plain, 2, 8)
