@@ -120,7 +120,10 @@ def test_plan_as_json_is_the_document():
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["nothing", "--ep", "2", "--max-tokens", "8"], "--plan takes qwen3-30b-a3b, gpt-oss-20b, mixtral-8x7b"),
+        (
+            ["nothing", "--ep", "2", "--max-tokens", "8"],
+            "--plan takes qwen3-30b-a3b, gpt-oss-20b, gpt-oss-20b-mxfp4",
+        ),
         (["mixtral-8x7b", "--ep", "2"], "--plan needs --max-tokens too"),
         (["mixtral-8x7b"], "--plan needs --ep and --max-tokens too"),
         (["mixtral-8x7b", "--ep", "9", "--max-tokens", "8"], "has 8 experts, too few for 9 ranks; give --ep 8 at most"),

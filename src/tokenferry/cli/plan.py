@@ -56,7 +56,7 @@ EXCHANGES: Final[Mapping[str, ExchangeModel]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The MoE layers of a model. `num_layers` is None where only one layer is known; `weight_bits` are those of an expert's weight."""
+    """The MoE layers of a model. `num_layers` is None where only one layer is known; `weight_bits`: of an expert's weight."""
 
     name: str
     hidden_size: int
