@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tokenferry.cli.job import RankResult
-from tokenferry.cli.plan import EXCHANGES, GEMM_TFLOPS, READ_GB_PER_S, Shape
+from tokenferry.cli.plan import EXCHANGES, GEMM_TFLOPS, READ_GB_PER_S
 from tokenferry.cli.run import Request, run_ranks
 from tokenferry.cli.terminal import print_json
 from tokenferry.errors import ConfigError
@@ -58,11 +58,10 @@ def step_model(result: RankResult) -> StepModel:
     The exchange is that of a step of one token a rank.
     """
     assert result.telemetry is not None, "the job asked for it"
-    shape = Shape(**result.telemetry["shape"], num_layers=None)
-    return StepModel.of_gated(
-        shape.hidden_size,
-        shape.expert_size,
-        2.0,
+    expert = result.telemetry["expert"]
+    return StepModel(
+        weight_bytes=expert["num_bytes"],
+        flops_per_row=2 * expert["num_weights"],
         memory_bytes_per_s=READ_GB_PER_S * 1e9,
         flops_per_s=GEMM_TFLOPS * 1e12,
         exchange_s=EXCHANGES["p2p"].latency_us / 1e6,

@@ -63,7 +63,7 @@ def summary(findings: Findings) -> list[str]:
     for rank, (row, reading) in enumerate(zip(findings.waits_ns, findings.readings, strict=True)):
         if len(row) > 1:
             lines.append(f"rank {rank} waited {in_words(sum(row))}; as it saw it, {reading or 'no step was counted'}")
-    return [*lines, findings.verdict.sentence]
+    return [*lines, findings.verdict.sentence, *findings.notes]
 
 
 __all__: list[Any] = ["summary", "write_report"]

@@ -6,6 +6,7 @@ here moves an expert.
 
 from tokenferry.placement.algorithm import place
 from tokenferry.placement.layout import Placement
-from tokenferry.placement.verdict import Option, StepModel, Verdict, judge
+from tokenferry.placement.step_model import StepModel
+from tokenferry.placement.verdict import KindVerdict, Option, StepKind, Verdict, judge
 
-__all__ = ["Option", "Placement", "StepModel", "Verdict", "judge", "place"]
+__all__ = ["KindVerdict", "Option", "Placement", "StepKind", "StepModel", "Verdict", "judge", "place"]
