@@ -17,7 +17,7 @@ from tokenferry.cli.run import Request, run_ranks
 from tokenferry.cli.terminal import print_json
 from tokenferry.errors import ConfigError
 from tokenferry.inspection.findings import Findings, findings_of
-from tokenferry.inspection.page import summary, write_report
+from tokenferry.inspection.page import make_folder, summary, write_report
 from tokenferry.placement import StepModel
 from tokenferry.telemetry import Snapshot
 
@@ -29,13 +29,15 @@ def inspect(request: Request, folder: Path) -> int:
     """Answers the prompts, writes the report into `folder`, and prints the summary. Returns the exit code.
 
     Raises:
-        ConfigError: a package is missing, or the folder cannot be written.
+        ConfigError: a package is missing, or the folder cannot be written, which rank 0 finds out before anything runs.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"the report needs {' and '.join(missing)}; pip install 'tokenferry[inspect]'")
     if request.job.device == "cuda":
         raise ConfigError("telemetry has not been shown to be right on GPUs yet; give --device cpu")
+    if request.place is None or request.place.rank == 0:  # who writes
+        make_folder(folder)
     request = replace(request, job=replace(request.job, telemetry=True))
     results = run_ranks(request)
     if results is None:
