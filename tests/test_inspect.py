@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -174,6 +175,17 @@ def test_the_page_stands_alone(report: Path) -> None:
     without_namespaces = text.replace('xmlns:xlink="http://www.w3.org/1999/xlink"', "").replace("http://www.w3.org/2000/svg", "")
     assert "http" not in without_namespaces
     assert {path.name for path in report.parent.glob("*.png")} == {"loads.png", "tokens.png", "waits.png", "imbalance.png"}
+
+
+@drawn
+@pytest.mark.parametrize(("longest_ns", "unit", "text"), [(13_500_000_000, "s", "13.5"), (42 * MS, "ms", "42"), (0, "ns", "0")])
+def test_waits_are_drawn_in_a_unit_that_fits(longest_ns: int, unit: str, text: str) -> None:
+    from tokenferry.inspection.pictures import draw_all
+
+    findings = replace(findings_of(snapshots(), MODEL), waits_ns=((0, longest_ns), (0, 0)))
+    axes, colours = draw_all(findings)["waits"].axes
+    assert colours.get_ylabel() == unit
+    assert axes.texts[1].get_text() == text
 
 
 @drawn

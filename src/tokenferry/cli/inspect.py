@@ -15,6 +15,7 @@ from tokenferry.cli.job import RankResult
 from tokenferry.cli.plan import EXCHANGES, GEMM_TFLOPS, READ_GB_PER_S
 from tokenferry.cli.run import Request, run_ranks
 from tokenferry.cli.terminal import print_json
+from tokenferry.demo.model import FOLDER_NAME
 from tokenferry.errors import ConfigError
 from tokenferry.inspection.findings import Findings, findings_of
 from tokenferry.inspection.page import make_folder, summary, write_report
@@ -78,7 +79,7 @@ def _snapshot(result: RankResult) -> Snapshot:
 def _about(request: Request, results: list[RankResult]) -> dict[str, str]:
     first = results[0]
     return {
-        "model": request.job.model,
+        "model": "demo" if Path(request.job.model).name == FOLDER_NAME else request.job.model,
         "ranks": f"{len(results)}, on {first.device}, transport {first.transport}",
         "prompts": str(len(request.job.prompts)),
         "new tokens": str(sum(result.num_new_tokens for result in results)),

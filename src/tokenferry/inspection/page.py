@@ -14,7 +14,7 @@ from tokenferry.telemetry.snapshot import in_words
 TITLES = {
     "loads": "Layers and experts: how many rows came for each expert; white lines lie between ranks",
     "tokens": "Rows that each rank brought to its last steps",
-    "waits": "How long each rank waited for each other, in milliseconds",
+    "waits": "How long each rank waited for each other",
     "imbalance": "Rows of the fullest rank and of the fullest expert over the mean, by layer",
 }
 

@@ -6,7 +6,8 @@ here moves an expert.
 
 from tokenferry.placement.algorithm import place
 from tokenferry.placement.layout import Placement
+from tokenferry.placement.options import KindVerdict, Option, StepKind, Verdict
 from tokenferry.placement.step_model import StepModel
-from tokenferry.placement.verdict import KindVerdict, Option, StepKind, Verdict, judge
+from tokenferry.placement.verdict import judge
 
 __all__ = ["KindVerdict", "Option", "Placement", "StepKind", "StepModel", "Verdict", "judge", "place"]

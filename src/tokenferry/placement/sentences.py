@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-if TYPE_CHECKING:
-    from tokenferry.placement.verdict import KindVerdict, Option
+from tokenferry.placement.options import KindVerdict, Option
 
 LEAST_GAIN: Final = 0.03
 """A gain below this share of a step is not worth a change: no prediction of this kind is better than that."""
