@@ -59,7 +59,7 @@ def tiles(**changes) -> Tiles:
 
 
 def by_warps(**changes) -> Tiles:
-    return tiles(**{"rows": 8, "rows_few": 4, "columns": 32, "num_warps": 1, "num_stages": 3, "by_warp": True, **changes})
+    return tiles(**{"rows": 8, "rows_few": 4, "columns": 32, "num_warps": 1, "num_stages": 2, "by_warp": True, **changes})
 
 
 PLANS = {

@@ -12,6 +12,7 @@ import triton
 
 from tokenferry.activations import Activation
 from tokenferry.dispatched import FLOAT8, SCALE_BLOCK
+from tokenferry.experts import mxfp4
 from tokenferry.experts.plan import Plan, Tiles, plan
 from tokenferry.experts.scratch import RowShape
 from tokenferry.experts.weights import ExpertWeights
@@ -290,7 +291,7 @@ def _packed_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: in
         "WIDE_FROM": tiles.wide_from,
         "BN": tiles.columns,
         "BD": tiles.depth,
-        "UNROLL": tiles.num_stages if tiles.by_warp else 0,
+        "UNROLL": _steps_written_out(tiles, depth) if tiles.by_warp else 0,
         "LANES": triton.next_power_of_2(variant.num_local_experts),
         "UPCAST": wire.INTERPRETED,
         "OVERLAPS": overlaps,
@@ -306,6 +307,12 @@ def _packed_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: in
         aligned=variant.aligned,
         max_registers=tiles.max_registers,
     )
+
+
+def _steps_written_out(tiles: Tiles, depth: int) -> int:
+    """Of a product by warps: they divide the blocks of depth."""
+    blocks = -(-depth // mxfp4.BLOCK)
+    return next(steps for steps in range(tiles.num_stages, 0, -1) if blocks % steps == 0)
 
 
 def _gemm_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int, *, overlaps: bool) -> KernelSpec:

@@ -86,6 +86,44 @@ def unpacked_product(
 
 
 @triton.jit
+def weights_of_steps(words, factors, block, UNROLL: tl.constexpr):
+    """Words and scales of the UNROLL blocks of depth that begin at `block`."""
+    words += block * WORDS
+    factors += block * SCALE_WORDS
+    word = (tl.load(words),)
+    scale = (tl.load(factors),)
+    for i in tl.static_range(1, UNROLL):
+        word = word + (tl.load(words + i * WORDS),)
+        scale = scale + (tl.load(factors + i * SCALE_WORDS),)
+    return word, scale
+
+
+@triton.jit
+def rows_of_steps(
+    a,
+    row_scales,
+    scale_stride,
+    source,
+    block,
+    depth,
+    DEPTH: tl.constexpr,
+    BD: tl.constexpr,
+    GATHERED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """The rows at the UNROLL blocks of depth that begin at `block`."""
+    x = ()
+    for i in tl.static_range(UNROLL):
+        if DEPTH % BD == 0 and not GATHERED:
+            x = x + (tl.load(a + block * BD + i * BD),)
+        else:
+            d = (block + i) * BD
+            x = x + (expert_tiles.rows_tile(a, row_scales, scale_stride, source, d, depth, DEPTH, BD, GATHERED, DTYPE),)
+    return x
+
+
+@triton.jit
 def product_of_few(
     rows,
     row_scales,
@@ -121,9 +159,9 @@ def product_of_few(
 ):
     """As `unpacked_product`, for as few rows as reading takes all the time of: a warp has 16 or 32 columns for itself.
 
-    Tensor cores are asked by `mma.sync`, a warp alone (see `unpacked_part`), and weights go from memory to registers one step
-    ahead: no barrier of four warps and no waiting for a group of products stands between two steps. BD is 64, and UNROLL steps
-    are written out. With WAITS the launch waits for the one before it here, once the first weights are on their way.
+    Tensor cores are asked by `mma.sync`, a warp alone (see `unpacked_part`), and weights go from memory to registers, UNROLL
+    steps ahead: no barrier of four warps and no waiting for a group of products stands between two steps. BD is 64, and UNROLL
+    divides the blocks of depth. With WAITS the launch waits for the one before it here, its first weights being on their way.
     """
     N: tl.constexpr = 2 * BN if GATED else BN
     DEPTH_BLOCKS: tl.constexpr = (DEPTH + BLOCK - 1) // BLOCK
@@ -134,8 +172,7 @@ def product_of_few(
     strip = (expert.to(tl.int64) * COLUMN_BLOCKS + part // 4)[:, None] * DEPTH_BLOCKS
     words = weights + strip * WORDS + (part % 4 * PART_WORDS)[:, None] + tl.arange(0, PART_WORDS)[None, :]
     factors = scales + strip * SCALE_WORDS + (part % 4 * PART_SCALE_WORDS)[:, None] + tl.arange(0, PART_SCALE_WORDS)[None, :]
-    word = tl.load(words)
-    scale = tl.load(factors)
+    word, scale = weights_of_steps(words, factors, 0, UNROLL)
     if WAITS:
         wire.wait_for_previous_kernel(PDL)
         wire.let_next_kernel_start(PDL)
@@ -147,18 +184,18 @@ def product_of_few(
         source = position.to(tl.int64)
     depth = tl.arange(0, BD)
     a = rows + source[:, None] * DEPTH + depth[None, :]
-    x = expert_tiles.rows_tile(a, row_scales, scale_stride, source, 0, depth, DEPTH, BD, GATHERED, DTYPE)
+    x = rows_of_steps(a, row_scales, scale_stride, source, 0, depth, DEPTH, BD, GATHERED, DTYPE, UNROLL)
     total = tl.zeros([N, BM], tl.float32)
-    for step in tl.range(1, DEPTH_BLOCKS + 1, loop_unroll_factor=UNROLL):
-        ahead = tl.minimum(step, DEPTH_BLOCKS - 1)
-        next_word = tl.load(words + ahead * WORDS)
-        next_scale = tl.load(factors + ahead * SCALE_WORDS)
-        next_x = expert_tiles.rows_tile(a, row_scales, scale_stride, source, ahead * BD, depth, DEPTH, BD, GATHERED, DTYPE)
-        w = unpacked_part(word, scale, N)
-        x = in_order_of_part(x, BM)
-        if UPCAST:
-            x = x.to(tl.float32)
-        total = tl.dot(w, tl.trans(x), total, input_precision="ieee")
+    for step in range(UNROLL, DEPTH_BLOCKS + UNROLL, UNROLL):
+        ahead = tl.minimum(step, DEPTH_BLOCKS - UNROLL)
+        next_word, next_scale = weights_of_steps(words, factors, ahead, UNROLL)
+        next_x = rows_of_steps(a, row_scales, scale_stride, source, ahead, depth, DEPTH, BD, GATHERED, DTYPE, UNROLL)
+        for i in tl.static_range(UNROLL):
+            w = unpacked_part(word[i], scale[i], N)
+            in_order = in_order_of_part(x[i], BM)
+            if UPCAST:
+                in_order = in_order.to(tl.float32)
+            total = tl.dot(w, tl.trans(in_order), total, input_precision="ieee")
         word = next_word
         scale = next_scale
         x = next_x
