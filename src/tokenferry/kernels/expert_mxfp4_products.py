@@ -93,8 +93,8 @@ def weights_of_steps(words, factors, block, UNROLL: tl.constexpr):
     word = (tl.load(words),)
     scale = (tl.load(factors),)
     for i in tl.static_range(1, UNROLL):
-        word = word + (tl.load(words + i * WORDS),)
-        scale = scale + (tl.load(factors + i * SCALE_WORDS),)
+        word = word + (tl.load(words + i * WORDS),)  # noqa: RUF005 - Triton does not unpack tuples
+        scale = scale + (tl.load(factors + i * SCALE_WORDS),)  # noqa: RUF005
     return word, scale
 
 
@@ -116,10 +116,11 @@ def rows_of_steps(
     x = ()
     for i in tl.static_range(UNROLL):
         if DEPTH % BD == 0 and not GATHERED:
-            x = x + (tl.load(a + block * BD + i * BD),)
+            x = x + (tl.load(a + block * BD + i * BD),)  # noqa: RUF005
         else:
             d = (block + i) * BD
-            x = x + (expert_tiles.rows_tile(a, row_scales, scale_stride, source, d, depth, DEPTH, BD, GATHERED, DTYPE),)
+            tile = expert_tiles.rows_tile(a, row_scales, scale_stride, source, d, depth, DEPTH, BD, GATHERED, DTYPE)
+            x = x + (tile,)  # noqa: RUF005
     return x
 
 
