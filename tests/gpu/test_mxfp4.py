@@ -109,7 +109,7 @@ def test_batch_invariant_rows_do_not_depend_on_how_many_there_are() -> None:
 @pytest.mark.parametrize("valid", [1, 20, 120, 700], ids="{} rows".format)
 @pytest.mark.parametrize("name", CASES)
 def test_every_cut_gives_the_same_bits(name: str, valid: int) -> None:
-    """Tiles of few rows, which a warp multiplies alone, of many and of the most, beside the one cut of batch-invariant experts."""
+    """Tiles for few rows, which a warp multiplies alone, for many and for the most, beside the one of batch-invariant experts."""
     chosen, _, _ = pair(CASES[name], device="cuda")
     one, _, _ = pair(CASES[name], device="cuda", batch_invariant=True)
     rows = rows_of(chosen, valid)
