@@ -12,6 +12,7 @@ import triton
 
 from tokenferry.activations import Activation
 from tokenferry.dispatched import FLOAT8, SCALE_BLOCK
+from tokenferry.experts import mxfp4
 from tokenferry.experts.plan import Plan, Tiles, plan
 from tokenferry.experts.scratch import RowShape
 from tokenferry.experts.weights import ExpertWeights
@@ -297,8 +298,11 @@ def _packed_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: in
         "MAX_ROWS": tiles.max_rows,
         "BM_FEW": tiles.rows_few,
         "BM": tiles.rows,
+        "BM_WIDE": tiles.rows_wide,
+        "WIDE_FROM": tiles.wide_from,
         "BN": tiles.columns,
         "BD": tiles.depth,
+        "UNROLL": _steps_written_out(tiles, depth) if tiles.by_warp else 0,
         "LANES": triton.next_power_of_2(variant.num_local_experts),
         "UPCAST": wire.INTERPRETED,
         "OVERLAPS": overlaps,
@@ -309,11 +313,17 @@ def _packed_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: in
         MXFP4_SIGNATURE,
         constants,
         num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        num_stages=1 if tiles.by_warp else tiles.num_stages,
         dtypes={"DTYPE": variant.dtype, "ROWS": torch.float8_e4m3fn if gathered else variant.dtype},
         aligned=variant.aligned,
         max_registers=tiles.max_registers,
     )
+
+
+def _steps_written_out(tiles: Tiles, depth: int) -> int:
+    """Of a product by warps: they divide the blocks of depth."""
+    blocks = -(-depth // mxfp4.BLOCK)
+    return next(steps for steps in range(tiles.num_stages, 0, -1) if blocks % steps == 0)
 
 
 def _gemm_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int, *, overlaps: bool) -> KernelSpec:
