@@ -22,6 +22,7 @@ from tokenferry.kernels import (
     control_words,
     counts,
     dispatch,
+    expert_table,
     fixed_linear,
     load_counts,
     own_routing,
@@ -45,6 +46,8 @@ COMBINE = {
     "H": 7168, "PARTIAL": tl.bfloat16, "WIRE": tl.bfloat16, "OUT": tl.bfloat16, "WORDS": 4, "BLOCK": 256,
     "SWITCH_SUM": 0, "MAX_PROGRAMS": 512, "FLAG_BLOCK": 0, "SPLIT": 0, "TELEMETRY": 0, "PDL": 1,
 }  # fmt: skip
+TABLE = {**expert_table.SIGNATURE, "topk_idx": "*i32"}
+TABLE_SIZES = {"K": 8, "FEW": 1024, "MANY": 4096, "PDL": 1}
 VARIANTS = {
     "counts-EP2": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 32, "TELEMETRY": 0, "PDL": 1}, 1),
     "counts-EP72": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 128, "TELEMETRY": 0, "PDL": 1}, 1),
@@ -81,6 +84,19 @@ VARIANTS = {
         combine.combine_kernel,
         combine.SIGNATURE,
         {**COMBINE, "TELEMETRY": 1, "FLAG_BLOCK": 512},
+        8,
+    ),
+    "combine-fp8-telemetry": (
+        combine.combine_kernel,
+        combine.SIGNATURE,
+        {**COMBINE, "WIRE": tl.float8e4nv, "TELEMETRY": 1},
+        8,
+    ),
+    "table": (expert_table.expert_table_kernel, TABLE, {**expert_table.NO_LOADS, **TABLE_SIZES}, 8),
+    "table-telemetry": (
+        expert_table.expert_table_kernel,
+        {**expert_table.COUNTING_SIGNATURE, "topk_idx": "*i32"},
+        {"TELEMETRY": 1, **TABLE_SIZES},
         8,
     ),
     "load-counts": (load_counts.load_counts_kernel, load_counts.SIGNATURE, {"K": 8, "BLOCK": 1024, "PDL": 1}, 4),

@@ -39,6 +39,8 @@ ALLOWED_BETWEEN_KERNELS = {
     "expert_math",
     "expert_tiles",
     "expert_scaled",
+    "expert_mxfp4_products",
+    "expert_mxfp4_tiles",
     "wire_float8",
     "wire_float8_interpreter",
     "wire_mxfp4",

@@ -19,7 +19,9 @@ def table_example(group: tf.EPGroup) -> list[list[list[int]]]:
     valid, found = torch.tensor([3], dtype=torch.int32), []
     for few, many in ((8, 16), (4, 4)):  # at once, and in two blocks
         counts, offsets, pairs = (torch.full((size,), -7, dtype=torch.int32) for size in (2, 2, 5))
-        expert_table.expert_table_kernel[(2,)](idx, valid, counts, offsets, pairs, 0, 4, 2, K=2, FEW=few, MANY=many, PDL=0)
+        expert_table.expert_table_kernel[(2,)](
+            idx, valid, counts, offsets, pairs, 0, 4, 2, K=2, FEW=few, MANY=many, PDL=0, **expert_table.NO_LOADS
+        )
         found.append([counts.tolist(), offsets.tolist(), pairs.tolist()])
     return found
 

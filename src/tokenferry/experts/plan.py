@@ -24,6 +24,9 @@ class Tiles:
         rows, columns, depth: of a tile; `columns` are of the output, so a gated product reads twice as many.
         num_warps, num_stages: of a program, and of its pipeline.
         programs_per_sm: the launch has at most so many programs for each SM, which take tiles in turn.
+        by_warp: of packed weights for few rows: each warp has columns for itself, and `num_stages` steps of 64 depths are written
+            out in place of a pipeline. See `kernels/expert_mxfp4.py`.
+        rows_wide, wide_from: of packed weights, rows of a tile of an expert with more than `wide_from`; 0: no such tiles.
         max_registers: of a thread, so that more programs fit on an SM at once; None: as the assembler likes.
     """
 
@@ -41,6 +44,9 @@ class Tiles:
     swapped: bool = False
     min_rows: int = 1
     max_rows: int = 0
+    by_warp: bool = False
+    rows_wide: int = 0
+    wide_from: int = 0
     max_registers: int | None = None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import fp8_rows, routing_packets, shares, waits, wire, wire_clock, wire_float8
+from tokenferry.kernels import fp8_rows, routing_packets, shares, waits, wire, wire_clock
 
 SIGNATURE = {
     "buffer_ptr": "i64",
@@ -204,16 +204,9 @@ def dispatch_kernel(
             n0, n1, n2, n3, n4, n5, n6, n7 = fp8_rows.load_first_words(
                 following, hidden_ptr, scales_ptr, num_supplied, H, FORMAT, HIDDEN, BLOCK
             )
-            is_value = live & (packet % THREADS * 16 < H)
-            values_here = fp8_rows.offset_of_values(packet, H, H)
-            values_in_slot = fp8_rows.offset_of_values(packet, ROW_BYTES, H)
-            first = fp8_rows.thread_of_scale(packet, BLOCK)
-            is_scale = (lanes < BLOCK // 8) & (first < num_packets)
-            scales_here = fp8_rows.offset_of_scale(first, (H + 511) // 512 * 16, H)
-            scales_in_slot = fp8_rows.offset_of_scale(first, ROW_BYTES, H)
-            values_offset = tl.where(in_slots, values_in_slot, values_here)
-            scales_offset = tl.where(in_slots, scales_in_slot + H, scales_here)
-            scales_place_offset = out_scales_offset + first_row.to(tl.int64) * ((H + 511) // 512 * 16)
+            fp8_rows.send_words(packet, w0, w1, w2, w3, scale, num_packets, num_supplied, first_row, in_slots, rank, size,
+                                buffer_ptr, peer_table, nearest_ptr, multicast_ptr, slots_offset, slot_bytes, out_hidden_offset,
+                                out_scales_offset, ROW_BYTES, H, FORMAT, BLOCK, MULTICAST)  # fmt: skip
         else:
             offset = packet.to(tl.int64) * (WORDS * 4)
             w0 = fp8_rows.escape(n0, FORMAT)
@@ -221,33 +214,17 @@ def dispatch_kernel(
             w2 = fp8_rows.escape(n2, FORMAT)
             w3 = fp8_rows.escape(n3, FORMAT)
             n0, n1, n2, n3 = wire.load(hidden_ptr + following.to(tl.int64) * (WORDS * 4), following < supplied, WORDS)
-        if MULTICAST:
-            slot_offset = slots_offset + rank * slot_bytes
-            target_ptr = multicast_ptr + tl.where(in_slots, slot_offset, hidden_place_offset)
-            if IS_FP8:
-                wire.multicast(target_ptr + values_offset, w0, w1, w2, w3, is_value, buffer_ptr, 4)
-                target_ptr = multicast_ptr + tl.where(in_slots, slot_offset, scales_place_offset)
-                wire_float8.multicast_word(target_ptr + scales_offset, scale, is_scale, buffer_ptr)
-            else:
+            if MULTICAST:
+                target_ptr = multicast_ptr + tl.where(in_slots, slots_offset + rank * slot_bytes, hidden_place_offset)
                 wire.multicast(target_ptr + offset, w0, w1, w2, w3, live, buffer_ptr, WORDS)
-        else:
-            peer_ptr = nearest_ptr
-            for i in range(1, size):
-                peer = wire.add_mod(rank + i, size)
-                slot_offset = slots_offset + (rank - (rank > peer).to(tl.int32)) * slot_bytes
-                target_ptr = peer_ptr + tl.where(in_slots, slot_offset, hidden_place_offset)
-                if IS_FP8:
-                    scales_ptr_there = peer_ptr + tl.where(in_slots, slot_offset, scales_place_offset)
-                    wire.send(target_ptr + values_offset, w0, w1, w2, w3, is_value, buffer_ptr, 4)
-                    wire_float8.send_word(scales_ptr_there + scales_offset, scale, is_scale, buffer_ptr)
-                    peer_ptr = tl.load(peer_table + wire.add_mod(peer + 1, size))
-                else:
+            else:
+                peer_ptr = nearest_ptr
+                for i in range(1, size):
+                    peer = wire.add_mod(rank + i, size)
+                    slot_offset = slots_offset + (rank - (rank > peer).to(tl.int32)) * slot_bytes
+                    target_ptr = peer_ptr + tl.where(in_slots, slot_offset, hidden_place_offset)
                     peer_ptr = tl.load(peer_table + wire.add_mod(peer + 1, size))
                     wire.send(target_ptr + offset, w0, w1, w2, w3, live, buffer_ptr, WORDS)
-            if IS_FP8:
-                wire.store(buffer_ptr + hidden_place_offset + values_here, w0, w1, w2, w3, is_value, 4)
-                wire.store(buffer_ptr + scales_place_offset + scales_here, scale, scale, scale, scale, is_scale, 1)
-            else:
                 wire.store(buffer_ptr + hidden_place_offset + offset, w0, w1, w2, w3, live, WORDS)
 
     # Expert numbers and weights, four words a packet.

@@ -209,23 +209,29 @@ def words_to_send(
     POWER_OF_TWO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The packet of values of each thread, and the scale that it sends, from what `load_first_words` has loaded. A scale is 0
-    where no row is supplied, and behind the last one of a row."""
+    """The packet of values of each thread, and its scale, from what `load_first_words` has loaded. `scales_to_send` follows."""
     if FORMAT == QUANTIZE:
-        v0, v1, v2, v3, scale = quantize_columns(
-            thread, n0, n1, n2, n3, n4, n5, n6, n7, hidden_ptr, num_supplied, H, HIDDEN, POWER_OF_TWO, BLOCK
-        )
-        THREADS: tl.constexpr = (H + 511) // 512 * 32
-        row = thread // THREADS
-        is_there = (row < num_supplied) & ((thread - row * THREADS) * 16 < H)
-        scale = tl.where(is_there, scale, tl.zeros([BLOCK], tl.uint32))
-        return v0, v1, v2, v3, tl.gather(scale, tl.arange(0, BLOCK) * 8 % BLOCK, 0)
+        return quantize_columns(thread, n0, n1, n2, n3, n4, n5, n6, n7, hidden_ptr, num_supplied, H, HIDDEN, POWER_OF_TWO, BLOCK)
     else:
         v0 = canonical_values(n0)
         v1 = canonical_values(n1)
         v2 = canonical_values(n2)
         v3 = canonical_values(n3)
-        return v0, v1, v2, v3, canonical_scale(n4)
+        return v0, v1, v2, v3, n4
+
+
+@triton.jit
+def scales_to_send(thread, scale, num_supplied, H: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+    """The scale that each thread sends, from what `words_to_send` has returned. It is 0 where no row is supplied, and behind the
+    last one of a row. The program waits here for all of its threads, so that values are sent before."""
+    if FORMAT == QUANTIZE:
+        THREADS: tl.constexpr = (H + 511) // 512 * 32
+        row = thread // THREADS
+        is_there = (row < num_supplied) & ((thread - row * THREADS) * 16 < H)
+        scale = tl.where(is_there, scale, tl.zeros([BLOCK], tl.uint32))
+        return tl.gather(scale, tl.arange(0, BLOCK) * 8 % BLOCK, 0)
+    else:
+        return canonical_scale(scale)
 
 
 @triton.jit
@@ -257,6 +263,49 @@ def offset_of_scale(thread, ROW: tl.constexpr, H: tl.constexpr):
     """
     THREADS: tl.constexpr = (H + 511) // 512 * 32
     return (thread // THREADS).to(tl.int64) * ROW + thread % THREADS // 8 * 4
+
+
+@triton.jit
+def send_words(packet, w0, w1, w2, w3, scale, num_packets, num_supplied, first_row, in_slots, rank, size, buffer_ptr, peer_table,
+               nearest_ptr, multicast_ptr, slots_offset, slot_bytes, out_hidden_offset, out_scales_offset, SLOT_ROW: tl.constexpr,
+               H: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr, MULTICAST: tl.constexpr):  # fmt: skip
+    """Sends what `words_to_send` has returned to every peer, values first, and stores it in this rank's own buffer."""
+    SCALES: tl.constexpr = (H + 511) // 512 * 16
+    THREADS: tl.constexpr = (H + 511) // 512 * 32
+    is_value = (packet < num_packets) & (packet % THREADS * 16 < H)
+    values_here = out_hidden_offset + first_row.to(tl.int64) * H + offset_of_values(packet, H, H)
+    values_in_slot = slots_offset + offset_of_values(packet, SLOT_ROW, H)
+    first = thread_of_scale(packet, BLOCK)
+    is_scale = (tl.arange(0, BLOCK) < BLOCK // 8) & (first < num_packets)
+    scale_here = out_scales_offset + first_row.to(tl.int64) * SCALES + offset_of_scale(first, SCALES, H)
+    scale_in_slot = slots_offset + H + offset_of_scale(first, SLOT_ROW, H)
+    if MULTICAST:
+        slot_ptr = multicast_ptr + rank * slot_bytes
+        wire.multicast(tl.where(in_slots, slot_ptr + values_in_slot, multicast_ptr + values_here), w0, w1, w2, w3, is_value,
+                       buffer_ptr, 4)  # fmt: skip
+        scale = scales_to_send(packet, scale, num_supplied, H, FORMAT, BLOCK)
+        target_ptr = tl.where(in_slots, slot_ptr + scale_in_slot, multicast_ptr + scale_here)
+        wire_float8.multicast_word(target_ptr, scale, is_scale, buffer_ptr)
+    else:
+        peer_ptr = nearest_ptr
+        for i in range(1, size):
+            peer = wire.add_mod(rank + i, size)
+            slot_ptr = peer_ptr + (rank - (rank > peer).to(tl.int32)) * slot_bytes
+            wire.send(
+                tl.where(in_slots, slot_ptr + values_in_slot, peer_ptr + values_here), w0, w1, w2, w3, is_value, buffer_ptr, 4
+            )
+            peer_ptr = tl.load(peer_table + wire.add_mod(peer + 1, size))
+        scale = scales_to_send(packet, scale, num_supplied, H, FORMAT, BLOCK)
+        peer_ptr = nearest_ptr
+        for i in range(1, size):
+            peer = wire.add_mod(rank + i, size)
+            slot_ptr = peer_ptr + (rank - (rank > peer).to(tl.int32)) * slot_bytes
+            wire_float8.send_word(
+                tl.where(in_slots, slot_ptr + scale_in_slot, peer_ptr + scale_here), scale, is_scale, buffer_ptr
+            )
+            peer_ptr = tl.load(peer_table + wire.add_mod(peer + 1, size))
+        wire.store(buffer_ptr + values_here, w0, w1, w2, w3, is_value, 4)
+        wire.store(buffer_ptr + scale_here, scale, scale, scale, scale, is_scale, 1)
 
 
 @triton.jit

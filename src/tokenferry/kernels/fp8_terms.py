@@ -14,6 +14,8 @@ import triton.language as tl
 
 from tokenferry.kernels import fp8_rows, fp8_sum, waits, wire, wire_clock, wire_float8
 
+WIDE_SCALES: tl.constexpr = tl.constexpr(1)
+
 
 @triton.jit
 def load_term(thread, partial_ptr, scales_ptr, scale_row, num_rows, H: tl.constexpr, PARTIAL: tl.constexpr):
@@ -63,7 +65,14 @@ def send_terms(begin, blocks, programs, target_ptr, partial_ptr, scales_ptr, sca
         live = (row < num_rows) & (column < H)
         row_ptr = target_ptr + row.to(tl.int64) * SLOT_ROW
         wire.send(row_ptr + column, v0, v1, v2, v3, live, buffer_ptr, 4)
-        wire_float8.send_word(row_ptr + H + column // 128 * 4, scale, live & (column % 128 == 0), buffer_ptr)
+        if WIDE_SCALES:
+            row, column = fp8_rows.place(fp8_rows.thread_of_scale(thread, BLOCK), H)
+            is_scale = (tl.arange(0, BLOCK) < BLOCK // 8) & (row < num_rows) & (column < H)
+            scale = tl.gather(scale, tl.arange(0, BLOCK) * 8 % BLOCK, 0)
+            target = target_ptr + row.to(tl.int64) * SLOT_ROW + H + column // 128 * 4
+            wire_float8.send_word(target, scale, is_scale, buffer_ptr)
+        else:
+            wire_float8.send_word(row_ptr + H + column // 128 * 4, scale, live & (column % 128 == 0), buffer_ptr)
 
 
 @triton.jit
