@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tokenferry as tf
-from tokenferry.kernels.expert_table import expert_table_kernel
+from tokenferry.kernels.expert_table import NO_LOADS, expert_table_kernel
 from tokenferry.testing import run_ranks
 
 pytestmark = pytest.mark.interpreter
@@ -30,7 +30,9 @@ def tables(group: tf.EPGroup) -> dict[tuple[int, torch.dtype], bool]:
             counts, offsets = torch.full((L,), -7, dtype=torch.int32), torch.full((L,), -7, dtype=torch.int32)
             pairs = torch.full((220,), -7, dtype=torch.int32)
             valid = torch.tensor([num_rows], dtype=torch.int32)
-            expert_table_kernel[(L,)](idx, valid, counts, offsets, pairs, 0, 110, FIRST, K=K, FEW=FEW, MANY=MANY, PDL=0)
+            expert_table_kernel[(L,)](
+                idx, valid, counts, offsets, pairs, 0, 110, FIRST, **NO_LOADS, K=K, FEW=FEW, MANY=MANY, PDL=0
+            )
             wanted = expected_table(idx[:num_rows])
             written = sum(wanted[0])
             found = (counts.tolist(), offsets.tolist(), pairs[:written].tolist())
