@@ -135,13 +135,6 @@ OF_KERNELS = (
         ("tests/interpreter/test_split_rounds.py::test_the_bits_of_the_reference[EP2-partial-bf16]",),
     ),
     Mutant(
-        "every-program-of-a-split-round-sends",
-        f"{_KERNELS}/dispatch.py",
-        "num_packets = tl.where(pid < senders, num_packets, 0)",
-        "num_packets = tl.where(pid < programs, num_packets, 0)",
-        ("tests/interpreter/test_split_rounds.py::test_a_split_round_receives_in_other_programs_than_it_sends",),
-    ),
-    Mutant(
         "ids-of-a-larger-step-stay-behind",
         f"{_KERNELS}/dispatch.py",
         "left_behind = (dirty_rows - valid) * (mode & wire.MODE_SEND) * K",
