@@ -223,6 +223,20 @@ def traced(group: tf.EPGroup, transport: str, path: str) -> float | None:
         return ws.telemetry.trace(path)
 
 
+def check_traced(trace: dict[str, Any], error_ns: float | None, transport: str) -> None:
+    """The steps of both ranks, their rounds and waits, on one time line whose error is said."""
+    assert trace["otherData"]["clock_error_us"] == pytest.approx(error_ns / 1e3)
+    assert trace["otherData"]["steps_in_common"] == 4
+    events = trace["traceEvents"]
+    steps = [event for event in events if event["name"].startswith("step ")]
+    assert {event["pid"] for event in steps} == {0, 1}
+    assert len(steps) == 8
+    assert {"dispatch[0]", "combine[1]"} <= {event["name"] for event in events}
+    tracks = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert {f"rank 1 ({transport})", "steps and layers", "waits for rank 1"} <= tracks
+    assert all(event["ts"] >= -1e-3 and event["dur"] >= 0 for event in events if event["ph"] == "X")
+
+
 def settle(ws: tf.Workspace) -> None:
     if ws.device.type == "cuda":
         torch.cuda.synchronize(ws.device)

@@ -1,5 +1,8 @@
 """Telemetry of interpreted symmetric transports: the kernels' own counters, in slots and in bulk rounds."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 import telemetry_work as work
@@ -49,3 +52,9 @@ def test_float8_terms_are_waited_for_by_source() -> None:
 @pytest.mark.parametrize(("transport", "world_size"), [("local", 1), ("p2p", 2), ("collective", 2)])
 def test_our_own_experts_count_their_rows(transport: str, world_size: int) -> None:
     work.check_loads_of_own_experts(run_ranks(work.loads_of_own_experts, world_size, transport, env=INTERPRETER))
+
+
+def test_a_trace_has_the_steps_of_both_ranks_on_one_time_line(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    error_ns = run_ranks(work.traced, 2, "p2p", str(path), env=INTERPRETER)[0]
+    work.check_traced(json.loads(path.read_text()), error_ns, "p2p")
