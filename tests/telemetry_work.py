@@ -79,8 +79,9 @@ def counts_by_hand(group: tf.EPGroup, transport: str) -> dict[str, Any]:
 
 
 def check_counts_by_hand(told: dict[str, Any]) -> None:
-    size, rounds = told["size"], (4, 2)
-    one = [1, 1, 1, 0, 0, 0, 0, 0]  # experts 0, 1 and 2; the row of 5 and 6 is padding
+    rank, size, rounds = told["rank"], told["size"], (4, 2)
+    own = range(rank * CONFIG.num_experts // size, (rank + 1) * CONFIG.num_experts // size)
+    one = [int(expert in own and expert < 3) for expert in range(CONFIG.num_experts)]  # the row of 5 and 6 is padding
     assert [list(row) for row in told["loads"]] == [[count * size * number for count in one] for number in rounds]
     assert [layer["num_rounds"] for layer in told["layers"]] == list(rounds)
     assert told["num_steps"] == 4

@@ -35,7 +35,8 @@ def new_recorder(settings: TransportSettings) -> Recorder:
     group, config = settings.group, settings.config
     with plain_torch(group.device):
         row_bytes = settings.dispatch_format.wire_bytes(config)
-        return Recorder(group.rank, group.size, config.num_experts, row_bytes, group.device)
+        experts = group.expert_range(config.num_experts)
+        return Recorder(group.rank, group.size, config.num_experts, row_bytes, group.device, experts)
 
 
 class CountingTransport(TransportWrapper):
