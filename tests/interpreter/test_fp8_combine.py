@@ -1,6 +1,8 @@
 """Combine of float8 terms over symmetric memory, interpreted: in slots and in bulk, the bits of the reference."""
 
+import ctypes
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from formats import FLOAT8, FP8_COMBINE, plain
 from rank_pool import RankPools
 from tokenferry.dispatched import QuantizedRows
 from tokenferry.kernels import fp8_rows, wire_float8
+from tokenferry.kernels.control_block import ALL_UNITS
+from tokenferry.kernels.wire_observer import Observer
 from tokenferry.testing import run_ranks
 
 from .test_few_tokens import FewTokensOnly
@@ -101,6 +105,47 @@ def in_turn_or_not(group: tf.EPGroup) -> list[float]:
 
 def test_ranks_may_differ_in_whether_they_copy_terms(on_ranks: RankPools) -> None:
     assert on_ranks(in_turn_or_not, 2, env=INTERPRETER) == [[2.0, 4.0, 6.0, 8.0]] * 2
+
+
+class Watches(Observer):
+    """Notes, at each flag that is set, its units and how many of the peer's rows have the scale of this round; then sleeps."""
+
+    def __init__(self, scales: torch.Tensor) -> None:
+        self.scales, self.wanted, self.seen, self.sleep_s = scales, 0.0, [], 0.0
+
+    def event(self, kind: str, addresses: object) -> None:
+        if kind == "signal" and self.wanted:
+            [units] = [ctypes.c_int64.from_address(int(address)).value & 0xFFFFFFFF for address in addresses]
+            self.seen.append((units, int((self.scales == self.wanted).all(1).sum())))
+            time.sleep(self.sleep_s)
+
+
+def copied_in_turn(group: tf.EPGroup, sleep_s: float) -> tuple[list[float], list[tuple[int, int]]]:
+    """Two round trips with 40 rows of H 640 a rank; in the second one the last rank sleeps after each flag."""
+    config = tf.MoEConfig(hidden_size=640, num_experts=4, topk=2)
+    with tf.Workspace(config, group, max_tokens_per_rank=40, transport=SmallSlots(), combine_dtype=FLOAT8) as ws:
+        layer, rows, sums = ws.dispatcher(), torch.zeros(40, 640, dtype=torch.bfloat16), []
+        theirs = slice(0, 40) if group.rank == 1 else slice(40, 80)
+        observer = Watches(ws.active_transport.innermost.combine_input().scales[theirs])
+        ws.active_transport.innermost.observe(observer)
+        for number in (1.0, 2.0):
+            ws.begin_step(40)
+            got = layer.dispatch(rows, torch.zeros(40, 2, dtype=torch.int32), torch.ones(40, 2))
+            observer.wanted = float(torch.tensor(number) / 448) if number == 2 else 0.0
+            observer.sleep_s = sleep_s if group.rank == 1 else 0.0
+            sums += layer.combine(torch.full((80, 640), number), got).unique().tolist()
+    return sums, observer.seen
+
+
+def test_flags_tell_of_the_rounds_that_are_there(on_ranks: RankPools) -> None:
+    """Four rows are a round: four rounds are told of at once, then two and two, and at last that there are all."""
+    for sums, seen in on_ranks(copied_in_turn, 2, 0.0, env=INTERPRETER):
+        assert sums == [2.0, 4.0]
+        assert seen == [(4, 16), (6, 24), (8, 32), (ALL_UNITS, 40)]
+
+
+def test_a_round_that_is_not_there_yet_is_waited_for(on_ranks: RankPools) -> None:
+    assert [sums for sums, _ in on_ranks(copied_in_turn, 2, 0.3, env=INTERPRETER)] == [[2.0, 4.0]] * 2
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long)], ids=["EP2", "EP3"])
