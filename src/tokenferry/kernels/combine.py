@@ -323,7 +323,7 @@ def combine_kernel(
                         packet_ptr = slot_ptr + index * (WORDS * 4)
                         hint_ptr = hints_ptr + source * wire.COUNT_PACKET_BYTES
                         if TELEMETRY:
-                            since = wire_clock.clock()
+                            since = waits.clock_if(board, b == 0)
                         w0, w1, w2, w3 = wire.poll_and_clear(packet_ptr, live, buffer_ptr, blamed_source, hint_ptr, WORDS)
                         if TELEMETRY:
                             waits.note_source(board, size, layer, step, source, since, b == 0, waits.COMBINE)

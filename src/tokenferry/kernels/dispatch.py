@@ -290,12 +290,12 @@ def dispatch_kernel(
                 blocks = (num_packets + BLOCK - 1) // BLOCK
                 if SPLIT > 0:
                     blocks = tl.where(receives, blocks, 0)
+                if TELEMETRY:
+                    since = wire_clock.clock()
                 for b in range(begin, blocks, receivers):
                     packet = b * BLOCK + lanes
                     live = packet < num_packets
                     offset = packet.to(tl.int64) * (WORDS * 4)
-                    if TELEMETRY:
-                        since = wire_clock.clock()
                     w0, w1, w2, w3 = wire.poll_and_clear(slot_ptr + offset, live, buffer_ptr, blamed_source, hint_ptr, WORDS)
                     if TELEMETRY:
                         is_first = (b == 0) & (source != rank)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import fp8_rows, fp8_sum, waits, wire, wire_clock, wire_float8
+from tokenferry.kernels import fp8_rows, fp8_sum, waits, wire, wire_float8
 
 WIDE_SCALES: tl.constexpr = tl.constexpr(1)
 
@@ -119,7 +119,7 @@ def sum_terms(pid, programs, n0, n1, n2, n3, n4, n5, n6, n7, own_ptr, own_scales
                 slot_ptr = buffer_ptr + slots_offset + (source - (source > rank).to(tl.int32)) * slot_bytes
                 hint_ptr = hints_ptr + source * wire.COUNT_PACKET_BYTES
                 if TELEMETRY:
-                    since = wire_clock.clock()
+                    since = waits.clock_if(board, b == 0)
                 v0, v1, v2, v3, bits = poll_term(
                     thread, num_rows, slot_ptr, buffer_ptr, wire.set_blamed_rank(blamed, source), hint_ptr, H, BLOCK
                 )
