@@ -66,7 +66,7 @@ def test_a_trace_has_the_steps_of_both_ranks_on_one_time_line(tmp_path: Path) ->
 @pytest.mark.parametrize("programs", [1, 3])
 @pytest.mark.parametrize("is_on", [True, False], ids=["on", "off"])
 def test_gathered_numbers_are_counted(programs: int, is_on: bool) -> None:
-    """More than a program's block of them; none of rows behind V, none of -1 or beyond the experts, and nothing while it is off."""
+    """Not those of rows behind V, nor -1 or beyond the experts, and nothing while it is off. There are several blocks."""
     assert run_ranks(counted_numbers, 1, programs, is_on, env=INTERPRETER) == [True]
 
 

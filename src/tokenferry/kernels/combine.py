@@ -274,6 +274,8 @@ def combine_kernel(
                                     num_out, rank, size, buffer_ptr, slots_offset, slot_bytes, blamed, hints_ptr, out_ptr, H,
                                     PARTIAL, OUT, BLOCK, TELEMETRY, board, layer, step)  # fmt: skip
         else:
+            if TELEMETRY:
+                noting = waits.notes(board, summer == 0)
             for b in range(summer, (num_own_packets + BLOCK - 1) // BLOCK, summers):
                 packet = b * BLOCK + lanes
                 live = packet < num_own_packets
@@ -323,10 +325,10 @@ def combine_kernel(
                         packet_ptr = slot_ptr + index * (WORDS * 4)
                         hint_ptr = hints_ptr + source * wire.COUNT_PACKET_BYTES
                         if TELEMETRY:
-                            since = waits.clock_if(board, b == 0)
+                            since = waits.clock_if(noting)
                         w0, w1, w2, w3 = wire.poll_and_clear(packet_ptr, live, buffer_ptr, blamed_source, hint_ptr, WORDS)
                         if TELEMETRY:
-                            waits.note_source(board, size, layer, step, source, since, b == 0, waits.COMBINE)
+                            waits.note_source(board, size, layer, step, source, since, noting, waits.COMBINE)
                     elif SWITCH_SUM:
                         if is_bulk:
                             summed_ptr = multicast_ptr.to(tl.int64) + terms_offset + first_row.to(tl.int64) * ROW_BYTES
@@ -349,6 +351,8 @@ def combine_kernel(
                     s7 = tl.where(source == 0, h3, s7 + h3)
                 kept = live & (packet < num_out * PER_ROW)
                 store_sum(out_ptr, index * PER_PACKET, kept, s0, s1, s2, s3, s4, s5, s6, s7, WIRE, OUT, WORDS)
+                if TELEMETRY:
+                    noting = waits.noted()
         if is_counted:
             wire.end_round(counters_ptr, ticket, programs, round_number)
         if pid == 0:  # the next dispatch reads it
