@@ -60,8 +60,8 @@ def begin_round(board, step_counts, size, layer, step, lanes, is_noted, PHASE: t
 
 @triton.jit
 def notes(board, is_first):
-    """1 in the program that notes a source's wait, while anything is counted, else 0. A loop over blocks has it for its first one,
-    and `noted()` from there on: each instruction more that a block takes, all warps take in turn."""
+    """1 in the program that notes a source's wait, while anything is counted, else 0. A loop over blocks has it for its first
+    block, and `noted()` from there on: each instruction more that a block takes, all warps take in turn."""
     return (is_first & (board != 0)).to(tl.int32)
 
 
