@@ -68,7 +68,7 @@ def test_slots_and_bulk_in_turn(on_ranks: RankPools, name: str, world_size: int)
     assert on_ranks(run_case, world_size, case, env=INTERPRETER) == [sum(step.layers for step in case.steps)] * world_size
 
 
-@pytest.mark.parametrize("world_size", [2, 3], ids=["EP2", "EP3"])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long)], ids=["EP2", "EP3"])
 def test_terms_that_are_copied_while_others_are_fetched(on_ranks: RankPools, world_size: int) -> None:
     """A program has 256 threads here: 40 rows of H 640 are 10 rounds, of which 4 are copied before the first is fetched."""
     uneven = (40, 3, 11)[:world_size]

@@ -174,7 +174,11 @@ def combine_kernel(
     if IS_FP8:
         own_ptr = partial_ptr + first_own_element * (PARTIAL.primitive_bitwidth // 8)
         own_scales_ptr = scales_ptr + first_row.to(tl.int64) * scale_row * 4
-        n0, n1, n2, n3, n4, n5, n6, n7 = fp8_terms.load_term(packet, own_ptr, own_scales_ptr, scale_row, num_tokens, H, PARTIAL)
+        n0, n1, n2, n3, n4, n5, n6, n7 = fp8_terms.no_words(BLOCK)
+        if fp8_terms.is_loaded_ahead(BLOCK):
+            n0, n1, n2, n3, n4, n5, n6, n7 = fp8_terms.load_term(
+                packet, own_ptr, own_scales_ptr, scale_row, num_tokens, H, PARTIAL
+            )
     else:
         element = first_own_element + packet.to(tl.int64) * PER_PACKET
         n0, n1, n2, n3 = load_term(partial_ptr, element, packet < num_own_packets, PARTIAL, WIRE, WORDS)
