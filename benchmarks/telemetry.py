@@ -19,7 +19,7 @@ import tokenferry as tf
 from tokenferry.benchmarking.layer_model import LayerModel
 from tokenferry.benchmarking.layer_times import time_layer
 from tokenferry.benchmarking.machine import environment
-from tokenferry.benchmarking.presets import PRESETS
+from tokenferry.benchmarking.presets import PRESETS, REHEARSAL
 from tokenferry.benchmarking.round_trip import measure_in
 from tokenferry.benchmarking.round_trip_data import RoundTripPoint
 from tokenferry.benchmarking.timing import GroupTimer
@@ -84,7 +84,7 @@ def worker(group, path, hidden_sizes, tokens, presets, commit):
     timer = GroupTimer(group)
     capacity = CAPACITY if group.device.type == "cuda" else max(tokens)
     sources = [round_trips(timer, hidden_size, tokens, capacity) for hidden_size in hidden_sizes]
-    sources += [layers(timer, preset, tokens, capacity) for preset in PRESETS if preset.name in presets]
+    sources += [layers(timer, preset, tokens, capacity) for preset in (*PRESETS, *REHEARSAL) if preset.name in presets]
     written = 0
     for source in sources:
         for record in source:
