@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest $(if $(SAMPLE),--sample=$(SAMPLE))
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long test-debug test-gpu megatron vllm coverage mutants lint package docs pictures clean
+.PHONY: demo test test-long test-debug test-gpu megatron vllm coverage mutants lint package docs pictures report clean
 
 demo: $(INSTALLED) ## a real MoE model generates text on 2 ranks that hold different work
 	$(BIN)/tokenferry generate --model demo --ranks 2
@@ -81,6 +81,9 @@ docs: $(DOCS) ## the documentation site in site/; a warning, such as a link to n
 
 pictures: $(INSTALLED) ## docs/pictures, from docs/generate and the records
 	$(BIN)/python docs/generate/draw.py
+
+report: $(INSTALLED) ## docs/pictures/telemetry: the report and the pictures of docs/telemetry.md, of the demo model on two CPU ranks
+	$(BIN)/tokenferry inspect --ranks 2 --device cpu --output docs/pictures/telemetry
 
 $(DOCS): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"

@@ -43,7 +43,10 @@ def test_transport_that_cannot_be_had_gives_the_reason_for_that_one():
     ("arguments", "reason"),
     [
         (["generate", "--model", "/nowhere"], "no model at /nowhere"),
-        (["generate", "--random-init", "nothing"], "no configuration nothing: give qwen3-30b-a3b, gpt-oss-20b, mixtral-8x7b"),
+        (
+            ["generate", "--random-init", "nothing"],
+            "no configuration nothing: give qwen3-30b-a3b, gpt-oss-20b, gpt-oss",
+        ),
         (["generate", "--random-init", "mixtral-8x7b:0"], "the layers of mixtral-8x7b must be a positive int, got '0'"),
         (["generate", "--random-init", "mixtral-8x7b", "--ranks", "9"], "has 8 experts, too few for 9 ranks"),
         (["generate", "--random-init", "mixtral-8x7b", "--model", "tiny:mixtral"], "leave one of them out"),

@@ -5,17 +5,22 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tokenferry.cli.expert_facts import expert_facts
+from tokenferry.cli.job import Job
 from tokenferry.errors import ConfigError
 from tokenferry.inspection import findings_of
+from tokenferry.inspection.step_kinds import kinds_of
 from tokenferry.kernels.wait_board import DISPATCH
 from tokenferry.placement import StepModel
+from tokenferry.telemetry import Snapshot
 from tokenferry.telemetry.recorder import COUNTS, Recorder
-from tokenferry.telemetry.snapshot import Snapshot, StepRecord, last_to_enter
 
 MODEL = StepModel(weight_bytes=1.0, flops_per_row=1e6, memory_bytes_per_s=1e12, flops_per_s=1e12)
 MS = 1_000_000
@@ -37,7 +42,7 @@ def snapshots() -> list[Snapshot]:
         recorder = Recorder(rank, 2, 4, 32, torch.device("cpu"))
         for step in range(1, 11):
             recorder.step_began(step)
-            recorder.is_in_step(step, 5)
+            recorder.is_in_step(step, 5 if step > 2 else 500)
             recorder.waited(COUNTS, -1, 1 - rank, 4 * MS if rank == 0 else MS // 100)
             for layer in range(2):
                 recorder.waited(DISPATCH, layer, 1 - rank, MS // 10)
@@ -57,6 +62,76 @@ def test_the_figures_are_those_of_the_snapshots() -> None:
     assert findings.verdict.pays
 
 
+def test_layers_that_share_a_place_are_one_layer_that_runs_often() -> None:
+    recorder = Recorder(0, 1, 4, 32, torch.device("cpu"))
+    for step in range(1, 4):
+        recorder.step_began(step)
+        recorder.is_in_step(step, 10)
+        for layer in range(130):
+            recorder.came(layer, (10,))
+            recorder.loads[min(layer, 127)] += torch.tensor([10, 0, 0, 0])
+    findings = findings_of([recorder.snapshot()], MODEL)
+    assert findings.verdict.options[0].step_s == pytest.approx(130 * 10 * 1e6 / 1e12)
+    assert "Layers from number 127 on, about 3 of them, share the last place" in findings.notes[0]
+
+
+def test_kinds_of_steps_by_hand() -> None:
+    tokens = [{1: 100, 2: 1, 3: 0, 4: 1}, {1: 50, 2: 2, 3: 0, 4: 4}]
+    taken = [with_tokens(rank, of_rank) for rank, of_rank in enumerate(tokens)]
+    assert [(kind.name, kind.num_steps, kind.rows) for kind in kinds_of(taken)] == [
+        ("1 to 3 rows", 1, 3.0),
+        ("4 to 15 rows", 1, 5.0),
+        ("64 to 255 rows", 1, 150.0),
+    ]
+
+
+def test_without_the_rows_of_replayed_steps_there_are_no_kinds() -> None:
+    taken = [with_tokens(rank, {1: 5}, num_steps=20) for rank in range(2)]
+    assert kinds_of(taken) == ()
+
+
+def with_tokens(rank: int, tokens: dict[int, int], num_steps: int | None = None) -> Snapshot:
+    recorder = Recorder(rank, 2, 4, 32, torch.device("cpu"))
+    for step in range(1, (num_steps or len(tokens)) + 1):
+        recorder.step_began(step)
+        if step in tokens:
+            recorder.is_in_step(step, tokens[step])
+    return recorder.snapshot()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "job", "stored", "num_bytes"),
+    [
+        pytest.param({"up": (torch.bfloat16, (2, 8, 4))}, {}, "bfloat16", 64, id="bfloat16"),
+        pytest.param({"up": (torch.float32, (2, 8, 4))}, {}, "bfloat16", 64, id="float32-for-bfloat16-on-a-cpu"),
+        pytest.param({"up": (torch.float32, (2, 8, 4))}, {}, "float32", 128, id="float32"),
+        pytest.param({"up": (torch.float32, (2, 8, 4))}, {"dtype": "float32"}, "bfloat16", 128, id="float32-asked-for"),
+        pytest.param(
+            {"up": (torch.float8_e4m3fn, (2, 8, 4)), "up_scale": (torch.float32, (2, 1, 1))},
+            {"device": "cuda"},
+            "bfloat16",
+            32 + 4,
+            id="float8-with-scales",
+        ),
+        pytest.param(
+            {"blocks": (torch.int32, (2, 8, 2)), "gate": (torch.float32, (5,))}, {"device": "cuda"}, "bfloat16", 64, id="packed"
+        ),
+    ],
+)
+def test_the_bytes_of_an_expert_are_those_of_its_tensors(
+    tensors: dict, job: dict, stored: str, num_bytes: float, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "dtype": stored, **sizes}))
+    module = torch.nn.Module()
+    for name, (dtype, shape) in tensors.items():
+        module.register_buffer(name, torch.zeros(shape, dtype=torch.uint8).to(dtype))
+    layer = SimpleNamespace(module=module, num_experts=4)
+    parallel = SimpleNamespace(layers=[layer], group=SimpleNamespace(expert_range=lambda number: range(2)))
+    facts = expert_facts(parallel, tmp_path / "config.json", Job(model="m", prompts=(), max_new_tokens=1, **job))
+    assert facts == {"num_bytes": num_bytes, "num_weights": 3 * 4 * 8}
+
+
 def test_a_snapshot_survives_json() -> None:
     for snapshot in snapshots():
         assert Snapshot.from_dict(json.loads(json.dumps(snapshot.to_dict()))) == snapshot
@@ -65,24 +140,6 @@ def test_a_snapshot_survives_json() -> None:
 def test_nothing_counted_is_said() -> None:
     with pytest.raises(ConfigError, match="nothing was counted"):
         findings_of([Recorder(0, 1, 4, 32, torch.device("cpu")).snapshot()], MODEL)
-
-
-@pytest.mark.parametrize(
-    ("waits_ms", "reading"),
-    [
-        ([(None, 1, 5)] * 4, "rank 2 was last to enter in 4 of the last 4 steps, by 4.0 ms"),
-        ([(None, 0, 0)] * 3, "rank 0 was last to enter in 3 of the last 3 steps, by 0 ns"),
-        ([(None, 3, 0)] * 97 + [(None, 0, 3)] * 3, "rank 1 was last to enter in 97 of the last 100 steps, by 3.0 ms"),
-        ([], ""),
-    ],
-    ids=["third", "this-rank", "of-a-hundred", "none"],
-)
-def test_the_reading_of_the_last_steps(waits_ms: list[tuple[int | None, ...]], reading: str) -> None:
-    steps = [
-        StepRecord(number, 0, tuple(None if wait is None else wait * MS for wait in waits), ())
-        for number, waits in enumerate(waits_ms, start=1)
-    ]
-    assert last_to_enter(steps, 0) == reading
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +160,17 @@ def test_the_page_stands_alone(report: Path) -> None:
 
 
 @drawn
+@pytest.mark.parametrize(("longest_ns", "unit", "text"), [(13_500_000_000, "s", "13.5"), (42 * MS, "ms", "42"), (0, "ns", "0")])
+def test_waits_are_drawn_in_a_unit_that_fits(longest_ns: int, unit: str, text: str) -> None:
+    from tokenferry.inspection.pictures import draw_all
+
+    findings = replace(findings_of(snapshots(), MODEL), waits_ns=((0, longest_ns), (0, 0)))
+    axes, colours = draw_all(findings)["waits"].axes
+    assert colours.get_ylabel() == unit
+    assert axes.texts[1].get_text() == text
+
+
+@drawn
 @needs("playwright")
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium in PATH, found none")
 def test_the_page_in_a_browser(report: Path, tmp_path: Path) -> None:
@@ -120,6 +188,7 @@ def test_the_page_in_a_browser(report: Path, tmp_path: Path) -> None:
         sentence = page.locator("#verdict").inner_text()
         boxes = [page.locator(f"#figure-{name} svg").bounding_box() for name in ("loads", "tokens", "waits", "imbalance")]
         rows = page.locator("#ranks tr").count()
+        kinds = [page.locator("#kinds tr").nth(row).inner_text().split("\t")[:2] for row in (1, 2)]
         widest = page.evaluate("document.documentElement.scrollWidth")
         page.screenshot(path=tmp_path / "page.png", full_page=True)
         browser.close()
@@ -128,6 +197,7 @@ def test_the_page_in_a_browser(report: Path, tmp_path: Path) -> None:
     assert sentence.startswith("Balancing would pay")
     assert all(box["width"] > 300 and box["height"] > 150 for box in boxes)
     assert rows == 3
+    assert kinds == [["4 to 15 rows", "8"], ["256 to 1023 rows", "2"]]
     assert widest <= 1100
     colours = colours_of(tmp_path / "page.png")
     assert colours > 100, f"a page with {colours} colours shows no heat map"

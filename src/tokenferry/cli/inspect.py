@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.text import Text
 
 from tokenferry.cli.job import RankResult
-from tokenferry.cli.plan import EXCHANGES, GEMM_TFLOPS, READ_GB_PER_S, Shape
+from tokenferry.cli.plan import EXCHANGES, GEMM_TFLOPS, READ_GB_PER_S
 from tokenferry.cli.run import Request, run_ranks
 from tokenferry.cli.terminal import print_json
+from tokenferry.demo.model import FOLDER_NAME
 from tokenferry.errors import ConfigError
 from tokenferry.inspection.findings import Findings, findings_of
-from tokenferry.inspection.page import summary, write_report
+from tokenferry.inspection.page import make_folder, summary, write_report
 from tokenferry.placement import StepModel
 from tokenferry.telemetry import Snapshot
 
@@ -29,14 +30,14 @@ def inspect(request: Request, folder: Path) -> int:
     """Answers the prompts, writes the report into `folder`, and prints the summary. Returns the exit code.
 
     Raises:
-        ConfigError: a package is missing, or the folder cannot be written.
+        ConfigError: a package is missing, or the folder cannot be written, which rank 0 finds out before anything runs.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"the report needs {' and '.join(missing)}; pip install 'tokenferry[inspect]'")
-    if request.job.device == "cuda":
-        raise ConfigError("telemetry has not been shown to be right on GPUs yet; give --device cpu")
     request = replace(request, job=replace(request.job, telemetry=True))
+    if request.place is None or request.place.rank == 0:  # who writes
+        make_folder(folder)
     results = run_ranks(request)
     if results is None:
         return 0
@@ -58,11 +59,10 @@ def step_model(result: RankResult) -> StepModel:
     The exchange is that of a step of one token a rank.
     """
     assert result.telemetry is not None, "the job asked for it"
-    shape = Shape(**result.telemetry["shape"], num_layers=None)
-    return StepModel.of_gated(
-        shape.hidden_size,
-        shape.expert_size,
-        2.0,
+    expert = result.telemetry["expert"]
+    return StepModel(
+        weight_bytes=expert["num_bytes"],
+        flops_per_row=2 * expert["num_weights"],
         memory_bytes_per_s=READ_GB_PER_S * 1e9,
         flops_per_s=GEMM_TFLOPS * 1e12,
         exchange_s=EXCHANGES["p2p"].latency_us / 1e6,
@@ -77,7 +77,7 @@ def _snapshot(result: RankResult) -> Snapshot:
 def _about(request: Request, results: list[RankResult]) -> dict[str, str]:
     first = results[0]
     return {
-        "model": request.job.model,
+        "model": "demo" if Path(request.job.model).name == FOLDER_NAME else request.job.model,
         "ranks": f"{len(results)}, on {first.device}, transport {first.transport}",
         "prompts": str(len(request.job.prompts)),
         "new tokens": str(sum(result.num_new_tokens for result in results)),

@@ -74,7 +74,7 @@ class RankResult:
         experts: the first expert of each layer that this rank holds, and the one after the last.
         num_threads: torch's CPU threads. The last bits of results can depend on their number.
         peak_memory_bytes: the most GPU memory that was held, or on CPUs the most memory of the whole process.
-        telemetry: if the job asks for it: the workspace's "snapshot" and the "shape" of the layers.
+        telemetry: if the job asks for it: the workspace's "snapshot", and what an "expert" is, see `expert_facts`.
     """
 
     rank: int

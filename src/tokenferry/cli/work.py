@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,8 +16,8 @@ import torch
 
 from tokenferry import env
 from tokenferry.cli.context import check_prompts
+from tokenferry.cli.expert_facts import expert_facts
 from tokenferry.cli.job import Answer, Job, RankResult
-from tokenferry.cli.plan import shape_of
 from tokenferry.cli.spread import batches, capacity, spread
 from tokenferry.cli.tokens import cut_after_stop, load_tokenizer, stop_token_ids, tokenize
 from tokenferry.demo.quiet import quiet_transformers
@@ -65,7 +64,7 @@ def answer_as_rank(job: Job, group: EPGroup, send: Send, scratch: Path | None = 
             model = from_config(model_config(str(folder)), seed=job.seed, **settings)
         else:
             model = from_pretrained(str(folder), **settings)
-        shape = asdict(shape_of(str(folder / "config.json"))) if job.telemetry else {}
+        expert = expert_facts(model.expert_parallel, folder / "config.json", job) if job.telemetry else {}
     parallel = model.expert_parallel
     prompts = spread(lengths, group.size)[group.rank]
     send({"prompts": len(prompts), "total": len(prompts) * job.max_new_tokens})
@@ -89,7 +88,7 @@ def answer_as_rank(job: Job, group: EPGroup, send: Send, scratch: Path | None = 
         communication_s=parallel.communication_s - communication_before_s,
         num_threads=torch.get_num_threads(),
         peak_memory_bytes=peak_memory_bytes(group.device),
-        telemetry=counted(parallel, shape) if job.telemetry else None,
+        telemetry=counted(parallel, expert) if job.telemetry else None,
         **layers_held(parallel, group),
     )
     parallel.close()
@@ -105,10 +104,9 @@ def layers_held(parallel: Any, group: EPGroup) -> dict[str, Any]:
     return {"num_layers": len(parallel.layers), "experts": (held.start, held.stop), "num_experts": num_experts}
 
 
-def counted(parallel: Any, shape: dict[str, Any]) -> dict[str, Any]:
-    """What telemetry has counted, and the shape of the layers that it counted in."""
-    shape = {name: value for name, value in shape.items() if name != "num_layers"}
-    return {"snapshot": parallel.workspace.telemetry.snapshot().to_dict(), "shape": shape}
+def counted(parallel: Any, expert: dict[str, float]) -> dict[str, Any]:
+    """What telemetry has counted, and what the experts are that it counted for."""
+    return {"snapshot": parallel.workspace.telemetry.snapshot().to_dict(), "expert": expert}
 
 
 def answer_batch(

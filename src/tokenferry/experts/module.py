@@ -292,6 +292,7 @@ class Experts(KeepsPrecision):
         if scratch.device != workspace.device:
             raise DeviceError(f"scratch is on {scratch.device} but the workspace is on {workspace.device}; make one there")
         workspace.attached.setdefault(SCRATCH_NAME, scratch)
+        scratch.counts_loads |= workspace.telemetry.is_available
         from tokenferry.experts import triton_path  # here: Triton is not everywhere
 
         self.scratch, self._max_rows = scratch, workspace.max_tokens_per_rank * workspace.group.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tokenferry.telemetry.snapshot import in_words
 TITLES = {
     "loads": "Layers and experts: how many rows came for each expert; white lines lie between ranks",
     "tokens": "Rows that each rank brought to its last steps",
-    "waits": "How long each rank waited for each other, in milliseconds",
+    "waits": "How long each rank waited for each other",
     "imbalance": "Rows of the fullest rank and of the fullest expert over the mean, by layer",
 }
 
@@ -31,6 +32,7 @@ def write_report(findings: Findings, folder: Path, about: dict[str, str]) -> lis
         import jinja2
     except ImportError as error:
         raise ConfigError("the report needs jinja2; pip install 'tokenferry[inspect]'") from error
+    make_folder(folder)
     figures = draw_all(findings)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
@@ -39,15 +41,32 @@ def write_report(findings: Findings, folder: Path, about: dict[str, str]) -> lis
     pictures = [{"name": name, "title": TITLES[name], "svg": svg_of(figure, name)} for name, figure in figures.items()]
     page = environment.get_template("report.html.jinja").render(findings=findings, about=about, pictures=pictures)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / "report.html"]
         paths[0].write_text(page, encoding="utf-8")
         for name, figure in figures.items():
             paths.append(folder / f"{name}.png")
             figure.savefig(paths[-1], dpi=DPI)
     except OSError as error:
-        raise ConfigError(f"the report cannot be written to {folder}: {error}") from error
+        raise ConfigError(_unwritable(folder, error)) from error
     return paths
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder for the report if need be, which is better tried before a run than after it.
+
+    Raises:
+        ConfigError: it cannot be made, or nothing can be written into it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(_unwritable(folder, error)) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> str:
+    return f"the report cannot be written to {folder}: {error.strerror or error}; give --output a folder of yours"
 
 
 def summary(findings: Findings) -> list[str]:
@@ -63,7 +82,7 @@ def summary(findings: Findings) -> list[str]:
     for rank, (row, reading) in enumerate(zip(findings.waits_ns, findings.readings, strict=True)):
         if len(row) > 1:
             lines.append(f"rank {rank} waited {in_words(sum(row))}; as it saw it, {reading or 'no step was counted'}")
-    return [*lines, findings.verdict.sentence]
+    return [*lines, findings.verdict.sentence, *findings.notes]
 
 
-__all__: list[Any] = ["summary", "write_report"]
+__all__: list[Any] = ["make_folder", "summary", "write_report"]

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 DPI: Final = 120
 _COLOURS: Final = "viridis"
+UNITS: Final = (("s", 1e9), ("ms", 1e6), ("µs", 1e3), ("ns", 1.0))
+"""Of time, and how many nanoseconds each is."""
 
 
 def draw_all(findings: Findings) -> Mapping[str, Figure]:
@@ -86,20 +88,22 @@ def _paint_tokens(figure: Figure, findings: Findings) -> None:
             linewidth=1.0,
         )
     axes.set(title="Rows that each rank brought", xlabel="step", ylabel="rows", yscale="symlog")
+    axes.yaxis.set_major_formatter("{x:g}")  # not as powers of ten
     axes.legend(loc="upper right", fontsize="small")
 
 
 def _paint_waits(figure: Figure, findings: Findings) -> None:
     axes = figure.subplots()
-    waits_ms = [[wait / 1e6 for wait in row] for row in findings.waits_ns]
-    image = axes.imshow(waits_ms, cmap=_COLOURS, vmin=0)
+    longest = max(max(row) for row in findings.waits_ns)
+    unit, length = next(each for each in UNITS if longest >= each[1] or each is UNITS[-1])
+    waits = [[wait / length for wait in row] for row in findings.waits_ns]
+    image = axes.imshow(waits, cmap=_COLOURS, vmin=0)
     axes.set(title="Time waited", xlabel="for rank", ylabel="rank")
-    figure.colorbar(image, ax=axes, label="ms")
-    if len(waits_ms) <= 8:
-        middle = max(max(row) for row in waits_ms) / 2
-        for rank, row in enumerate(waits_ms):
+    figure.colorbar(image, ax=axes, label=unit)
+    if len(waits) <= 8:
+        for rank, row in enumerate(waits):
             for source, wait in enumerate(row):
-                colour = "black" if wait > middle else "white"
+                colour = "black" if 2 * wait > longest / length else "white"
                 axes.text(source, rank, f"{wait:.3g}", ha="center", va="center", color=colour, fontsize="small")
 
 

@@ -6,6 +6,8 @@ here moves an expert.
 
 from tokenferry.placement.algorithm import place
 from tokenferry.placement.layout import Placement
-from tokenferry.placement.verdict import Option, StepModel, Verdict, judge
+from tokenferry.placement.options import KindVerdict, Option, StepKind, Verdict
+from tokenferry.placement.step_model import StepModel
+from tokenferry.placement.verdict import judge
 
-__all__ = ["Option", "Placement", "StepModel", "Verdict", "judge", "place"]
+__all__ = ["KindVerdict", "Option", "Placement", "StepKind", "StepModel", "Verdict", "judge", "place"]
