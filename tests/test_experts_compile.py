@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 
 from thinned import crossed
 from tokenferry.experts import ExpertScratch, variants
-from tokenferry.experts.plan import FEW_FIRST_ROWS, FEW_ROWS, plan
+from tokenferry.experts.plan import FEW_ROWS, plan
 from tokenferry.experts.scratch import RowShape
 from tokenferry.kernels import wire
 
@@ -135,10 +135,3 @@ def test_rows_of_a_chunk_follow_from_shape_and_memory() -> None:
 class FakeScratch:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-
-
-@pytest.mark.parametrize(("max_rows", "few_first"), [(FEW_FIRST_ROWS, True), (FEW_FIRST_ROWS + 1, False), (None, False)])
-def test_small_workspaces_have_float8_s_launch_for_few_rows_first(max_rows, few_first) -> None:
-    chosen = plan(torch.bfloat16, 2048, 768, scaled=True, in_blocks=True, max_rows=max_rows)
-    assert (chosen.up[0].max_rows > 0) == few_first
-    assert chosen.down == plan(torch.bfloat16, 2048, 768, scaled=True, in_blocks=True).down

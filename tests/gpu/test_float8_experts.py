@@ -12,7 +12,6 @@ from test_experts import Case
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched
 from tokenferry.experts import Experts
-from tokenferry.experts.plan import FEW_FIRST_ROWS
 
 pytestmark = pytest.mark.gpu
 
@@ -57,17 +56,6 @@ def test_rows_that_come_quantized_give_the_same_bits(name: str, num_rows: int) -
     _, ours, rows = both(name, num_rows)
     rows = on_gpu(rows)
     assert torch.equal(ours(quantized(rows)), ours(rows))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_launch_for_few_rows_may_come_first(name: str) -> None:
-    """As in small workspaces: the same tiles, so the same bits."""
-    _, ours, rows = both(name, MANY)
-    rows = on_gpu(rows)
-    rows.topk_idx[:, 0] = -1  # so that experts have few rows, and many
-    rows.topk_idx[100:, 1] = 3
-    expected, ours._max_rows = ours(rows), FEW_FIRST_ROWS
-    assert torch.equal(ours(rows), expected)
 
 
 @pytest.mark.parametrize("num_rows", [FEW, MANY], ids=["few", "many"])

@@ -63,12 +63,6 @@ FEW_ROWS = 64
 2026-11-23, sweep of 24 cuts over qwen3-30b-a3b, gpt-oss-20b and deepseek-v3 (benchmarks/results): at 64 rows an expert both kinds
 take the same time, within 2 %."""
 
-FEW_FIRST_ROWS = 512
-"""Float8 experts of workspaces with at most so many gathered rows have the launch for few rows first, which then waits for the
-table alone. qwen3-30b-a3b at T = 1 per rank of two: 35.2 instead of 36.8 microseconds, bfloat16 rows 36.5 instead of 39.6; at
-T = 8 and 32 1 to 7 less, at T = 128 the same. At T = 512 large tiles that begin late take 2 to 6 longer. H100 80GB HBM3,
-2026-11-26 (1xH100-2026-11-26-float8-order.jsonl)."""
-
 
 def plan(
     dtype: torch.dtype,
@@ -156,8 +150,7 @@ def _plan_in_blocks(batch_invariant: bool, max_rows: int | None) -> Plan:
         rows=128, rows_few=64, columns=128, depth=128, num_warps=8, num_stages=3, programs_per_sm=1, min_rows=FEW_ROWS + 1,
         tensor_map=True, prequantize=True, in_blocks=True,
     )  # fmt: skip
-    up = (few, many) if max_rows is not None and max_rows <= FEW_FIRST_ROWS else (many, few)
-    return Plan(up=up, down=(few, replace(many, num_stages=4)))
+    return Plan(up=(many, few), down=(few, replace(many, num_stages=4)))
 
 
 def _few(depth: int, halves: int, scaled: bool, max_rows: int) -> Tiles:
