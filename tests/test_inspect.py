@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from tokenferry.cli.expert_facts import expert_facts
+from tokenferry.cli.inspect import step_model
 from tokenferry.cli.job import Job
+from tokenferry.cli.plan import Shape, step_times
 from tokenferry.errors import ConfigError
 from tokenferry.inspection import findings_of
 from tokenferry.inspection.step_kinds import kinds_of
 from tokenferry.kernels.wait_board import DISPATCH
-from tokenferry.placement import StepModel
+from tokenferry.placement import Placement, StepModel
 from tokenferry.telemetry.recorder import COUNTS, Recorder
 from tokenferry.telemetry.snapshot import Snapshot, StepRecord, last_to_enter
 
@@ -129,7 +131,16 @@ def test_the_bytes_of_an_expert_are_those_of_its_tensors(
     layer = SimpleNamespace(module=module, num_experts=4)
     parallel = SimpleNamespace(layers=[layer], group=SimpleNamespace(expert_range=lambda number: range(2)))
     facts = expert_facts(parallel, tmp_path / "config.json", Job(model="m", prompts=(), max_new_tokens=1, **job))
-    assert facts == {"num_bytes": num_bytes, "num_weights": 3 * 4 * 8}
+    assert facts == {"num_bytes": num_bytes, "num_weights": 3 * 4 * 8, "hidden_size": 4, "topk": 2}
+
+
+def test_the_exchange_of_a_step_is_that_of_the_plan() -> None:
+    expert = {"num_bytes": 0.0, "num_weights": 0, "hidden_size": 2048, "topk": 8}
+    model = step_model(SimpleNamespace(telemetry={"expert": expert}), 4)
+    shape = Shape(name="m", hidden_size=2048, num_experts=8, topk=8, expert_size=1, num_layers=1)
+    planned_s = step_times(shape, 4, 512)["p2p_round_trip_us"] / 1e6
+    rows = torch.full((1, 8), 4.0 * 512)
+    assert model.step_s(Placement.as_is(1, 8, 4), rows) == pytest.approx(planned_s, rel=1e-2)
 
 
 def test_a_snapshot_survives_json() -> None:
