@@ -34,7 +34,7 @@ class Recorder:
         return list(self._tensor.shape)
 
     def get_dtype(self) -> str:
-        return {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}[self._tensor.dtype]
+        return {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8", torch.bfloat16: "BF16"}[self._tensor.dtype]
 
 
 def stored(path: Path) -> dict[str, torch.Tensor]:

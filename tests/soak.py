@@ -1,6 +1,6 @@
 """Soak: random counts, padding, delays and paths (eager or graph) for as long as asked; every row of every step is checked.
 
-    python tests/soak.py --seconds 480 --ranks 2 --where gpu        # --where interpreter, virtual; --format
+    python tests/soak.py --seconds 480 --ranks 2 --where gpu        # --where interpreter, virtual; --format, --combine
 
 All inputs are a hash of (seed, rank, step, layer, row, column), so that every rank knows on its own device what all ranks sent
 and what has to come back: rows, ids, weights and sums are compared bit by bit where they lie, and only the number of
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import tokenferry as tf
-from tokenferry.dispatched import QuantizedRows
+from tokenferry.dispatched import FLOAT8, QuantizedRows
 from tokenferry.testing import run_ranks
 from tokenferry.testing.ranks import run_virtual
 from tokenferry.transports.symmetric.layout import SLOT_ROWS
@@ -37,6 +37,9 @@ COUNTS = {
     "virtual": (0, 1, 5, 40, SLOT_ROWS + 8),
     "interpreter": (0, 0, 1, 2, 3, 5),
 }
+TERMS = {"same": torch.bfloat16, "fp8": FLOAT8}
+FEW_CTAS = 8
+"""Programs on GPUs where terms are float8, so that a bulk step has several rounds of blocks: terms are copied in turn."""
 RARE = {"gpu": 0, "virtual": 0, "interpreter": SLOT_ROWS + 8}
 """One block in 40 of the interpreter has a step as large as this."""
 VIRTUAL_ENV = {"CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
@@ -51,6 +54,7 @@ class Plan:
     seed: int
     ranks: int
     dispatch_format: str = "same"
+    combine: str = "same"  # or "fp8": float8 terms
 
     @property
     def config(self) -> tf.MoEConfig:
@@ -151,11 +155,17 @@ class StepTwin:
         return bfloat16(mixed(self.partial_keys, self.twin.returned[layer]))
 
     def combined(self, layer: int) -> torch.Tensor:
-        terms = bfloat16(mixed(self.combined_keys, self.twin.returned[layer])).float()
+        terms = self.as_they_travel(bfloat16(mixed(self.combined_keys, self.twin.returned[layer])))
         total = terms[0]
         for rank in range(1, self.twin.size):
             total = total + terms[rank]
         return total.to(torch.bfloat16)
+
+    def as_they_travel(self, terms: torch.Tensor) -> torch.Tensor:
+        """float32 numbers of terms [rank, row, H] of bfloat16."""
+        if self.twin.plan.combine == "same":
+            return terms.float()
+        return tf.reference.quantize(terms.flatten(0, 1)).dequantize(torch.float32).view(terms.shape)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -207,10 +217,7 @@ class Rank:
             wrong_hidden = self.wrong_hidden(got.hidden, hidden, expected.valid)
             wrong_ids = (got.topk_idx != ids).sum()
             wrong_weights = ((bits(got.topk_weights) != bits(weights)) & expected.valid).sum()
-            partial = expected.partial(number)
-            if number:
-                partial = layer.combine_input().copy_(partial)
-            out = layer.combine(partial, got)
+            out = layer.combine(self.terms(layer, number, expected.partial(number)), got)
             wrong_out = (bits(out) != bits(expected.combined(number))).sum()
             twin.wrong[1:] += torch.stack([wrong_hidden, wrong_ids, wrong_weights, wrong_out])
         if self.plan.where == "virtual":  # a full queue of launches holds a lock of the driver, which the ranks share
@@ -221,6 +228,19 @@ class Rank:
         if self.plan.dispatch_format == "bytes":
             return own.view(torch.uint8)
         return tf.reference.quantize(own) if self.plan.dispatch_format == "fp8_block128" and layer == 1 else own
+
+    def terms(self, dispatcher: tf.Dispatcher, layer: int, partial: torch.Tensor) -> torch.Tensor | QuantizedRows:
+        """Partial rows as a combine takes them: as they are, in `combine_input()`, and float8 ones also quantized elsewhere."""
+        if layer == 0:
+            return partial
+        if self.plan.combine == "same":
+            return dispatcher.combine_input().copy_(partial)
+        quantized, place = tf.reference.quantize(partial), dispatcher.combine_input()
+        if layer == 1:
+            return quantized
+        place.values.view(torch.uint8).copy_(quantized.values.view(torch.uint8))
+        place.scales.copy_(quantized.scales)
+        return place
 
     def wrong_hidden(self, got: torch.Tensor | QuantizedRows, wanted: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         if isinstance(got, QuantizedRows):
@@ -252,7 +272,7 @@ def twin_is_reference(plan: Plan, size: int, device: torch.device) -> None:
     own = [step.own(1) for step in steps]
     real = torch.cat([twin.own_real(count) for twin, count in zip(twins, counts, strict=True)]).tolist()
     expected = tf.reference.dispatch(*(list(column) for column in zip(*own, strict=True)), real)
-    sums = tf.reference.combine([step.partial(1) for step in steps], counts, torch.bfloat16, torch.bfloat16)
+    sums = tf.reference.combine([step.partial(1) for step in steps], counts, TERMS[plan.combine], torch.bfloat16)
     for step, want_sum in zip(steps, sums, strict=True):
         valid = step.valid[:, 0]
         for got, want in zip(step.gathered(1), (expected.hidden, expected.topk_idx, expected.topk_weights), strict=True):
@@ -291,6 +311,8 @@ def soak(group: tf.EPGroup, plan: Plan) -> Report:
         max_tokens_per_rank=CAPACITY,
         transport="p2p",
         dispatch_format=plan.dispatch_format,
+        combine_dtype=TERMS[plan.combine],
+        max_ctas=FEW_CTAS if plan.combine == "fp8" and plan.where == "gpu" else None,
         timeout_s=60,
     ) as ws:
         rank = Rank(ws, plan)
@@ -356,11 +378,12 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--where", choices=("interpreter", "gpu", "virtual"), default="interpreter")
     parser.add_argument("--format", choices=("same", "fp8_block128", "bytes"), default="same")
+    parser.add_argument("--combine", choices=TERMS, default="same")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="a file of JSON lines, one for each rank, to append to")
     parser.add_argument("--commit", default="unknown", help="for --out")
     options = parser.parse_args()
-    plan = Plan(options.where, options.seconds, options.seed, options.ranks, options.format)
+    plan = Plan(options.where, options.seconds, options.seed, options.ranks, options.format, options.combine)
     reports = run(plan)
     common = {**dataclasses.asdict(plan), **environment(), "commit": options.commit, "date": time.strftime("%Y-%m-%d")}
     lines = [json.dumps({**common, **dataclasses.asdict(report)}) + "\n" for report in reports]
@@ -369,9 +392,7 @@ def main() -> None:
         with options.out.open("a") as file:
             file.writelines(lines)
     trips = min(report.eager + report.graph for report in reports)
-    sys.stdout.write(
-        f"{plan.where}, {plan.ranks} ranks, seed {plan.seed}: {trips} round trips a rank, no difference, memory flat\n"
-    )
+    sys.stdout.write(f"{plan.where}, {plan.ranks} ranks, seed {plan.seed}: {trips} right round trips each, memory flat\n")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """What rank processes do for the tests of telemetry, over every transport."""
 
 import time
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 
 import tokenferry as tf
 from faults import CAPACITY, CONFIG, one_step
-from tokenferry.transports import counting
+from tokenferry.experts import Experts, ExpertsConfig
+from tokenferry.graph_capture import captured
+from tokenferry.telemetry import Snapshot, loads_of
 
 DELAY_S = 0.05
 NUM_STEPS = 6
@@ -20,8 +22,7 @@ Seen = tuple[dict[str, Any], str]
 
 
 def opened(group: tf.EPGroup, transport: str, **settings: Any) -> tf.Workspace:
-    with mock.patch.object(counting, "SHOWN_ON", ("cpu", "cuda")):  # the tests on GPUs are to show it
-        return tf.Workspace(CONFIG, group, transport=transport, **{"max_tokens_per_rank": CAPACITY, **settings})
+    return tf.Workspace(CONFIG, group, transport=transport, **{"max_tokens_per_rank": CAPACITY, **settings})
 
 
 def delayed(group: tf.EPGroup, transport: str, late: int, within: bool, delay_s: float = DELAY_S) -> Seen:
@@ -106,6 +107,92 @@ def is_refused_without(group: tf.EPGroup, transport: str) -> bool:
             with pytest.raises(tf.StateError, match="opened without telemetry"):
                 call()
         return one_step(ws, [ws.dispatcher()], 0)
+
+
+def float8_terms_delayed(group: tf.EPGroup, late: int, transport: str = "p2p", delay_s: float = DELAY_S) -> dict[str, Any]:
+    """Rank `late` is late to combine in every step; terms are float8."""
+    with opened(group, transport, telemetry=True, combine_dtype=torch.float8_e4m3fn) as ws:
+        dispatcher = ws.dispatcher()
+        hidden = torch.ones(TOKENS, CONFIG.hidden_size, dtype=CONFIG.dtype, device=ws.device)
+        ids = torch.tensor(IDS, dtype=torch.int32, device=ws.device)
+        for step in range(NUM_STEPS):
+            group.channel.barrier(group.unique_name("together"), 60.0)
+            ws.begin_step(TOKENS)
+            got = dispatcher.dispatch(hidden, ids, torch.ones(TOKENS, CONFIG.topk, device=ws.device))
+            settle(ws)
+            if step and group.rank == late:
+                time.sleep(delay_s)
+            dispatcher.combine(got.hidden.clone())
+        ws.check()
+        return ws.telemetry.snapshot().to_dict()
+
+
+def check_float8_terms_delayed(seen: list[dict[str, Any]], late: int, delay_s: float = DELAY_S) -> None:
+    """Each source has its own waits, and nothing is nobody's."""
+    for rank, told in enumerate(seen):
+        waits = told["waits"]
+        assert waits["shared_ns"] == 0
+        assert all(each["shared_ns"] is None for step in told["steps"] for each in step["rounds"])
+        if rank != late:
+            assert waits["combine_ns"][late] > 0.4 * delay_s * 1e9 * (NUM_STEPS - 1)
+            assert waits["combine_ns"][late] == max(waits["combine_ns"])
+
+
+def loads_of_own_experts(group: tf.EPGroup, transport: str, as_graph: bool = False) -> dict[str, Any]:
+    """Three rounds with experts of our own, of which one is a graph's if there shall be one, and one while telemetry is stopped.
+    What was counted, and whether the numbers were instead of the experts' tables."""
+    with opened(group, transport, telemetry=True) as ws:
+        sizes = ExpertsConfig(hidden_size=CONFIG.hidden_size, intermediate_size=16, num_experts=CONFIG.num_experts)
+        experts = Experts(sizes, group.expert_range(CONFIG.num_experts), dtype=CONFIG.dtype, device=ws.device)
+        experts.prepare(ws)
+        dispatcher, counted_ids = ws.dispatcher(), []
+        hidden = torch.ones(TOKENS, CONFIG.hidden_size, dtype=CONFIG.dtype, device=ws.device)
+        ids = torch.tensor(IDS, dtype=torch.int32, device=ws.device)
+        weights = torch.ones(TOKENS, CONFIG.topk, device=ws.device)
+        real = torch.tensor([NUM_REAL], dtype=torch.int32, device=ws.device)
+
+        def step() -> None:
+            ws.begin_step(TOKENS, real)
+            got = dispatcher.dispatch(hidden, ids, weights)
+            partial = experts(got, out=dispatcher.combine_input())
+            experts(got)  # once more: a dispatch's rows are counted once
+            assert got.loads is not None
+            counted_ids.append(not got.loads.taken)
+            dispatcher.combine(partial, got)
+
+        step()
+        again = _captured(step) if as_graph else step
+        for _ in range(1 if as_graph else 2):
+            again()
+        settle(ws)
+        ws.telemetry.stop()
+        again()
+        settle(ws)
+        ws.check()
+        return {"ids": any(counted_ids), **ws.telemetry.snapshot().to_dict()}
+
+
+def check_loads_of_own_experts(seen: list[dict[str, Any]], num_experts: int = CONFIG.num_experts) -> None:
+    size = len(seen)
+    for rank, told in enumerate(seen):
+        assert not told["ids"], "experts of our own leave nothing to be counted"
+        share = num_experts // size
+        mine = range(rank * share, (rank + 1) * share)
+        assert list(told["loads"][0]) == [3 * size * (expert in mine and expert < 3) for expert in range(num_experts)]
+    together = loads_of([Snapshot.from_dict({key: value for key, value in told.items() if key != "ids"}) for told in seen])
+    assert together == ((*[3 * size] * 3, *[0] * (num_experts - 3)),)
+
+
+def _captured(step: Callable[[], None]) -> Callable[[], None]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with captured(graph, stream=stream):
+        step()
+    return graph.replay
 
 
 def error_of_a_late_rank(group: tf.EPGroup, transport: str) -> tuple[str, str, int] | None:

@@ -43,7 +43,10 @@ def test_transport_that_cannot_be_had_gives_the_reason_for_that_one():
     ("arguments", "reason"),
     [
         (["generate", "--model", "/nowhere"], "no model at /nowhere"),
-        (["generate", "--random-init", "nothing"], "no configuration nothing: give qwen3-30b-a3b, gpt-oss-20b, mixtral-8x7b"),
+        (
+            ["generate", "--random-init", "nothing"],
+            "no configuration nothing: give qwen3-30b-a3b, gpt-oss-20b, gpt-oss",
+        ),
         (["generate", "--random-init", "mixtral-8x7b:0"], "the layers of mixtral-8x7b must be a positive int, got '0'"),
         (["generate", "--random-init", "mixtral-8x7b", "--ranks", "9"], "has 8 experts, too few for 9 ranks"),
         (["generate", "--random-init", "mixtral-8x7b", "--model", "tiny:mixtral"], "leave one of them out"),
@@ -53,6 +56,9 @@ def test_transport_that_cannot_be_had_gives_the_reason_for_that_one():
         (["generate", "--transport", "pigeon"], "--transport must be auto or one of"),
         (["generate", "--ranks", "0"], "Invalid value"),
         (["verify", "--dtype", "int8"], "Invalid value"),
+        (["verify", "--dispatch-format", "bytes"], "--dispatch-format must be one of same, fp8_block128, got 'bytes'"),
+        (["verify", "--combine-dtype", "fp8"], "must be one of float32, bfloat16, float16, float8_e4m3fn, got 'fp8'"),
+        (["verify", "--combine-dtype", "bfloat16", "--exact"], "--exact and --combine-dtype bfloat16 exclude one another"),
         (["generate", "--model", ""], "--model is empty: give demo, tiny:FAMILY or a checkpoint's folder"),
         (
             ["verify", "--model", "tiny:mixtral", "--max-new-tokens", "512"],
@@ -75,6 +81,9 @@ def test_transport_that_cannot_be_had_gives_the_reason_for_that_one():
         "transport",
         "ranks",
         "dtype",
+        "dispatch-format",
+        "combine-dtype",
+        "exact-combine-dtype",
         "empty-model",
         "new-tokens",
         "bench-ranks",

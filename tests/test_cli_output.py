@@ -94,6 +94,7 @@ def test_json_has_the_documented_keys():
         "max_new_tokens",
         "exact",
         "dispatch_format",
+        "combine_dtype",
         "ranks",
         "prompts",
         "verify",

@@ -22,6 +22,7 @@ from tokenferry.kernels import (
     control_words,
     counts,
     dispatch,
+    expert_table,
     fixed_linear,
     load_counts,
     own_routing,
@@ -39,12 +40,14 @@ pytestmark = pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 lea
 DISPATCH = {
     "FORMAT": 0, "H": 7168, "HIDDEN": tl.bfloat16, "POWER_OF_TWO": 0,
     "ROW_WORDS": 3584, "K": 8, "IDX": tl.int64, "WEIGHTS": tl.bfloat16, "OUT_IDX": tl.int32, "WORDS": 4, "BLOCK": 256,
-    "MULTICAST": 0, "MAX_PROGRAMS": 512, "FLAG_BLOCK": 0, "TELEMETRY": 0, "PDL": 1,
+    "MULTICAST": 0, "MAX_PROGRAMS": 512, "FLAG_BLOCK": 0, "SPLIT": 0, "TELEMETRY": 0, "PDL": 1,
 }  # fmt: skip
 COMBINE = {
     "H": 7168, "PARTIAL": tl.bfloat16, "WIRE": tl.bfloat16, "OUT": tl.bfloat16, "WORDS": 4, "BLOCK": 256,
-    "SWITCH_SUM": 0, "MAX_PROGRAMS": 512, "FLAG_BLOCK": 0, "TELEMETRY": 0, "PDL": 1,
+    "SWITCH_SUM": 0, "MAX_PROGRAMS": 512, "FLAG_BLOCK": 0, "SPLIT": 0, "TELEMETRY": 0, "PDL": 1,
 }  # fmt: skip
+TABLE = {**expert_table.SIGNATURE, "topk_idx": "*i32"}
+TABLE_SIZES = {"K": 8, "FEW": 1024, "MANY": 4096, "PDL": 1}
 VARIANTS = {
     "counts-EP2": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 32, "TELEMETRY": 0, "PDL": 1}, 1),
     "counts-EP72": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 128, "TELEMETRY": 0, "PDL": 1}, 1),
@@ -83,9 +86,24 @@ VARIANTS = {
         {**COMBINE, "TELEMETRY": 1, "FLAG_BLOCK": 512},
         8,
     ),
+    "combine-fp8-telemetry": (
+        combine.combine_kernel,
+        combine.SIGNATURE,
+        {**COMBINE, "WIRE": tl.float8e4nv, "TELEMETRY": 1},
+        8,
+    ),
+    "table": (expert_table.expert_table_kernel, TABLE, {**expert_table.NO_LOADS, **TABLE_SIZES}, 8),
+    "table-telemetry": (
+        expert_table.expert_table_kernel,
+        {**expert_table.COUNTING_SIGNATURE, "topk_idx": "*i32"},
+        {"TELEMETRY": 1, **TABLE_SIZES},
+        8,
+    ),
     "load-counts": (load_counts.load_counts_kernel, load_counts.SIGNATURE, {"K": 8, "BLOCK": 1024, "PDL": 1}, 4),
     "combine": (combine.combine_kernel, combine.SIGNATURE, COMBINE, 8),
     "combine-few-tokens": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "FLAG_BLOCK": 512}, 8),
+    "dispatch-split": (dispatch.dispatch_kernel, dispatch.SIGNATURE, {**DISPATCH, "SPLIT": 2, "BLOCK": 512}, 16),
+    "combine-split": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "SPLIT": 2, "BLOCK": 512}, 16),
     "combine-16-warps": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "BLOCK": 512}, 16),
     "combine-sum-in-the-switch": (
         combine.combine_kernel,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -64,6 +65,25 @@ def test_operands_that_do_not_fit_are_refused(case):
     experts, rows = Case().build()
     with pytest.raises(error, match=message):
         experts(gathered(changes.get("hidden", rows.hidden), rows.topk_idx, rows.topk_weights), out=changes.get("out"))
+
+
+def test_parameters_that_are_put_in_their_place_are_checked_too():
+    """Weights that were checked once are not checked at each call."""
+    experts, rows = Case().build()
+    first = experts(rows)
+    experts.up_proj = torch.nn.Parameter(torch.zeros_like(experts.up_proj), requires_grad=False)
+    assert first.any() and not experts(rows).any()
+    experts.up_proj = torch.nn.Parameter(torch.zeros(3, 24, 32), requires_grad=False)
+    with pytest.raises(ShapeError, match=r"up_proj must be \[3, 48, 32\] for swiglu"):
+        experts(rows)
+
+
+def test_a_copy_has_its_own_weights():
+    experts, rows = Case().build()
+    expected = experts(rows)
+    copied = copy.deepcopy(experts)
+    experts.up_proj.zero_()
+    assert torch.equal(copied(rows), expected)
 
 
 def test_a_gateless_up_proj_is_refused_where_there_is_a_gate():

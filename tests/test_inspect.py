@@ -21,8 +21,8 @@ from tokenferry.inspection import findings_of
 from tokenferry.inspection.step_kinds import kinds_of
 from tokenferry.kernels.wait_board import DISPATCH
 from tokenferry.placement import Placement, StepModel
+from tokenferry.telemetry import Snapshot
 from tokenferry.telemetry.recorder import COUNTS, Recorder
-from tokenferry.telemetry.snapshot import Snapshot, StepRecord, last_to_enter
 
 MODEL = StepModel(weight_bytes=1.0, flops_per_row=1e6, memory_bytes_per_s=1e12, flops_per_s=1e12)
 MS = 1_000_000
@@ -151,24 +151,6 @@ def test_a_snapshot_survives_json() -> None:
 def test_nothing_counted_is_said() -> None:
     with pytest.raises(ConfigError, match="nothing was counted"):
         findings_of([Recorder(0, 1, 4, 32, torch.device("cpu")).snapshot()], MODEL)
-
-
-@pytest.mark.parametrize(
-    ("waits_ms", "reading"),
-    [
-        ([(None, 1, 5)] * 4, "rank 2 was last to enter in 4 of the last 4 steps, by 4.0 ms"),
-        ([(None, 0, 0)] * 3, "rank 0 was last to enter in 3 of the last 3 steps, by 0 ns"),
-        ([(None, 3, 0)] * 97 + [(None, 0, 3)] * 3, "rank 1 was last to enter in 97 of the last 100 steps, by 3.0 ms"),
-        ([], ""),
-    ],
-    ids=["third", "this-rank", "of-a-hundred", "none"],
-)
-def test_the_reading_of_the_last_steps(waits_ms: list[tuple[int | None, ...]], reading: str) -> None:
-    steps = [
-        StepRecord(number, 0, tuple(None if wait is None else wait * MS for wait in waits), ())
-        for number, waits in enumerate(waits_ms, start=1)
-    ]
-    assert last_to_enter(steps, 0) == reading
 
 
 @pytest.fixture(scope="module")

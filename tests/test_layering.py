@@ -39,12 +39,18 @@ ALLOWED_BETWEEN_KERNELS = {
     "expert_math",
     "expert_tiles",
     "expert_scaled",
+    "expert_mxfp4_products",
+    "expert_mxfp4_tiles",
     "wire_float8",
+    "wire_float8_interpreter",
     "wire_mxfp4",
     "fp8_rows",
+    "fp8_bulk",
+    "fp8_sum",
     "fp8_terms",
     "term_rows",
     "routing_packets",
+    "shares",
 }
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
 Offences = Iterator[tuple[Path, str]]

@@ -72,3 +72,24 @@ def test_random_weights_have_a_dtype_of_checkpoints() -> None:
 def test_the_example_of_the_page_runs_as_it_stands() -> None:
     [example] = [text for text in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "from_config" in text]
     exec(compile(example, "docs/transformers.md", "exec"), {})
+
+
+def test_random_packed_weights_follow_from_the_same() -> None:
+    from transformers import GptOssForCausalLM
+
+    from tokenferry.integrations.transformers import random_state
+
+    config = tiny_config("gpt_oss")
+    config.quantization_config = {"quant_method": "mxfp4"}
+    state = random_state(GptOssForCausalLM, config, torch.bfloat16, CPU)
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert name not in state
+    blocks, scales = state[f"{name}_blocks"], state[f"{name}_scales"]
+    whole = blocks[...]
+    assert whole.shape == blocks.shape == torch.Size([8, 64, 1, 16])
+    assert torch.equal(whole[1:3], blocks[1:3]) and not torch.equal(whole[0], whole[1])
+    assert len(whole.unique()) == 256
+    assert set(scales[...].flatten().tolist()) == {123}  # 1 / 16, with which codes are 0.18 large; initializer_range is 0.2
+    config.intermediate_size = 48
+    with pytest.raises(ConfigError, match="its 48 columns are no multiple of 32"):
+        random_state(GptOssForCausalLM, config, torch.bfloat16, CPU)

@@ -84,6 +84,18 @@ def test_experts_take_this_ranks_part_or_all() -> None:
     assert same_bits(part(rows), whole(rows))
 
 
+def test_experts_on_the_meta_device_take_packed_weights_without_any_others() -> None:
+    case = CASES["gpt-oss"]
+    whole, _, rows = pair(case)
+    empty = Experts(whole.config, LOCAL, device="meta")
+    columns = case.activation.num_columns(case.intermediate_size)
+    up = checkpoint(NUM_EXPERTS, columns, case.hidden_size)
+    down = checkpoint(NUM_EXPERTS, case.hidden_size, case.intermediate_size, seed=1)
+    empty.load_mxfp4(*up, *down, whole.up_bias, whole.down_bias)
+    assert {tensor.device.type for tensor in (*empty.parameters(), *empty.buffers())} == {"cpu"}
+    assert same_bits(empty(rows), whole(rows))
+
+
 def test_float8_rows_become_bfloat16_on_their_way_in() -> None:
     packed, plain, rows = pair(CASES["gpt-oss"])
     came = dataclasses.replace(rows, hidden=tf.reference.quantize(rows.hidden))

@@ -120,7 +120,10 @@ def test_plan_as_json_is_the_document():
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["nothing", "--ep", "2", "--max-tokens", "8"], "--plan takes qwen3-30b-a3b, gpt-oss-20b, mixtral-8x7b"),
+        (
+            ["nothing", "--ep", "2", "--max-tokens", "8"],
+            "--plan takes qwen3-30b-a3b, gpt-oss-20b, gpt-oss-20b-mxfp4",
+        ),
         (["mixtral-8x7b", "--ep", "2"], "--plan needs --max-tokens too"),
         (["mixtral-8x7b"], "--plan needs --ep and --max-tokens too"),
         (["mixtral-8x7b", "--ep", "9", "--max-tokens", "8"], "has 8 experts, too few for 9 ranks; give --ep 8 at most"),
@@ -143,3 +146,9 @@ def test_a_configuration_without_experts_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64}')
     with pytest.raises(ConfigError, match=r"has none of num_local_experts, num_experts, .* is it one with experts"):
         shape_of(str(tmp_path))
+
+
+def test_packed_experts_take_4_25_bits_a_weight():
+    plain, packed = shape_of("gpt-oss-20b"), shape_of("gpt-oss-20b-mxfp4")
+    assert packed.expert_bytes * 16 == plain.expert_bytes * 4.25
+    assert experts_floor_us(packed, 2, 8) < 0.3 * experts_floor_us(plain, 2, 8)

@@ -80,6 +80,37 @@ def test_fused_moe_takes_quantized_rows_and_writes_quantized_terms(float8: bool)
     assert not differing_terms(*terms)
 
 
+def fused(**changed: object) -> object:
+    experts, came, _ = pair(CASES["swiglu"], float8=True)
+    weights = experts.weights
+    given = {
+        "hidden_states": came.hidden, "probs": came.topk_weights, "fc1_weight": weights.up_proj, "fc2_weight": weights.down_proj,
+        "activation_type": experts.config.activation, "num_local_experts": 3, "local_expert_start": 2,
+        "valid_tokens": came.valid_tokens, "routing_map": came.topk_idx, "fc1_scale": weights.up_scale,
+        "fc2_scale": weights.down_scale,
+    }  # fmt: skip
+    return fused_moe(**{**given, **changed})
+
+
+WRONG_FUSED = {
+    "rows-of-another-size": ({"hidden_states": torch.zeros(19, 271).bfloat16()}, tf.ShapeError, r"^hidden_states must be \[R, 2"),
+    "no-scales": ({"fc1_scale": None}, tf.DtypeError, "^fc1_weight is torch.float8_e4m3fn but there is no fc1_scale"),
+    "scales-of-another-shape": ({"fc2_scale": torch.ones(3, 1, 1)}, tf.ShapeError, "^fc2_scale must be .* for fc2_weight"),
+    "float32-rows": ({"hidden_states": torch.zeros(19, H)}, tf.DtypeError, "^hidden_states is torch.float32 but float8 experts"),
+    "out-of-another-size": ({"out": torch.zeros(18, H)}, tf.ShapeError, r"^out is \[18, 272\] but there are .*; give one for"),
+    "out-elsewhere": ({"out": torch.zeros(19, H, device="meta")}, tf.DeviceError, "^out is on meta but hidden_states is on cpu"),
+    "a-gate-too-many": ({"activation_type": "squared_relu"}, tf.ShapeError, r"^fc1_weight must be \[3, 144, 272\]"),
+    "matrices-of-one-expert": ({"fc2_weight": torch.zeros(H, 144)}, tf.ShapeError, "^fc2_weight must have num_local_experts, 3"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FUSED)
+def test_errors_of_fused_moe_name_its_own_arguments(name: str) -> None:
+    changed, error, said = WRONG_FUSED[name]
+    with pytest.raises(error, match=said):
+        fused(**changed)
+
+
 # --- whole layers -----------------------------------------------------------------------------------------------------
 
 

@@ -1,10 +1,15 @@
 """What telemetry's host side makes of known figures: alignment of clocks, Prometheus, one line of JSON, kept steps."""
 
+import contextlib
 import importlib.util
 import io
 import json
+import math
+import threading
 import time
 import weakref
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +18,9 @@ import tokenferry as tf
 from tokenferry.kernels.wait_board import COMBINE, DISPATCH
 from tokenferry.telemetry import Recorder, Snapshot
 from tokenferry.telemetry.recorder import COUNTS
-from tokenferry.telemetry.trace import align
-from tokenferry.transports.counting import wants_telemetry
+from tokenferry.telemetry.trace import align, trace_events, write_trace
+from tokenferry.transports import counting
+from tokenferry.transports.symmetric import side_stream
 
 has_prometheus = importlib.util.find_spec("prometheus_client") is not None
 
@@ -31,6 +37,14 @@ def counted(rank: int = 0) -> Snapshot:
     return recorder.snapshot()
 
 
+def begun(taken: Snapshot, moments: list[int]) -> Snapshot:
+    steps = [
+        {"step": number, "begin_ns": moment, "waits_ns": [None, None], "rounds": []}
+        for number, moment in enumerate(moments, start=1)
+    ]
+    return Snapshot.from_dict({**taken.to_dict(), "steps": steps})
+
+
 def test_what_is_noted_is_what_is_read() -> None:
     taken = counted()
     assert taken.waits.counts_ns == (0, 1_500_000_000)
@@ -43,7 +57,10 @@ def test_what_is_noted_is_what_is_read() -> None:
     assert (layer.layer, layer.num_rounds, layer.dispatch_ns) == (4, 1, (0, 300))
     [step] = taken.steps
     assert step.waits_ns == (None, 1_500_000_000)
-    assert [(each.layer, each.phase, each.waits_ns) for each in step.rounds] == [(4, "dispatch", (None, 300))]
+    assert [(each.layer, each.phase, each.waits_ns, each.shared_ns) for each in step.rounds] == [
+        (4, "dispatch", (None, 300), None),
+        (4, "combine", (None, None), 70),
+    ]
 
 
 def test_a_round_begins_with_its_first_wait() -> None:
@@ -84,17 +101,127 @@ def test_layers_beyond_the_last_share_its_place() -> None:
 
 def test_clocks_are_aligned_by_the_moments_that_all_ranks_share() -> None:
     first, second = counted(0), counted(1)
-
-    def begun(taken: Snapshot, moments: list[int]) -> Snapshot:
-        steps = [
-            {"step": number, "begin_ns": moment, "waits_ns": [None, None], "rounds": []}
-            for number, moment in enumerate(moments, start=1)
-        ]
-        return Snapshot.from_dict({**taken.to_dict(), "steps": steps})
-
     alignment = align([begun(first, [1000, 2000]), begun(second, [1005, 2007])])
     assert alignment.offsets_ns == (0, 6)
     assert alignment.error_ns == 1
+
+
+@pytest.mark.parametrize(("first", "second"), [([], []), ([1000], [1005])], ids=["none", "one"])
+def test_with_too_few_steps_in_common_the_error_is_unknown(first: list[int], second: list[int], tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    snapshots = [begun(counted(0), first), begun(counted(1), second)]
+    assert write_trace(path, snapshots) == math.inf
+    note = json.loads(path.read_text())["otherData"]
+    assert (note["clock_error_us"], note["steps_in_common"]) == ("unknown", len(first))
+
+
+def test_one_clock_needs_no_alignment() -> None:
+    assert align([begun(counted(0), [])]).error_ns == 0
+
+
+@dataclass
+class FakeEvent:
+    """A CUDA event that has passed at this moment, or has not yet."""
+
+    at_ms: float
+    is_over: bool = True
+
+    def query(self) -> bool:
+        return self.is_over
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return end.at_ms - self.at_ms
+
+
+@pytest.mark.parametrize(
+    ("size", "found"), [(2, ((2_000_000, None), None)), (3, ((None, None, None), 2_000_000))], ids=["EP2", "EP3"]
+)
+def test_a_library_call_is_the_peers_or_nobodys_in_the_step_that_launched_it(size: int, found: tuple) -> None:
+    recorder = Recorder(1, size, 3, 8, torch.device("cpu"))
+    end = FakeEvent(7.0, is_over=False)
+    recorder.step_began(1)
+    recorder.span_on_stream(COMBINE, 0, FakeEvent(5.0), end)
+    recorder.step_began(2)
+    assert recorder.snapshot().waits.shared_ns == sum(recorder.snapshot().waits.combine_ns) == 0
+    end.is_over = True
+    recorder.step_began(3)
+    seen = recorder.snapshot()
+    assert [len(step.rounds) for step in seen.steps] == [1, 0, 0]
+    [round_] = seen.steps[0].rounds
+    assert (round_.waits_ns, round_.shared_ns) == found
+    assert seen.waits.shared_ns + sum(seen.waits.combine_ns) == (2_000_000 if size == 3 else 0)
+
+
+def test_shared_waits_have_a_track_in_the_trace() -> None:
+    recorder = Recorder(0, 3, 3, 8, torch.device("cpu"))
+    recorder.step_began(1)
+    recorder.waited(DISPATCH, 0, 0, 500)
+    events = trace_events([recorder.snapshot()])["traceEvents"]
+    [track] = [
+        event["tid"] for event in events if event["ph"] == "M" and event["args"]["name"] == "waits for nobody in particular"
+    ]
+    assert [event["dur"] for event in events if event["ph"] == "X" and event["tid"] == track] == [0.5]
+
+
+def test_ranges_have_stable_names_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a profiler sees them on GPUs."""
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", seen.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: seen.append("end"))
+    config = tf.MoEConfig(hidden_size=8, num_experts=2, topk=1, dtype=torch.float32)
+    with tf.Workspace(config, tf.EPGroup.alone("cpu"), max_tokens_per_rank=2, transport="local", telemetry=True) as ws:
+        ws.active_transport.names_ranges = True
+        dispatchers = [ws.dispatcher(), ws.dispatcher()]
+        rows = torch.ones(1, 8), torch.ones(1, 1, dtype=torch.int32), torch.ones(1, 1)
+        ws.begin_step(1)
+        dispatchers[0].combine(dispatchers[0].dispatch(*rows).hidden)
+        dispatchers[1].dispatch_begin(*rows)
+        dispatchers[1].combine_begin(dispatchers[1].dispatch_end().hidden)
+        dispatchers[1].combine_end()
+        monkeypatch.setattr(ws.active_transport.inner, "begin_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ws.begin_step(1)
+    names = ["begin_step", "dispatch[0]", "combine[0]", *["dispatch[1]"] * 2, *["combine[1]"] * 2, "begin_step"]
+    assert seen[::2] == [f"tokenferry.{name}" for name in names]
+    assert seen[1::2] == ["end"] * len(names)
+
+
+class FakeStream:
+    """Of a reader."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.is_closed = False
+
+    current = relaxed = contextlib.nullcontext
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_a_stream_outlives_the_copy_that_another_thread_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was gone under a scrape's copy: such a process ends by SIGSEGV."""
+    monkeypatch.setattr(side_stream, "SideStream", FakeStream)
+    reader, begun, go_on = counting._Reader(torch.device("cpu")), threading.Event(), threading.Event()
+    stream = reader._side
+
+    class Slow:
+        def cpu(self) -> torch.Tensor:
+            begun.set()
+            assert go_on.wait(10)
+            assert not stream.is_closed
+            return torch.ones(1)
+
+    got: list[list[float]] = []
+    thread = threading.Thread(target=lambda: got.append(reader.read(Slow())))
+    thread.start()
+    assert begun.wait(10)
+    reader.close()
+    assert not stream.is_closed
+    go_on.set()
+    thread.join()
+    assert stream.is_closed and got == [[1.0]]
+    with pytest.raises(tf.StateError):
+        reader.read(torch.ones(1))
 
 
 def test_a_line_of_json() -> None:
@@ -180,10 +307,3 @@ def test_compiled_code_is_counted() -> None:
             compiled(torch.ones(2, 8), ids, torch.ones(2, 1))
         seen = ws.telemetry.snapshot()
         assert (seen.num_steps, seen.num_rounds, seen.loads) == (3, 3, ((0, 3),))
-
-
-def test_on_gpus_it_is_refused_until_a_run_has_shown_it_right() -> None:
-    with pytest.raises(tf.ConfigError, match="telemetry is not to be had on cuda yet"):
-        wants_telemetry(True, torch.device("cuda"))
-    assert not wants_telemetry(False, torch.device("cuda"))
-    assert wants_telemetry(True, torch.device("cpu"))

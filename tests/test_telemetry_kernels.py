@@ -13,14 +13,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from test_compile_kernels import VARIANTS
-from tokenferry.kernels import combine, counts, dispatch, wire
+from tokenferry.kernels import combine, counts, dispatch, expert_table, fp8_bulk, fp8_terms, wire
 from tokenferry.kernels.launch import options, source
 
 pytestmark = pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
 
+PASSED_ON = re.compile(r",\s+TELEMETRY(: tl\.constexpr)?,\s+board,\s+layer,\s+step\)")
+"""What kernels hand on to device functions of float8 terms, where these have arguments of that name. Nothing comes behind it."""
+
+
 def without_telemetry(text: str) -> str:
-    """A kernel's module with every `if TELEMETRY:` and its argument gone, and all other lines where they were."""
+    """A kernel's module with every `if TELEMETRY:` and its arguments gone, and all other lines as they were."""
+    text = PASSED_ON.sub(")", text)
     lines = text.splitlines()
     tests = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.If) and ast.unparse(node.test) == "TELEMETRY"]
     assert tests, "the kernel has no telemetry at all"
@@ -30,12 +35,22 @@ def without_telemetry(text: str) -> str:
             lines[number - 1] = ""
         for number in range(kept, (node.end_lineno if node.orelse else kept - 1) + 1):
             lines[number - 1] = lines[number - 1].removeprefix("    ")
-    gone = ('    "TELEMETRY": "constexpr",', "    TELEMETRY: tl.constexpr,")
-    stripped = "\n".join("" if line in gone else line for line in lines)
-    code = re.sub(r"^ +TELEMETRY: whether.*$", "", stripped, flags=re.MULTILINE)
+    arguments = r'"(TELEMETRY|loads|first_load)": "constexpr",|TELEMETRY: tl\.constexpr,|(loads|first_load),'
+    gone = re.compile(rf" *({arguments}|(COUNTING_SIGNATURE|NO_LOADS) = .*|board = tl.zeros.*)")
+    stripped = "\n".join("" if gone.fullmatch(line) else line for line in lines)
+    code = re.sub(r"^ +(TELEMETRY: whether|loads, first_load: with TELEMETRY).*$", "", stripped, flags=re.MULTILINE)
     assert "TELEMETRY" not in code
     assert "waits." not in code
     return code
+
+
+def stripped(module: ModuleType, folder: Path) -> ModuleType:
+    """The module as it would be if telemetry did not exist, and float8 terms with it."""
+    path = folder / f"{module.__name__.split('.')[-1]}.py"
+    bare = module_of(without_telemetry(Path(module.__file__).read_text()), path)
+    if module is combine:
+        bare.fp8_terms, bare.fp8_bulk = stripped(fp8_terms, folder), stripped(fp8_bulk, folder)
+    return bare
 
 
 def module_of(code: str, path: Path) -> ModuleType:
@@ -53,32 +68,43 @@ def ptx(kernel, signature: dict, constants: dict, num_warps: int) -> str:
     # The path of the source, where it is named, and the column, which an `else` that is gone has moved.
     text = re.sub(r"^\s*\.file.*$", "", compiled.asm["ptx"], flags=re.MULTILINE)
     text = re.sub(r"^\s*\.loc.*$", "", text, flags=re.MULTILINE)
-    return text.split(".section")[0]
+    return text.split(".section")[0].strip()
 
 
-@pytest.mark.parametrize(
-    ("name", "module"),
-    [
-        ("counts-EP2", counts),
-        ("dispatch", dispatch),
-        ("dispatch-fp8", dispatch),
-        ("dispatch-multicast", dispatch),
-        ("dispatch-few-tokens", dispatch),
-        ("combine", combine),
-        ("combine-few-tokens", combine),
-    ],
-)
-def test_the_same_ptx_when_off(name: str, module: ModuleType, tmp_path: Path) -> None:
+MODULES = {"counts": counts, "dispatch": dispatch, "combine": combine, "table": expert_table}
+SIMILAR = re.compile(r"telemetry|unrounded|16-warps|fp32-to-bf16|fp32-wire")
+"""Names of variants that differ from others in the dtypes of terms alone, which telemetry has nothing to do with."""
+OFF = [name for name in VARIANTS if name.split("-")[0] in MODULES and not SIMILAR.search(name)]
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_the_same_ptx_when_off(name: str, tmp_path: Path) -> None:
     kernel, signature, constants, num_warps = VARIANTS[name]
-    stripped = module_of(without_telemetry(Path(module.__file__).read_text()), tmp_path / f"{module.__name__.split('.')[-1]}.py")
-    bare = {key: value for key, value in constants.items() if key != "TELEMETRY"}
-    expected = ptx(getattr(stripped, kernel.fn.__name__), stripped.SIGNATURE, bare, num_warps)
+    bare = stripped(MODULES[name.split("-")[0]], tmp_path)
+    kinds, values = ({key: given[key] for key in given if key in bare.SIGNATURE} for given in (signature, constants))
+    expected = ptx(getattr(bare, kernel.fn.__name__), kinds, values, num_warps)
     assert ptx(kernel, signature, constants, num_warps) == expected
     assert "%clock64" not in expected
 
 
-@pytest.mark.parametrize(("name", "reads"), [("counts", 3), ("dispatch", 2), ("combine", 2)])
+def test_every_kernel_that_counts_is_among_these() -> None:
+    """A new one must have variants that are compared with it bare, float8 rows and terms among them."""
+    folder = Path(wire.__file__).parent
+    counting = {path.stem for path in folder.glob("*.py") if "if TELEMETRY:" in path.read_text()}
+    assert counting == {"counts", "dispatch", "combine", "fp8_terms", "fp8_bulk", "expert_table"}
+    assert {"dispatch-fp8", "dispatch-fp8-quantized", "dispatch-bytes", "combine-fp8", "combine-fp8-quantized-few-tokens"} <= set(
+        OFF
+    )
+
+
+@pytest.mark.parametrize(("name", "reads"), [("counts", 3), ("dispatch", 2), ("combine", 2), ("combine-fp8", 2)])
 def test_when_on_the_clock_is_read(name: str, reads: int) -> None:
     """So that the test above would notice telemetry that is always there."""
     text = ptx(*VARIANTS[f"{name}-telemetry"])
     assert text.count("%clock64") >= reads
+
+
+def test_when_on_the_table_adds() -> None:
+    adds = re.compile(r"(atom|red)\.\S*add\.u64")
+    assert len(adds.findall(ptx(*VARIANTS["table-telemetry"]))) == 1
+    assert not adds.search(ptx(*VARIANTS["table"]))

@@ -169,6 +169,7 @@ class LayerStub:
 
     def __init__(self, kernels: KernelExperts) -> None:
         self.kernels: KernelExperts | None = kernels
+        self.packed = None
 
 
 # --- a loaded model -------------------------------------------------------------------------------------------------------

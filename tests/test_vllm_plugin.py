@@ -73,12 +73,13 @@ def test_settings_are_taken_from_additional_config() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"time_out": 3}, "has time_out; the settings are transport, timeout_s, combine_order, allow_unknown_version"),
+        ({"time_out": 3}, "has time_out; the settings are transport, timeout_s, combine_order, combine_dtype, allow_unk"),
         ({"timeout_s": "3"}, "timeout_s must be a number of seconds, got '3'"),
         ({"timeout_s": 0}, "timeout_s must be above 0, got 0"),
         ({"timeout_s": True}, "timeout_s must be a number of seconds, got True"),
         ({"transport": None}, "transport must be the name of a transport, got None"),
         ({"combine_order": "fast"}, "combine_order must be 'rank' or 'any', got 'fast'"),
+        ({"combine_dtype": "fp8"}, "combine_dtype must be null, for the model's own, or 'float8_e4m3fn', got 'fp8'"),
         ({"allow_unknown_version": "yes"}, "allow_unknown_version must be true or false, got 'yes'"),
         ("on", "must be a dict of settings, true or false, got 'on'"),
     ],

@@ -58,3 +58,23 @@ def run_quantized(group: tf.EPGroup, transport: str, name: str, logits: bool) ->
     quantizing, plain = ours.exchange.workspaces()
     assert plain.dispatch_format.is_same
     return quantizing.transport, str(quantizing.dispatch_format)
+
+
+def run_float8_terms(group: tf.EPGroup, transport: str) -> tuple[str, str]:
+    """Partial rows that travel as float8: the bits of the reference. Returns the transport and the dtype of the terms."""
+    stock, ours = managers(group, {"transport": transport, "combine_dtype": "float8_e4m3fn"})
+    for seed, sizes in enumerate(COUNTS[group.size]):
+        own = rows(group.rank, sizes[group.rank], seed, torch.bfloat16)
+        terms = torch.randn(sum(sizes), HIDDEN, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+        partials = [partial_of(terms, rank) for rank in range(group.size)]
+        wanted = tf.reference.combine(partials, sizes, torch.float8_e4m3fn, torch.bfloat16)[group.rank]
+        for layer in range(LAYERS):
+            with forward(sizes):
+                want, got = stock.dispatch(*own), ours.dispatch(*own)
+                same(f"{sizes}, layer {layer}: dispatch", got, want)
+                mine = ours.combine(partials[group.rank])
+                stock.combine(partials[group.rank])
+            same(f"{sizes}, layer {layer}: combine", (mine,), (wanted,))
+    assert ours.calls == []
+    (workspace,) = ours.exchange.workspaces()
+    return workspace.transport, str(workspace.combine_dtype)

@@ -32,10 +32,10 @@ OF_FORMATS = (
         (f"{FORMATS}test_named_formats_give_the_bits_of_the_reference[2]",),
     ),
     Mutant(
-        "scales-of-a-warp-are-those-of-its-first-block",
+        "scales-that-are-sent-are-those-of-a-warps-first-block",
         f"{_KERNELS}/fp8_rows.py",
-        "is_it = tl.arange(0, 4)[None, :] == WHICH",
-        "is_it = tl.arange(0, 4)[None, :] == 0 * WHICH",
+        "tl.gather(scale, tl.arange(0, BLOCK) * 8 % BLOCK, 0)",
+        "tl.gather(scale, tl.arange(0, BLOCK) * 8 % BLOCK // 32 * 32, 0)",
         (f"{FORMATS}test_named_formats_give_the_bits_of_the_reference[2]",),
     ),
     Mutant(

@@ -197,6 +197,28 @@ def empty_terms(num_rows: int, hidden_size: int, combine_dtype: torch.dtype, dev
     return QuantizedRows(values, torch.empty((num_rows, num_scales(hidden_size)), dtype=torch.float32, device=device))
 
 
+@dataclass(eq=False)
+class LoadsToCount:
+    """Where the rows that one dispatch brings for each expert are to be added, by whoever counts them first: experts of our own,
+    whose table has the numbers, or else telemetry itself, before the combine.
+
+    Attributes:
+        words: int64 on the device. The first is 0 while nothing shall be counted.
+        first: the number of expert 0's word in this layer.
+    """
+
+    words: torch.Tensor
+    first: int
+    taken: list[range] = field(default_factory=list)
+
+    def take(self, experts: range) -> bool:
+        """Whether the caller is the first to count these experts, and must do so now."""
+        if any(taken.start < experts.stop and experts.start < taken.stop for taken in self.taken):
+            return False
+        self.taken.append(experts)
+        return True
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dispatched:
     """All ranks' rows, in rank order. R rows, of which the first V are real (`R` is static where a graph needs it).
@@ -220,3 +242,5 @@ class Dispatched:
     valid_tokens: torch.Tensor
     handle: object = field(default=None, repr=False)
     """Which dispatch of which workspace this is; private to `Dispatcher`."""
+    loads: LoadsToCount | None = field(default=None, repr=False)
+    """With telemetry: where experts of our own add the rows that they get."""

@@ -8,15 +8,7 @@ import torch
 
 from tokenferry.config import MoEConfig
 from tokenferry.dispatched import Dispatched, HiddenRows, PartialRows, QuantizedRows, RowFormat
-from tokenferry.errors import (
-    CapacityError,
-    DtypeError,
-    LayoutError,
-    ShapeError,
-    StateError,
-    UsageError,
-    refuse_pickling,
-)
+from tokenferry.errors import CapacityError, DtypeError, LayoutError, ShapeError, StateError, UsageError, refuse_pickling
 from tokenferry.lifecycle import Lifecycle, Stage
 from tokenferry.operators import Operators
 from tokenferry.step import Step
@@ -167,6 +159,7 @@ class Dispatcher:
             topk_weights=gathered.topk_weights_RK,
             valid_tokens=workspace.step.valid_tokens,
             handle=workspace.lifecycle.handle,
+            loads=gathered.loads,
         )
         return dispatched
 

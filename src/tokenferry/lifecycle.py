@@ -70,17 +70,21 @@ def logged(what: str) -> Iterator[None]:
         _log.warning("%s: %s: %s", what, type(problem).__name__, problem)
 
 
-class _Transport(Protocol):
-    def fail(self, reason: str) -> None: ...
-    def abort(self) -> None: ...
+class _Closable(Protocol):
     def close(self) -> None: ...
 
 
-Held = TypeVar("Held", bound=_Transport)
+class _Transport(_Closable, Protocol):
+    def fail(self, reason: str) -> None: ...
+    def abort(self) -> None: ...
+
+
+Held = TypeVar("Held", bound=_Closable)
+HeldTransport = TypeVar("HeldTransport", bound=_Transport)
 
 
 class Lease(Generic[Held]):
-    """An open transport. Threads use it inside `with`; it is closed once `end` was called and the last of them has left.
+    """An open transport, say. Threads use it inside `with`; it is closed once `end` was called and the last of them has left.
 
     Each user registers before it looks at `_ended`, and `end` sets that before it looks for users, so that one of the two sees
     the other, without a lock: a signal handler may close what its own thread is using.
@@ -198,7 +202,7 @@ class Lifecycle:
 
     # --- closing ----------------------------------------------------------------------------------------------------
 
-    def close(self, lease: Lease[Held], give_back: Callable[[], None]) -> None:
+    def close(self, lease: Lease[HeldTransport], give_back: Callable[[], None]) -> None:
         """From here on every call says "closed". Does nothing if that was so before, nor in a forked child.
 
         Whoever is inside is woken. `give_back` runs once: here, or as the thread that is inside leaves.
@@ -236,7 +240,7 @@ class Lifecycle:
                 "that goes on, or close()"
             )
 
-    def settle(self, operation: str, error: BaseException, lease: Lease[Held], launched: Callable[[], bool]) -> None:
+    def settle(self, operation: str, error: BaseException, lease: Lease[HeldTransport], launched: Callable[[], bool]) -> None:
         """Called as `error` leaves `operation`: see `Workspace.settle_failure`. Where another thread has closed or broken the
         workspace meanwhile, raises that in the place of what a library says whose connections are gone."""
         if isinstance(error, PeerError):

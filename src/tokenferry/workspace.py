@@ -60,7 +60,7 @@ class Workspace(GraphCalls):
         max_ctas: bound on the thread blocks of a kernel, for workspaces that share a GPU; None: chosen from shape and group.
         result_dtype: of combined rows. Default: `config.dtype`; float32 leaves the sums as they are, for a caller who adds to
             them before they are rounded.
-        telemetry: whether waits, rows and loads are counted, on CPUs: see `telemetry`. None: as TOKENFERRY_TELEMETRY says.
+        telemetry: whether waits, rows and loads are counted: see `telemetry`. None: as TOKENFERRY_TELEMETRY says.
             Without it the kernels have none of it compiled in. Ranks may differ.
 
     Raises:
@@ -89,7 +89,7 @@ class Workspace(GraphCalls):
         telemetry: bool | None = None,
     ) -> None:
         check_kinds(config, group)
-        self._with_telemetry = wants_telemetry(telemetry, group.device)
+        self._with_telemetry = wants_telemetry(telemetry)
         super().__init__()
         self._settings = TransportSettings(
             config=config,

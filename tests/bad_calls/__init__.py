@@ -1,6 +1,6 @@
 """The table of wrong calls, by subject, and the scenes in which they are made. See test_bad_input.py."""
 
-from bad_calls import arguments, groups, layer, opening, order, partial_rows
+from bad_calls import arguments, formats, groups, layer, opening, order, partial_rows
 from bad_calls.order import CALLS
 from bad_calls.scene import CONFIG, STAGES, C, Counted, Scene, T, Wrong, finish, open_workspace, play, same
 
@@ -27,6 +27,7 @@ EVERY: list[Wrong] = [
     *order.TABLE,
     *partial_rows.TABLE,
     *opening.TABLE,
+    *formats.TABLE,
     *groups.TABLE,
     *layer.TABLE,
 ]

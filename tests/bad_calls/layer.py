@@ -1,11 +1,15 @@
 """Wrong routers, experts and layers, and wrong rows for them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+import tokenferry as tf
 from bad_calls.scene import (
+    CONFIG,
+    C,
     CapacityError,
     ConfigError,
     DeviceError,
@@ -20,6 +24,7 @@ from bad_calls.scene import (
     Table,
     UsageError,
 )
+from tokenferry.dispatched import FLOAT8, QuantizedRows
 from tokenferry.experts import Experts, ExpertsConfig
 from tokenferry.layer import MoELayer
 from tokenferry.router import Router, RouterConfig, route
@@ -34,6 +39,22 @@ ROUTER = Router(RouterConfig(hidden_size=H, num_experts=E, topk=K), dtype=torch.
 EXPERTS = Experts(ExpertsConfig(hidden_size=H, intermediate_size=16, num_experts=E), range(E), dtype=torch.float32)
 SHARED = SharedExperts(SharedExpertsConfig(hidden_size=H, intermediate_size=16), dtype=torch.float32)
 PART_SIZES = {"a-string": "8", "None": None, "a-float": 8.0, "a-bool": True, "zero": 0}
+
+
+ON_GATHERED = (
+    "experts-on-quantized-rows-without-scales",
+    "experts-on-values-alone",
+    "experts-on-bytes",
+    "experts-into-float8-without-scales",
+    "experts-into-rows-of-too-many-scales",
+)
+"""Wrong calls that come when a dispatch has returned."""
+
+
+def layer_on(config: tf.MoEConfig = CONFIG, **settings: Any) -> MoELayer:
+    """On a workspace of its own."""
+    with tf.Workspace(config, tf.EPGroup(device="cpu"), max_tokens_per_rank=C, transport="local", **settings) as ws:
+        return MoELayer(ws, ROUTER, EXPERTS)
 
 
 def layer(scene: Scene, **changed: Any) -> MoELayer:
@@ -91,7 +112,25 @@ PARTS: dict[str, tuple[Callable[[Scene], Any], type[Exception], str]] = {
     "layer-on-meta": (lambda s: layer(s)(torch.zeros(T, H, device="meta")), DeviceError, "hidden is on meta but the work"),
     "layer-on-sparse-rows": (lambda s: layer(s)(torch.zeros(T, H).to_sparse()), LayoutError, r"call .to_dense\(\)"),
     "layer-on-bfloat16": (lambda s: layer(s)(torch.zeros(T, H).bfloat16()), DtypeError, "the workspace moves torch.float32"),
+    "layer-on-quantized-rows": (
+        lambda s: layer(s)(QuantizedRows(torch.zeros(T, H).to(FLOAT8), torch.ones(T, 1))), UsageError, "got QuantizedRows"),
+    "layer-of-bytes": (lambda s: layer_on(dispatch_format="bytes"), ConfigError, "has dispatch_format 'bytes'; call the"),
+    "layer-of-bfloat16-rows": (
+        lambda s: layer_on(replace(CONFIG, dtype=torch.bfloat16)), ConfigError, "experts dtype is torch.float32 but work"),
+    "experts-on-quantized-rows-without-scales": (
+        lambda s: EXPERTS(replace(s.got, hidden=QuantizedRows(torch.zeros(T, H).to(FLOAT8), torch.ones(T, 0)))),
+        ShapeError, r"hidden.scales must be \[3, 1\]"),
+    "experts-on-values-alone": (
+        lambda s: EXPERTS(replace(s.got, hidden=torch.zeros(T, H).to(FLOAT8))), DtypeError, "hidden is torch.float8_e4m3fn but"),
+    "experts-on-bytes": (
+        lambda s: EXPERTS(replace(s.got, hidden=torch.zeros(T, H, dtype=torch.uint8))), DtypeError, "hidden is torch.uint8 but"),
+    "experts-into-float8-without-scales": (
+        lambda s: EXPERTS(s.got, torch.zeros(T, H).to(FLOAT8)), DtypeError, "out must be .*, or QuantizedRows, got torch.float8"),
+    "experts-into-rows-of-too-many-scales": (
+        lambda s: EXPERTS(s.got, QuantizedRows(torch.zeros(T, H).to(FLOAT8), torch.ones(T, 2))),
+        ShapeError, r"out.scales must be \[3, 1\] for values \[3, 8\], got \[3, 2\]"),
+    "experts-quantized-in-float32": (lambda s: EXPERTS.quantize(), DtypeError, "quantize takes bfloat16 or float16 experts once"),
     "layer-on-too-many-rows": (lambda s: layer(s)(torch.zeros(T + 1, H)), CapacityError, "4 rows but begin_step announced 3"),
 }  # fmt: skip
 for label, (call, error, said) in PARTS.items():
-    add(label, "stepped", error, said, call)
+    add(label, "dispatched" if label in ON_GATHERED else "stepped", error, said, call)

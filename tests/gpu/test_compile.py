@@ -1,5 +1,7 @@
 """`torch.compile(fullgraph=True)` by inductor on GPUs: symmetric memory on one and two GPUs, local and collective beside it."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,18 +21,20 @@ def inputs(rows: int, seed: int, device: torch.device) -> tuple[torch.Tensor, to
     return hidden.to(device), topk_idx.to(device), torch.rand(rows, 2, generator=generator).to(device)
 
 
-def compiled_as_eager(group: tf.EPGroup, transport: str, counts: str) -> int:
+def compiled_as_eager(group: tf.EPGroup, transport: str, counts: str, formats: dict[str, Any] | None = None) -> int:
     """Compares compiled with eager calls; returns how many comparisons there were."""
     torch._dynamo.config.capture_dynamic_output_shape_ops = True  # for the collective transport with uneven counts alone
-    with tf.Workspace(CONFIG, group, max_tokens_per_rank=CAPACITY, transport=transport, counts=counts) as ws, torch.no_grad():
-        layers = [ws.dispatcher() for _ in range(NUM_LAYERS)]
+    settings = {"max_tokens_per_rank": CAPACITY, "transport": transport, "counts": counts, **(formats or {})}
+    with tf.Workspace(CONFIG, group, **settings) as ws, torch.no_grad():
+        layers, is_quantized = [ws.dispatcher() for _ in range(NUM_LAYERS)], ws.dispatch_format.is_quantized
 
         def forward(hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
             ws.begin_step(hidden.shape[0])
             for layer in layers:
                 got = layer.dispatch(hidden, topk_idx, topk_weights)
                 routed = (got.topk_idx >= 0).sum(dim=1, keepdim=True)
-                hidden = layer.combine(torch.relu(got.hidden) * routed.to(torch.bfloat16), got)
+                rows = got.hidden.dequantize(torch.bfloat16) if is_quantized else got.hidden
+                hidden = layer.combine(torch.relu(rows) * routed.to(torch.bfloat16), got)
             return hidden
 
         compiled = torch.compile(forward, fullgraph=True)
@@ -51,6 +55,14 @@ def compiled_as_eager(group: tf.EPGroup, transport: str, counts: str) -> int:
 @pytest.mark.parametrize(("transport", "counts"), [("p2p", "uneven"), ("collective", "equal"), ("collective", "uneven")])
 def test_two_gpus(on_ranks: RankPools, transport: str, counts: str) -> None:
     assert on_ranks(compiled_as_eager, 2, transport, counts, backend="nccl", timeout_s=250) == [4, 4]
+
+
+@pytest.mark.gpu(count=2)
+@pytest.mark.parametrize(
+    "formats", [{"dispatch_format": "fp8_block128"}, {"combine_dtype": torch.float8_e4m3fn}], ids=["rows", "terms"]
+)
+def test_two_gpus_in_other_formats(on_ranks: RankPools, formats: dict[str, Any]) -> None:
+    assert on_ranks(compiled_as_eager, 2, "p2p", "uneven", formats, backend="nccl", timeout_s=250) == [4, 4]
 
 
 @pytest.mark.gpu(count=1)

@@ -106,6 +106,16 @@ def test_batch_invariant_rows_do_not_depend_on_how_many_there_are() -> None:
         assert same_bits(packed(alone)[:count], whole[:count]), count
 
 
+@pytest.mark.parametrize("valid", [1, 20, 120, 700], ids="{} rows".format)
+@pytest.mark.parametrize("name", CASES)
+def test_every_cut_gives_the_same_bits(name: str, valid: int) -> None:
+    """Tiles for few rows, which a warp multiplies alone, for many and for the most, beside the one of batch-invariant experts."""
+    chosen, _, _ = pair(CASES[name], device="cuda")
+    one, _, _ = pair(CASES[name], device="cuda", batch_invariant=True)
+    rows = rows_of(chosen, valid)
+    assert same_bits(chosen(rows)[:valid], one(rows)[:valid])
+
+
 def test_float8_rows_become_bfloat16_on_their_way_in() -> None:
     packed, _, _ = pair(CASES["gpt-oss"], device="cuda")
     rows = rows_of(packed, 700)

@@ -16,9 +16,9 @@ def test_every_row_of_random_steps_is_right_eager_and_in_graphs(world_size: int)
 
 @pytest.mark.timeout(240)
 @pytest.mark.gpu(count=2)
-@pytest.mark.parametrize("dispatch_format", ["fp8_block128", "bytes"])
-def test_every_row_of_other_formats_is_right_eager_and_in_graphs(dispatch_format: str) -> None:
-    reports = run(Plan("gpu", 10, seed=2, ranks=2, dispatch_format=dispatch_format))
+@pytest.mark.parametrize(("dispatch_format", "combine"), [("fp8_block128", "fp8"), ("bytes", "same"), ("same", "fp8")])
+def test_every_row_of_other_formats_is_right_eager_and_in_graphs(dispatch_format: str, combine: str) -> None:
+    reports = run(Plan("gpu", 10, seed=2, ranks=2, dispatch_format=dispatch_format, combine=combine))
     assert all(report.graph >= 1_000 and report.eager > 0 for report in reports)
 
 

@@ -1,5 +1,7 @@
 """Telemetry on GPUs: a delayed rank over peer memory and over NCCL, in bulk rounds too, and in replayed graphs."""
 
+import contextlib
+import threading
 import time
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 
 import telemetry_work as work
 import tokenferry as tf
-from faults import CONFIG
+from faults import CONFIG, one_step
 from rank_pool import RankPools
 from tokenferry.graph_capture import captured
 from tokenferry.testing.ranks import run_virtual
@@ -102,3 +104,56 @@ def test_of_four_ranks_the_late_one_is_found(on_ranks: RankPools) -> None:
     for rank in (0, 1, 3):
         others = [wait for source, wait in enumerate(seen[rank][0]["waited_ns"]) if source not in (rank, 2)]
         assert max(others) < seen[rank][0]["waited_ns"][2] / 3
+
+
+@two_gpus
+def test_float8_terms_are_waited_for_by_source(on_ranks: RankPools) -> None:
+    work.check_float8_terms_delayed(on_ranks(work.float8_terms_delayed, 2, 1, backend="nccl", timeout_s=90), 1)
+
+
+@two_gpus
+@pytest.mark.parametrize("as_graph", [False, True], ids=["eager", "graph"])
+def test_our_own_experts_count_their_rows(on_ranks: RankPools, as_graph: bool) -> None:
+    seen = on_ranks(work.loads_of_own_experts, 2, "p2p", as_graph, backend="nccl", timeout_s=90)
+    work.check_loads_of_own_experts(seen)
+
+
+def read_by_another_thread(group: tf.EPGroup) -> int:
+    """Steps, then closing and a reset's closing, while a thread reads without a pause. How many snapshots it got."""
+    taken, is_over = [0], threading.Event()
+
+    def read(ws: tf.Workspace) -> None:
+        while not is_over.is_set():
+            with contextlib.suppress(tf.StateError):  # the moment in which it is closed
+                ws.telemetry.snapshot()
+                taken[0] += 1
+
+    for again in range(4):
+        is_over.clear()
+        with work.opened(group, "p2p", telemetry=True) as ws:
+            thread = threading.Thread(target=read, args=(ws,))
+            thread.start()
+            dispatchers = [ws.dispatcher()]
+            for step in range(20):
+                assert one_step(ws, dispatchers, step)
+            if again % 2:
+                ws.reset()
+                assert one_step(ws, dispatchers, 0)
+        is_over.set()
+        thread.join()
+    return taken[0]
+
+
+@two_gpus
+def test_a_thread_may_read_while_the_workspace_closes(on_ranks: RankPools) -> None:
+    assert min(on_ranks(read_by_another_thread, 2, backend="nccl", timeout_s=90)) > 20
+
+
+def virtual_float8(group: tf.EPGroup) -> list[dict[str, Any]]:
+    return run_virtual(work.float8_terms_delayed, 4, 2, device=group.device)
+
+
+@one_gpu
+def test_of_four_ranks_float8_terms_are_waited_for_by_source(on_ranks: RankPools) -> None:
+    seen = on_ranks(virtual_float8, 1, backend="nccl", timeout_s=90, env=VIRTUAL)[0]
+    work.check_float8_terms_delayed(seen, 2)

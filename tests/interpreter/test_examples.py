@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 import tokenferry as tf
-from tokenferry.kernels import dispatch, routing_packets, term_rows, wire
+from tokenferry.kernels import routing_packets, shares, term_rows, wire
 from tokenferry.kernels.control_block import Record
 from tokenferry.testing import run_ranks
 
@@ -135,7 +135,7 @@ def test_abort_kernel_leaves_an_earlier_record(by_kernel: bool) -> None:
 
 @triton.jit
 def share(begin, blocks, programs, out):
-    tl.store(out.to(tl.int64).to(tl.pointer_type(tl.int32)), dispatch.next_share(begin, blocks, programs))
+    tl.store(out.to(tl.int64).to(tl.pointer_type(tl.int32)), shares.next_share(begin, blocks, programs))
 
 
 def share_example(group: tf.EPGroup) -> list[int]:

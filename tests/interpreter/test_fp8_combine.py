@@ -13,7 +13,7 @@ from cases import Case, run_case
 from formats import FLOAT8, FP8_COMBINE, plain
 from rank_pool import RankPools
 from tokenferry.dispatched import QuantizedRows
-from tokenferry.kernels import fp8_terms, wire_float8
+from tokenferry.kernels import fp8_rows, wire_float8
 from tokenferry.testing import run_ranks
 
 from .test_few_tokens import FewTokensOnly
@@ -62,6 +62,45 @@ MIXED = {
 def test_slots_and_bulk_in_turn(on_ranks: RankPools, name: str, world_size: int) -> None:
     case = slots_and_bulk(world_size, **MIXED[name])
     assert on_ranks(run_case, world_size, case, env=INTERPRETER) == [sum(step.layers for step in case.steps)] * world_size
+
+
+@pytest.mark.parametrize("world_size", [2, 3], ids=["EP2", "EP3"])
+def test_terms_that_are_copied_while_others_are_fetched(on_ranks: RankPools, world_size: int) -> None:
+    """A program has 256 threads here: 40 rows of H 640 are 10 rounds, of which 4 are copied before the first is fetched."""
+    uneven = (40, 3, 11)[:world_size]
+    steps = (
+        plain((40,) * world_size),
+        plain(uneven[::-1], layers=2),
+        plain(uneven, partial_dtype=torch.float32),
+        plain((23,) * world_size, quantized_terms=True),
+        plain(uneven, quantized_terms=True, own_buffer=True),
+        plain((40, 40, 0)[:world_size], halves=True),
+    )
+    case = Case(hidden_size=640, combine_dtype=FLOAT8, capacity=40, transport=SmallSlots(), steps=steps)
+    assert on_ranks(run_case, world_size, case, env=INTERPRETER) == [sum(step.layers for step in steps)] * world_size
+
+
+def in_turn_or_not(group: tf.EPGroup) -> list[float]:
+    """Rank 0's terms lie in place, all at once; rank 1's are copied in turn. Then the other way about."""
+    config = tf.MoEConfig(hidden_size=640, num_experts=4, topk=2)
+    found = []
+    with tf.Workspace(config, group, max_tokens_per_rank=40, transport=SmallSlots(), combine_dtype=FLOAT8) as ws:
+        layer, rows = ws.dispatcher(), torch.zeros(40, 640, dtype=torch.bfloat16)
+        for turn in range(4):
+            ws.begin_step(40)
+            got = layer.dispatch(rows, torch.zeros(40, 2, dtype=torch.int32), torch.ones(40, 2))
+            terms = layer.combine_input()
+            terms.values.copy_(torch.ones(80, 640).to(FLOAT8))
+            terms.scales.fill_(turn + 1.0)
+            if (group.rank + turn) % 2:
+                found += layer.combine(torch.full((80, 640), turn + 1.0), got).unique().tolist()
+            else:
+                found += layer.combine(terms, got).unique().tolist()
+    return found
+
+
+def test_ranks_may_differ_in_whether_they_copy_terms(on_ranks: RankPools) -> None:
+    assert on_ranks(in_turn_or_not, 2, env=INTERPRETER) == [[2.0, 4.0, 6.0, 8.0]] * 2
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long)], ids=["EP2", "EP3"])
@@ -165,7 +204,7 @@ def test_scales_of_other_memory_are_not_taken_for_those_in_place(on_ranks: RankP
 @triton.jit
 def places_and_numbers(words, out, numbers, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
-    row, column = fp8_terms.place(lanes, 272)
+    row, column = fp8_rows.place(lanes, 272)
     tl.store(out + lanes * 2, row)
     tl.store(out + lanes * 2 + 1, column)
     a, b, c, d = wire_float8.unpack_float8(tl.load(words + lanes).to(tl.uint32, bitcast=True))

@@ -12,7 +12,7 @@ from mxfp4_experts import CASES, moved, pair
 from test_experts import LOCAL
 from tokenferry.experts import ExpertScratch, mxfp4, triton_path
 from tokenferry.experts.plan import Plan, Tiles
-from tokenferry.kernels import expert_mxfp4
+from tokenferry.kernels import expert_mxfp4, expert_mxfp4_tiles
 from tokenferry.testing import run_ranks
 from tokenferry.testing.numeric import first_difference, same_bits
 
@@ -23,13 +23,13 @@ INTERPRETER = {"TRITON_INTERPRET": "1"}
 
 @triton.jit
 def store_tile(words, scales, out, D: tl.constexpr, N: tl.constexpr, BD: tl.constexpr):
-    DEPTH_BLOCKS: tl.constexpr = (D + expert_mxfp4.BLOCK - 1) // expert_mxfp4.BLOCK
+    DEPTH_BLOCKS: tl.constexpr = (D + expert_mxfp4_tiles.BLOCK - 1) // expert_mxfp4_tiles.BLOCK
     block = tl.arange(0, N // 64)[:, None, None] * DEPTH_BLOCKS
     word = words + block * 512 + tl.arange(0, 512)[None, None, :]
     scale = scales + block * 32 + tl.arange(0, 32)[None, None, :]
     depth = tl.arange(0, BD)
     for d in range(0, D, BD):
-        tile = expert_mxfp4.unpacked_tile(word, scale, d, DEPTH_BLOCKS, N, BD)
+        tile = expert_mxfp4_tiles.unpacked_tile(word, scale, d, DEPTH_BLOCKS, N, BD)
         tl.store(out + tl.arange(0, N)[:, None] * 256 + d + depth[None, :], tile.to(tl.float32))
 
 
@@ -58,9 +58,20 @@ def tiles(**changes) -> Tiles:
     return Tiles(**{**common, **changes})
 
 
+def by_warps(**changes) -> Tiles:
+    return tiles(**{"rows": 8, "rows_few": 4, "columns": 32, "num_warps": 1, "num_stages": 2, "by_warp": True, **changes})
+
+
 PLANS = {
     "default": None,
     "two cuts": Plan(up=(tiles(min_rows=7), tiles(max_rows=6)), down=(tiles(max_rows=6), tiles(min_rows=7))),
+    "by warps": Plan(up=(by_warps(columns=16),), down=(by_warps(columns=32),)),
+    "by warps, second of a product": Plan(
+        up=(tiles(min_rows=7), by_warps(max_rows=6)), down=(tiles(min_rows=7), by_warps(max_rows=6))
+    ),
+    "wide tiles": Plan(
+        up=(tiles(rows=8, rows_wide=16, wide_from=8),), down=(tiles(rows=4, rows_few=2, rows_wide=8, wide_from=5),)
+    ),
     "wide and deep": Plan(up=(tiles(columns=128, depth=128),), down=(tiles(columns=128, depth=128),)),
 }
 
@@ -135,7 +146,8 @@ def gemm_example(group: tf.EPGroup) -> list[list[float]]:
         expert_mxfp4.expert_mxfp4_kernel[(1,)](
             source, counts, 0, words, factors, counts, out, counts, counts, offsets, pairs, 0, 0.0, 0.0, L=2, K=1, DEPTH=2,
             WIDTH=2, IS_FIRST_PRODUCT=first, GATED=False, INTERLEAVED=False, ACTIVATION="none", BIAS=False, GATHERED=False,
-            MIN_ROWS=1, MAX_ROWS=0, BM_FEW=16, BM=16, BN=64, BD=64, LANES=2, UPCAST=True, OVERLAPS=False, PDL=0,
+            MIN_ROWS=1, MAX_ROWS=0, BM_FEW=16, BM=16, BM_WIDE=0, WIDE_FROM=0, BN=64, BD=64, UNROLL=0, LANES=2, UPCAST=True,
+            OVERLAPS=False, PDL=0,
         )  # fmt: skip
         results.append(out.tolist())
         source = out

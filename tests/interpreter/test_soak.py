@@ -14,6 +14,10 @@ pytestmark = pytest.mark.interpreter
 WHAT = ("hidden", "topk_idx", "topk_weights", "combined")
 
 
+OTHERS = [("fp8_block128", "same"), ("bytes", "same"), ("same", "fp8"), ("fp8_block128", "fp8"), ("bytes", "fp8")]
+"""Formats of rows, and of terms."""
+
+
 def long(seconds: float, ranks: int) -> Any:
     return pytest.param(seconds, ranks, marks=[pytest.mark.long, pytest.mark.timeout(seconds + 300)])
 
@@ -28,9 +32,9 @@ def test_every_row_of_random_steps_is_right_and_memory_stays(seconds: float, ran
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("dispatch_format", ["fp8_block128", "bytes"])
-def test_every_row_of_other_formats_is_right(dispatch_format: str) -> None:
-    reports = run(Plan("interpreter", 30, seed=2, ranks=2, dispatch_format=dispatch_format))
+@pytest.mark.parametrize(("dispatch_format", "combine"), OTHERS)
+def test_every_row_of_other_formats_is_right(dispatch_format: str, combine: str) -> None:
+    reports = run(Plan("interpreter", 30, seed=2, ranks=2, dispatch_format=dispatch_format, combine=combine))
     assert all(report.steps >= 10 for report in reports)
 
 

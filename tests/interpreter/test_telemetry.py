@@ -13,14 +13,14 @@ pytestmark = pytest.mark.interpreter
 @pytest.mark.alone
 @pytest.mark.parametrize("within", [False, True], ids=["entering", "within"])
 def test_a_delayed_rank_is_found_by_its_waits(within: bool) -> None:
-    delay_s = 0.5 if within else work.DELAY_S  # what an interpreted rank does before its combine may take 50 ms itself
+    delay_s = 0.5 if within else 0.2  # what an interpreted rank does before its combine may take 50 ms itself
     seen = run_ranks(work.delayed, 2, "p2p", 1, within, delay_s, env=INTERPRETER)
     work.check_delayed(seen, 1, within, delay_s)
 
 
 @pytest.mark.alone
 def test_of_three_ranks_the_late_one_is_found() -> None:
-    work.check_delayed(run_ranks(work.delayed, 3, "p2p", 0, False, env=INTERPRETER), 0, within=False)
+    work.check_delayed(run_ranks(work.delayed, 3, "p2p", 0, False, 0.2, env=INTERPRETER), 0, within=False, delay_s=0.2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -37,3 +37,15 @@ def test_the_error_of_a_late_rank_says_who_was_late_before() -> None:
     _, reading, num_steps = run_ranks(work.error_of_a_late_rank, 2, "p2p", env=INTERPRETER)[0]
     assert reading.startswith("rank 1 was last to enter in")
     assert num_steps >= 3
+
+
+@pytest.mark.alone
+def test_float8_terms_are_waited_for_by_source() -> None:
+    delay_s = 0.5  # what an interpreted rank does before its combine may take 50 ms itself
+    seen = run_ranks(work.float8_terms_delayed, 3, 2, "p2p", delay_s, env=INTERPRETER)
+    work.check_float8_terms_delayed(seen, 2, delay_s)
+
+
+@pytest.mark.parametrize(("transport", "world_size"), [("local", 1), ("p2p", 2), ("collective", 2)])
+def test_our_own_experts_count_their_rows(transport: str, world_size: int) -> None:
+    work.check_loads_of_own_experts(run_ranks(work.loads_of_own_experts, world_size, transport, env=INTERPRETER))

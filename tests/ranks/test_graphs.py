@@ -31,6 +31,8 @@ SETUPS = [
     Setup(draft="step"),
     Setup(dispatch_format="fp8_block128", shared=True, draft="rows"),
     Setup(dispatch_format="fp8_block128", dtype=torch.bfloat16, float8=True, shared=True, overlap="between"),
+    Setup(float8_terms=True, shared=True, latent=True, draft="rows"),
+    Setup(dispatch_format="fp8_block128", dtype=torch.bfloat16, float8=True, float8_terms=True, counts="equal"),
 ]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokenferry.testing import run_ranks
-from vllm_quantized_work import run_quantized
+from vllm_quantized_work import run_float8_terms, run_quantized
 from vllm_work import (
     run_a_release_that_copies_sums,
     run_against_plain_gathers,
@@ -89,6 +89,12 @@ def test_quantized_rows_and_their_scales_arrive_unchanged(name: str, row_format:
 def test_quantized_rows_on_the_symmetric_kernels(name: str) -> None:
     outcomes = run_ranks(run_quantized, 2, "p2p", name, False, env={"TRITON_INTERPRET": "1"}, timeout_s=180.0)
     assert [outcome[0] for outcome in outcomes] == ["p2p", "p2p"]
+
+
+@pytest.mark.parametrize("transport", ["collective", pytest.param("p2p", marks=pytest.mark.interpreter)])
+def test_terms_travel_as_float8_where_the_settings_say_so(transport: str) -> None:
+    env = {"TRITON_INTERPRET": "1"} if transport == "p2p" else {}
+    assert run_ranks(run_float8_terms, 2, transport, env=env, timeout_s=180.0) == [(transport, "torch.float8_e4m3fn")] * 2
 
 
 def test_a_draft_models_forwards_are_steps_of_their_own() -> None:

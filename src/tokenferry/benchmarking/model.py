@@ -168,9 +168,10 @@ class Run:
         try:
             if not self._is_late():
                 self.timer.say(f"{part.config}, {part.way}: loading")
-                start_s = time.time()
+                start_s, held_before = time.time(), _held_gb(self.group)
                 with way.open(self.group, part.values, request) as model:
-                    yield {"loaded_s": round(self.timer.slowest(time.time() - start_s), 1)} | transport_of(model)
+                    loaded_s = round(self.timer.slowest(time.time() - start_s), 1)
+                    yield {"loaded_s": loaded_s} | self._memory(held_before) | transport_of(model)
                     scene = Scene(self.timer, model, part.values, request, way.replicates)
                     while remaining and not self._is_late():
                         mode, point = remaining[0]
@@ -191,6 +192,15 @@ class Run:
         if remaining:
             yield {"left_out": [[mode, point.batch, point.prompt] for mode, point in remaining], "reason": reason}
 
+    def _memory(self, held_before_gb: float) -> Record:
+        """GB (10^9 bytes) that a model took on the fullest GPU, with all that it works in, and the most while it loaded."""
+        if self.group.device.type != "cuda":
+            return {}
+        peak = torch.cuda.max_memory_allocated(self.group.device) / 1e9
+        held = _held_gb(self.group)
+        figures = {"held_gb": held - held_before_gb, "loading_peak_gb": peak - held_before_gb}
+        return {name: round(self.timer.slowest(figure), 2) for name, figure in figures.items()}
+
     def _record(self, part: Part, mode: str, point: ModelPoint, found: Measured) -> Record:
         is_reference = part.way == "plain" and point not in self._plain_tokens
         if is_reference:
@@ -201,6 +211,14 @@ class Run:
         if found.tokens and expected is not None and not is_reference:
             record |= agreement(self.timer, found.tokens, expected)
         return record
+
+
+def _held_gb(group: EPGroup) -> float:
+    """What is allocated now; the most begins anew from here."""
+    if group.device.type != "cuda":
+        return 0.0
+    torch.cuda.reset_peak_memory_stats(group.device)
+    return torch.cuda.memory_allocated(group.device) / 1e9
 
 
 def _first_line(error: BaseException) -> str:

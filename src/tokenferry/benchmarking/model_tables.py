@@ -15,12 +15,12 @@ def model_table(records: Sequence[Mapping[str, Any]]) -> str:
     `step/layer` and `host/layer` are microseconds; the last column is the share of tokens that are the plain model's.
     """
     heading = (
-        f"{'configuration':<18}{'batch':>6}{'prompt':>7}  {'way':<13}{'mode':<16}"
+        f"{'configuration':<20}{'batch':>6}{'prompt':>7}  {'way':<13}{'mode':<16}"
         + "".join(f"{name.removesuffix('_ms').removesuffix('_s'):>11}" for name in COLUMNS)
         + f"{'step/layer':>12}{'host/layer':>12}  agreement"
     )
     measured = sorted((record for record in records if "mode" in record), key=_place(records))
-    others = [record for record in records if "mode" not in record and "loaded_s" not in record]
+    others = [record for record in records if "mode" not in record and ("loaded_s" not in record or "held_gb" in record)]
     return "\n".join([heading, *map(_line, measured), *map(_remark, others)])
 
 
@@ -35,7 +35,7 @@ def _point(record: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    named = f"{record['config']:<18}{record['batch']:>6}{record['prompt']:>7}  {record['way']:<13}{record['mode']:<16}"
+    named = f"{record['config']:<20}{record['batch']:>6}{record['prompt']:>7}  {record['way']:<13}{record['mode']:<16}"
     figures = "".join(f"{shown(record.get(name)):>11}" for name in COLUMNS)
     by_layer = "".join(f"{shown(per_layer_us(record, name)):>12}" for name in ("step_ms", "host_ms"))
     return f"{named}{figures}{by_layer}  {record.get('agreement', '-')}"
@@ -49,6 +49,8 @@ def _remark(record: Mapping[str, Any]) -> str:
     where = f"{record['config']}, {record['way']}"
     if "error" in record:
         return f"{where}: {record['error']}"
+    if "held_gb" in record:
+        return f"{where}: {record['held_gb']} GB on each GPU, {record['loading_peak_gb']} at most while loading"
     word = "not run" if "not_run" in record else "left out"
     left = ", ".join(f"{mode} at {batch} x {prompt}" for mode, batch, prompt in record[word.replace(" ", "_")])
     return f"{where}: {word} {left}: {record['reason']}"

@@ -106,8 +106,10 @@ def unmodified(group: EPGroup, config: Any, dtype: torch.dtype, **settings: Any)
     from transformers import AutoModelForCausalLM
 
     from tokenferry.integrations.transformers import LOCAL_EXPERTS, random_state, register
+    from tokenferry.integrations.transformers.packed_experts import unpacking
 
     register()
+    settings |= unpacking(getattr(config, "quantization_config", None))
     if "distributed_config" not in settings and group.device.type == "cuda":
         settings["device_map"] = {"": group.device}
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]

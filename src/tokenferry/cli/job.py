@@ -20,6 +20,7 @@ class Job:
         seed: for random weights. Decoding is greedy and needs none.
         exact: whether experts are called once for each rank that the rows come from; see `from_pretrained`.
         dispatch_format: of the rows on their way to the experts; see `from_pretrained`.
+        combine_dtype: name of the torch dtype of partial rows on their way back; see `from_pretrained`.
         keep_logits: whether answers carry the logits of every new token.
         telemetry: whether ranks count what they wait for, and tell it.
     """
@@ -33,9 +34,15 @@ class Job:
     seed: int = 0
     exact: bool = False
     dispatch_format: str = "same"
+    combine_dtype: str = "float32"
     keep_logits: bool = False
     timeout_s: float = 120.0
     telemetry: bool = False
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether rows are rounded on their way, so that tokens may differ from the unmodified model's."""
+        return self.dispatch_format != "same" or self.combine_dtype != "float32"
 
 
 @dataclass(frozen=True, kw_only=True)

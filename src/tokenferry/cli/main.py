@@ -102,6 +102,7 @@ def verify(
     json: options.Json = False,
     exact: options.Exact = False,
     dispatch_format: options.DispatchFormat = "same",
+    combine_dtype: options.CombineDtype = "float32",
 ) -> None:
     """Generate, and compare every token with the unmodified model in one process. Exit code 0: all equal, 1: not."""
     with one_line_errors():
@@ -110,7 +111,7 @@ def verify(
             from tokenferry.cli.request import request_of
 
         given = (ranks, model, prompts, max_new_tokens, dtype, device, transport, seed, json, exact)
-        request = request_of("verify", *given, dispatch_format=dispatch_format)
+        request = request_of("verify", *given, dispatch_format=dispatch_format, combine_dtype=combine_dtype)
         raise typer.Exit(run.verify(request))
 
 

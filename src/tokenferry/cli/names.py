@@ -11,7 +11,7 @@ PRESETS: Final = ("qwen3-30b-a3b", "gpt-oss-20b", "gpt-oss-20b-mxfp4", "gpt-oss-
 """Of `benchmarking.presets`: one MoE layer each."""
 REHEARSAL_PRESETS: Final = ("tiny", "tiny-oss", "tiny-mxfp4", "tiny-v3")
 """The same, for CPUs."""
-MODEL_CONFIGS: Final = ("qwen3-30b-a3b", "gpt-oss-20b", "mixtral-8x7b")
+MODEL_CONFIGS: Final = ("qwen3-30b-a3b", "gpt-oss-20b", "gpt-oss-20b-mxfp4", "mixtral-8x7b")
 """Of `testing.model_configs`: whole models."""
 WAYS: Final = ("plain", "p2p", "transformers", "collective")
 """Of `benchmarking.model_request`: how `bench model` decodes."""

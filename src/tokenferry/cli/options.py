@@ -65,4 +65,10 @@ Exact = Annotated[bool, typer.Option("--exact", help="One expert call for each r
 DispatchFormat = Annotated[
     str, typer.Option("--dispatch-format", help="same, or fp8_block128: rows quantized on their way. Then tokens may differ.")
 ]
+CombineDtype = Annotated[
+    str,
+    typer.Option(
+        "--combine-dtype", help="Of partial sums: float32, bfloat16, float16 or float8_e4m3fn. Below float32 tokens may differ."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of texts and tables.")]

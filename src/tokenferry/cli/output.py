@@ -23,6 +23,7 @@ def as_json(command: str, job: Job, results: Sequence[RankResult], comparison: C
         "max_new_tokens": job.max_new_tokens,
         "exact": job.exact,
         "dispatch_format": job.dispatch_format,
+        "combine_dtype": job.combine_dtype,
         "ranks": [_rank(result) for result in results],
         "prompts": sorted((entry for result in results for entry in _answers(job, result)), key=lambda entry: entry["prompt_id"]),
     }

@@ -19,6 +19,7 @@ DTYPE: Final = torch.bfloat16
 NUM_EXPERTS_NAMES: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOPK_NAMES: Final = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "top_k_experts", "moe_k")
 EXPERT_SIZE_NAMES: Final = ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size")
+MXFP4_BITS: Final = 4.25
 TOKENS: Final = (1, 8, 32, 128, 512, 4096)
 
 READ_GB_PER_S: Final = 2960.5
@@ -55,7 +56,7 @@ EXCHANGES: Final[Mapping[str, ExchangeModel]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The MoE layers of a model. `num_layers` is None where only one layer is known."""
+    """The MoE layers of a model. `num_layers` is None where only one layer is known; `weight_bits`: of an expert's weight."""
 
     name: str
     hidden_size: int
@@ -63,6 +64,7 @@ class Shape:
     topk: int
     expert_size: int
     num_layers: int | None
+    weight_bits: float = 8 * DTYPE.itemsize
 
     @property
     def config(self) -> MoEConfig:
@@ -72,7 +74,7 @@ class Shape:
     @property
     def expert_bytes(self) -> int:
         """Of one gated expert: its gate, up and down projections."""
-        return 3 * self.hidden_size * self.expert_size * DTYPE.itemsize
+        return round(3 * self.hidden_size * self.expert_size * self.weight_bits / 8)
 
 
 def shape_of(spec: str) -> Shape:
@@ -98,6 +100,7 @@ def shape_of(spec: str) -> Shape:
         topk=_positive(values, spec, *TOPK_NAMES),
         expert_size=_positive(values, spec, *EXPERT_SIZE_NAMES),
         num_layers=num_moe_layers(values),
+        weight_bits=MXFP4_BITS if (values.get("quantization_config") or {}).get("quant_method") == "mxfp4" else Shape.weight_bits,
     )
 
 

@@ -57,11 +57,14 @@ def reference_answers(job: Job, num_ranks: int, num_threads: int, on_message: On
 def _reference_process(rank: int, world_size: int, store_path: str, job: Job, num_ranks: int, send: Send) -> list[Answer]:
     import transformers
 
+    from tokenferry.integrations.transformers.packed_experts import unpacking
+
     quiet_transformers()
     with model_folder(job, Path(store_path).parent) as folder:
         tokenizer = load_tokenizer(folder)
         token_ids = tokenize(tokenizer, job.prompts)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype(job))
+        quantization = getattr(transformers.AutoConfig.from_pretrained(folder), "quantization_config", None)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype(job), **unpacking(quantization))
     model.to(job.device)
     lengths = [len(ids) for ids in token_ids]
     send({"prompts": len(token_ids), "total": len(token_ids) * job.max_new_tokens})

@@ -27,6 +27,8 @@ from tokenferry.transports.selection import TRANSPORTS
 
 MODEL_FORMATS: Final = ("same", "fp8_block128")
 """In which hidden rows of a model travel."""
+COMBINE_DTYPES: Final = ("float32", "bfloat16", "float16", "float8_e4m3fn")
+"""In which partial rows of a model travel."""
 EXPERT_COUNTS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Names under which the configurations of model families hold the number of experts."""
 
@@ -111,6 +113,7 @@ def request_of(
     exact: bool = False,
     random_init: str | None = None,
     dispatch_format: str = "same",
+    combine_dtype: str = "float32",
 ) -> Request:
     """The options, checked, with their defaults found. Makes the demo checkpoint if need be.
 
@@ -123,6 +126,10 @@ def request_of(
         raise ConfigError(f"--dispatch-format must be one of {', '.join(MODEL_FORMATS)}, got {dispatch_format!r}")
     if exact and dispatch_format != "same":
         raise ConfigError(f"--exact and --dispatch-format {dispatch_format} exclude one another; leave one of them out")
+    if combine_dtype not in COMBINE_DTYPES:
+        raise ConfigError(f"--combine-dtype must be one of {', '.join(COMBINE_DTYPES)}, got {combine_dtype!r}")
+    if exact and combine_dtype != "float32":
+        raise ConfigError(f"--exact and --combine-dtype {combine_dtype} exclude one another; leave one of them out")
     if random_init is not None:
         if model != "demo":
             raise ConfigError(f"--random-init makes a model of its own, but --model is {model}; leave one of them out")
@@ -139,5 +146,6 @@ def request_of(
         seed=seed,
         exact=exact,
         dispatch_format=dispatch_format,
+        combine_dtype=combine_dtype,
     )
     return Request(command=command, job=job, num_ranks=num_ranks, place=place, as_json=as_json)

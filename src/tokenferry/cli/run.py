@@ -45,7 +45,7 @@ def verify(request: Request) -> int:
         return 0
     with progress(Console(stderr=True), ["unmodified model"]) as on_message:
         reference = reference_answers(request.job, len(results), results[0].num_threads, on_message)
-    comparison = compare(results, reference, is_lossy=request.job.dispatch_format != "same")
+    comparison = compare(results, reference, is_lossy=request.job.is_lossy)
     show(request, results, comparison)
     return 0 if comparison.passed else EXIT_DIFFERENT
 

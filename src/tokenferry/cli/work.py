@@ -57,6 +57,7 @@ def answer_as_rank(job: Job, group: EPGroup, send: Send, scratch: Path | None = 
             "dtype": torch_dtype(job),
             "exact": job.exact,
             "dispatch_format": job.dispatch_format,
+            "combine_dtype": getattr(torch, job.combine_dtype),
             "timeout_s": job.timeout_s,
         }
         if job.model.startswith(RANDOM):

@@ -13,9 +13,9 @@ import torch
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched, PartialRows
 from tokenferry.errors import ShapeError
-from tokenferry.experts.module import apply_experts
+from tokenferry.experts.apply import apply_checked
 from tokenferry.experts.scratch import ExpertScratch
-from tokenferry.experts.weights import ExpertWeights, check_operands
+from tokenferry.experts.weights import ExpertWeights, check_rows, check_weights
 
 
 class BorrowedExperts:
@@ -50,7 +50,8 @@ class BorrowedExperts:
         L, H, _ = weights.sizes
         if len(expert_range) != L:
             raise ShapeError(f"the weights are of {L} experts but expert_range is {expert_range}; give the range of these")
-        check_operands(torch.empty(0, H, dtype=dtype, device=weights.down_proj.device), weights, activation)
+        check_weights(weights, activation)
+        check_rows(torch.empty(0, H, dtype=dtype, device=weights.down_proj.device), weights)
         self.weights, self.expert_range, self.activation, self.dtype = weights, expert_range, activation, dtype
         self.batch_invariant = batch_invariant
         self.scratch: ExpertScratch | None = None
@@ -99,7 +100,7 @@ class BorrowedExperts:
     @torch.no_grad()
     def __call__(self, dispatched: Dispatched, out: PartialRows | None = None) -> Any:
         """`apply_experts` with these weights: [R, H] partial rows, in `out` if given."""
-        return apply_experts(
+        return apply_checked(
             dispatched,
             self.weights,
             self.expert_range.start,

@@ -1,111 +1,31 @@
-"""The routed experts of this rank as a module, and as a function of gathered rows.
+"""The routed experts of this rank as a module.
 
-Legend of shape suffixes: R gathered rows, K choices of a row, H hidden size, I intermediate size, N columns of the first product
-(2·I with a gate, else I), E experts of the group, L experts of this rank (`e` elsewhere).
+Legend of shape suffixes: R gathered rows, H hidden size, I intermediate size, N columns of the first product (2·I with a gate,
+else I), E experts of the group, L experts of this rank (`e` elsewhere).
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from tokenferry.activations import Activation
 from tokenferry.config import HIDDEN_DTYPES
-from tokenferry.dispatched import FLOAT8, Dispatched, PartialRows, QuantizedRows
+from tokenferry.dispatched import FLOAT8, Dispatched, PartialRows
 from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, StateError, check_kind
-from tokenferry.experts import mxfp4, torch_path
+from tokenferry.experts import mxfp4
+from tokenferry.experts.apply import apply_checked
 from tokenferry.experts.float8 import quantize_weights
 from tokenferry.experts.scratch import ExpertScratch
-from tokenferry.experts.weights import ExpertsConfig, ExpertWeights, check_operands, check_out
+from tokenferry.experts.weights import ExpertsConfig, ExpertWeights, check_weights
 from tokenferry.precision import KeepsPrecision, refuse_conversion
 from tokenferry.workspace import Workspace
 
 SCRATCH_NAME = "expert_scratch"
 """Under which the experts of a workspace keep what they share."""
-
-
-def apply_experts(
-    dispatched: Dispatched,
-    weights: ExpertWeights,
-    first_expert: int,
-    activation: Activation,
-    out: PartialRows | None = None,
-    *,
-    scratch: ExpertScratch | None = None,
-    batch_invariant: bool = False,
-    max_rows: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> Any:
-    """The weighted sum, for each gathered row, over this rank's experts.
-
-    Products are in the weights' dtype, the activation in float32 (rounded once), the sum over a row's K choices in float32, in
-    their order, rounded once to the dtype of `out`. A row without a local expert gives +0.0. Deterministic: no atomics. With
-    `scratch`, rows >= V are neither read nor written, whatever their ids.
-
-    Args:
-        dispatched: R rows; a choice counts if its id is in [first_expert, first_expert + L). Ids -1, other ranks' ids, and
-            so rows >= V, are left out, whatever their hidden values and weights are, NaNs included.
-        weights: of this rank's L experts.
-        first_expert: global number of the first of them.
-        activation: between the products.
-        out: [R, H] to write into, bfloat16, float16 or float32, or `QuantizedRows`, into which the sum's float32 numbers are
-            quantized as they are made; e.g. `dispatcher.combine_input()`. None: a new tensor in the dtype of `dispatched.hidden`.
-        scratch: working memory for the kernels of CUDA tensors; layers that never run at the same time share one. None: the
-            library's operators, which are slower and take temporary memory for R·K pairs.
-        batch_invariant: with `scratch`: a row's bits do not depend on how many other rows there are.
-        dtype: with `QuantizedRows`: of the rows between the products, and of a new `out`; of hidden rows otherwise. Default: the
-            weights', bfloat16 for float8 weights. float8 weights multiply `QuantizedRows` as they are, others what these stand
-            for, rounded to `dtype`.
-        max_rows: with `scratch`: a promise that no expert gets more rows (C·EP, if no row names an expert twice).
-
-    Returns:
-        `out`, [R, H].
-
-    Raises:
-        ShapeError, DtypeError, DeviceError: operands that do not fit one another; before anything is launched.
-    """
-    hidden_RH = dispatched.hidden
-    check_operands(hidden_RH, weights, activation)
-    is_quantized = isinstance(hidden_RH, QuantizedRows)
-    if not is_quantized:
-        dtype = hidden_RH.dtype
-    elif dtype is None:
-        dtype = torch.bfloat16 if weights.up_scale is not None else weights.up_proj.dtype
-    elif weights.is_packed and dtype != torch.bfloat16:
-        raise DtypeError(f"dtype is {dtype} but MXFP4 experts take rows as bfloat16, in which their weights are exact")
-    if out is None:
-        out = torch.empty(hidden_RH.shape, dtype=dtype, device=hidden_RH.device)
-    else:
-        check_out(out, hidden_RH)
-    if hidden_RH.shape[0] == 0:
-        return out
-    if scratch is not None:
-        if scratch.device != hidden_RH.device:
-            raise DeviceError(f"scratch is on {scratch.device} but hidden is on {hidden_RH.device}; make one there")
-        from tokenferry.experts import triton_path  # here: Triton is not everywhere
-
-        return triton_path.run(
-            dispatched,
-            weights,
-            first_expert,
-            activation,
-            out,
-            scratch,
-            batch_invariant=batch_invariant,
-            max_rows=max_rows,
-            dtype=dtype,
-        )
-    if is_quantized:
-        has_float8_weights = weights.up_scale is not None and not weights.is_packed
-        hidden_RH = hidden_RH.dequantize(torch.float32 if has_float8_weights else dtype)
-        dispatched = replace(dispatched, hidden=hidden_RH)
-    path = torch_path.choose_path(hidden_RH, weights)
-    return torch_path.run(path, dispatched, weights, first_expert, activation, out, dtype=dtype, is_rounded=is_quantized)
 
 
 class Experts(KeepsPrecision):
@@ -157,6 +77,8 @@ class Experts(KeepsPrecision):
         self.config, self.expert_range, self.batch_invariant = config, expert_range, batch_invariant
         self._hidden_dtype = dtype  # of hidden rows once the parameters are float8 or MXFP4
         self._packed_sizes: tuple[int, int] | None = None  # see ExpertWeights
+        self._known: ExpertWeights | None = None  # see `weights`
+        self._checked: ExpertWeights | None = None
         self.scratch: ExpertScratch | None = None
         """Memory and kernels on CUDA: the workspace's after `prepare`, else this module's own from its first call."""
         self._max_rows: int | None = None
@@ -188,24 +110,36 @@ class Experts(KeepsPrecision):
 
     @property
     def weights(self) -> ExpertWeights:
-        """The parameters, as `apply_experts` takes them."""
-        return ExpertWeights(
-            up_proj=self.up_proj,
-            down_proj=self.down_proj,
-            up_bias=self.up_bias,
-            down_bias=self.down_bias,
-            up_scale=self.up_scale,
-            down_scale=self.down_scale,
-            packed_sizes=self._packed_sizes,
-        )
+        """The parameters, as `apply_experts` takes them: the same object as long as they are the same tensors."""
+        # Not by the module's own attributes, which take ten times as long, and not anew each time: 10 microseconds of a call.
+        parts, scales, known = self._parameters, self._buffers, self._known
+        if (
+            known is None
+            or known.up_proj is not parts["up_proj"]
+            or known.down_proj is not parts["down_proj"]
+            or known.up_bias is not parts["up_bias"]
+            or known.down_bias is not parts["down_bias"]
+            or known.up_scale is not scales["up_scale"]
+            or known.down_scale is not scales["down_scale"]
+        ):
+            known = self._known = ExpertWeights(
+                up_proj=self.up_proj,
+                down_proj=self.down_proj,
+                up_bias=self.up_bias,
+                down_bias=self.down_bias,
+                up_scale=self.up_scale,
+                down_scale=self.down_scale,
+                packed_sizes=self._packed_sizes,
+            )
+        return known
 
     def bind(self, workspace: Workspace) -> None:
         """From here on, and while `workspace` is open, casts and moves that it could not follow are refused; a layer does it."""
         self._bound = weakref.ref(workspace)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or what is pickled, belongs to no workspace."""
-        return {**self.__dict__, "_bound": None}
+        """A copy, or what is pickled, belongs to no workspace, and has parameters of its own."""
+        return {**self.__dict__, "_bound": None, "_known": None, "_checked": None}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         workspace = None if self._bound is None else self._bound()
@@ -272,7 +206,8 @@ class Experts(KeepsPrecision):
         down_bias: torch.Tensor | None = None,
     ) -> None:
         """Packed MXFP4 weights in the place of both stacks, as gpt-oss checkpoints have them: of all E experts (this rank's part
-        is taken) or of this rank's L. They stay packed, rearranged once, on the device of the parameters. Before `prepare`.
+        is taken) or of this rank's L. They stay packed, rearranged once, on the device of the parameters; of experts that were
+        made with device="meta", for which no bfloat16 weights are allocated, on that of `up_blocks`. Before `prepare`.
 
         Args:
             up_blocks, up_scales: [E or L, N, H / 32, 16] and [E or L, N, H / 32] uint8 (gate_up_proj_blocks and _scales); gate
@@ -294,8 +229,11 @@ class Experts(KeepsPrecision):
         if H % mxfp4.GROUP or I % mxfp4.GROUP:
             raise ShapeError(f"MXFP4 experts need sizes that are multiples of {mxfp4.GROUP}, got hidden {H}, intermediate {I}")
 
+        check_kind("up_blocks", up_blocks, torch.Tensor)
+        device = up_blocks.device if self.up_proj.is_meta else self.up_proj.device
+
         def own(name: str, tensor: torch.Tensor, *shape: int) -> torch.Tensor:
-            return self._part_of_this_rank(name, tensor, shape).to(self.up_proj.device)
+            return self._part_of_this_rank(name, tensor, shape).to(device)
 
         weights = ExpertWeights.from_mxfp4(
             own("up_blocks", up_blocks, L, N, H // mxfp4.GROUP, mxfp4.GROUP // 2),
@@ -304,6 +242,10 @@ class Experts(KeepsPrecision):
             own("down_scales", down_scales, L, H, I // mxfp4.GROUP),
             self.config.activation,
         )
+        for name in ("up_bias", "down_bias"):
+            bias: nn.Parameter | None = getattr(self, name)
+            if bias is not None and bias.is_meta:
+                setattr(self, name, nn.Parameter(torch.empty_like(bias, device=device), requires_grad=False))
         self._copy_in({"up_bias": up_bias, "down_bias": down_bias})
         self.up_proj = nn.Parameter(weights.up_proj, requires_grad=False)
         self.down_proj = nn.Parameter(weights.down_proj, requires_grad=False)
@@ -350,6 +292,7 @@ class Experts(KeepsPrecision):
         if scratch.device != workspace.device:
             raise DeviceError(f"scratch is on {scratch.device} but the workspace is on {workspace.device}; make one there")
         workspace.attached.setdefault(SCRATCH_NAME, scratch)
+        scratch.counts_loads |= workspace.telemetry.is_available
         from tokenferry.experts import triton_path  # here: Triton is not everywhere
 
         self.scratch, self._max_rows = scratch, workspace.max_tokens_per_rank * workspace.group.size
@@ -372,19 +315,23 @@ class Experts(KeepsPrecision):
         """`apply_experts` with this rank's weights: [R, H] partial rows, in `out` if given. Without `prepare`, the first call on
         CUDA loads the kernels."""
         check_kind("dispatched", dispatched, Dispatched)
-        device = self.up_proj.device
+        weights = self.weights
+        if weights is not self._checked:
+            check_weights(weights, self.config.activation)
+            self._checked = weights
+        device = weights.up_proj.device
         if device.type == "cuda" and (self.scratch is None or self.scratch.device != device) and ExpertScratch.serves(device):
             self.scratch, self._max_rows = ExpertScratch(device), None
-        return apply_experts(
+        return apply_checked(
             dispatched,
-            self.weights,
+            weights,
             self.expert_range.start,
             self.config.activation,
             out,
             scratch=self.scratch,
             batch_invariant=self.batch_invariant,
             max_rows=self._max_rows,
-            dtype=self.dtype,
+            dtype=weights.up_proj.dtype if weights.up_scale is None else self._hidden_dtype,
         )
 
     def extra_repr(self) -> str:

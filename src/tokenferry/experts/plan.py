@@ -19,9 +19,14 @@ class Tiles:
         swapped: then, weights take the place of rows in the tensor core, which wants 64 of these: for few rows.
         min_rows, max_rows: it serves experts with min_rows <= rows <= max_rows; max_rows 0 means no upper limit.
         rows_few: where at most so many rows of an expert are left, the tile has so many.
+        rows_more: where more than `rows` are left, up to so many further rows share the weights of a tile, if these come by
+            tensor maps.
         rows, columns, depth: of a tile; `columns` are of the output, so a gated product reads twice as many.
         num_warps, num_stages: of a program, and of its pipeline.
         programs_per_sm: the launch has at most so many programs for each SM, which take tiles in turn.
+        by_warp: of packed weights for few rows: each warp has columns for itself, and `num_stages` steps of 64 depths are written
+            out in place of a pipeline. See `kernels/expert_mxfp4.py`.
+        rows_wide, wide_from: of packed weights, rows of a tile of an expert with more than `wide_from`; 0: no such tiles.
         max_registers: of a thread, so that more programs fit on an SM at once; None: as the assembler likes.
     """
 
@@ -32,12 +37,16 @@ class Tiles:
     num_stages: int
     programs_per_sm: int
     rows_few: int
+    rows_more: int = 0
     tensor_map: bool = False
     prequantize: bool = False
     in_blocks: bool = False
     swapped: bool = False
     min_rows: int = 1
     max_rows: int = 0
+    by_warp: bool = False
+    rows_wide: int = 0
+    wide_from: int = 0
     max_registers: int | None = None
 
 

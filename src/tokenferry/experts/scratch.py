@@ -97,6 +97,9 @@ class ExpertScratch:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device, self.max_bytes = device, max_bytes
+        self.counts_loads = env.read(env.TelemetrySettings).enabled
+        """Whether experts that are prepared from here on count their rows for telemetry: `Experts.prepare` sees to it where the
+        workspace has that. Where they do not, telemetry counts the gathered numbers in a launch of its own."""
         self.attached: dict[str, Any] = {}
         """What else lives as long as this memory, by name."""
         self._memory = self._take(0)

@@ -19,7 +19,16 @@ from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched, PartialRows, QuantizedRows
 from tokenferry.experts.plan import Plan, Tiles
 from tokenferry.experts.scratch import Buffers, ExpertScratch
-from tokenferry.experts.variants import Variant, chosen_plan, descriptor_block, is_in_blocks, row_shape, specs, variant_of
+from tokenferry.experts.variants import (
+    Variant,
+    chosen_plan,
+    descriptor_block,
+    is_in_blocks,
+    row_shape,
+    specs,
+    table_spec,
+    variant_of,
+)
 from tokenferry.experts.weights import ExpertWeights
 from tokenferry.kernels import wire
 from tokenferry.kernels.launch import POINTER_ALIGNMENT, BoundLaunch, KernelSpec, KernelStore
@@ -64,6 +73,9 @@ class LoadedExperts:
     """The launches of a variant, their numbers of programs in place."""
 
     table: BoundLaunch
+    counting_table: BoundLaunch | None
+    """The same for telemetry, which takes the counters and the number of the first behind the table's arguments. None where the
+    scratch serves no workspace that has it."""
     quantize: Mapping[bool, BoundLaunch]
     """Of the rows of the first (True) and of the second product (False), where a launch wants them quantized and nobody else has
     done so: gathered rows may come so, and tiles in blocks quantize activated rows where they make them."""
@@ -183,8 +195,9 @@ def run(
     if loaded.in_blocks:
         values, scales = buffers.quantized[2:]
         activated = values, scales, scales.shape[1]
+    make_table, counters = _table_of(loaded, dispatched, range(first_expert, first_expert + variant.num_local_experts))
     for first_row in range(0, idx_RK.shape[0], buffers.num_rows):
-        loaded.table(idx_RK, valid, *table, first_row, buffers.num_rows, first_expert)
+        make_table(idx_RK, valid, *table, first_row, buffers.num_rows, first_expert, *counters)
         settings = (*table, first_row, activation.alpha, activation.limit)
         bounds = (first_row, buffers.num_rows)
         rows = _quantized(loaded, True, gathered, buffers, valid, bounds)
@@ -197,6 +210,16 @@ def run(
             product.launch(*rows[product.prequantized], matrices, *down, buffers.outputs_PH, valid, *settings)
         loaded.sum(buffers.outputs_PH, idx_RK, weights_RK, valid, target, *quantized_to, *bounds, first_expert, *norm)
     return _with_what_was_written(out, target, target_scales)
+
+
+def _table_of(
+    loaded: LoadedExperts, dispatched: Dispatched, experts: range
+) -> tuple[BoundLaunch, tuple[torch.Tensor, int] | tuple[()]]:
+    """What makes the table of these experts, and what it takes besides: with telemetry it counts their rows."""
+    loads, counting = dispatched.loads, loaded.counting_table
+    if loads is None or counting is None or not loads.take(experts):
+        return loaded.table, ()
+    return counting, (loads.words, loads.first + experts.start)
 
 
 def _written_to(out: PartialRows) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -276,6 +299,7 @@ def _load(variant: Variant, scratch: ExpertScratch) -> LoadedExperts:
     over_rows = INTERPRETED_PROGRAMS if wire.INTERPRETED else 8 * num_sms
     return LoadedExperts(
         table=bind(wanted.table, TABLE_ARGUMENTS, variant.num_local_experts),
+        counting_table=_counting_table(variant, scratch) if scratch.counts_loads else None,
         quantize={
             dict(spec.constants)["IS_FIRST_PRODUCT"]: bind(spec, QUANTIZE_ARGUMENTS, over_rows) for spec in wanted.quantize
         },
@@ -284,6 +308,12 @@ def _load(variant: Variant, scratch: ExpertScratch) -> LoadedExperts:
         down=products(wanted.down, chosen.down, variant.hidden_size),
         sum=bind(wanted.sum, SUM_ARGUMENTS, over_rows),
     )
+
+
+def _counting_table(variant: Variant, scratch: ExpertScratch) -> BoundLaunch:
+    spec = table_spec(variant, scratch.device, counts_loads=True)
+    arguments = (*TABLE_ARGUMENTS, "loads", "first_load")
+    return kernels_of(scratch).store.load(spec).bind({}, arguments, grid=variant.num_local_experts)
 
 
 def _product(spec: KernelSpec, launch: BoundLaunch, variant: Variant, tiles: Tiles) -> Product:

@@ -12,6 +12,7 @@ import triton
 
 from tokenferry.activations import Activation
 from tokenferry.dispatched import FLOAT8, SCALE_BLOCK
+from tokenferry.experts import mxfp4
 from tokenferry.experts.plan import Plan, Tiles, plan
 from tokenferry.experts.scratch import RowShape
 from tokenferry.experts.weights import ExpertWeights
@@ -24,8 +25,8 @@ from tokenferry.kernels.expert_quantize import SIGNATURE as QUANTIZE_SIGNATURE
 from tokenferry.kernels.expert_quantize import quantize_rows_kernel
 from tokenferry.kernels.expert_sum import SIGNATURE as SUM_SIGNATURE
 from tokenferry.kernels.expert_sum import expert_sum_kernel
+from tokenferry.kernels.expert_table import COUNTING_SIGNATURE, NO_LOADS, expert_table_kernel
 from tokenferry.kernels.expert_table import SIGNATURE as TABLE_SIGNATURE
-from tokenferry.kernels.expert_table import expert_table_kernel
 from tokenferry.kernels.launch import POINTER_ALIGNMENT, KernelSpec, has_pdl, specify
 
 TABLE_FEW, TABLE_MANY = 1024, 8192
@@ -176,15 +177,6 @@ def specs(variant: Variant, device: torch.device) -> Specs:
     """All kernels of a variant."""
     pdl = int(has_pdl(device))
     chosen = chosen_plan(variant, device)
-    table = specify(
-        expert_table_kernel,
-        TABLE_SIGNATURE,
-        {"K": variant.topk, "FEW": TABLE_FEW, "MANY": TABLE_MANY, "PDL": pdl},
-        num_warps=8,
-        num_stages=1,
-        dtypes={"IDX": variant.index_dtype},
-        aligned=variant.aligned,
-    )
     quantizes = variant.out_dtype == FLOAT8
     total = specify(
         expert_sum_kernel,
@@ -209,7 +201,27 @@ def specs(variant: Variant, device: torch.device) -> Specs:
     if _prequantizes(variant, chosen):
         products = [True] * (not variant.quantized_rows) + [False] * (not is_in_blocks(chosen))
         quantize = tuple(_quantize_spec(variant, chosen, is_first_product, pdl) for is_first_product in products)
-    return Specs(table, quantize, up, down, total)
+    return Specs(table_spec(variant, device, counts_loads=False), quantize, up, down, total)
+
+
+def table_spec(variant: Variant, device: torch.device, *, counts_loads: bool) -> KernelSpec:
+    """The table's kernel, or the one that adds up each expert's pairs besides, for telemetry."""
+    constants = {
+        "K": variant.topk,
+        "FEW": TABLE_FEW,
+        "MANY": TABLE_MANY,
+        "TELEMETRY": int(counts_loads),
+        "PDL": int(has_pdl(device)),
+    }
+    return specify(
+        expert_table_kernel,
+        COUNTING_SIGNATURE if counts_loads else TABLE_SIGNATURE,
+        constants if counts_loads else constants | NO_LOADS,
+        num_warps=8,
+        num_stages=1,
+        dtypes={"IDX": variant.index_dtype},
+        aligned=variant.aligned,
+    )
 
 
 def is_in_blocks(chosen: Plan) -> bool:
@@ -286,8 +298,11 @@ def _packed_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: in
         "MAX_ROWS": tiles.max_rows,
         "BM_FEW": tiles.rows_few,
         "BM": tiles.rows,
+        "BM_WIDE": tiles.rows_wide,
+        "WIDE_FROM": tiles.wide_from,
         "BN": tiles.columns,
         "BD": tiles.depth,
+        "UNROLL": _steps_written_out(tiles, depth) if tiles.by_warp else 0,
         "LANES": triton.next_power_of_2(variant.num_local_experts),
         "UPCAST": wire.INTERPRETED,
         "OVERLAPS": overlaps,
@@ -298,11 +313,17 @@ def _packed_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: in
         MXFP4_SIGNATURE,
         constants,
         num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        num_stages=1 if tiles.by_warp else tiles.num_stages,
         dtypes={"DTYPE": variant.dtype, "ROWS": torch.float8_e4m3fn if gathered else variant.dtype},
         aligned=variant.aligned,
         max_registers=tiles.max_registers,
     )
+
+
+def _steps_written_out(tiles: Tiles, depth: int) -> int:
+    """Of a product by warps: they divide the blocks of depth."""
+    blocks = -(-depth // mxfp4.BLOCK)
+    return next(steps for steps in range(tiles.num_stages, 0, -1) if blocks % steps == 0)
 
 
 def _gemm_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int, *, overlaps: bool) -> KernelSpec:
@@ -338,6 +359,7 @@ def _gemm_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int,
         "MAX_ROWS": tiles.max_rows,
         "BM_FEW": tiles.rows_few,
         "BM": tiles.rows,
+        "BM_MORE": tiles.rows_more if has_map and not tiles.in_blocks else 0,
         "BN": tiles.columns,
         "BD": tiles.depth,
         "LANES": triton.next_power_of_2(variant.num_local_experts),

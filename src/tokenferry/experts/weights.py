@@ -181,12 +181,10 @@ class ExpertWeights:
         )
 
 
-def check_operands(hidden_RH: HiddenRows, weights: ExpertWeights, activation: Activation) -> None:
-    """Raises where hidden rows, weights and activation do not fit one another."""
+def check_weights(weights: ExpertWeights, activation: Activation) -> None:
+    """Raises where weights and activation do not fit one another. It takes half of what a call takes the host, so that whoever
+    calls with the same weights again does it once."""
     L, H, I = weights.sizes
-    rows_RH = hidden_RH.values if isinstance(hidden_RH, QuantizedRows) else hidden_RH
-    if rows_RH.dim() != 2 or rows_RH.shape[1] != H:
-        raise ShapeError(f"hidden must be [R, {H}] (down_proj is {[L, H, I]}), got {list(rows_RH.shape)}")
     if weights.is_packed:
         check_packed(weights, activation)
     elif weights.up_proj.shape != (L, activation.num_columns(I), H):
@@ -196,11 +194,17 @@ def check_operands(hidden_RH: HiddenRows, weights: ExpertWeights, activation: Ac
         )
     _check_biases(weights, activation)
     _check_scales(weights)
-    scale = weights.norm_scale
-    if scale is not None and (scale.shape != (H,) or scale.dtype != torch.float32 or scale.device != hidden_RH.device):
-        raise ShapeError(
-            f"norm_scale must be float32 [{H}] on {hidden_RH.device}, got {scale.dtype} {list(scale.shape)} on {scale.device}"
-        )
+    scale, device = weights.norm_scale, weights.up_proj.device
+    if scale is not None and (scale.shape != (H,) or scale.dtype != torch.float32 or scale.device != device):
+        raise ShapeError(f"norm_scale must be float32 [{H}] on {device}, got {scale.dtype} {list(scale.shape)} on {scale.device}")
+
+
+def check_rows(hidden_RH: HiddenRows, weights: ExpertWeights) -> None:
+    """Raises where hidden rows do not fit the weights."""
+    L, H, I = weights.sizes
+    rows_RH = hidden_RH.values if isinstance(hidden_RH, QuantizedRows) else hidden_RH
+    if rows_RH.dim() != 2 or rows_RH.shape[1] != H:
+        raise ShapeError(f"hidden must be [R, {H}] (down_proj is {[L, H, I]}), got {list(rows_RH.shape)}")
     _check_hidden_dtype(hidden_RH, weights)
     if hidden_RH.device != weights.up_proj.device:
         raise DeviceError(f"hidden is on {hidden_RH.device} but the experts are on {weights.up_proj.device}; move one of them")

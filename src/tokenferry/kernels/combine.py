@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import fp8_terms, waits, wire, wire_clock
+from tokenferry.kernels import fp8_bulk, fp8_terms, shares, waits, wire, wire_clock
 from tokenferry.kernels.term_rows import copy_terms, load_term, store_sum
 
 SIGNATURE = {
@@ -43,6 +43,7 @@ SIGNATURE = {
     "SWITCH_SUM": "constexpr",
     "MAX_PROGRAMS": "constexpr",
     "FLAG_BLOCK": "constexpr",
+    "SPLIT": "constexpr",
     "TELEMETRY": "constexpr",
     "PDL": "constexpr",
 }
@@ -84,6 +85,7 @@ def combine_kernel(
     SWITCH_SUM: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
     FLAG_BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
     TELEMETRY: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -104,6 +106,7 @@ def combine_kernel(
         counted_rows: rounds of steps with more rows than that are counted: those in which the dispatch or the combine is bulk.
         num_flags, FLAG_BLOCK: see `dispatch_kernel`. A flag stands for the terms of each block of FLAG_BLOCK packets whose number
             is the flag's, modulo `num_flags`.
+        SPLIT: see `dispatch_kernel`; programs that receive sum what they receive.
 
     Example:
         Two ranks with one row each, bfloat16: partials [[1], [2]] on rank 0 and [[10], [20]] on rank 1 give [[11]] and [[22]].
@@ -123,6 +126,7 @@ def combine_kernel(
     WIRE_BYTES: tl.constexpr = WIRE.primitive_bitwidth // 8
     PER_PACKET: tl.constexpr = WORDS * 4 // WIRE_BYTES
     IS_FP8: tl.constexpr = tl.float8e4nv == WIRE
+    tl.static_assert(SPLIT == 0 or not IS_FP8, "programs that only send or only sum have not been tried with float8 terms")
     PER_ROW: tl.constexpr = (H + 511) // 512 * 32 if IS_FP8 else H // PER_PACKET
     ROW_BYTES: tl.constexpr = H * WIRE_BYTES
     # These are read before the previous kernel has ended. The step's counts and the round are as they were when it began, since
@@ -134,6 +138,7 @@ def combine_kernel(
     first_row = tl.load(step_counts + 2 + size + rank)
     round_number = wire.read_round(counters_ptr)
     step = tl.load(wire.field(counters_ptr, wire.STEP_OFFSET, tl.int32))
+    board = tl.zeros([], tl.int64)
     if TELEMETRY:
         board = waits.find_board(counters_ptr)
     wire.wait_for_previous_kernel(PDL)
@@ -151,6 +156,8 @@ def combine_kernel(
     in_slots = largest <= slot_rows
     is_bulk = (largest > slot_rows) & (size > 1)
     is_counted = (largest > counted_rows) & (size > 1)
+    copies_in_turn = is_bulk & (is_in_place == 0) & (mode == wire.MODE_BOTH) & (FLAG_BLOCK == 0)  # see `fp8_bulk`
+    all_blocks = (largest * PER_ROW + BLOCK - 1) // BLOCK
     ticket = tl.zeros([], tl.int64)
     if is_counted & (mode >= wire.MODE_RECEIVE):
         ticket = wire.take_ticket(counters_ptr)
@@ -158,7 +165,12 @@ def combine_kernel(
     hints_ptr = buffer_ptr + counts_offset + ((step + 1) & 1) * size * wire.COUNT_PACKET_BYTES + wire.COUNT_PACKET_STEP_OFFSET
     num_own_packets = num_tokens * PER_ROW
     first_own_element = first_row.to(tl.int64) * H
-    packet = pid * BLOCK + lanes
+    senders, summers, sums, summer = shares.senders_and_receivers(
+        pid, programs, num_tokens, num_valid, in_slots, mode, PER_ROW, SPLIT, BLOCK
+    )
+    if SPLIT > 0:
+        num_own_packets = tl.where(sums, num_own_packets, 0)
+    packet = summer * BLOCK + lanes
     if IS_FP8:
         own_ptr = partial_ptr + first_own_element * (PARTIAL.primitive_bitwidth // 8)
         own_scales_ptr = scales_ptr + first_row.to(tl.int64) * scale_row * 4
@@ -177,20 +189,21 @@ def combine_kernel(
             peer_ptr = tl.load(peer_table + wire.add_mod(owner + 1, size))
             num_packets = num_rows * PER_ROW
             blocks = (num_packets + BLOCK - 1) // BLOCK
+            if SPLIT > 0:
+                blocks = tl.where(pid < senders, blocks, 0)
             if IS_FP8:
                 sent_ptr = partial_ptr + first_sent * (H * (PARTIAL.primitive_bitwidth // 8))
                 sent_scales_ptr = scales_ptr + first_sent * scale_row * 4
                 fp8_terms.send_terms(begin, blocks, programs, target_ptr, sent_ptr, sent_scales_ptr, scale_row, num_rows,
                                      buffer_ptr, H, PARTIAL, BLOCK)  # fmt: skip
             else:
-                for b in range(begin, blocks, programs):
+                for b in range(begin, blocks, senders):
                     packet = b * BLOCK + lanes
                     live = packet < num_packets
                     index = packet.to(tl.int64)
                     w0, w1, w2, w3 = load_term(partial_ptr, first_sent * H + index * PER_PACKET, live, PARTIAL, WIRE, WORDS)
                     wire.send(target_ptr + index * (WORDS * 4), w0, w1, w2, w3, live, buffer_ptr, WORDS)
-            begin -= tl.where(blocks < programs, blocks, blocks % programs)
-            begin = tl.where(begin < 0, begin + programs, begin)
+            begin = shares.next_share(begin, blocks, senders)
     elif is_bulk:
         epoch = round_number + 1
         terms_ptr = buffer_ptr + terms_offset
@@ -202,24 +215,25 @@ def combine_kernel(
                 if peer != rank:
                     flags_ptr = tl.load(peer_table + peer) + ready_offset + (rank * MAX_PROGRAMS) * wire.FLAG_BYTES
                     for first in range(0, num_flags, BLOCK):
-                        wire.signal(
-                            flags_ptr + (first + lanes) * wire.FLAG_BYTES, epoch, 1, first + lanes < num_flags, buffer_ptr
-                        )
+                        flag_ptr = flags_ptr + (first + lanes) * wire.FLAG_BYTES
+                        wire.signal(flag_ptr, epoch, wire.ALL_UNITS, first + lanes < num_flags, buffer_ptr)
         elif FLAG_BLOCK == 0:
+            units = wire.ALL_UNITS + 0 * pid
             if IS_FP8:
-                fp8_terms.copy_terms(pid, programs, terms_ptr, term_scales_ptr, step_counts, rank, size, partial_ptr, scales_ptr,
-                                     scale_row, H, PARTIAL, BLOCK, BLOCK)  # fmt: skip
+                end = tl.where(copies_in_turn, pid + fp8_bulk.LEAD * programs, all_blocks)
+                units = tl.where(end < all_blocks, fp8_bulk.LEAD, units)
+                fp8_bulk.copy_terms(pid, programs, end, terms_ptr, term_scales_ptr, step_counts, rank, size, partial_ptr,
+                                    scales_ptr, scale_row, H, PARTIAL, BLOCK, BLOCK)  # fmt: skip
             else:
                 copy_terms(pid, programs, terms_ptr, step_counts, rank, size, partial_ptr, H, PARTIAL, WIRE, WORDS, BLOCK, BLOCK,
                            SWITCH_SUM)  # fmt: skip
-            is_peer = (lanes < size) & (lanes != rank)
-            buffers = tl.load(peer_table + lanes, mask=is_peer, other=0)
-            wire.signal(buffers + ready_offset + (rank * MAX_PROGRAMS + pid) * wire.FLAG_BYTES, epoch, 1, is_peer, buffer_ptr)
+            own_flag = ready_offset + (rank * MAX_PROGRAMS + pid) * wire.FLAG_BYTES
+            fp8_bulk.tell(units, own_flag, epoch, peer_table, rank, size, buffer_ptr, BLOCK)
         else:
             for flag in range(pid, num_flags, programs):
                 if IS_FP8:
-                    fp8_terms.copy_terms(flag, num_flags, terms_ptr, term_scales_ptr, step_counts, rank, size, partial_ptr,
-                                         scales_ptr, scale_row, H, PARTIAL, BLOCK, FLAG_BLOCK)  # fmt: skip
+                    fp8_bulk.copy_terms(flag, num_flags, all_blocks, terms_ptr, term_scales_ptr, step_counts, rank, size,
+                                        partial_ptr, scales_ptr, scale_row, H, PARTIAL, BLOCK, FLAG_BLOCK)  # fmt: skip
                 else:
                     copy_terms(flag, num_flags, terms_ptr, step_counts, rank, size, partial_ptr, H, PARTIAL, WIRE, WORDS, BLOCK,
                                FLAG_BLOCK, 0)  # fmt: skip
@@ -228,8 +242,8 @@ def combine_kernel(
                 is_told = exist & (peers != rank)
                 buffers = tl.load(peer_table + peers, mask=is_told, other=0)
                 told_ptr = buffers + ready_offset + (rank * MAX_PROGRAMS + flags) * wire.FLAG_BYTES
-                wire.signal(told_ptr, epoch, 1, is_told, buffer_ptr)
-        if (mode >= wire.MODE_RECEIVE) & (FLAG_BLOCK == 0):
+                wire.signal(told_ptr, epoch, wire.ALL_UNITS, is_told, buffer_ptr)
+        if (mode >= wire.MODE_RECEIVE) & (FLAG_BLOCK == 0 and not IS_FP8):
             flag_ptr = (buffer_ptr + ready_offset) + (lanes * MAX_PROGRAMS + pid) * wire.FLAG_BYTES
             is_awaited = (lanes < size) & (lanes != rank) & (num_tokens > 0)
             blamed_ranks = wire.set_blamed_rank(blamed, lanes)
@@ -247,53 +261,46 @@ def combine_kernel(
         wire.report(buffer_ptr, record)
     elif mode >= wire.MODE_RECEIVE:
         if TELEMETRY:
-            waits.begin_round(board, step_counts, size, layer, step, lanes, pid == 0, waits.COMBINE)
-        for b in range(pid, (num_own_packets + BLOCK - 1) // BLOCK, programs):
-            packet = b * BLOCK + lanes
-            live = packet < num_own_packets
-            index = packet.to(tl.int64)
-            following = packet + programs * BLOCK
-            if IS_FP8:
-                o0, o1, o2, o3, own_scale = fp8_terms.quantize_term(
-                    packet, n0, n1, n2, n3, n4, n5, n6, n7, own_ptr, num_tokens, H, PARTIAL, BLOCK
-                )
-                n0, n1, n2, n3, n4, n5, n6, n7 = fp8_terms.load_term(
-                    following, own_ptr, own_scales_ptr, scale_row, num_tokens, H, PARTIAL
-                )
+            waits.begin_round(board, step_counts, size, layer, step, lanes, sums & (summer == 0), waits.COMBINE)
+        if IS_FP8:
+            if is_bulk:
+                fp8_bulk.sum_terms(pid, programs, n0, n1, n2, n3, n4, n5, n6, n7, own_ptr, own_scales_ptr, scale_row, num_tokens,
+                                   num_out, first_row, rank, size, largest, copies_in_turn, partial_ptr, scales_ptr, step_counts,
+                                   round_number, num_flags, ready_offset, buffer_ptr, peer_table, terms_offset,
+                                   term_scales_offset, blamed, hints_ptr, out_ptr, H, PARTIAL, OUT, BLOCK, MAX_PROGRAMS,
+                                   FLAG_BLOCK, TELEMETRY, board, layer, step)  # fmt: skip
             else:
+                fp8_terms.sum_terms(pid, programs, n0, n1, n2, n3, n4, n5, n6, n7, own_ptr, own_scales_ptr, scale_row, num_tokens,
+                                    num_out, rank, size, buffer_ptr, slots_offset, slot_bytes, blamed, hints_ptr, out_ptr, H,
+                                    PARTIAL, OUT, BLOCK, TELEMETRY, board, layer, step)  # fmt: skip
+        else:
+            for b in range(summer, (num_own_packets + BLOCK - 1) // BLOCK, summers):
+                packet = b * BLOCK + lanes
+                live = packet < num_own_packets
+                index = packet.to(tl.int64)
                 o0 = n0
                 o1 = n1
                 o2 = n2
                 o3 = n3
+                following = packet + summers * BLOCK
                 element = first_own_element + following.to(tl.int64) * PER_PACKET
                 n0, n1, n2, n3 = load_term(partial_ptr, element, following < num_own_packets, PARTIAL, WIRE, WORDS)
-            if FLAG_BLOCK != 0:  # noqa: SIM102  # this one is decided by the compiler
-                if is_bulk:
-                    flag = b * BLOCK // FLAG_BLOCK % num_flags
-                    flag_ptr = (buffer_ptr + ready_offset) + (lanes * MAX_PROGRAMS + flag) * wire.FLAG_BYTES
-                    is_awaited = (lanes < size) & (lanes != rank)
-                    blamed_ranks = wire.set_blamed_rank(blamed, lanes)
-                    hint_ptrs = hints_ptr + lanes * wire.COUNT_PACKET_BYTES
-                    if TELEMETRY:
-                        since = wire_clock.clock()
-                        clocks = wire_clock.await_signal(
-                            flag_ptr, round_number + 1, 1, is_awaited, buffer_ptr, blamed_ranks, hint_ptrs
-                        )
-                        is_noted = is_awaited & (b == 0)
-                        waits.note_sources(board, size, layer, step, lanes, since, clocks, is_noted, waits.COMBINE)
-                    else:
-                        wire.await_signal(flag_ptr, round_number + 1, 1, is_awaited, buffer_ptr, blamed_ranks, hint_ptrs)
-            if IS_FP8:
-                if TELEMETRY:  # of all peers together: of two ranks it is the other one, of more nobody in particular
-                    since = wire_clock.clock()
-                fp8_terms.sum_terms(b * BLOCK, o0, o1, o2, o3, own_scale, num_tokens, num_out, first_row, rank, size, in_slots,
-                                    buffer_ptr, peer_table, slots_offset, slot_bytes, terms_offset, term_scales_offset, blamed,
-                                    hints_ptr, out_ptr, H, OUT, BLOCK)  # fmt: skip
-                if TELEMETRY:
-                    awaited = tl.where(size == 2, 1 - rank, rank)
-                    is_first = in_slots & (size > 1) & (b == 0)
-                    waits.note_source(board, size, layer, step, awaited, since, is_first, waits.COMBINE)
-            else:
+                if FLAG_BLOCK != 0:  # noqa: SIM102  # this one is decided by the compiler
+                    if is_bulk:
+                        flag = b * BLOCK // FLAG_BLOCK % num_flags
+                        flag_ptr = (buffer_ptr + ready_offset) + (lanes * MAX_PROGRAMS + flag) * wire.FLAG_BYTES
+                        is_awaited = (lanes < size) & (lanes != rank)
+                        blamed_ranks = wire.set_blamed_rank(blamed, lanes)
+                        hint_ptrs = hints_ptr + lanes * wire.COUNT_PACKET_BYTES
+                        if TELEMETRY:
+                            since = wire_clock.clock()
+                            clocks = wire_clock.await_signal(
+                                flag_ptr, round_number + 1, 1, is_awaited, buffer_ptr, blamed_ranks, hint_ptrs
+                            )
+                            is_noted = is_awaited & (b == 0)
+                            waits.note_sources(board, size, layer, step, lanes, since, clocks, is_noted, waits.COMBINE)
+                        else:
+                            wire.await_signal(flag_ptr, round_number + 1, 1, is_awaited, buffer_ptr, blamed_ranks, hint_ptrs)
                 s0 = tl.zeros([BLOCK], tl.float32)
                 s1 = s0
                 s2 = s0

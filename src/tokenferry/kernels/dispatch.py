@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import fp8_rows, routing_packets, waits, wire, wire_clock
+from tokenferry.kernels import fp8_rows, routing_packets, shares, waits, wire, wire_clock
 
 SIGNATURE = {
     "buffer_ptr": "i64",
@@ -47,20 +47,10 @@ SIGNATURE = {
     "MULTICAST": "constexpr",
     "MAX_PROGRAMS": "constexpr",
     "FLAG_BLOCK": "constexpr",
+    "SPLIT": "constexpr",
     "TELEMETRY": "constexpr",
     "PDL": "constexpr",
 }
-
-
-@triton.jit
-def next_share(begin, blocks, programs):
-    """Where this program begins in the next list of blocks, so that all lists together are dealt out evenly.
-
-    Example:
-        Of 4 programs the one that began at 1 in a list of 3 blocks begins at 2 in the next: programs 3, 0 and 1 go first.
-    """
-    begin -= tl.where(blocks < programs, blocks, blocks % programs)
-    return tl.where(begin < 0, begin + programs, begin)
 
 
 @triton.jit
@@ -104,6 +94,7 @@ def dispatch_kernel(
     MULTICAST: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
     FLAG_BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
     TELEMETRY: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -128,6 +119,7 @@ def dispatch_kernel(
         num_flags: how many flags each rank sets at each peer in a bulk round, as agreed between the ranks.
         FLAG_BLOCK: 0 if each CTA has the flag of its index, and there are as many. Else the launch has fewer CTAs than there are
             flags, and they share them out.
+        SPLIT: if not 0, large rounds in slots are shared out by `shares.senders_and_receivers`.
         FORMAT, H, POWER_OF_TWO: of the rows: see `fp8_rows`. Rows of bytes are sent as they are, never to slots.
         ROW_WORDS: of a row in a slot.
         WORDS: words of a packet: 4, or 2 if rows are not a multiple of 16 bytes.
@@ -176,7 +168,7 @@ def dispatch_kernel(
     packet = pid * BLOCK + lanes
     if IS_FP8:
         n0, n1, n2, n3, n4, n5, n6, n7 = fp8_rows.load_first_words(
-            packet, hidden_ptr, scales_ptr, num_supplied, H, FORMAT, HIDDEN
+            packet, hidden_ptr, scales_ptr, num_supplied, H, FORMAT, HIDDEN, BLOCK
         )
     else:
         n0, n1, n2, n3 = wire.load(hidden_ptr + packet.to(tl.int64) * (WORDS * 4), packet < supplied, WORDS)
@@ -196,23 +188,25 @@ def dispatch_kernel(
     # Hidden rows go to every peer and to their place in this rank's buffer. The next packets are loaded while these are sent.
     num_sent = num_tokens * (mode & wire.MODE_SEND)
     num_packets = num_sent * THREADS
-    for b in range(pid, (num_packets + BLOCK - 1) // BLOCK, programs):
+    senders, receivers, receives, receiver = shares.senders_and_receivers(
+        pid, programs, num_tokens, valid, in_slots, mode, PER_ROW, SPLIT, BLOCK
+    )
+    if SPLIT > 0:
+        num_packets = tl.where(pid < senders, num_packets, 0)
+    for b in range(pid, (num_packets + BLOCK - 1) // BLOCK, senders):
         packet = b * BLOCK + lanes
         live = packet < num_packets
-        following = packet + programs * BLOCK
+        following = packet + senders * BLOCK
         if IS_FP8:
-            w0, w1, w2, w3, s0, s1, s2, s3 = fp8_rows.words_to_send(
+            w0, w1, w2, w3, scale = fp8_rows.words_to_send(
                 packet, n0, n1, n2, n3, n4, n5, n6, n7, hidden_ptr, num_supplied, H, FORMAT, HIDDEN, POWER_OF_TWO, BLOCK
             )
             n0, n1, n2, n3, n4, n5, n6, n7 = fp8_rows.load_first_words(
-                following, hidden_ptr, scales_ptr, num_supplied, H, FORMAT, HIDDEN
+                following, hidden_ptr, scales_ptr, num_supplied, H, FORMAT, HIDDEN, BLOCK
             )
-            is_value, is_scale = fp8_rows.sends_what(packet, live, H)
-            values_here, scales_here = fp8_rows.offsets(packet, H, (H + 511) // 512 * 16, H)
-            values_in_slot, scales_in_slot = fp8_rows.offsets(packet, ROW_BYTES, ROW_BYTES, H)
-            values_offset = tl.where(in_slots, values_in_slot, values_here)
-            scales_offset = tl.where(in_slots, scales_in_slot + H, scales_here)
-            scales_place_offset = out_scales_offset + first_row.to(tl.int64) * ((H + 511) // 512 * 16)
+            fp8_rows.send_words(packet, w0, w1, w2, w3, scale, num_packets, num_supplied, first_row, in_slots, rank, size,
+                                buffer_ptr, peer_table, nearest_ptr, multicast_ptr, slots_offset, slot_bytes, out_hidden_offset,
+                                out_scales_offset, ROW_BYTES, H, FORMAT, BLOCK, MULTICAST)  # fmt: skip
         else:
             offset = packet.to(tl.int64) * (WORDS * 4)
             w0 = fp8_rows.escape(n0, FORMAT)
@@ -220,33 +214,17 @@ def dispatch_kernel(
             w2 = fp8_rows.escape(n2, FORMAT)
             w3 = fp8_rows.escape(n3, FORMAT)
             n0, n1, n2, n3 = wire.load(hidden_ptr + following.to(tl.int64) * (WORDS * 4), following < supplied, WORDS)
-        if MULTICAST:
-            slot_offset = slots_offset + rank * slot_bytes
-            target_ptr = multicast_ptr + tl.where(in_slots, slot_offset, hidden_place_offset)
-            if IS_FP8:
-                wire.multicast(target_ptr + values_offset, w0, w1, w2, w3, is_value, buffer_ptr, 4)
-                target_ptr = multicast_ptr + tl.where(in_slots, slot_offset, scales_place_offset)
-                wire.multicast(target_ptr + scales_offset, s0, s1, s2, s3, is_scale, buffer_ptr, 4)
-            else:
+            if MULTICAST:
+                target_ptr = multicast_ptr + tl.where(in_slots, slots_offset + rank * slot_bytes, hidden_place_offset)
                 wire.multicast(target_ptr + offset, w0, w1, w2, w3, live, buffer_ptr, WORDS)
-        else:
-            peer_ptr = nearest_ptr
-            for i in range(1, size):
-                peer = wire.add_mod(rank + i, size)
-                slot_offset = slots_offset + (rank - (rank > peer).to(tl.int32)) * slot_bytes
-                target_ptr = peer_ptr + tl.where(in_slots, slot_offset, hidden_place_offset)
-                if IS_FP8:
-                    scales_ptr_there = peer_ptr + tl.where(in_slots, slot_offset, scales_place_offset)
-                    wire.send(target_ptr + values_offset, w0, w1, w2, w3, is_value, buffer_ptr, 4)
-                    wire.send(scales_ptr_there + scales_offset, s0, s1, s2, s3, is_scale, buffer_ptr, 4)
-                    peer_ptr = tl.load(peer_table + wire.add_mod(peer + 1, size))
-                else:
+            else:
+                peer_ptr = nearest_ptr
+                for i in range(1, size):
+                    peer = wire.add_mod(rank + i, size)
+                    slot_offset = slots_offset + (rank - (rank > peer).to(tl.int32)) * slot_bytes
+                    target_ptr = peer_ptr + tl.where(in_slots, slot_offset, hidden_place_offset)
                     peer_ptr = tl.load(peer_table + wire.add_mod(peer + 1, size))
                     wire.send(target_ptr + offset, w0, w1, w2, w3, live, buffer_ptr, WORDS)
-            if IS_FP8:
-                wire.store(buffer_ptr + hidden_place_offset + values_here, w0, w1, w2, w3, is_value, 4)
-                wire.store(buffer_ptr + scales_place_offset + scales_here, s0, s1, s2, s3, is_scale, 4)
-            else:
                 wire.store(buffer_ptr + hidden_place_offset + offset, w0, w1, w2, w3, live, WORDS)
 
     # Expert numbers and weights, four words a packet.
@@ -294,10 +272,10 @@ def dispatch_kernel(
         blamed = wire.blame(step, layer, rank, wire.DATA_MISSING)
         hints_ptr = buffer_ptr + counts_offset + ((step + 1) & 1) * size * wire.COUNT_PACKET_BYTES + wire.COUNT_PACKET_STEP_OFFSET
         if TELEMETRY:
-            begins = (pid == 0) & (mode >= wire.MODE_RECEIVE)
+            begins = receives & (receiver == 0) & (mode >= wire.MODE_RECEIVE)
             waits.begin_round(board, step_counts, size, layer, step, lanes, begins, waits.DISPATCH)
         if in_slots & (mode >= wire.MODE_RECEIVE):
-            begin = pid
+            begin = receiver
             for i in range(1 - MULTICAST, size):  # the multicast also writes this rank's own slot
                 source = wire.add_mod(rank + i, size)
                 source_tokens = tl.load(step_counts + 2 + source)
@@ -310,7 +288,9 @@ def dispatch_kernel(
                 num_packets = source_tokens * PER_ROW
                 target_ptr = buffer_ptr + out_hidden_offset + source_row.to(tl.int64) * GATHERED
                 blocks = (num_packets + BLOCK - 1) // BLOCK
-                for b in range(begin, blocks, programs):
+                if SPLIT > 0:
+                    blocks = tl.where(receives, blocks, 0)
+                for b in range(begin, blocks, receivers):
                     packet = b * BLOCK + lanes
                     live = packet < num_packets
                     offset = packet.to(tl.int64) * (WORDS * 4)
@@ -323,20 +303,22 @@ def dispatch_kernel(
                     if IS_FP8:
                         offset = fp8_rows.place_of_received(packet, out_scales_offset - out_hidden_offset, source_row, H)
                     wire.store(target_ptr + offset, w0, w1, w2, w3, live, WORDS)
-                begin = next_share(begin, blocks, programs)
+                begin = shares.next_share(begin, blocks, receivers)
                 num_words = source_tokens * (2 * K)
                 if MULTICAST:
                     num_words = tl.where(i == 0, 0, num_words)
                 num_packets = (num_words + 3) // 4
                 blocks = (num_packets + BLOCK - 1) // BLOCK
-                for b in range(begin, blocks, programs):
+                if SPLIT > 0:
+                    blocks = tl.where(receives, blocks, 0)
+                for b in range(begin, blocks, receivers):
                     packet = b * BLOCK + lanes
                     word = packet * 4
                     offset = slot_ptr + routing_offset + packet.to(tl.int64) * 16
                     r0, r1, r2, r3 = wire.poll_and_clear(offset, packet < num_packets, buffer_ptr, blamed_source, hint_ptr, 4)
                     routing_packets.store_routing_packet(word, r0, r1, r2, r3, num_words, buffer_ptr + out_idx_offset,
                                                          buffer_ptr + out_weights_offset, source_row, K, OUT_IDX)  # fmt: skip
-                begin = next_share(begin, blocks, programs)
+                begin = shares.next_share(begin, blocks, receivers)
         elif largest > slot_rows:
             if FLAG_BLOCK == 0:
                 is_peer = (lanes < size) & (lanes != rank)

@@ -16,18 +16,25 @@ SIGNATURE = {
     "first_row": "i32",
     "num_rows": "i32",
     "first_expert": "i32",
+    "loads": "constexpr",
+    "first_load": "constexpr",
     "K": "constexpr",
     "FEW": "constexpr",
     "MANY": "constexpr",
+    "TELEMETRY": "constexpr",
     "PDL": "constexpr",
 }
+COUNTING_SIGNATURE = {**SIGNATURE, "loads": "*i64", "first_load": "i32"}
+"""With telemetry. Without, `NO_LOADS` are among the constants."""
+NO_LOADS = {"loads": 0, "first_load": 0, "TELEMETRY": 0}
 
 
 @triton.jit
 def fill_table(ids, counts, offsets, pairs, total, expert, first_expert, BLOCK: tl.constexpr):
     """Writes one expert's part of the table. The `total` expert numbers at `ids` are read twice, BLOCK at a time.
 
-    Numbers are compared in their own width: cut to 32 bits, 2**32 + 3 would be taken for expert 3.
+    Numbers are compared in their own width: cut to 32 bits, 2**32 + 3 would be taken for expert 3. Returns how many pairs the
+    expert has.
     """
     lanes = tl.arange(0, BLOCK)
     before = tl.zeros([BLOCK], tl.int32)
@@ -49,6 +56,40 @@ def fill_table(ids, counts, offsets, pairs, total, expert, first_expert, BLOCK: 
             rank = tl.cumsum(here, 0) - here
             tl.store(pairs + position + rank, at, mask=here > 0)
             position += tl.sum(here)
+    return count
+
+
+@triton.jit
+def fill_long_table(ids, counts, offsets, pairs, total, expert, first_expert, BLOCK: tl.constexpr):
+    """The same for many ids. A block is lines of 32: a sum along each line, and one over the lines, take a third of the time of
+    one along all of it, and the next block is asked for before this one is looked at."""
+    LINE: tl.constexpr = 32 if BLOCK >= 32 else BLOCK
+    place = tl.arange(0, BLOCK // LINE)[:, None] * LINE + tl.arange(0, LINE)[None, :]
+    following = tl.load(ids + place, mask=place < total, other=-1) - first_expert
+    before = tl.zeros([BLOCK // LINE, LINE], tl.int32)
+    matches = before
+    for begin in range(0, total, BLOCK):
+        here = begin + place < total
+        local = following
+        at = begin + BLOCK + place
+        following = tl.load(ids + at, mask=at < total, other=-1) - first_expert
+        before += (here & (local >= 0) & (local < expert)).to(tl.int32)
+        matches += (here & (local == expert)).to(tl.int32)
+    position = tl.sum(tl.sum(before, 1), 0)
+    count = tl.sum(tl.sum(matches, 1), 0)
+    tl.store(counts + expert, count)
+    tl.store(offsets + expert, position)
+    if count > 0:
+        following = tl.load(ids + place, mask=place < total, other=-1) - first_expert
+        for begin in range(0, total, BLOCK):
+            at = begin + place
+            here = ((at < total) & (following == expert)).to(tl.int32)
+            following = tl.load(ids + at + BLOCK, mask=at + BLOCK < total, other=-1) - first_expert
+            in_line = tl.sum(here, 1)
+            first = position + tl.cumsum(in_line, 0) - in_line
+            tl.store(pairs + first[:, None] + tl.cumsum(here, 1) - here, at, mask=here > 0)
+            position += tl.sum(in_line, 0)
+    return count
 
 
 @triton.jit
@@ -61,9 +102,12 @@ def expert_table_kernel(
     first_row,
     num_rows,
     first_expert,
+    loads,
+    first_load,
     K: tl.constexpr,
     FEW: tl.constexpr,
     MANY: tl.constexpr,
+    TELEMETRY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program for each expert. It reads all ids of the chunk, so that no program waits for another and no atomic operation
@@ -76,6 +120,8 @@ def expert_table_kernel(
         pairs: out: row * K + choice of each pair, rows counted from first_row; sorted by expert, then by row and choice.
         first_row, num_rows: the rows of this chunk.
         first_expert: global number of expert 0 here. The grid is L.
+        loads, first_load: with TELEMETRY, each expert's pairs are added to its word: the one at `first_load` is expert 0's here.
+            Word 0 of `loads` is 0 while nothing shall be counted.
 
     Example:
         Experts 2 and 3 are here, K = 2, rows [3, 0], [2, 3], [-1, 2]: counts [2, 2], offsets [0, 2], pairs [2, 5, 0, 3].
@@ -86,7 +132,11 @@ def expert_table_kernel(
     valid = tl.load(valid_tokens)
     total = tl.maximum(tl.minimum(valid - first_row, num_rows), 0) * K
     ids_of_chunk = topk_idx + first_row.to(tl.int64) * K
+    if TELEMETRY:
+        is_on = tl.load(loads) != 0
     if total <= FEW:
-        fill_table(ids_of_chunk, counts, offsets, pairs, total, expert, first_expert, FEW)
+        count = fill_table(ids_of_chunk, counts, offsets, pairs, total, expert, first_expert, FEW)
     else:  # larger blocks: the loop pays the global-memory latency once a block
-        fill_table(ids_of_chunk, counts, offsets, pairs, total, expert, first_expert, MANY)
+        count = fill_long_table(ids_of_chunk, counts, offsets, pairs, total, expert, first_expert, MANY)
+    if TELEMETRY:
+        tl.atomic_add(loads + first_load + expert, count.to(tl.int64), mask=is_on & (count > 0), sem="relaxed")

@@ -1,8 +1,9 @@
 """Rows of format fp8_block128 on their way: quantized by the sender, scales behind the values in slots, apart in gathered rows.
 
 Like `wire`, this file holds device functions alone and no kernel. A thread has 16 columns of a row: it sends their values in one
-packet. Eight threads share a scale, and the threads of a warp have 512 columns, whose four scales its first thread sends in one
-packet. Rows are dealt out in whole warps, so that a row of another size leaves some threads of its last warp idle.
+packet. Eight threads share a scale. The scales of all a program's columns are neighbours, and its first threads send them, one
+word each, so that they are few requests: sent by each warp for itself, they would be a fifth of all. Rows are dealt out in whole
+warps: a row of another size leaves some threads of its last warp idle, and its scales are padded to whole packets with zeros.
 
 No word that is sent is the sentinel: a NaN's value travels as 0x7F and a NaN's scale as 0x7FC00000.
 """
@@ -25,12 +26,44 @@ BYTES: tl.constexpr = tl.constexpr(3)
 
 
 @triton.jit
-def load_first_words(thread, hidden_ptr, scales_ptr, num_supplied, H: tl.constexpr, FORMAT: tl.constexpr, HIDDEN: tl.constexpr):
-    """Eight words of what a thread sends: of its columns as they are, the first 32 bytes; of quantized rows the 16 values, and in
-    the first thread of a warp the four scales. Zeros where there is no row, or no column.
+def place(thread, H: tl.constexpr):
+    """The row of each thread, and its first column, which lies behind the row where H is no multiple of 512.
 
     Example:
-        bfloat16, thread 1: columns 16 to 31 of row 0. Quantized rows, thread 32: columns 512 to 527, and the scales 4 to 7.
+        H 272: thread 16 has column 256 of row 0, thread 17 none, thread 32 column 0 of row 1.
+    """
+    THREADS: tl.constexpr = (H + 511) // 512 * 32
+    row = thread // THREADS
+    return row, (thread - row * THREADS) * 16
+
+
+@triton.jit
+def thread_of_scale(thread, BLOCK: tl.constexpr):
+    """Of the first eighth of a program's threads: the thread whose columns begin with the scale that this one sends.
+
+    Example:
+        BLOCK 64: thread 64 sends the scale of thread 64, thread 65 that of thread 72, thread 71 that of thread 120.
+    """
+    lanes = tl.arange(0, BLOCK)
+    return thread - lanes + lanes * 8 % BLOCK
+
+
+@triton.jit
+def load_first_words(
+    thread,
+    hidden_ptr,
+    scales_ptr,
+    num_supplied,
+    H: tl.constexpr,
+    FORMAT: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Eight words of what a thread sends: of its columns as they are, the first 32 bytes; of quantized rows the 16 values and the
+    scale that it sends, then nothing. Zeros where there is no row, or no column.
+
+    Example:
+        bfloat16, thread 1: columns 16 to 31 of row 0. Quantized rows: columns 16 to 31, and the scale 1.
     """
     THREADS: tl.constexpr = (H + 511) // 512 * 32
     row = thread // THREADS
@@ -40,16 +73,11 @@ def load_first_words(thread, hidden_ptr, scales_ptr, num_supplied, H: tl.constex
     if FORMAT == QUANTIZED:
         S: tl.constexpr = (H + 127) // 128
         a0, a1, a2, a3 = wire.load(hidden_ptr + place, live, 4)
-        scale = column // 128
-        first = scales_ptr + (row.to(tl.int64) * S + scale) * 4
-        sends = live & (column % 512 == 0)
-        if S % 4 == 0:
-            b0, b1, b2, b3 = wire.load(first, sends, 4)
-        else:  # rows of scales do not begin at multiples of 16 bytes
-            b0, _x, _y, _z = wire.load(first, sends, 1)
-            b1, _x, _y, _z = wire.load(first + 4, sends & (scale + 1 < S), 1)
-            b2, _x, _y, _z = wire.load(first + 8, sends & (scale + 2 < S), 1)
-            b3, _x, _y, _z = wire.load(first + 12, sends & (scale + 3 < S), 1)
+        first = thread_of_scale(thread, BLOCK)
+        row = first // THREADS
+        column = (first - row * THREADS) * 16
+        sends = (tl.arange(0, BLOCK) < BLOCK // 8) & (row < num_supplied) & (column < H)
+        b0, b1, b2, b3 = wire.load(scales_ptr + (row.to(tl.int64) * S + column // 128) * 4, sends, 1)
     else:
         address = hidden_ptr + place * (HIDDEN.primitive_bitwidth // 8)
         a0, a1, a2, a3 = wire.load(address, live, 4)
@@ -98,14 +126,6 @@ def largest_of(w0, w1, w2, w3, HIDDEN: tl.constexpr):
 
 
 @triton.jit
-def of_warp(bits, WHICH: tl.constexpr, BLOCK: tl.constexpr):
-    """The scale number WHICH of each warp's four, as bits, in all its threads. `bits`: [BLOCK / 32, 4]."""
-    is_it = tl.arange(0, 4)[None, :] == WHICH
-    one = tl.max(tl.where(is_it, bits, tl.zeros(bits.shape, tl.uint32)), 1)
-    return tl.reshape(tl.broadcast_to(one[:, None], [BLOCK // 32, 32]), [BLOCK])
-
-
-@triton.jit
 def quantize_columns(
     thread,
     a0,
@@ -123,8 +143,8 @@ def quantize_columns(
     POWER_OF_TWO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The packet of values of each thread, and the four scales of each warp, [BLOCK / 32, 4], from the words that
-    `load_first_words` has loaded. The bits are those of `tokenferry.reference.quantize`; rows that are not supplied are zeros."""
+    """The packet of values of each thread, and its scale, as bits, from the words that `load_first_words` has loaded. They are
+    those of `tokenferry.reference.quantize`; rows that are not supplied are zeros."""
     largest = tl.maximum(largest_of(a0, a1, a2, a3, HIDDEN), largest_of(b0, b1, b2, b3, HIDDEN))
     THREADS: tl.constexpr = (H + 511) // 512 * 32
     row = thread // THREADS
@@ -150,42 +170,7 @@ def quantize_columns(
         v1 = packed(a2, a3, scale, reciprocal, HIDDEN)
         v2 = packed(b0, b1, scale, reciprocal, HIDDEN)
         v3 = packed(b2, b3, scale, reciprocal, HIDDEN)
-    return v0, v1, v2, v3, scales
-
-
-@triton.jit
-def quantize_words(
-    thread,
-    a0,
-    a1,
-    a2,
-    a3,
-    b0,
-    b1,
-    b2,
-    b3,
-    hidden_ptr,
-    num_supplied,
-    H: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """`quantize_columns` with the packet of scales of each warp in all its threads; 0 where no row is supplied."""
-    v0, v1, v2, v3, scales = quantize_columns(
-        thread, a0, a1, a2, a3, b0, b1, b2, b3, hidden_ptr, num_supplied, H, HIDDEN, POWER_OF_TWO, BLOCK
-    )
-    THREADS: tl.constexpr = (H + 511) // 512 * 32
-    row = thread // THREADS
-    column = (thread - row * THREADS) * 16
-    bits = scales.to(tl.uint32, bitcast=True)
-    first = column // 512 * 4
-    S: tl.constexpr = (H + 127) // 128
-    s0 = tl.where(row < num_supplied, of_warp(bits, 0, BLOCK), 0)
-    s1 = tl.where((row < num_supplied) & (first + 1 < S), of_warp(bits, 1, BLOCK), 0)
-    s2 = tl.where((row < num_supplied) & (first + 2 < S), of_warp(bits, 2, BLOCK), 0)
-    s3 = tl.where((row < num_supplied) & (first + 3 < S), of_warp(bits, 3, BLOCK), 0)
-    return v0, v1, v2, v3, s0, s1, s2, s3
+    return v0, v1, v2, v3, scale.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -224,20 +209,29 @@ def words_to_send(
     POWER_OF_TWO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The packet of values of each thread and the packet of scales of each warp, from what `load_first_words` has loaded."""
+    """The packet of values of each thread, and its scale, from what `load_first_words` has loaded. `scales_to_send` follows."""
     if FORMAT == QUANTIZE:
-        return quantize_words(thread, n0, n1, n2, n3, n4, n5, n6, n7, hidden_ptr, num_supplied, H, HIDDEN, POWER_OF_TWO, BLOCK)
+        return quantize_columns(thread, n0, n1, n2, n3, n4, n5, n6, n7, hidden_ptr, num_supplied, H, HIDDEN, POWER_OF_TWO, BLOCK)
     else:
-        return (
-            canonical_values(n0),
-            canonical_values(n1),
-            canonical_values(n2),
-            canonical_values(n3),
-            canonical_scale(n4),
-            canonical_scale(n5),
-            canonical_scale(n6),
-            canonical_scale(n7),
-        )
+        v0 = canonical_values(n0)
+        v1 = canonical_values(n1)
+        v2 = canonical_values(n2)
+        v3 = canonical_values(n3)
+        return v0, v1, v2, v3, n4
+
+
+@triton.jit
+def scales_to_send(thread, scale, num_supplied, H: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+    """The scale that each thread sends, from what `words_to_send` has returned. It is 0 where no row is supplied, and behind the
+    last one of a row. The program waits here for all of its threads, so that values are sent before."""
+    if FORMAT == QUANTIZE:
+        THREADS: tl.constexpr = (H + 511) // 512 * 32
+        row = thread // THREADS
+        is_there = (row < num_supplied) & ((thread - row * THREADS) * 16 < H)
+        scale = tl.where(is_there, scale, tl.zeros([BLOCK], tl.uint32))
+        return tl.gather(scale, tl.arange(0, BLOCK) * 8 % BLOCK, 0)
+    else:
+        return canonical_scale(scale)
 
 
 @triton.jit
@@ -250,24 +244,68 @@ def escape(word, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def offsets(thread, ROW: tl.constexpr, SCALES_ROW: tl.constexpr, H: tl.constexpr):
-    """Where the two packets of a thread go among rows that are ROW bytes long: the offset of its 16 values, and of its warp's
-    scales among rows of SCALES_ROW bytes.
+def offset_of_values(thread, ROW: tl.constexpr, H: tl.constexpr):
+    """Where a thread's packet of 16 values goes among rows that are ROW bytes long.
 
     Example:
-        H 256, thread 33 (row 1, column 16): values at 272 where a row has 256 bytes, at 288 in slots, where it has 272.
+        H 256, thread 33 (row 1, column 16): at 272 where a row has 256 bytes, at 288 in slots, where it has 272.
     """
     THREADS: tl.constexpr = (H + 511) // 512 * 32
-    row = (thread // THREADS).to(tl.int64)
-    column = thread % THREADS * 16
-    return row * ROW + column, row * SCALES_ROW + column // 512 * 16
+    return (thread // THREADS).to(tl.int64) * ROW + thread % THREADS * 16
 
 
 @triton.jit
-def sends_what(thread, live, H: tl.constexpr):
-    """Whether a thread sends values, and whether it sends the scales of its warp."""
-    column = thread % ((H + 511) // 512 * 32) * 16
-    return live & (column < H), live & (column % 512 == 0)
+def offset_of_scale(thread, ROW: tl.constexpr, H: tl.constexpr):
+    """Where the scale of a thread's columns goes among rows of scales that are ROW bytes apart.
+
+    Example:
+        H 256, thread 40 (row 1, column 128): at 20 where a row of scales has 16 bytes, at 276 in slots.
+    """
+    THREADS: tl.constexpr = (H + 511) // 512 * 32
+    return (thread // THREADS).to(tl.int64) * ROW + thread % THREADS // 8 * 4
+
+
+@triton.jit
+def send_words(packet, w0, w1, w2, w3, scale, num_packets, num_supplied, first_row, in_slots, rank, size, buffer_ptr, peer_table,
+               nearest_ptr, multicast_ptr, slots_offset, slot_bytes, out_hidden_offset, out_scales_offset, SLOT_ROW: tl.constexpr,
+               H: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr, MULTICAST: tl.constexpr):  # fmt: skip
+    """Sends what `words_to_send` has returned to every peer, values first, and stores it in this rank's own buffer."""
+    SCALES: tl.constexpr = (H + 511) // 512 * 16
+    THREADS: tl.constexpr = (H + 511) // 512 * 32
+    is_value = (packet < num_packets) & (packet % THREADS * 16 < H)
+    values_here = out_hidden_offset + first_row.to(tl.int64) * H + offset_of_values(packet, H, H)
+    values_in_slot = slots_offset + offset_of_values(packet, SLOT_ROW, H)
+    first = thread_of_scale(packet, BLOCK)
+    is_scale = (tl.arange(0, BLOCK) < BLOCK // 8) & (first < num_packets)
+    scale_here = out_scales_offset + first_row.to(tl.int64) * SCALES + offset_of_scale(first, SCALES, H)
+    scale_in_slot = slots_offset + H + offset_of_scale(first, SLOT_ROW, H)
+    if MULTICAST:
+        slot_ptr = multicast_ptr + rank * slot_bytes
+        wire.multicast(tl.where(in_slots, slot_ptr + values_in_slot, multicast_ptr + values_here), w0, w1, w2, w3, is_value,
+                       buffer_ptr, 4)  # fmt: skip
+        scale = scales_to_send(packet, scale, num_supplied, H, FORMAT, BLOCK)
+        target_ptr = tl.where(in_slots, slot_ptr + scale_in_slot, multicast_ptr + scale_here)
+        wire_float8.multicast_word(target_ptr, scale, is_scale, buffer_ptr)
+    else:
+        peer_ptr = nearest_ptr
+        for i in range(1, size):
+            peer = wire.add_mod(rank + i, size)
+            slot_ptr = peer_ptr + (rank - (rank > peer).to(tl.int32)) * slot_bytes
+            wire.send(
+                tl.where(in_slots, slot_ptr + values_in_slot, peer_ptr + values_here), w0, w1, w2, w3, is_value, buffer_ptr, 4
+            )
+            peer_ptr = tl.load(peer_table + wire.add_mod(peer + 1, size))
+        scale = scales_to_send(packet, scale, num_supplied, H, FORMAT, BLOCK)
+        peer_ptr = nearest_ptr
+        for i in range(1, size):
+            peer = wire.add_mod(rank + i, size)
+            slot_ptr = peer_ptr + (rank - (rank > peer).to(tl.int32)) * slot_bytes
+            wire_float8.send_word(
+                tl.where(in_slots, slot_ptr + scale_in_slot, peer_ptr + scale_here), scale, is_scale, buffer_ptr
+            )
+            peer_ptr = tl.load(peer_table + wire.add_mod(peer + 1, size))
+        wire.store(buffer_ptr + values_here, w0, w1, w2, w3, is_value, 4)
+        wire.store(buffer_ptr + scale_here, scale, scale, scale, scale, is_scale, 1)
 
 
 @triton.jit

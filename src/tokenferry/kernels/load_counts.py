@@ -34,21 +34,22 @@ def load_counts_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Adds one to `loads[layer, id]` for each id of the first V rows; -1, and numbers beyond the experts, are nobody's.
+    """Adds one to `loads[1 + layer * num_experts + id]` for each id of the first V rows; -1, and numbers beyond the experts, are
+    nobody's.
 
     Args:
         topk_idx: [num_rows, K] expert numbers.
         valid_tokens: [1] V.
-        loads: [layers, num_experts].
+        loads: [1 + layers * num_experts]. The first is 0 while nothing shall be counted.
 
     Example:
-        Ids [[0, 2], [2, -1]] add [1, 0, 2] to the layer's row.
+        Ids [[0, 2], [2, -1]] add [1, 0, 2] to the layer's words.
     """
     lanes = tl.arange(0, BLOCK)
     wire.wait_for_previous_kernel(PDL)
     wire.let_next_kernel_start(PDL)
-    total = tl.minimum(tl.load(valid_tokens), num_rows) * K
-    row = loads + layer.to(tl.int64) * num_experts
+    total = tl.where(tl.load(loads) != 0, tl.minimum(tl.load(valid_tokens), num_rows) * K, 0)
+    row = loads + 1 + tl.cast(layer, tl.int64) * num_experts
     for begin in range(tl.program_id(0) * BLOCK, total, tl.num_programs(0) * BLOCK):
         place = begin + lanes
         expert = tl.load(topk_idx + place, mask=place < total, other=-1)

@@ -8,8 +8,9 @@ from typing import Any, TextIO
 
 from tokenferry.errors import StateError
 from tokenferry.groups import EPGroup
+from tokenferry.telemetry.lateness import last_to_enter
 from tokenferry.telemetry.recorder import Recorder
-from tokenferry.telemetry.snapshot import Snapshot, last_to_enter
+from tokenferry.telemetry.snapshot import Snapshot
 from tokenferry.telemetry.trace import write_trace
 
 GATHER_TIMEOUT_S = 60.0
@@ -96,7 +97,8 @@ class Telemetry:
         """Writes the last steps of all ranks as a trace for Chrome or Perfetto. Collective; rank 0 writes.
 
         Returns:
-            By how many nanoseconds the ranks' clocks may be off against one another in it; None on the other ranks.
+            By how many nanoseconds the ranks' clocks may be off against one another in it, the way of one packet not counted;
+            infinite if the ranks have kept fewer than two steps in common. None on the other ranks.
 
         Raises:
             StateError: the workspace was opened without telemetry.

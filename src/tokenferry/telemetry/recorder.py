@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -23,7 +27,8 @@ from tokenferry.kernels.wait_board import (
     TICKS_WORD,
     BoardLayout,
 )
-from tokenferry.telemetry.snapshot import Snapshot, StepRecord, last_to_enter, snapshot_of
+from tokenferry.telemetry.lateness import last_to_enter
+from tokenferry.telemetry.snapshot import Snapshot, StepRecord, snapshot_of
 
 COUNTS: Final = -1
 """The phase in which a step's counts are exchanged; the others are those of `wait_board`."""
@@ -32,9 +37,26 @@ NUM_TOKEN_STEPS: Final = 4096
 _TICKS: Final = (1 << STAMP_SHIFT) - 1
 
 
+def write_here(tensor: torch.Tensor, number: int) -> None:
+    """To a tensor of the CPU."""
+    tensor.fill_(number)
+
+
 def read_here(tensor: torch.Tensor) -> list[Any]:
     """A tensor of the CPU as a list."""
     return tensor.tolist()
+
+
+@dataclass(frozen=True)
+class _Span:
+    """A call of a library between two events on a stream, and when the host launched it."""
+
+    phase: int
+    layer: int
+    step: int
+    launched_ns: int
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
 
 
 class Recorder:
@@ -52,28 +74,38 @@ class Recorder:
         self.transport = ""
         """The name of what moves the rows."""
         self.layout = BoardLayout(size)
-        self.loads = torch.zeros((NUM_LAYERS, num_experts), dtype=torch.int64, device=device)
+        self.load_words = torch.zeros(1 + NUM_LAYERS * num_experts, dtype=torch.int64, device=device)
+        """Where kernels add up rows. The first word is 0 while nothing is counted, in graphs that were captured before too."""
+        self.load_words[0] = 1
+        self.loads = self.load_words[1:].view(NUM_LAYERS, num_experts)
         """[NUM_LAYERS, E] rows that came for each expert. Layers beyond share the last row."""
         self.counts_ids = True
-        """Whether expert numbers that come are counted, by one small kernel a dispatch on GPUs. If not, a graph that is
-        captured then counts its waits alone."""
+        """Whether expert numbers are counted where experts do not count themselves, by one small kernel a round on GPUs. If not,
+        a graph that is captured then has no such kernel."""
         self.is_on = True
         self.read: Callable[[torch.Tensor], list[Any]] = read_here
         """Copies a tensor of the device to the host beside whatever runs there."""
+        self.write: Callable[[torch.Tensor, int], None] = write_here
+        """Writes a number to a tensor of one, likewise."""
         self._words = [0] * self.layout.num_words
         self._words[TICKS_WORD] = self._words[NANOSECONDS_WORD] = 1  # spans of the host are in nanoseconds
         self.board: torch.Tensor | None = None
         """int64 on the device, where kernels count."""
+        self.relaxed: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        """Within it events may be asked whether they have passed, also while a graph is captured: by this thread or another."""
         self._switch: weakref.WeakMethod[Callable[[bool], None]] | None = None
         self._is_closed = False
+        # Whoever reads or switches may be another thread, a scrape's for one. The lock is held for what ends by itself. It lets
+        # its own thread in again: a signal handler may close what it has interrupted.
+        self._lock = threading.RLock()
         self._step = 0
         self._tokens: deque[tuple[int, int]] = deque(maxlen=NUM_TOKEN_STEPS)
-        self._spans: deque[tuple[int, int, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=4096)
+        self._spans: deque[_Span] = deque(maxlen=4096)
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory."""
-        return self.loads.nbytes + (0 if self.board is None else self.board.nbytes)
+        return self.load_words.nbytes + (0 if self.board is None else self.board.nbytes)
 
     # --- with kernels that write to a board ------------------------------------------------------------------------
 
@@ -87,8 +119,9 @@ class Recorder:
         self._switch = weakref.WeakMethod(switch)
 
     def close(self) -> None:
-        """What it reads is about to go."""
-        self._is_closed = True
+        """What it switches is about to go. Waits for a thread that is switching it."""
+        with self._lock:
+            self._is_closed = True
 
     @property
     def has_board(self) -> bool:
@@ -97,11 +130,13 @@ class Recorder:
 
     def turn(self, on: bool) -> None:
         """Counts from here on, or does not."""
-        self._require_open()
-        switch = None if self._switch is None else self._switch()
-        if switch is not None and on != self.is_on:
-            switch(on)
-        self.is_on = on
+        with self._lock:
+            self._require_open()
+            switch = None if self._switch is None else self._switch()
+            if switch is not None and on != self.is_on:
+                switch(on)
+            self.write(self.load_words[:1], int(on))
+            self.is_on = on
 
     # --- by the host ------------------------------------------------------------------------------------------------
 
@@ -109,13 +144,14 @@ class Recorder:
         """The counts of `step` are exchanged from now on."""
         if not self.is_on or self.has_board:
             return
-        self._step = step
-        self.collect_spans()
-        words, first = self._words, self._first_of_step(step)
-        words[STEPS_WORD] += 1
-        words[first], words[first + 1] = step, time.time_ns()
-        for source in range(self.size):
-            words[first + 2 + source] = self._stamp(step) if source != self.rank else 0
+        with self._lock:
+            self.collect_spans()
+            self._step = step
+            words, first = self._words, self._first_of_step(step)
+            words[STEPS_WORD] += 1
+            words[first], words[first + 1] = step, time.time_ns()
+            for source in range(self.size):
+                words[first + 2 + source] = self._stamp(step) if source != self.rank else 0
 
     def is_in_step(self, step: int, num_tokens: int) -> None:
         """This rank has brought so many rows to `step`, which begins now if whoever exchanged its counts has not said so."""
@@ -126,20 +162,23 @@ class Recorder:
 
     def waited(self, phase: int, layer: int, source: int, span_ns: int) -> None:
         """This rank has waited so long for `source`; under its own number, for peers that it cannot tell apart."""
-        if not self.is_on or self.has_board:
-            return
-        words, step = self._words, self._step
-        if phase == COUNTS:
-            words[FIRST_WAITS_WORD + source] += span_ns
-            self._add(self._first_of_step(step) + 2 + source, step, span_ns)
-            return
-        place = 2 * min(layer, NUM_LAYERS - 1) + phase
-        words[self.layout.layer_waits + place * self.size + source] += span_ns
-        first = self.layout.round_log + (step % NUM_ROUND_STEPS * 2 * NUM_LAYERS + place) * (1 + self.size)
-        kept = words[first + 1 : first + 1 + self.size]
-        if not words[first] or all(word >> STAMP_SHIFT != step % (1 << 16) for word in kept):  # the round's first wait
-            words[first] = time.time_ns() - span_ns
-        self._add(first + 1 + source, step, span_ns)
+        if self.is_on and not self.has_board:
+            self._note(phase, layer, source, self._step, time.time_ns() - span_ns, span_ns)
+
+    def _note(self, phase: int, layer: int, source: int, step: int, begin_ns: int, span_ns: int) -> None:
+        with self._lock:
+            words = self._words
+            if phase == COUNTS:
+                words[FIRST_WAITS_WORD + source] += span_ns
+                self._add(self._first_of_step(step) + 2 + source, step, span_ns)
+                return
+            place = 2 * min(layer, NUM_LAYERS - 1) + phase
+            words[self.layout.layer_waits + place * self.size + source] += span_ns
+            first = self.layout.round_log + (step % NUM_ROUND_STEPS * 2 * NUM_LAYERS + place) * (1 + self.size)
+            kept = words[first + 1 : first + 1 + self.size]
+            if not words[first] or all(word >> STAMP_SHIFT != step % (1 << 16) for word in kept):  # the round's first wait
+                words[first] = begin_ns
+            self._add(first + 1 + source, step, span_ns)
 
     def came(self, layer: int, tokens_per_rank: Sequence[int]) -> None:
         """A dispatch has brought so many rows from each rank."""
@@ -152,14 +191,19 @@ class Recorder:
     def span_on_stream(self, phase: int, layer: int, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
         """A call of a library lies between two events on the stream. It is read once both have passed, and never waited for."""
         if self.is_on and not self.has_board:
-            self._spans.append((phase, layer, begin, end))
+            self._spans.append(_Span(phase, layer, self._step, time.time_ns(), begin, end))
 
     def collect_spans(self) -> None:
-        """Notes the calls that are over. Of two ranks the peer is known; of more, they cannot be told apart."""
+        """Notes the calls that are over, in the steps that they belong to. Of two ranks the peer is known; of more, they cannot
+        be told apart."""
+        if not self._spans:
+            return
         source = 1 - self.rank if self.size == 2 else self.rank
-        while self._spans and self._spans[0][3].query():
-            phase, layer, begin, end = self._spans.popleft()
-            self.waited(phase, layer, source, round(begin.elapsed_time(end) * 1e6))
+        with self._lock, self.relaxed():
+            while self._spans and self._spans[0].end.query():
+                span = self._spans.popleft()
+                span_ns = round(span.begin.elapsed_time(span.end) * 1e6)
+                self._note(span.phase, span.layer, source, span.step, span.launched_ns, span_ns)
 
     def _stamp(self, step: int) -> int:
         return step % (1 << 16) << STAMP_SHIFT
@@ -191,11 +235,15 @@ class Recorder:
             StateError: the workspace is closed.
         """
         self._require_open()
-        self.collect_spans()
-        words = list(self._words) if self.board is None else self.read(self.board)
+        if self.board is not None:
+            words = self.read(self.board)
+        else:
+            with self._lock:
+                self.collect_spans()
+                words = list(self._words)
         return snapshot_of(
             words,
-            self.read(self.loads),
+            self._read_loads(),
             rank=self.rank,
             size=self.size,
             transport=self.transport,
@@ -203,6 +251,10 @@ class Recorder:
             row_bytes=self._row_bytes,
             tokens=tuple(self._tokens),
         )
+
+    def _read_loads(self) -> list[list[int]]:
+        words, num_experts = self.read(self.load_words), self.loads.shape[1]
+        return [words[first : first + num_experts] for first in range(1, len(words), num_experts)]
 
 
 __all__ = ["COUNTS", "DISPATCH", "Recorder", "read_here"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
@@ -52,12 +51,24 @@ class Waits:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One dispatch or combine: what was waited for each source, None where nothing was waited for, -1 kept apart by rank."""
+    """One dispatch or combine.
+
+    Attributes:
+        begin_ns: when this rank began to wait, by its own clock.
+        waits_ns: what it waited for each source; None where it waited for nothing, its own place among them.
+        shared_ns: the same where a library serves all peers in one call, so that nobody can be told apart. None elsewhere.
+    """
 
     layer: int
     phase: Literal["dispatch", "combine"]
     begin_ns: int
     waits_ns: tuple[int | None, ...]
+    shared_ns: int | None = None
+
+    @property
+    def length_ns(self) -> int:
+        """The longest of its waits."""
+        return max((wait or 0 for wait in (*self.waits_ns, self.shared_ns)), default=0)
 
 
 @dataclass(frozen=True)
@@ -97,8 +108,9 @@ class Snapshot:
         rows, num_bytes: that dispatches brought from each source rank, this one's own rows included; bytes of hidden rows.
         waits: see `Waits`.
         layers: of those that had a round.
-        loads: `[layer][expert]` rows that came for each of the model's experts, other ranks' experts included, since every rank
-            gets every row's numbers; without padding and ids of -1.
+        loads: `[layer][expert]` rows that came for each of the model's experts, as far as this rank has counted them; without
+            padding and ids of -1. Where our own experts run, a rank counts its own experts' rows, the others' are 0. Elsewhere it
+            counts all: every rank gets every row's numbers. `loads_of` puts ranks together.
         steps: the last ones, the oldest first.
         tokens: the step and this rank's rows in it, of the last steps that were begun by a call: those of replayed graphs are not
             among them.
@@ -131,7 +143,7 @@ class Snapshot:
                 step["step"],
                 step["begin_ns"],
                 tuple(step["waits_ns"]),
-                tuple(RoundRecord(r["layer"], r["phase"], r["begin_ns"], tuple(r["waits_ns"])) for r in step["rounds"]),
+                tuple(RoundRecord(**{**each, "waits_ns": tuple(each["waits_ns"])}) for each in step["rounds"]),
             )
             for step in told.pop("steps")
         ]
@@ -225,13 +237,13 @@ class _Board:
         return LayerRecord(number, num_rounds, self.spans(first + DISPATCH), self.spans(first + COMBINE * self._size))
 
     def stamped(self, first: int, step: int) -> tuple[int | None, ...]:
-        """The kept waits of `step`; None where the word is of an older one."""
-        spans: list[int | None] = []
-        for source in range(self._size):
-            word = self._words[first + source] % (1 << 64)
-            is_of_step = word >> STAMP_SHIFT == step % _STAMPS and source != self._rank
-            spans.append(self._ns(word & _TICKS) if is_of_step else None)
-        return tuple(spans)
+        """The kept waits of `step` for each peer; None where the word is of an older one."""
+        kept = (None if source == self._rank else self._kept(first + source, step) for source in range(self._size))
+        return tuple(kept)
+
+    def _kept(self, place: int, step: int) -> int | None:
+        word = self._words[place] % (1 << 64)
+        return self._ns(word & _TICKS) if word >> STAMP_SHIFT == step % _STAMPS else None
 
     def steps(self) -> tuple[StepRecord, ...]:
         """The last ones, the oldest first."""
@@ -255,31 +267,27 @@ class _Board:
         first = self.layout.round_log + step % NUM_ROUND_STEPS * 2 * NUM_LAYERS * entry
         rounds = []
         for place in range(2 * NUM_LAYERS):
-            begin_ns = self._words[first + place * entry]
-            waits = self.stamped(first + place * entry + 1, step) if begin_ns else ()
-            if any(wait is not None for wait in waits):
-                rounds.append(RoundRecord(place // 2, "combine" if place % 2 == COMBINE else "dispatch", begin_ns, waits))
+            words = first + place * entry
+            begin_ns = self._words[words]
+            if not begin_ns:
+                continue
+            waits, shared = self.stamped(words + 1, step), self._kept(words + 1 + self._rank, step)
+            if any(wait is not None for wait in (*waits, shared)):
+                phase: Literal["dispatch", "combine"] = "combine" if place % 2 == COMBINE else "dispatch"
+                rounds.append(RoundRecord(place // 2, phase, begin_ns, waits, shared))
         return tuple(rounds)
 
 
-def last_to_enter(steps: Sequence[StepRecord], rank: int, num_steps: int = 100) -> str:
-    """One line on who keeps the others waiting, as rank `rank` saw the last `num_steps` steps; empty if there were none.
+def loads_of(snapshots: Sequence[Snapshot]) -> tuple[tuple[int, ...], ...]:
+    """`[layer][expert]` rows that came for each expert, of all ranks' snapshots together. What several ranks have counted is the
+    same; one that was read earlier, amid a step, lacks some of it.
 
     Example:
-        "rank 3 was last to enter in 97 of the last 100 steps, by 4.1 ms"
+        Rank 0 has counted [[5, 0]] and rank 1 [[0, 7]], each its own expert: [[5, 7]].
     """
-    leads: dict[int, list[int]] = {}
-    seen = [step for step in steps if any(wait is not None for wait in step.waits_ns)][-num_steps:]
-    for step in seen:
-        spans = sorted(((wait, source) for source, wait in enumerate(step.waits_ns) if wait is not None), reverse=True)
-        longest, source = spans[0]
-        second = spans[1][0] if len(spans) > 1 else 0
-        leads.setdefault(source if longest > 0 else rank, []).append(longest - second)
-    if not seen:
-        return ""
-    worst = max(leads, key=lambda source: (len(leads[source]), statistics.median(leads[source])))
-    by = statistics.median(leads[worst])
-    return f"rank {worst} was last to enter in {len(leads[worst])} of the last {len(seen)} steps, by {in_words(by)}"
+    num_layers = max((len(snapshot.loads) for snapshot in snapshots), default=0)
+    tables = [snapshot.loads for snapshot in snapshots if len(snapshot.loads) == num_layers]
+    return tuple(tuple(max(counts) for counts in zip(*rows, strict=True)) for rows in zip(*tables, strict=True))
 
 
 def in_words(nanoseconds: float) -> str:

@@ -15,6 +15,12 @@ COMMON: Final[Mapping[str, Any]] = MappingProxyType(
 )
 """Generation never stops by itself, so lengths are known."""
 
+GPT_OSS_20B: Final[Mapping[str, Any]] = MappingProxyType({
+    "vocab_size": 201088, "hidden_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "head_dim": 64, "intermediate_size": 2880, "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128,
+    "max_position_embeddings": 131072, "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+})  # fmt: skip
+
 # model_type in transformers, and the sizes of the published configuration
 MODEL_CONFIGS: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = MappingProxyType({
     "qwen3-30b-a3b": ("qwen3_moe", {
@@ -22,11 +28,8 @@ MODEL_CONFIGS: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = MappingProxy
         "head_dim": 128, "moe_intermediate_size": 768, "intermediate_size": 6144, "num_experts": 128, "num_experts_per_tok": 8,
         "norm_topk_prob": True, "max_position_embeddings": 40960,
     }),
-    "gpt-oss-20b": ("gpt_oss", {
-        "vocab_size": 201088, "hidden_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8,
-        "head_dim": 64, "intermediate_size": 2880, "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128,
-        "max_position_embeddings": 131072, "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
-    }),
+    "gpt-oss-20b": ("gpt_oss", GPT_OSS_20B),
+    "gpt-oss-20b-mxfp4": ("gpt_oss", {**GPT_OSS_20B, "quantization_config": {"quant_method": "mxfp4"}}),
     "mixtral-8x7b": ("mixtral", {
         "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
         "head_dim": 128, "intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2,

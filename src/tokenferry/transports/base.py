@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from tokenferry.config import MoEConfig
-from tokenferry.dispatched import SAME, HiddenRows, PartialRows, RowFormat
+from tokenferry.dispatched import SAME, HiddenRows, LoadsToCount, PartialRows, RowFormat
 from tokenferry.errors import PeerError, PeerFailedError, PeerTimeoutError, StateError
 from tokenferry.groups import EPGroup
 from tokenferry.step import Announced, StepRequest, StepTensors
@@ -65,6 +65,8 @@ class Gathered:
     """A tensor, or `QuantizedRows` where the format says so."""
     topk_idx_RK: torch.Tensor
     topk_weights_RK: torch.Tensor
+    loads: LoadsToCount | None = None
+    """With telemetry."""
 
 
 @dataclass(frozen=True)

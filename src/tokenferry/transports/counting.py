@@ -4,42 +4,30 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import torch
 
 from tokenferry import env
 from tokenferry.ambient import plain_torch
-from tokenferry.dispatched import HiddenRows, PartialRows
-from tokenferry.errors import ConfigError
+from tokenferry.dispatched import HiddenRows, LoadsToCount, PartialRows
+from tokenferry.graph_capture import is_capturing
 from tokenferry.kernels.wait_board import NUM_LAYERS
+from tokenferry.lifecycle import Lease
 from tokenferry.step import StepRequest, StepTensors
 from tokenferry.telemetry import Recorder
 from tokenferry.transports.base import Gathered, Transport, TransportSettings
 from tokenferry.transports.wrapper import TransportWrapper
 
-SHOWN_ON: Final = ("cpu",)
-"""Device types on which tests have shown telemetry to be right. For GPUs its kernels compile; the only run, on two of them on
-2026-11-26, ended in a crash before it had a result: in all likelihood pinned memory was given back after the stream that had
-copied to it was gone. No pinned memory is used since, and no run has followed."""
-RANGES = ("tokenferry.begin_step", "tokenferry.dispatch", "tokenferry.combine")
+RANGES: Final = ("tokenferry.begin_step", "tokenferry.dispatch", "tokenferry.combine")
 """Names of the NVTX ranges; those of rounds are followed by the layer, as in tokenferry.dispatch[3]. Halves of a call are named
 like the whole, and a range holds what its call launches, not what runs meanwhile."""
 
 
-def wants_telemetry(asked: bool | None, device: torch.device) -> bool:
-    """Whether a workspace on `device` counts. None: as the environment says.
-
-    Raises:
-        ConfigError: it shall, on a device on which no run has shown it to be right.
-    """
-    wanted = env.read(env.TelemetrySettings).enabled if asked is None else bool(asked)
-    if wanted and device.type not in SHOWN_ON:
-        raise ConfigError(
-            f"telemetry is not to be had on {device.type} yet: no run on a GPU has shown it to be right, and the first one "
-            "crashed; open the workspace without it (telemetry=False, TOKENFERRY_TELEMETRY not set), or on CPUs"
-        )
-    return wanted
+def wants_telemetry(asked: bool | None) -> bool:
+    """Whether a workspace counts. None: as the environment says."""
+    return env.read(env.TelemetrySettings).enabled if asked is None else bool(asked)
 
 
 def new_recorder(settings: TransportSettings) -> Recorder:
@@ -61,26 +49,31 @@ class CountingTransport(TransportWrapper):
         super().__init__(inner)
         self._recorder, self._step_tensors = recorder, step_tensors
         self._device, self._layer, self._num_tokens = settings.group.device, -1, 0
-        self._is_cuda = self._device.type == "cuda"
-        self._reader: _Reader | None = None
+        self.names_ranges = self._device.type == "cuda"
+        """Whether calls stand in NVTX ranges."""
+        self._uncounted: tuple[torch.Tensor, LoadsToCount] | None = None
+        """Numbers and counters of the dispatch under way. They are looked at before its combine: experts may have counted."""
+        self._reader = _Reader(self._device) if self._device.type == "cuda" else None
         self._count: Any = None
-        if self._is_cuda:
-            from tokenferry.kernels.launch import has_pdl, prepare  # here: Triton is not everywhere
-            from tokenferry.kernels.load_counts import BLOCK, NUM_WARPS, SIGNATURE, load_counts_kernel
-
-            self._reader = _Reader(self._device)
-            recorder.read = self._reader
-            constants = {"K": settings.config.topk, "BLOCK": BLOCK, "PDL": int(has_pdl(self._device))}
-            names = {torch.int32: "*i32", torch.int64: "*i64"}
-            signature = {**SIGNATURE, "topk_idx": names[settings.index_dtype]}
-            launch = prepare(load_counts_kernel, signature, constants, NUM_WARPS, self._device)
-            fixed = {
-                "valid_tokens": step_tensors.packed,
-                "loads": recorder.loads,
-                "num_experts": settings.config.num_experts,
-            }
-            self._count = launch.bind(fixed, ("topk_idx", "num_rows", "layer"))
+        if self._reader is not None:
+            recorder.read, recorder.write, recorder.relaxed = self._reader.read, self._reader.write, self._reader.relaxed
+            self._count = self._counting_launch(settings)
             torch.cuda.current_stream(self._device).synchronize()
+
+    def _counting_launch(self, settings: TransportSettings) -> Any:
+        from tokenferry.kernels.launch import has_pdl, prepare  # here: Triton is not everywhere
+        from tokenferry.kernels.load_counts import BLOCK, NUM_WARPS, SIGNATURE, load_counts_kernel
+
+        constants = {"K": settings.config.topk, "BLOCK": BLOCK, "PDL": int(has_pdl(self._device))}
+        names = {torch.int32: "*i32", torch.int64: "*i64"}
+        signature = {**SIGNATURE, "topk_idx": names[settings.index_dtype]}
+        launch = prepare(load_counts_kernel, signature, constants, NUM_WARPS, self._device)
+        fixed = {
+            "valid_tokens": self._step_tensors.packed,
+            "loads": self._recorder.load_words,
+            "num_experts": settings.config.num_experts,
+        }
+        return launch.bind(fixed, ("topk_idx", "num_rows", "layer"))
 
     @property
     def nbytes(self) -> int:
@@ -106,10 +99,12 @@ class CountingTransport(TransportWrapper):
             return self._counted(self._layer, super().dispatch_end())
 
     def combine(self, partial: PartialRows, out: torch.Tensor | None = None) -> torch.Tensor:
+        self._count_ids()
         with self._range(RANGES[2], self._layer):
             return super().combine(partial, out)
 
     def combine_begin(self, partial: PartialRows) -> None:
+        self._count_ids()
         with self._range(RANGES[2], self._layer):
             super().combine_begin(partial)
 
@@ -119,6 +114,7 @@ class CountingTransport(TransportWrapper):
 
     def close(self) -> None:
         self._recorder.close()
+        self._uncounted = None
         if self._reader is not None:
             self._reader.close()
         super().close()
@@ -126,34 +122,44 @@ class CountingTransport(TransportWrapper):
     # --- how --------------------------------------------------------------------------------------------------------
 
     def _counted(self, layer: int, gathered: Gathered) -> Gathered:
+        """What has come is noted, all but the loads: see `_count_ids`."""
         recorder = self._recorder
         self._layer = layer
-        if not recorder.is_on:
-            return gathered
         counts = self.inner.tokens_per_rank
         if counts is None:  # a transport whose host knows none: of a rank alone they are its own, of more nobody's in particular
             counts = (self._num_tokens,) if recorder.size == 1 else ()
         recorder.came(layer, counts)
-        if recorder.counts_ids:
-            ids = gathered.topk_idx_RK
-            if self._count is not None:
-                num_rows = ids.shape[0]
-                programs = max(1, min(8, -(-num_rows * ids.shape[1] // 1024)))
-                self._count(programs, ids, num_rows, min(layer, NUM_LAYERS - 1))
-            else:
+        loads = LoadsToCount(recorder.load_words, 1 + min(layer, NUM_LAYERS - 1) * recorder.loads.shape[1])
+        self._uncounted = gathered.topk_idx_RK, loads
+        return Gathered(gathered.hidden_RH, gathered.topk_idx_RK, gathered.topk_weights_RK, loads)
+
+    def _count_ids(self) -> None:
+        """Counts the expert numbers of the dispatch under way, unless experts of our own have: their table has the numbers, which
+        costs no launch. In the stream's order it is before the combine, behind which peers write over the numbers."""
+        uncounted, self._uncounted = self._uncounted, None
+        if uncounted is None or uncounted[1].taken or not self._recorder.counts_ids:
+            return
+        ids, layer = uncounted[0], min(self._layer, NUM_LAYERS - 1)
+        if self._count is None:
+            if self._recorder.is_on:
                 self._count_here(layer, ids)
-        return gathered
+        elif self._recorder.is_on or is_capturing(self._device):  # a graph may be replayed when it is on: the kernel looks
+            num_rows = ids.shape[0]
+            programs = max(1, min(8, -(-num_rows * ids.shape[1] // 1024)))
+            self._count(programs, ids, num_rows, layer)
+            if self.fixed_rows is None:  # theirs is the memory of another stream, perhaps, and nobody else may keep them
+                ids.record_stream(torch.cuda.current_stream(self._device))
 
     def _count_here(self, layer: int, ids: torch.Tensor) -> None:
         """On CPUs. Rows behind V hold -1."""
-        loads = self._recorder.loads[min(layer, NUM_LAYERS - 1)]
+        loads = self._recorder.loads[layer]
         named = ids.flatten().to(torch.int64)
         named = named[(named >= 0) & (named < loads.shape[0])]
         loads += torch.bincount(named, minlength=loads.shape[0])
 
     @contextlib.contextmanager
     def _range(self, name: str, layer: int = -1) -> Iterator[None]:
-        if not self._is_cuda:
+        if not self.names_ranges:
             yield
             return
         torch.cuda.nvtx.range_push(f"{name}[{layer}]" if layer >= 0 else name)
@@ -164,24 +170,43 @@ class CountingTransport(TransportWrapper):
 
 
 class _Reader:
-    """Copies counters to the host on a stream of its own: a reader waits for the copy alone, and no step for the reader.
+    """Copies counters to and from the host on a stream of its own: a reader waits for the copy alone, and no step for the reader.
 
-    Not to pinned memory: as that is given back, torch records an event on the stream that copied to it, which may be gone.
+    Not by pinned memory: as that is given back, torch records an event on the stream that copied to it, which may be gone. Nor
+    by a kernel, which may have to be loaded, and loading waits for all kernels that wait for a peer.
     """
 
     def __init__(self, device: torch.device) -> None:
         from tokenferry.transports.symmetric.side_stream import SideStream
 
         self._side = SideStream(device)
+        self._lease = Lease(self._side)  # another thread may read while the workspace closes: the stream must outlive the copy
 
-    def __call__(self, tensor: torch.Tensor) -> list[Any]:
-        """As a list, by value."""
-        with self._side.current():
+    def read(self, tensor: torch.Tensor) -> list[Any]:
+        """As a list, by value.
+
+        Raises:
+            StateError: the workspace is closed.
+        """
+        with self._lease as side, side.current():
             return tensor.cpu().tolist()
 
+    def write(self, tensor: torch.Tensor, number: int) -> None:
+        """To a tensor of one.
+
+        Raises:
+            StateError: the workspace is closed.
+        """
+        with self._lease as side, side.current():
+            tensor.copy_(torch.tensor([number], dtype=torch.int64, device="cpu"))
+
+    def relaxed(self) -> AbstractContextManager[None]:
+        """See `Recorder.relaxed`."""
+        return self._side.relaxed()
+
     def close(self) -> None:
-        """The stream is gone then."""
-        self._side.close()
+        """The stream is gone then, or as soon as nobody uses it."""
+        self._lease.end()
 
 
 __all__ = ["RANGES", "CountingTransport", "new_recorder", "wants_telemetry"]

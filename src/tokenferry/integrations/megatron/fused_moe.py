@@ -5,13 +5,14 @@ Legend: R gathered rows (G of the NVLS class), K top-k, H hidden size, L local e
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, Final
 
 import torch
 
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched, HiddenRows, PartialRows
-from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError
+from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, UsageError
 from tokenferry.experts import ExpertScratch, ExpertWeights, apply_experts
 
 
@@ -62,7 +63,8 @@ def fused_moe(
 
     Raises:
         ConfigError: an activation that is not known.
-        ShapeError, DtypeError, DeviceError: operands that do not fit one another; before anything is launched.
+        ShapeError, DtypeError, DeviceError: operands that do not fit one another, by the names that they have here; before
+            anything is launched.
     """
     del disable_fused_quant_kernels, num_tokens_hint
     for name, weight in (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight)):
@@ -91,7 +93,26 @@ def fused_moe(
     weights = ExpertWeights(up_proj=fc1_weight, down_proj=fc2_weight, up_scale=fc1_scale, down_scale=fc2_scale)
     activation = _activation(activation_type)
     settings: dict[str, Any] = {"scratch": scratch, "batch_invariant": batch_invariant}
-    return apply_experts(gathered, weights, local_expert_start, activation, out, **settings)
+    try:
+        return apply_experts(gathered, weights, local_expert_start, activation, out, **settings)
+    except UsageError as error:
+        raise type(error)(_by_names_of_here(str(error))) from error
+
+
+_NAMES: Final = {
+    "hidden": "hidden_states",
+    "up_proj": "fc1_weight",
+    "down_proj": "fc2_weight",
+    "up_scale": "fc1_scale",
+    "down_scale": "fc2_scale",
+}
+"""What the experts call the arguments of `fused_moe`."""
+
+
+def _by_names_of_here(text: str) -> str:
+    """An error of the experts, with the names of the arguments that a caller of `fused_moe` gave."""
+    text = re.sub(rf"\b({'|'.join(_NAMES)})\b", lambda found: _NAMES[found[1]], text)
+    return text.replace("use combine_input()", "give one for each row of hidden_states, beside them")
 
 
 def _valid_only(routing_RK: torch.Tensor, valid_tokens: torch.Tensor) -> torch.Tensor:

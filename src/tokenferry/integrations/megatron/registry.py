@@ -172,7 +172,10 @@ class Registry:
         if settings.combine_output not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"combine_output must be torch.float32 or torch.bfloat16, got {settings.combine_output!r}")
         if settings.combine_dtype not in (torch.float32, torch.bfloat16):
-            raise ConfigError(f"combine_dtype must be torch.float32 or torch.bfloat16, got {settings.combine_dtype!r}")
+            raise ConfigError(
+                f"combine_dtype must be torch.float32 or torch.bfloat16, got {settings.combine_dtype!r}; Megatron's experts "
+                "write rows without scales into the RSV buffer, and torch.bfloat16 halves their bytes"
+            )
         if settings.combine_order not in ("rank", "any"):
             raise ConfigError(f"combine_order must be 'rank' or 'any', got {settings.combine_order!r}")
         num_bytes = settings.expert_scratch_bytes

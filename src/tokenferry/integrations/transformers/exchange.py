@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from tokenferry.dispatched import Dispatched, QuantizedRows
+from tokenferry.dispatched import Dispatched, PartialRows, QuantizedRows
 from tokenferry.dispatcher import Dispatcher
 from tokenferry.integrations.transformers.local_experts import LocalExperts
 from tokenferry.integrations.transformers.stopwatch import Stopwatch
 
-Kernels = Callable[[Dispatched, torch.Tensor], torch.Tensor]
-"""Writes this rank's partial rows of what was gathered into the tensor, and returns it."""
+Kernels = Callable[[Dispatched, PartialRows], PartialRows]
+"""Writes this rank's partial rows of what was gathered where it is told, and returns these."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +66,6 @@ def exchange_sums(
             hidden_RH, got.topk_idx[:num_rows], _weights(got, rows)[:num_rows], partial_dtype
         ).contiguous()
     with stopwatch.running():
-        if num_rows not in (0, num_gathered):
-            partial_RH = _to_gathered(dispatcher, partial_RH)
         return dispatcher.combine(partial_RH, got)
 
 
@@ -123,10 +121,3 @@ def exchange_choices(
 
 def _weights(got: Dispatched, rows: Rows) -> torch.Tensor:
     return got.topk_weights.to(rows.topk_weights_TK.dtype)
-
-
-def _to_gathered(dispatcher: Dispatcher, partial: torch.Tensor) -> torch.Tensor:
-    """The rows at the start of the workspace's own [R, H], whose other rows are never read."""
-    whole: torch.Tensor = dispatcher.combine_input()
-    whole[: partial.shape[0]].copy_(partial)
-    return whole

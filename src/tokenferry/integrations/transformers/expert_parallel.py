@@ -19,7 +19,6 @@ from tokenferry.groups import EPGroup
 from tokenferry.integrations.transformers.exchange import Rows, exchange_choices, exchange_partials, exchange_sums
 from tokenferry.integrations.transformers.fallbacks import Fallbacks
 from tokenferry.integrations.transformers.graph_choice import StepGraphs, make_graphs
-from tokenferry.integrations.transformers.kernel_experts import NotServed
 from tokenferry.integrations.transformers.layer import ExpertLayer
 from tokenferry.integrations.transformers.loading import Shard
 from tokenferry.integrations.transformers.one_thread import OneThread
@@ -46,6 +45,7 @@ class ExpertParallel:
         workspace: the `Workspace` that all layers share.
         thread: which thread uses the model now.
         num_local_experts: experts of each layer that this rank holds.
+        keeps_packed: packed experts of the checkpoint are to stay so.
         graphs: its steps as CUDA graphs, or None.
         num_real_tokens: int32[1] on the device, or None: of the forwards to come, rows from there on are padding.
         calls_in_turn: code that is compiled now calls the layer whose turn it is, not one by number: all layers share it.
@@ -56,6 +56,7 @@ class ExpertParallel:
         self.options = options
         self.layers: tuple[ExpertLayer, ...] = ()
         self.num_local_experts = 0
+        self.keeps_packed = False
         self.num_real_tokens: torch.Tensor | None = None
         self.thread = OneThread(waits=options.serialize)
         self._installed: list[ExpertLayer] = []
@@ -304,7 +305,7 @@ class ExpertParallel:
             reason = layer.kernels.what_changed()
             if reason is None:
                 return exchange_partials(self._dispatchers[number], layer.kernels, rows, self._stopwatch)
-            self._fallbacks.log_change(number, len(self.layers), reason)
+            self._fallbacks.log_change(layer, number, len(self.layers), reason)
         num_valid_rows = self._valid_rows(step)
         return exchange_sums(self._dispatchers[number], layer.experts, rows, num_valid_rows, self._partial_dtype, self._stopwatch)
 
@@ -379,7 +380,7 @@ class ExpertParallel:
         other ranks' experts shows itself here."""
         shape = LayerShape.of(rows, layer.num_experts)
         probed.append((layer, shape))
-        self._take_kernels(layer, shape)
+        self._fallbacks.take_kernels(layer, device=self.group.device, options=self.options, shape=shape)
         if layer.kernels is not None:
             return torch.zeros_like(rows.hidden_TH)
         try:
@@ -387,12 +388,3 @@ class ExpertParallel:
         except RuntimeError as error:
             name, num_owned = type(layer.module).__name__, len(layer.experts.owned)
             raise ConfigError(_FAILED.format(name, num_owned, layer.num_experts, f"{type(error).__name__}: {error}")) from error
-
-    def _take_kernels(self, layer: ExpertLayer, shape: LayerShape) -> None:
-        """Where they run at all, which on CPUs is the interpreter alone."""
-        if not self.options.own_kernels or not ExpertScratch.serves(self.group.device):
-            return
-        try:
-            layer.take_kernels(shape.hidden_dtype)
-        except NotServed as reason:
-            self._fallbacks.refuse(layer, str(reason))

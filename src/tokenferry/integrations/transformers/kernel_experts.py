@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from tokenferry.activations import Activation, ActivationName
-from tokenferry.dispatched import Dispatched, RowFormat
+from tokenferry.dispatched import Dispatched, PartialRows, RowFormat
 from tokenferry.errors import UsageError
 from tokenferry.experts import BorrowedExperts, ExpertScratch, ExpertWeights
 from tokenferry.groups import EPGroup
+from tokenferry.integrations.transformers.packed_experts import PackedExperts
 from tokenferry.integrations.transformers.settings import LayerShape, Options
 
 _PLAIN: Final[tuple[ActivationName, ...]] = ("relu", "squared_relu", "gelu", "gelu_tanh", "silu")
@@ -46,26 +47,30 @@ class KernelExperts:
         module: the experts, decorated, loaded, and cut to this rank's.
         owned: this rank's experts.
         dtype: of the hidden rows.
+        packed: how the module holds its experts if they are packed; they lie on the device by now.
 
     Raises:
         NotServed: with the reason.
     """
 
-    def __init__(self, module: nn.Module, owned: range, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, owned: range, dtype: torch.dtype, packed: PackedExperts | None = None) -> None:
         self._module = module
-        names = _parameter_names(module)
-        parameters: dict[str, Any] = {role: module._parameters[name] for role, name in names.items()}
-        self._borrowed_from = [_Source(module._parameters, name) for name in names.values()]
+        names = parameter_names(module) if packed is None else packed.names
+        self._borrowed_from = [_Source.of(module, name) for name in names.values()]
         self._implementation = implementation_of(module)
         self._copied_from: tuple[_Source, int] | None = None
         try:
+            if packed is not None:
+                self.borrowed = BorrowedExperts(packed.weights(module), owned, packed.activation, dtype=dtype)
+                return
             norm = known_norm(module)
             if norm:
                 [(name, weight)] = module.post_expert_norm.named_parameters()  # type: ignore[union-attr]
                 holder = module.post_expert_norm.get_submodule(name.rpartition(".")[0])  # type: ignore[union-attr]
                 self._copied_from = _Source(holder._parameters, name.rpartition(".")[2]), _version_of(weight)
+            parameters: dict[str, Any] = {role: module._parameters[name] for role, name in names.items()}
             weights = ExpertWeights.view(**parameters, **norm, transposed=bool(module.is_transposed))
-            self.borrowed = BorrowedExperts(weights, owned, known_activation(module), dtype=dtype)
+            self.borrowed = BorrowedExperts(weights, owned, known_activation(module, weights.down_proj.device), dtype=dtype)
         except UsageError as error:
             raise NotServed(str(error)) from error
 
@@ -91,9 +96,9 @@ class KernelExperts:
             return "another experts_implementation was set"
         return None
 
-    def __call__(self, dispatched: Dispatched, out: torch.Tensor) -> torch.Tensor:
+    def __call__(self, dispatched: Dispatched, out: PartialRows) -> PartialRows:
         """The partial rows, in `out`. Rows >= V are neither read nor written."""
-        partial: torch.Tensor = self.borrowed(dispatched, out=out)
+        partial: PartialRows = self.borrowed(dispatched, out=out)
         return partial
 
 
@@ -128,15 +133,19 @@ def implementation_of(module: Any) -> str | None:
 
 
 class _Source:
-    """A parameter and where its numbers were when it was borrowed."""
+    """A parameter, or a buffer, and where its numbers were when it was borrowed."""
 
     __slots__ = ("_facts", "_name", "_parameters", "parameter")
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> _Source:
+        return cls(module._buffers if name in module._buffers else module._parameters, name)
 
     def __init__(self, parameters: Any, name: str) -> None:
         self._parameters, self._name = parameters, name
         self.parameter = parameters[name]
         kind = type(self.parameter)
-        if kind is not nn.Parameter:  # of a subclass's tensor, nn.Parameter() makes one of that subclass
+        if kind not in (nn.Parameter, torch.Tensor):  # of a subclass's tensor, nn.Parameter() makes one of that subclass
             raise NotServed(f"its {name} is a {kind.__name__}, which may keep its numbers elsewhere")
         self._facts = _facts(self.parameter)
 
@@ -154,8 +163,12 @@ def _version_of(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _parameter_names(module: Any) -> dict[str, str]:
-    """Names of the module's parameters by the arguments of `ExpertWeights.view`."""
+def parameter_names(module: Any) -> dict[str, str]:
+    """Names of the module's parameters by the arguments of `ExpertWeights.view`.
+
+    Raises:
+        NotServed: it has others.
+    """
     up = "gate_up_proj" if module.has_gate else "up_proj"
     roles = {"up": up, "down": "down_proj"}
     if module.has_bias:
@@ -170,13 +183,12 @@ def _parameter_names(module: Any) -> dict[str, str]:
     return roles
 
 
-def known_activation(module: Any) -> Activation:
-    """Ours that computes what the module's does, on a few hundred numbers in float32.
+def known_activation(module: Any, device: torch.device | str = "cpu") -> Activation:
+    """Ours that computes what the module's does, on a few hundred numbers in float32, on `device`.
 
     Raises:
         NotServed: there is none.
     """
-    device = module.down_proj.device
     generator = torch.Generator().manual_seed(0)
     limits = _floats(module, _LIMITS)
     normal = torch.randn(6, _NUM_PROBES, generator=generator, dtype=torch.float32, device="cpu")

@@ -19,6 +19,7 @@ from tokenferry.errors import ConfigError
 from tokenferry.integrations.transformers.kernel_experts import KernelExperts, NotServed, implementation_of
 from tokenferry.integrations.transformers.loading import Shard, keep_rows
 from tokenferry.integrations.transformers.local_experts import Llama4Experts, LocalExperts, RoutedExperts, experts_forward
+from tokenferry.integrations.transformers.packed_experts import PackedExperts
 
 EP_IMPLEMENTATION: Final = "tokenferry"
 """Our name in `EPImplementationInterface`."""
@@ -53,6 +54,7 @@ class ExpertLayer:
         num_experts: E.
         experts: this rank's, as `LocalExperts`: by the model's own code.
         kernels: this rank's by our own kernels, or None.
+        packed: how the module holds this rank's, where they are packed and our kernels alone can run them; else None.
         shards: the parameters that were cut, by their names within the module.
         number: its place among the model's MoE modules, by which compiled code knows it.
     """
@@ -70,6 +72,7 @@ class ExpertLayer:
         kind = RoutedExperts if is_decorated(experts) else Llama4Experts
         self.experts: LocalExperts = kind(experts, self.num_experts, owned)
         self.kernels: KernelExperts | None = None
+        self.packed: PackedExperts | None = None
         self.shards: dict[str, Shard] = keep_rows(experts, owned)
         self.number: int = self._host.add_layer(self)
 
@@ -87,7 +90,7 @@ class ExpertLayer:
         implementation = implementation_of(self.module)
         if implementation not in (LOCAL_EXPERTS, "grouped_mm"):
             raise NotServed(f"experts_implementation is {implementation!r}")
-        self.kernels = KernelExperts(self.module, self.experts.owned, dtype)
+        self.kernels = KernelExperts(self.module, self.experts.owned, dtype, self.packed)
 
 
 class Llama4MoE:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,11 @@ class OwnRows:
     def __getitem__(self, index: Any) -> torch.Tensor:
         own: torch.Tensor = self._stored[self._rows.start : self._rows.stop]
         return own[index]
+
+    def row(self, place: int) -> torch.Tensor:
+        """[1, ...]: one of the rows, of which alone is read."""
+        row: torch.Tensor = self._stored[self._rows[place] : self._rows[place] + 1]
+        return row
 
     def get_shape(self) -> list[int]:
         """As `safetensors` spells it."""
@@ -117,17 +122,13 @@ def own_tensors(
     Raises:
         ConfigError: a tensor that belongs to a sharded parameter has neither form, or an expert or a parameter is lacking.
     """
-    mapping = copy.deepcopy(list(weight_mapping or []))  # renaming marks an entry as used; the loader's own pass does that
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    names = model.state_dict()
+    converters = [entry for entry in weight_mapping or () if isinstance(entry, WeightConverter)]
+    rename = renamer(model, weight_mapping)
     each_expert: dict[tuple[str, str | None], list[str]] = {}
     found: set[str] = set()
     own: dict[str, Any] = {}
     for key in sorted(tensors, key=dot_natural_key):
-        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
-        if target not in names and key in names:
-            target, pattern = rename_source_key(key, [], [], model.base_model_prefix, names)
+        target, pattern = rename(key)
         found.add(target)
         shard = shards.get(target)
         if shard is None:
@@ -149,6 +150,22 @@ def own_tensors(
     for (target, _), keys in each_expert.items():
         own.update((key, tensors[key]) for key in own_keys(keys, shards[target]))
     return own
+
+
+def renamer(model: Any, weight_mapping: Sequence[Any] | None) -> Callable[[str], tuple[str, str | None]]:
+    """A function of a checkpoint's key: which parameter of the (still empty) model it fills, and by which converter's pattern."""
+    mapping = copy.deepcopy(list(weight_mapping or []))  # renaming marks an entry as used; the loader's own pass does that
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    names = model.state_dict()
+
+    def rename(key: str) -> tuple[str, str | None]:
+        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
+        if target not in names and key in names:
+            target, pattern = rename_source_key(key, [], [], model.base_model_prefix, names)
+        return target, pattern
+
+    return rename
 
 
 def _require_parameters(model: Any, found: Collection[str], converters: Sequence[Any]) -> None:

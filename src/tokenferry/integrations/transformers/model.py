@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,8 @@ from tokenferry.integrations.transformers.graph_choice import check_asked_for
 from tokenferry.integrations.transformers.graphed_generation import GraphedGeneration
 from tokenferry.integrations.transformers.layer import LOCAL_EXPERTS, install_layers, register
 from tokenferry.integrations.transformers.loading import open_tensors, own_tensors
+from tokenferry.integrations.transformers.packed_experts import is_packed, stays_packed, unpacking
+from tokenferry.integrations.transformers.packed_loading import LayerPacker, take_packed
 from tokenferry.integrations.transformers.random_init import random_state
 from tokenferry.integrations.transformers.settings import CudaGraphs, Options
 from tokenferry.precision import refuse_conversion
@@ -63,7 +66,8 @@ def from_pretrained(
             communication and one expert call for each rank: for verification.
         serialize: a second thread that calls the model waits until the first is through. Otherwise it gets a `StateError`.
         combine_dtype: in which the experts' partial sums travel. float32 keeps a bfloat16 model's tokens nearest to the
-            unmodified model's; None = the model's own dtype, half the bytes. `exact` leaves it unused.
+            unmodified model's; None = the model's own dtype, half the bytes; float8_e4m3fn with a scale for every 128 columns,
+            half of these again, needs a hidden size that is a multiple of 16. `exact` leaves it unused, and refuses float8.
         dispatch_format: of hidden rows on their way: "same", or "fp8_block128" for half the bytes and float8's rounding of each
             row; the same on all ranks. `exact` takes "same" alone.
         timeout_s: how long to wait for another rank in a step.
@@ -135,7 +139,8 @@ def from_config(
     unmodified model: `Model.from_pretrained(None, config=config, state_dict=random_state(Model, config, dtype, device, seed))`.
 
     Args:
-        config: a configuration of transformers. A quantization in it is left out: the weights are of `dtype`.
+        config: a configuration of transformers. With a quantization by MXFP4 experts are packed, as `from_pretrained` would have
+            them; any other is left out: the weights are of `dtype`.
         seed: of the weights.
         dtype: "auto" = the configuration's, else bfloat16.
         group, max_tokens_per_rank, transport, exact, serialize, combine_dtype, dispatch_format, timeout_s, open_timeout_s,
@@ -161,7 +166,7 @@ def from_config(
         if type(config) not in classes:
             raise ConfigError(f"{auto_class.__name__} has no model for a {type(config).__name__}; give another auto_class")
         plain = copy.deepcopy(config)
-        if hasattr(plain, "quantization_config"):
+        if hasattr(plain, "quantization_config") and not is_packed(plain.quantization_config):
             del plain.quantization_config
         known = _known_dtype(dtype, plain)
         model_class, base = (_first(table[type(config)]) for table in (classes, auto_class._model_mapping))
@@ -215,6 +220,16 @@ class ExpertParallelModel(GraphedGeneration):
 
     expert_parallel: ExpertParallel
 
+    @classmethod
+    def from_pretrained(cls, path_or_id: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own. It is told to make bfloat16 of packed experts, which needs no kernels, and then never sees them:
+        see `take_packed`."""
+        stored = getattr(kwargs.get("config"), "quantization_config", None)
+        cls.expert_parallel.keeps_packed = stays_packed(stored, kwargs.get("quantization_config"))
+        if cls.expert_parallel.keeps_packed:
+            kwargs |= unpacking(stored)
+        return super().from_pretrained(path_or_id, *args, **kwargs)  # type: ignore[misc]
+
     @staticmethod
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
@@ -228,16 +243,17 @@ class ExpertParallelModel(GraphedGeneration):
         if not parallel.installed:
             raise ConfigError(_no_layers(model, load_config.hf_quantizer))
         _keep_local_experts(model)
-        if state_dict is not None:
-            loaded = load(model, _own(model, state_dict, load_config), checkpoint_files, load_config, *args, **kwargs)
-        elif checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
-            with open_tensors(checkpoint_files) as tensors:
-                loaded = load(model, _own(model, tensors, load_config), checkpoint_files, load_config, *args, **kwargs)
-        else:
+        if state_dict is None and not (checkpoint_files and checkpoint_files[0].endswith(".safetensors")):
             raise ConfigError(
                 f"{load_config.pretrained_model_name_or_path} holds no safetensors, so that a rank would have to read all "
                 "experts; save it anew with save_pretrained()"
             )
+        stored = open_tensors(checkpoint_files) if state_dict is None else contextlib.nullcontext(state_dict)
+        with stored as tensors:
+            own, packed = _own(model, tensors, load_config)
+            loaded = load(model, own, checkpoint_files, load_config, *args, **kwargs)
+        for experts in packed:
+            experts.put()
         lacking = sorted(loaded[0].missing_keys & parallel.shards(model).keys())
         if lacking:
             raise ConfigError(f"the checkpoint lacks the weights of {len(lacking)} expert parameters, such as {lacking[0]}")
@@ -348,10 +364,16 @@ def _no_layers(model: Any, quantizer: Any) -> str:
     )
 
 
-def _own(model: Any, tensors: Mapping[str, Any], load_config: Any) -> dict[str, Any]:
-    shards = model.expert_parallel.shards(model)
-    is_quantized = load_config.hf_quantizer is not None
-    return own_tensors(tensors, model, load_config.weight_mapping, shards, is_quantized=is_quantized)
+def _own(model: Any, tensors: Mapping[str, Any], load_config: Any) -> tuple[dict[str, Any], list[LayerPacker]]:
+    """What transformers is to load, and the packed experts that it is not to see."""
+    parallel: ExpertParallel = model.expert_parallel
+    layers, mapping, packed = parallel.installed, load_config.weight_mapping, list[LayerPacker]()
+    if parallel.keeps_packed:
+        serves, device = parallel.options.own_kernels, parallel.group.device
+        shards = parallel.shards(model)
+        tensors, packed = take_packed(model, layers, shards, tensors, mapping, owns_kernels=serves, device=device)
+    is_quantized = load_config.hf_quantizer is not None and len(packed) < len(layers)
+    return own_tensors(tensors, model, mapping, parallel.shards(model), is_quantized=is_quantized), packed
 
 
 def _keep_local_experts(model: Any) -> None:

@@ -41,12 +41,12 @@ class Options:
         row_format = RowFormat.of(self.dispatch_format)
         if row_format.name == "bytes":
             raise ConfigError("dispatch_format 'bytes' carries no hidden rows of a model; take 'same' or 'fp8_block128'")
-        if self.combine_dtype == FLOAT8:
-            raise ConfigError(f"a model's layers do not take combine_dtype {FLOAT8}; take torch.float32 or None")
         if self.exact and not row_format.is_same:
             raise ConfigError(
                 f"exact=True and dispatch_format {row_format.name!r} exclude one another; take dispatch_format='same'"
             )
+        if self.exact and self.combine_dtype == FLOAT8:
+            raise ConfigError(f"exact=True and combine_dtype {FLOAT8} exclude one another; leave combine_dtype out")
 
 
 @dataclass(frozen=True, kw_only=True)

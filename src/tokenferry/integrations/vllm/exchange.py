@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from tokenferry.config import MoEConfig
-from tokenferry.dispatched import Dispatched
+from tokenferry.dispatched import FLOAT8, Dispatched
 from tokenferry.dispatcher import INDEX_DTYPES, WEIGHT_DTYPES, Dispatcher
 from tokenferry.errors import StateError
 from tokenferry.groups import EPGroup
@@ -266,6 +266,7 @@ class Exchange:
             transport=self._settings.transport,
             dispatch_format=kind.row_format,
             combine_order=self._settings.combine_order,
+            combine_dtype=None if self._settings.combine_dtype is None else FLOAT8,
             timeout_s=self._settings.timeout_s,
             open_timeout_s=WARM_UP_S,
         )

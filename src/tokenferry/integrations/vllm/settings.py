@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from tokenferry import env
+from tokenferry.dispatched import FLOAT8
 from tokenferry.errors import ConfigError
 from tokenferry.transports.base import CombineOrder
 
 KEY: Final = "tokenferry"
 """Of our settings within vLLM's `additional_config`."""
-
+FLOAT8_NAME: Final = str(FLOAT8).removeprefix("torch.")
 
 LOGGER: Final = "vllm.tokenferry"
 """Below vLLM's own logger, whose handlers and level it has: what is logged elsewhere does not show in a vLLM server."""
@@ -28,12 +29,15 @@ class PluginSettings:
         timeout_s: how long a peer may be late. Longer than a workspace's own default, because ranks compile kernels and capture
             graphs while others wait for them.
         combine_order: "rank" for sums that have the same bits whatever the batch, "any" for the library's own order.
+        combine_dtype: None: partial rows travel in the model's dtype; "float8_e4m3fn": as float8 with a scale for every 128
+            columns, half the bytes. The hidden size must be a multiple of 16 then.
         allow_unknown_version: go on with a vLLM that is not known, or whose names or parameters differ; the log says which.
     """
 
     transport: str = "auto"
     timeout_s: float = 300.0
     combine_order: CombineOrder = "rank"
+    combine_dtype: str | None = None
     allow_unknown_version: bool = False
 
     def __post_init__(self) -> None:
@@ -44,6 +48,11 @@ class PluginSettings:
             raise ConfigError(f"timeout_s must be above 0, got {self.timeout_s!r} in vLLM's additional_config[{KEY!r}]")
         if self.combine_order not in ("rank", "any"):
             raise ConfigError(f"combine_order must be 'rank' or 'any', got {self.combine_order!r} in additional_config[{KEY!r}]")
+        if self.combine_dtype not in (None, FLOAT8_NAME):
+            raise ConfigError(
+                f"combine_dtype must be null, for the model's own, or {FLOAT8_NAME!r}, got {self.combine_dtype!r} in "
+                f"additional_config[{KEY!r}]"
+            )
 
 
 def settings_from(additional_config: Any) -> PluginSettings | None:

@@ -171,6 +171,7 @@ def load_row_kernels(settings: TransportSettings, tuning: Tuning, *, multicast: 
     device = settings.group.device
     pdl = int(has_pdl(device))
     cut = {"BLOCK": tuning.block, "MAX_PROGRAMS": MAX_PROGRAMS, "FLAG_BLOCK": flag_block, "PDL": pdl}
+    cut["SPLIT"] = 0 if flag_block else tuning.split
     cut["TELEMETRY"] = int(settings.recorder is not None)
 
     def dispatches(multicast: bool) -> dict[Given, Launch]:

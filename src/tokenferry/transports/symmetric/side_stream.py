@@ -41,12 +41,17 @@ class SideStream:
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         """What the thread launches within goes here. It may, whatever is captured meanwhile and in whichever mode."""
+        with self.relaxed(), torch.cuda.stream(self._stream):
+            yield
+
+    @contextlib.contextmanager
+    def relaxed(self) -> Iterator[None]:
+        """Within it the thread may do what would spoil a capture elsewhere: wait for this stream, ask events."""
         mode = ctypes.c_int(_CAPTURE_MODE_RELAXED)
         if self._driver is not None:
             self._driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
         try:
-            with torch.cuda.stream(self._stream):
-                yield
+            yield
         finally:
             if self._driver is not None:  # `mode` holds the thread's own now
                 self._driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,10 +27,12 @@ class Tuning:
     Attributes:
         num_warps: of a dispatch or combine program; each thread handles one packet at a time.
         max_programs: most programs of a launch.
+        split: where a round in slots has more packets than a launch has threads, one program of so many only sends; 0: never.
     """
 
     num_warps: int
     max_programs: int
+    split: int = 0
 
     @property
     def block(self) -> int:
@@ -66,6 +68,7 @@ class TuningTable:
         largest: for larger steps, and for workspaces whose steps may be bulk.
         few_tokens: for a rank that brings no more packets than this wave has threads, in a workspace that takes a larger one.
         fewest_share: one part in so many of that wave's threads, for whose packets half of its programs are better.
+        split: see `Tuning`.
     """
 
     hardware: str
@@ -75,6 +78,7 @@ class TuningTable:
     largest: Wave
     few_tokens: Wave
     fewest_share: int
+    split: int
 
 
 H100_X2 = TuningTable(
@@ -89,6 +93,7 @@ H100_X2 = TuningTable(
     largest=Wave(num_warps=16, programs_per_sm=2),
     few_tokens=Wave(num_warps=8, programs_per_sm=1),
     fewest_share=4,
+    split=0,
 )
 """Small programs begin sooner, and large ones keep more packets under way. More than two programs on an SM did not help at any
 T from 128 to 4096. At T = 1 the largest wave takes 1.9 microseconds a round trip more than the one for few tokens; at T = 128 and
@@ -114,9 +119,13 @@ def choose_tuning(settings: TransportSettings, layout: Layout, table: TuningTabl
     if settings.group.device.type == "cpu":
         return INTERPRETED
     num_sms = _num_sms(settings)
+    packets = layout.slot_rows * packets_per_row(settings)
     if settings.max_tokens_per_rank > layout.slot_rows:
-        return _as_tuning(table.largest, num_sms)
-    return tuning_for(layout.slot_rows * packets_per_row(settings), num_sms, table)
+        tuning = _as_tuning(table.largest, num_sms)
+    else:
+        tuning = tuning_for(packets, num_sms, table)
+    is_plain = not settings.dispatch_format.is_quantized and settings.combine_dtype != FLOAT8
+    return replace(tuning, split=table.split if is_plain and packets > tuning.num_threads else 0)
 
 
 @dataclass(frozen=True, kw_only=True)

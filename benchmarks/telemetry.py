@@ -1,0 +1,116 @@
+"""What telemetry costs a round trip, and a layer with experts of our own: on 2 GPUs.
+
+python benchmarks/telemetry.py OUTPUT.jsonl [--commit HASH] [--hidden 7168,2048] [--tokens 1,32,512] [--layers qwen3-30b-a3b]
+    [--ranks 2] [--cpu]
+
+Ways: "off" without telemetry, measured first and last; "waits" with it, the experts' rows counted by the experts, as our own do;
+"numbers" with the gathered numbers counted by a launch of its own, as where experts are somebody else's; "stopped" after stop().
+Each is the median of a graph of round trips in a workspace of C = 4096, results compared with the reference. Both workspaces are
+open at once and are measured in turn. With TRITON_INTERPRET=1, --cpu rehearses it; its times say nothing.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+import tokenferry as tf
+from tokenferry.benchmarking.layer_model import LayerModel
+from tokenferry.benchmarking.layer_times import time_layer
+from tokenferry.benchmarking.machine import environment
+from tokenferry.benchmarking.presets import PRESETS
+from tokenferry.benchmarking.round_trip import measure_in
+from tokenferry.benchmarking.round_trip_data import RoundTripPoint
+from tokenferry.benchmarking.timing import GroupTimer
+from tokenferry.testing import run_ranks
+
+CAPACITY = 4096
+WAYS = ("off", "waits", "numbers", "stopped", "off", "waits")
+
+
+def round_trips(timer, hidden_size, tokens, capacity):
+    """A record for each number of tokens: microseconds by way, and the waits that were counted in the last."""
+    points = [
+        RoundTripPoint(transport="p2p", hidden_size=hidden_size, tokens=(count,) * timer.group.size, capacity=capacity)
+        for count in tokens
+    ]
+    sizes = {"max_tokens_per_rank": capacity, "transport": "p2p"}
+    with (
+        tf.Workspace(points[0].config, timer.group, **sizes, telemetry=False) as plain,
+        tf.Workspace(points[0].config, timer.group, **sizes, telemetry=True) as counting,
+    ):
+        for point in points:
+            record = {"hidden_size": hidden_size, "tokens": point.tokens[0], "capacity": capacity, "correct": True}
+            for way in WAYS:
+                ws = plain if way == "off" else counting
+                if ws is counting:
+                    counting._settings.recorder.counts_ids = way == "numbers"
+                    (ws.telemetry.stop if way == "stopped" else ws.telemetry.start)()
+                measured = measure_in(ws, timer, point)
+                record["correct"] &= measured["correct"]
+                record.setdefault(f"{way}_us", []).append(measured["round_trip_us"])
+                record.setdefault(f"{way}_spread_us", []).append(measured["spread_us"])
+            yield record | added(record)
+
+
+def added(record):
+    """What each way costs beside both measurements without."""
+    off_us = sum(record["off_us"]) / len(record["off_us"])
+    ways = [way for way in dict.fromkeys(WAYS) if way != "off" and f"{way}_us" in record]
+    return {f"{way}_adds_us": round(sum(record[f"{way}_us"]) / len(record[f"{way}_us"]) - off_us, 3) for way in ways}
+
+
+@torch.no_grad()
+def layers(timer, preset, tokens):
+    """A record for each number of tokens: microseconds of a whole layer with telemetry off and on, twice."""
+    model = LayerModel(timer.group, preset, CAPACITY)
+    config = tf.MoEConfig(hidden_size=preset.hidden_size, num_experts=preset.num_experts, topk=preset.topk)
+    opened = [
+        tf.Workspace(config, timer.group, max_tokens_per_rank=CAPACITY, transport="p2p", telemetry=on) for on in (False, True)
+    ]
+    made = {way: (ws, model.layer(ws)) for way, ws in zip(("off", "waits"), opened, strict=True)}
+    for count in tokens:
+        record = {"preset": preset.name, "tokens": count, "capacity": CAPACITY}
+        for way in ("off", "waits", "off", "waits"):
+            us, _ = time_layer(timer, *made[way], model.rows(timer.group.rank, count))
+            record.setdefault(f"{way}_us", []).append(round(us, 2))
+        yield record | added(record)
+    for ws in opened:
+        ws.close()
+
+
+def worker(group, path, hidden_sizes, tokens, presets, commit):
+    timer = GroupTimer(group)
+    capacity = CAPACITY if group.device.type == "cuda" else max(tokens)
+    sources = [round_trips(timer, hidden_size, tokens, capacity) for hidden_size in hidden_sizes]
+    sources += [layers(timer, preset, tokens) for preset in PRESETS if preset.name in presets]
+    written = 0
+    for source in sources:
+        for record in source:
+            line = json.dumps(record | environment(group.device) | {"world_size": group.size, "commit": commit})
+            written += 1
+            if group.rank == 0:
+                print(line, flush=True)
+                with Path(path).open("a") as file:
+                    file.write(line + "\n")
+    return written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--hidden", default="7168,2048")
+    parser.add_argument("--tokens", default="1,32,512")
+    parser.add_argument("--layers", default="")
+    parser.add_argument("--cpu", action="store_true")
+    given = parser.parse_args()
+    hidden_sizes, tokens = ([int(size) for size in text.split(",")] for text in (given.hidden, given.tokens))
+    arguments = str(given.output), hidden_sizes, tokens, given.layers.split(","), given.commit
+    run_ranks(worker, given.ranks, *arguments, backend="gloo" if given.cpu else "nccl", timeout_s=600.0)
+
+
+if __name__ == "__main__":
+    main()
