@@ -64,6 +64,19 @@ def test_the_figures_are_those_of_the_snapshots() -> None:
     assert findings.verdict.pays
 
 
+def test_ranks_that_count_their_own_experts_and_one_that_was_read_earlier() -> None:
+    taken = []
+    for rank, num_layers in enumerate((2, 1)):
+        recorder = Recorder(rank, 2, 4, 32, torch.device("cpu"))
+        recorder.step_began(1)
+        recorder.is_in_step(1, 5)
+        for layer in range(num_layers):
+            recorder.came(layer, (5, 5))
+            recorder.loads[layer, 2 * rank : 2 * rank + 2] += 1 + rank
+        taken.append(recorder.snapshot())
+    assert findings_of(taken, MODEL).loads == ((1, 1, 2, 2), (1, 1, 0, 0))
+
+
 def test_layers_that_share_a_place_are_one_layer_that_runs_often() -> None:
     recorder = Recorder(0, 1, 4, 32, torch.device("cpu"))
     for step in range(1, 4):
