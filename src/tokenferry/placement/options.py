@@ -64,7 +64,7 @@ class KindVerdict:
         best: the name of the option that is fastest in these steps, and what it saves of them.
         gain: see `best`.
         pays: whether that is worth a change.
-        bound_by_weights: the share of layers in which the slowest rank as is waits for weights, not for products.
+        bound_by_weights: the share of layers in which the slowest rank as is is longer at reading weights than at products.
     """
 
     kind: StepKind
