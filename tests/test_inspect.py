@@ -94,6 +94,7 @@ def test_kinds_of_steps_by_hand() -> None:
     tokens = [{1: 100, 2: 1, 3: 0, 4: 1}, {1: 50, 2: 2, 3: 0, 4: 4}]
     taken = [with_tokens(rank, of_rank) for rank, of_rank in enumerate(tokens)]
     assert [(kind.name, kind.num_steps, kind.rows) for kind in kinds_of(taken)] == [
+        ("0 rows", 1, 0.0),
         ("1 to 3 rows", 1, 3.0),
         ("4 to 15 rows", 1, 5.0),
         ("64 to 255 rows", 1, 150.0),

@@ -189,10 +189,13 @@ def test_few_rows_and_many_are_judged_apart() -> None:
 
 def test_a_kind_is_what_its_steps_would_be_by_themselves() -> None:
     loads = zipf_loads(2, 16, 1000.0)
-    kinds = [StepKind(name="few", num_steps=3, rows=100), StepKind(name="many", num_steps=1, rows=700)]
-    verdict = judge(loads, 2, COMPUTE_BOUND, num_steps=4, kinds=kinds)
+    sizes = {"none": (2, 0), "few": (3, 100), "many": (1, 700)}
+    kinds = [StepKind(name=name, num_steps=number, rows=rows) for name, (number, rows) in sizes.items()]
+    verdict = judge(loads, 2, COMPUTE_BOUND, num_steps=6, kinds=kinds)
     alone = judge(loads * 0.7, 2, COMPUTE_BOUND)
-    assert verdict.kinds[1].steps_s == pytest.approx([option.step_s for option in alone.options])
+    assert verdict.kinds[2].steps_s == pytest.approx([option.step_s for option in alone.options])
+    assert verdict.kinds[0].steps_s == (0.0, 0.0, 0.0)
+    assert "none" not in verdict.sentence
 
 
 def test_a_layer_that_runs_in_every_second_step() -> None:

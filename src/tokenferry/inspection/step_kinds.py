@@ -31,9 +31,11 @@ def kinds_of(snapshots: Sequence[Snapshot]) -> tuple[StepKind, ...]:
     found: dict[int, list[int]] = {}
     for step in common:
         num_rows = sum(of_rank[step] for of_rank in tokens)
-        if num_rows:
-            found.setdefault((num_rows.bit_length() - 1) // 2, []).append(num_rows)
+        found.setdefault((num_rows.bit_length() - 1) // 2, []).append(num_rows)  # -1 for a step without rows
     return tuple(
-        StepKind(name=f"{4**power} to {4 ** (power + 1) - 1} rows", num_steps=len(rows), rows=statistics.fmean(rows))
-        for power, rows in sorted(found.items())
+        StepKind(name=_name(power), num_steps=len(rows), rows=statistics.fmean(rows)) for power, rows in sorted(found.items())
     )
+
+
+def _name(power: int) -> str:
+    return "0 rows" if power < 0 else f"{4**power} to {4 ** (power + 1) - 1} rows"
