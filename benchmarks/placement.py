@@ -260,6 +260,10 @@ def predicted_again(records):
         rates = first["read_gb_per_s"] * 1e9, first["gemm_tflops"] * 1e12
         options = prediction(preset, ids, replicas, first["rest_us"], *rates).options
         for record, option in zip(of_point, options, strict=True):
+            mapped = [[physical_ids(each, option.placement, rank) for each in of_rank] for rank, of_rank in enumerate(ids)]
+            rows = rows_and_touched([of_rank[0] for of_rank in mapped], option.placement)[0]
+            if rows != record["rows"]:
+                raise SystemExit(f"{name}, {order}, T {count}: {record['rows']} rows were measured, {rows} are drawn here")
             yield {**record, "predicted_us": option.step_s * 1e6, "predicted_gain": option.gain}
 
 
