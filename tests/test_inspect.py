@@ -101,8 +101,25 @@ def test_kinds_of_steps_by_hand() -> None:
     ]
 
 
-def test_without_the_rows_of_replayed_steps_there_are_no_kinds() -> None:
-    taken = [with_tokens(rank, {1: 5}, num_steps=20) for rank in range(2)]
+def test_replayed_steps_are_a_kind_with_the_rows_that_are_left() -> None:
+    taken = []
+    for rank in range(2):
+        recorder = Recorder(rank, 2, 4, 32, torch.device("cpu"))
+        for step in range(1, 12):
+            recorder.step_began(step)
+            if step == 1:
+                recorder.is_in_step(step, 100)
+            for layer in range(3):
+                recorder.came(layer, (100, 100) if step == 1 else (4, 3))
+        taken.append(recorder.snapshot())
+    assert [(kind.name, kind.num_steps, kind.rows) for kind in kinds_of(taken)] == [
+        ("replayed graphs, 7 rows in the mean", 10, pytest.approx(7.0)),
+        ("64 to 255 rows", 1, 200.0),
+    ]
+
+
+def test_where_nothing_is_known_of_the_rows_there_are_no_kinds() -> None:
+    taken = [with_tokens(rank, {1: 5}, num_steps=20) for rank in range(2)]  # no round
     assert kinds_of(taken) == ()
 
 

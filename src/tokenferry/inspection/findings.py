@@ -102,10 +102,7 @@ def _notes(rounds: Sequence[int], num_steps: int, *, has_kinds: bool) -> Iterato
             "said of it is of all of them together, whose loads may be more uneven one by one."
         )
     if not has_kinds:
-        yield (
-            "Of most steps the rows are not known, as of replayed graphs: the verdict is on a mean step, although decode steps "
-            "and prefills differ."
-        )
+        yield ("The rows of the steps are not known: the verdict is on a mean step, although decode steps and prefills differ.")
 
 
 def _together(snapshots: Sequence[Snapshot], num_layers: int) -> torch.Tensor:
