@@ -107,28 +107,33 @@ def plan(
     return Plan(up=(up, many_up), down=(down, many_down))
 
 
+BY_WARP_ROWS = 8
+"""Packed experts with at most so many rows are multiplied by warps that have columns for themselves: as many rows as one
+instruction of theirs takes."""
+WIDE_ROWS = 256
+"""Packed experts with more rows have tiles of so many."""
+
+
 def _packed(halves: int, batch_invariant: bool, max_rows: int | None) -> Plan:
-    """Of MXFP4 weights, whose columns are what tensor cores take as rows: 64 at a time for each four warps."""
+    """Of MXFP4 weights, whose columns are what tensor cores take as rows: 64 at a time for each four warps, or 16 for a warp."""
     few = Tiles(
         rows=32, rows_few=16, columns=128 // halves, depth=64, num_warps=4, num_stages=4, programs_per_sm=8, max_rows=FEW_ROWS
     )
-    many = Tiles(
-        rows=128,
-        rows_few=64,
-        columns=128 // halves,
-        depth=64,
-        num_warps=8,
-        num_stages=4,
-        programs_per_sm=2,
-        min_rows=FEW_ROWS + 1,
-    )
-    few_down, many_down = replace(few, columns=128), replace(many, columns=128)
     if batch_invariant:
         one = replace(few, rows=64, rows_few=64, max_rows=0)
         return Plan(up=(one,), down=(replace(one, columns=128),))
-    if max_rows is not None and max_rows <= FEW_ROWS:
-        return Plan(up=(replace(few, max_rows=0),), down=(replace(few_down, max_rows=0),))
-    return Plan(up=(many, few), down=(few_down, many_down))
+    fewest = Tiles(
+        rows=BY_WARP_ROWS, rows_few=BY_WARP_ROWS, columns=32 // halves, depth=64, num_warps=2, num_stages=3, programs_per_sm=8,
+        max_rows=BY_WARP_ROWS, by_warp=True,
+    )  # fmt: skip
+    few = replace(few, min_rows=BY_WARP_ROWS + 1)
+    many = Tiles(
+        rows=128, rows_few=64, rows_wide=WIDE_ROWS, wide_from=WIDE_ROWS, columns=128 // halves, depth=64, num_warps=8,
+        num_stages=4, programs_per_sm=1, min_rows=FEW_ROWS + 1,
+    )  # fmt: skip
+    up = [tiles for tiles in (many, few, fewest) if max_rows is None or max_rows >= tiles.min_rows]
+    down = [replace(tiles, columns=tiles.columns * halves) for tiles in reversed(up)]
+    return Plan(up=tuple(up), down=tuple(down))
 
 
 def _plan_in_blocks(batch_invariant: bool, max_rows: int | None) -> Plan:
