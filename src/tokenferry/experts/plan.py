@@ -158,8 +158,8 @@ def _plan_in_blocks(batch_invariant: bool, max_rows: int | None) -> Plan:
 
 def _few_limit(depth: int, scaled: bool) -> int:
     """Most rows of an expert for the tiles of `_few`. Where these have 32 rows, an expert with more would have all its weights
-    read twice: deepseek-v3 at T = 512, with about 32 rows an expert, takes 3893 instead of 4046 microseconds. H100 80GB HBM3,
-    2026-11-26 (1xH100-2026-11-26-expert-cuts.jsonl)."""
+    read twice: at T = 512 deepseek-v3, with about 32 rows an expert, takes 3889 instead of 4065 microseconds, and qwen3-30b-a3b,
+    with about 64, 262 instead of 270. H100 80GB HBM3, 2026-11-26 (1xH100-2026-11-26-expert-cuts.jsonl)."""
     return FEW_ROWS // 2 if not scaled and depth % 128 == 0 else FEW_ROWS
 
 
