@@ -76,7 +76,8 @@ def from_pretrained(
             the counts pass through the host, as on the collective transport, or transformers' own function runs experts. The
             ranks need not agree.
         auto_class: which of transformers' Auto classes picks the model class.
-        kwargs: passed on, such as `attn_implementation`, `revision`, `trust_remote_code`.
+        kwargs: passed on, such as `attn_implementation`, `revision`, `trust_remote_code`. Experts in MXFP4, as gpt-oss's, stay
+            packed in a bfloat16 model, unless `quantization_config=Mxfp4Config(dequantize=True)` is among them.
 
     Returns:
         The model, an instance of its usual class, in evaluation mode, with `.expert_parallel` (see `ExpertParallel`). Its
