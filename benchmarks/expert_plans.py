@@ -105,6 +105,11 @@ def changed(launches, **changes):
     return tuple(dataclasses.replace(tiles, **changes) for tiles in launches)
 
 
+def by_rows(launches):
+    """Those of experts with few rows, and with many."""
+    return sorted(launches, key=lambda tiles: tiles.min_rows)
+
+
 def few_plans(preset):
     """The default, and other cuts for experts with few rows: rows of a tile, columns read, depth, stages."""
     default = plan(torch.bfloat16, preset.hidden_size, preset.intermediate_size, gated=preset.activation.gated)
@@ -124,7 +129,7 @@ def float8_plans(preset):
     """The default for float8 weights, and what it is compared with: those of experts with many rows, then with few."""
     sizes = torch.bfloat16, preset.hidden_size, preset.intermediate_size
     default = plan(*sizes, gated=preset.activation.gated, scaled=True, in_blocks=True)
-    (many_up, few_up), (few_down, many_down) = default.up, default.down
+    (few_up, many_up), (few_down, many_down) = by_rows(default.up), by_rows(default.down)
 
     def many(down=None, **changes):
         return Plan(up=(*changed([many_up], **changes), few_up), down=(few_down, *changed([many_down], **(down or changes))))
@@ -141,6 +146,7 @@ def float8_plans(preset):
             down=(*changed([few_down], max_rows=32), *changed([many_down], min_rows=33)),
         ),
         "few 2 stages": few(num_stages=2),
+        "few first": Plan(up=(few_up, many_up), down=(few_down, many_down)),
         "default again": default,
     }
 
@@ -148,20 +154,20 @@ def float8_plans(preset):
 def named_plans(preset):
     """The default, and what it is compared with."""
     default = plan(torch.bfloat16, preset.hidden_size, preset.intermediate_size, gated=preset.activation.gated)
-    (many_up, few_up), (few_down, many_down) = default.up, default.down
+    (few_up, many_up), (few_down, many_down) = by_rows(default.up), by_rows(default.down)
 
     def many(**changes):
-        return Plan(up=(*changed([many_up], **changes), few_up), down=(few_down, *changed([many_down], **changes)))
+        return Plan(up=(few_up, *changed([many_up], **changes)), down=(few_down, *changed([many_down], **changes)))
 
     return {
         "default": default,
-        "few first": Plan(up=(few_up, many_up), down=(few_down, many_down)),
+        "many first": Plan(up=(many_up, few_up), down=(few_down, many_down)),
         "few alone": Plan(up=changed([few_up], max_rows=0), down=changed([few_down], max_rows=0)),
         "long tails": many(rows_few=many_up.rows),
         "pointers": many(tensor_map=False),
         "four stages": many(num_stages=4),
         "many from 33": Plan(
-            up=(*changed([many_up], min_rows=33), *changed([few_up], max_rows=32)),
+            up=(*changed([few_up], max_rows=32), *changed([many_up], min_rows=33)),
             down=(*changed([few_down], max_rows=32), *changed([many_down], min_rows=33)),
         ),
         "default again": default,

@@ -4,7 +4,7 @@ step time beside the measured one.
     python benchmarks/placement.py OUTPUT.jsonl [--presets qwen3-30b-a3b,gpt-oss-20b] [--tokens 512,4096] [--replicas 2]
                                    [--exponent 1.0] [--budget-s 60] [--commit HASH]
     python benchmarks/placement.py OUTPUT.jsonl --rehearse     # CPUs, tiny sizes: every call and comparison, no times
-    python benchmarks/placement.py OUTPUT.jsonl --table        # the table of a file that is there, as Markdown
+    python benchmarks/placement.py OUTPUT.jsonl --table        # of a file that is there, predicted by the model of today
 
 Every rank runs a whole layer of random weights: router, dispatch, experts, combine, and the shared expert if there is one. The
 router's choice is put aside for one that is given: ids of a Zipf law, of which the load table is counted. tokenferry moves no
@@ -150,33 +150,32 @@ def is_same(timer, outputs, expected):
     return timer.slowest(0.0 if worst < TOLERANCE else 1.0) == 0.0
 
 
+def drawn_ids(preset, order, count, exponent, num_ranks):
+    """For each rank and position its [T, K]: the same in every process."""
+    law = (preset.num_experts, preset.topk, exponent, order)
+    return [[zipf_ids(count, *law, seed=1 + 100 * rank + place) for place in range(POSITIONS)] for rank in range(num_ranks)]
+
+
+def prediction(preset, ids, replicas, rest_us, memory_bytes_per_s, flops_per_s):
+    """The verdict on these ids. What is no experts' time was measured, so that it is not what is predicted here."""
+    speeds = {"memory_bytes_per_s": memory_bytes_per_s, "flops_per_s": flops_per_s}
+    model = StepModel.of_gated(preset.hidden_size, preset.intermediate_size, 2.0, **speeds, exchange_s=rest_us / 1e6)
+    table = load_table([each for of_rank in ids for each in of_rank], preset.num_experts)
+    return judge(table, len(ids), model, num_steps=POSITIONS, replicas=replicas)
+
+
 @torch.no_grad()
 def measure_point(timer, layer, laid, order, count, given):
     """A record for each layout, with `count` rows on every rank. Collective."""
-    preset, group, device = layer.preset, layer.group, layer.group.device
-    num_ranks, num_experts, rates = group.size, preset.num_experts, given["rates"]
-    ids = [
-        [
-            zipf_ids(count, num_experts, preset.topk, given["exponent"], order, 1 + 100 * rank + place)
-            for place in range(POSITIONS)
-        ]
-        for rank in range(num_ranks)
-    ]
-    table = load_table([each for of_rank in ids for each in of_rank], num_experts)
+    preset, group, device, rates = layer.preset, layer.group, layer.group.device, given["rates"]
+    ids = drawn_ids(preset, order, count, given["exponent"], group.size)
     weights = torch.full((count, preset.topk), 1 / preset.topk, dtype=torch.float32, device=device)
     as_they_are = [each.int().to(device) for each in ids[group.rank]]
-    rest_us = layer.time_step(timer, None, as_they_are, weights, count)[0]
-
-    def verdict(memory_bytes_per_s, flops_per_s, outside_s):
-        speeds = {"memory_bytes_per_s": memory_bytes_per_s, "flops_per_s": flops_per_s}
-        model = StepModel.of_gated(preset.hidden_size, preset.intermediate_size, 2.0, **speeds, exchange_s=outside_s)
-        return judge(table, num_ranks, model, num_steps=POSITIONS, replicas=given["replicas"])
-
-    measured = verdict(rates["read_gb_per_s"] * 1e9, rates["gemm_tflops"] * 1e12, rest_us / 1e6)
+    rest_us = round(layer.time_step(timer, None, as_they_are, weights, count)[0], 2)
+    verdict = prediction(preset, ids, given["replicas"], rest_us, rates["read_gb_per_s"] * 1e9, rates["gemm_tflops"] * 1e12)
+    by_constants = prediction(preset, ids, given["replicas"], rest_us, MEMORY_BYTES_PER_S, FLOPS_PER_S)
     records, runs = [], []
-    for option, by_constants in zip(
-        measured.options, verdict(MEMORY_BYTES_PER_S, FLOPS_PER_S, rest_us / 1e6).options, strict=True
-    ):
+    for option, constant in zip(verdict.options, by_constants.options, strict=True):
         placement = option.placement
         mapped = [[physical_ids(each, placement, rank) for each in of_rank] for rank, of_rank in enumerate(ids)]
         rows, touched = rows_and_touched([of_rank[0] for of_rank in mapped], placement)
@@ -186,10 +185,10 @@ def measure_point(timer, layer, laid, order, count, given):
             experts = laid[key] = layer.experts(placement)
         runs.append((experts, [each.int().to(device) for each in mapped[group.rank]]))
         records.append({
-            "order": order, "tokens": count, "layout": option.name, "rest_us": round(rest_us, 2),
+            "order": order, "tokens": count, "layout": option.name, "rest_us": rest_us,
             "num_physical": placement.num_physical, "imbalance": round(option.imbalance, 4), "rows": rows, "touched": touched,
             "predicted_us": round(option.step_s * 1e6, 2), "predicted_gain": round(option.gain, 4),
-            "predicted_gain_h100": round(by_constants.gain, 4), "measured_us": [], "pays": measured.pays,
+            "predicted_gain_h100": round(constant.gain, 4), "measured_us": [], "pays": verdict.pays,
         })  # fmt: skip
     expected = None
     for number in range(SERIES):
@@ -249,16 +248,34 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+def predicted_again(records):
+    """The records with what the step model of today predicts for them, by the rates and the rest of their own run."""
+    known, points = {preset.name: preset for preset in (*PRESETS, *REHEARSAL)}, {}
+    for record in records:
+        points.setdefault((record["preset"], record["order"], record["tokens"]), []).append(record)
+    for (name, order, count), of_point in points.items():
+        preset, first = known[name], of_point[0]
+        ids = drawn_ids(preset, order, count, first["exponent"], first["world_size"])
+        replicas = [more for record in of_point if (more := record["num_physical"] - preset.num_experts)]
+        rates = first["read_gb_per_s"] * 1e9, first["gemm_tflops"] * 1e12
+        options = prediction(preset, ids, replicas, first["rest_us"], *rates).options
+        for record, option in zip(of_point, options, strict=True):
+            mapped = [[physical_ids(each, option.placement, rank) for each in of_rank] for rank, of_rank in enumerate(ids)]
+            rows = rows_and_touched([of_rank[0] for of_rank in mapped], option.placement)[0]
+            if rows != record["rows"]:
+                raise SystemExit(f"{name}, {order}, T {count}: {record['rows']} rows were measured, {rows} are drawn here")
+            yield {**record, "predicted_us": option.step_s * 1e6, "predicted_gain": option.gain}
+
+
 def table(records):
     """As Markdown."""
-    names = ("layer", "popular experts", "T", "layout", "rows of the ranks", "predicted µs", "measured µs, twice", "predicted",
-             "measured")  # fmt: skip
-    lines = ["".join(f"| {name} " for name in names) + "|", "|---" * len(names) + "|"]
+    names = ("layer", "popular experts", "T", "layout", "rows of the ranks", "predicted µs", "measured µs, twice", "predicted")
+    lines = ["".join(f"| {name} " for name in (*names, "measured")) + "|", "|---" * (1 + len(names)) + "|"]
     for record in records:
         where = {"sorted": "on rank 0", "random": "anywhere"}[record["order"]]
         rows = " / ".join(map(str, record["rows"]))
         times = " / ".join(f"{each:.0f}" for each in record["measured_us"])
-        gains = [f"{record[name]:.0%}" if record["layout"] != "as is" else "" for name in ("predicted_gain", "measured_gain")]
+        gains = [f"{record[name]:.1%}" if record["layout"] != "as is" else "" for name in ("predicted_gain", "measured_gain")]
         name = record["preset"] if record.get("correct") else f"{record['preset']} WRONG"
         figures = f"{rows} | {record['predicted_us']:.0f} | {times} | {gains[0]} | {gains[1]}"
         lines.append(f"| {name} | {where} | {record['tokens']} | {record['layout']} | {figures} |")
@@ -282,7 +299,7 @@ def main():
     given = parser.parse_args()
     if given.table:
         lines = [json.loads(line) for line in given.output.read_text().splitlines()]
-        print(table([line for line in lines if "measured_us" in line]))
+        print(table(predicted_again([line for line in lines if "measured_us" in line])))
         return 0
     known = {preset.name: preset for preset in (REHEARSAL if given.rehearse else PRESETS)}
     names = ("tiny", "tiny-oss", "tiny-v3") if given.rehearse else given.presets.split(",")

@@ -19,7 +19,7 @@ import tokenferry as tf
 from tokenferry.benchmarking.layer_model import LayerModel
 from tokenferry.benchmarking.layer_times import time_layer
 from tokenferry.benchmarking.machine import environment
-from tokenferry.benchmarking.presets import PRESETS
+from tokenferry.benchmarking.presets import PRESETS, REHEARSAL
 from tokenferry.benchmarking.round_trip import measure_in
 from tokenferry.benchmarking.round_trip_data import RoundTripPoint
 from tokenferry.benchmarking.timing import GroupTimer
@@ -62,16 +62,16 @@ def added(record):
 
 
 @torch.no_grad()
-def layers(timer, preset, tokens):
+def layers(timer, preset, tokens, capacity):
     """A record for each number of tokens: microseconds of a whole layer with telemetry off and on, twice."""
-    model = LayerModel(timer.group, preset, CAPACITY)
+    model = LayerModel(timer.group, preset, capacity)
     config = tf.MoEConfig(hidden_size=preset.hidden_size, num_experts=preset.num_experts, topk=preset.topk)
     opened = [
-        tf.Workspace(config, timer.group, max_tokens_per_rank=CAPACITY, transport="p2p", telemetry=on) for on in (False, True)
+        tf.Workspace(config, timer.group, max_tokens_per_rank=capacity, transport="p2p", telemetry=on) for on in (False, True)
     ]
     made = {way: (ws, model.layer(ws)) for way, ws in zip(("off", "waits"), opened, strict=True)}
     for count in tokens:
-        record = {"preset": preset.name, "tokens": count, "capacity": CAPACITY}
+        record = {"preset": preset.name, "tokens": count, "capacity": capacity}
         for way in ("off", "waits", "off", "waits"):
             us, _ = time_layer(timer, *made[way], model.rows(timer.group.rank, count))
             record.setdefault(f"{way}_us", []).append(round(us, 2))
@@ -84,7 +84,7 @@ def worker(group, path, hidden_sizes, tokens, presets, commit):
     timer = GroupTimer(group)
     capacity = CAPACITY if group.device.type == "cuda" else max(tokens)
     sources = [round_trips(timer, hidden_size, tokens, capacity) for hidden_size in hidden_sizes]
-    sources += [layers(timer, preset, tokens) for preset in PRESETS if preset.name in presets]
+    sources += [layers(timer, preset, tokens, capacity) for preset in (*PRESETS, *REHEARSAL) if preset.name in presets]
     written = 0
     for source in sources:
         for record in source:

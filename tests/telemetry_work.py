@@ -79,8 +79,9 @@ def counts_by_hand(group: tf.EPGroup, transport: str) -> dict[str, Any]:
 
 
 def check_counts_by_hand(told: dict[str, Any]) -> None:
-    size, rounds = told["size"], (4, 2)
-    one = [1, 1, 1, 0, 0, 0, 0, 0]  # experts 0, 1 and 2; the row of 5 and 6 is padding
+    rank, size, rounds = told["rank"], told["size"], (4, 2)
+    own = range(rank * CONFIG.num_experts // size, (rank + 1) * CONFIG.num_experts // size)
+    one = [int(expert in own and expert < 3) for expert in range(CONFIG.num_experts)]  # the row of 5 and 6 is padding
     assert [list(row) for row in told["loads"]] == [[count * size * number for count in one] for number in rounds]
     assert [layer["num_rounds"] for layer in told["layers"]] == list(rounds)
     assert told["num_steps"] == 4
@@ -196,18 +197,19 @@ def _captured(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def error_of_a_late_rank(group: tf.EPGroup, transport: str) -> tuple[str, str, int] | None:
-    """Rank 1 is late twice, and then does not come at all. What rank 0's error says, its reading, and the steps it carries."""
+    """Rank 1 is late, and then does not come at all. What rank 0's error says, its reading, and the steps it carries."""
     with opened(group, transport, telemetry=True, timeout_s=2.0) as ws:
         dispatchers = [ws.dispatcher()]
-        for step in range(3):
-            if group.rank == 1 and step:
-                time.sleep(DELAY_S)
+        for step in range(4):
+            group.channel.barrier(group.unique_name("together"), 60.0)
+            if group.rank == 1:
+                time.sleep(4 * DELAY_S)
             assert one_step(ws, dispatchers, step)
         if group.rank == 1:
             time.sleep(4.0)
             return None
         with pytest.raises(tf.PeerError) as caught:
-            one_step(ws, dispatchers, 3)
+            one_step(ws, dispatchers, 4)
         with pytest.raises(tf.PeerError) as again:
             ws.check()
         assert str(again.value) == str(caught.value)
@@ -221,6 +223,20 @@ def traced(group: tf.EPGroup, transport: str, path: str) -> float | None:
         for step in range(4):
             assert one_step(ws, dispatchers, step)
         return ws.telemetry.trace(path)
+
+
+def check_traced(trace: dict[str, Any], error_ns: float | None, transport: str) -> None:
+    """The steps of both ranks, their rounds and waits, on one time line whose error is said."""
+    assert trace["otherData"]["clock_error_us"] == pytest.approx(error_ns / 1e3)
+    assert trace["otherData"]["steps_in_common"] == 4
+    events = trace["traceEvents"]
+    steps = [event for event in events if event["name"].startswith("step ")]
+    assert {event["pid"] for event in steps} == {0, 1}
+    assert len(steps) == 8
+    assert {"dispatch[0]", "combine[1]"} <= {event["name"] for event in events}
+    tracks = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert {f"rank 1 ({transport})", "steps and layers", "waits for rank 1"} <= tracks
+    assert all(event["ts"] >= -1e-3 and event["dur"] >= 0 for event in events if event["ph"] == "X")
 
 
 def settle(ws: tf.Workspace) -> None:

@@ -99,7 +99,12 @@ VARIANTS = {
         {"TELEMETRY": 1, **TABLE_SIZES},
         8,
     ),
-    "load-counts": (load_counts.load_counts_kernel, load_counts.SIGNATURE, {"K": 8, "BLOCK": 1024, "PDL": 1}, 4),
+    "load-counts": (
+        load_counts.load_counts_kernel,
+        load_counts.SIGNATURE,
+        {"K": 8, "BLOCK": load_counts.BLOCK, "PDL": 1},
+        load_counts.NUM_WARPS,
+    ),
     "combine": (combine.combine_kernel, combine.SIGNATURE, COMBINE, 8),
     "combine-few-tokens": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "FLAG_BLOCK": 512}, 8),
     "dispatch-split": (dispatch.dispatch_kernel, dispatch.SIGNATURE, {**DISPATCH, "SPLIT": 2, "BLOCK": 512}, 16),

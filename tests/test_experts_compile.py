@@ -111,7 +111,7 @@ def test_what_serves_an_expert_depends_on_its_rows_alone() -> None:
     for settings in ({}, {"batch_invariant": True}, {"scaled": True}, {"gated": False}, {"max_rows": 8}, {"max_rows": 10**6}):
         chosen = plan(torch.bfloat16, 2048, 768, **settings)
         for launches in (chosen.up, chosen.down):
-            for rows in (1, FEW_ROWS, FEW_ROWS + 1, 10**5):
+            for rows in (1, FEW_ROWS // 2, FEW_ROWS // 2 + 1, FEW_ROWS, FEW_ROWS + 1, 10**5):
                 assert sum(tiles.min_rows <= rows and (rows <= tiles.max_rows or not tiles.max_rows) for tiles in launches) == 1
 
 

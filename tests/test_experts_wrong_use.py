@@ -73,6 +73,9 @@ def test_parameters_that_are_put_in_their_place_are_checked_too():
     first = experts(rows)
     experts.up_proj = torch.nn.Parameter(torch.zeros_like(experts.up_proj), requires_grad=False)
     assert first.any() and not experts(rows).any()
+    experts.up_proj.data = torch.zeros(3, 24, 32)
+    with pytest.raises(ShapeError, match=r"up_proj must be \[3, 48, 32\] for swiglu"):
+        experts(rows)
     experts.up_proj = torch.nn.Parameter(torch.zeros(3, 24, 32), requires_grad=False)
     with pytest.raises(ShapeError, match=r"up_proj must be \[3, 48, 32\] for swiglu"):
         experts(rows)

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from tokenferry.cli.expert_facts import expert_facts
+from tokenferry.cli.inspect import step_model
 from tokenferry.cli.job import Job
+from tokenferry.cli.plan import Shape, step_times
 from tokenferry.errors import ConfigError
 from tokenferry.inspection import findings_of
 from tokenferry.inspection.step_kinds import kinds_of
 from tokenferry.kernels.wait_board import DISPATCH
-from tokenferry.placement import StepModel
+from tokenferry.placement import Placement, StepModel
 from tokenferry.telemetry import Snapshot
 from tokenferry.telemetry.recorder import COUNTS, Recorder
 
@@ -62,6 +64,19 @@ def test_the_figures_are_those_of_the_snapshots() -> None:
     assert findings.verdict.pays
 
 
+def test_ranks_that_count_their_own_experts_and_one_that_was_read_earlier() -> None:
+    taken = []
+    for rank, num_layers in enumerate((2, 1)):
+        recorder = Recorder(rank, 2, 4, 32, torch.device("cpu"))
+        recorder.step_began(1)
+        recorder.is_in_step(1, 5)
+        for layer in range(num_layers):
+            recorder.came(layer, (5, 5))
+            recorder.loads[layer, 2 * rank : 2 * rank + 2] += 1 + rank
+        taken.append(recorder.snapshot())
+    assert findings_of(taken, MODEL).loads == ((1, 1, 2, 2), (1, 1, 0, 0))
+
+
 def test_layers_that_share_a_place_are_one_layer_that_runs_often() -> None:
     recorder = Recorder(0, 1, 4, 32, torch.device("cpu"))
     for step in range(1, 4):
@@ -79,14 +94,32 @@ def test_kinds_of_steps_by_hand() -> None:
     tokens = [{1: 100, 2: 1, 3: 0, 4: 1}, {1: 50, 2: 2, 3: 0, 4: 4}]
     taken = [with_tokens(rank, of_rank) for rank, of_rank in enumerate(tokens)]
     assert [(kind.name, kind.num_steps, kind.rows) for kind in kinds_of(taken)] == [
+        ("0 rows", 1, 0.0),
         ("1 to 3 rows", 1, 3.0),
         ("4 to 15 rows", 1, 5.0),
         ("64 to 255 rows", 1, 150.0),
     ]
 
 
-def test_without_the_rows_of_replayed_steps_there_are_no_kinds() -> None:
-    taken = [with_tokens(rank, {1: 5}, num_steps=20) for rank in range(2)]
+def test_replayed_steps_are_a_kind_with_the_rows_that_are_left() -> None:
+    taken = []
+    for rank in range(2):
+        recorder = Recorder(rank, 2, 4, 32, torch.device("cpu"))
+        for step in range(1, 12):
+            recorder.step_began(step)
+            if step == 1:
+                recorder.is_in_step(step, 100)
+            for layer in range(3):
+                recorder.came(layer, (100, 100) if step == 1 else (4, 3))
+        taken.append(recorder.snapshot())
+    assert [(kind.name, kind.num_steps, kind.rows) for kind in kinds_of(taken)] == [
+        ("replayed graphs, 7 rows in the mean", 10, pytest.approx(7.0)),
+        ("64 to 255 rows", 1, 200.0),
+    ]
+
+
+def test_where_nothing_is_known_of_the_rows_there_are_no_kinds() -> None:
+    taken = [with_tokens(rank, {1: 5}, num_steps=20) for rank in range(2)]  # no round
     assert kinds_of(taken) == ()
 
 
@@ -129,7 +162,16 @@ def test_the_bytes_of_an_expert_are_those_of_its_tensors(
     layer = SimpleNamespace(module=module, num_experts=4)
     parallel = SimpleNamespace(layers=[layer], group=SimpleNamespace(expert_range=lambda number: range(2)))
     facts = expert_facts(parallel, tmp_path / "config.json", Job(model="m", prompts=(), max_new_tokens=1, **job))
-    assert facts == {"num_bytes": num_bytes, "num_weights": 3 * 4 * 8}
+    assert facts == {"num_bytes": num_bytes, "num_weights": 3 * 4 * 8, "hidden_size": 4, "topk": 2}
+
+
+def test_the_exchange_of_a_step_is_that_of_the_plan() -> None:
+    expert = {"num_bytes": 0.0, "num_weights": 0, "hidden_size": 2048, "topk": 8}
+    model = step_model(SimpleNamespace(telemetry={"expert": expert}), 4)
+    shape = Shape(name="m", hidden_size=2048, num_experts=8, topk=8, expert_size=1, num_layers=1)
+    planned_s = step_times(shape, 4, 512)["p2p_round_trip_us"] / 1e6
+    rows = torch.full((1, 8), 4.0 * 512)
+    assert model.step_s(Placement.as_is(1, 8, 4), rows) == pytest.approx(planned_s, rel=1e-2)
 
 
 def test_a_snapshot_survives_json() -> None:

@@ -79,3 +79,22 @@ def test_two_ranks_over_messages(on_ranks: RankPools, name: str) -> None:
 def test_two_ranks_over_symmetric_memory(on_ranks: RankPools, transport: str, name: str) -> None:
     given = (transport, FORMATS[name], ("off", "between"))
     assert on_ranks(layer_in, 2, *given, env={"TRITON_INTERPRET": "1"}, timeout_s=200) == [[], []]
+
+
+def after_a_reset(group: tf.EPGroup, transport: str, setup: Setup) -> bool:
+    """Whether a layer gives the bits that it gave before the workspace was opened anew."""
+    with open_workspace(group, dataclasses.replace(setup, transport=transport)) as ws:
+        forward, outputs = Forward(setup, ws), []
+        for turn in range(2):
+            if turn:
+                ws.reset()
+            ws.begin_step(3 + group.rank)
+            outputs.append(forward(forward.pool[: 3 + group.rank]))
+        return same_bits(*outputs)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("transport", ["collective", pytest.param("p2p", marks=pytest.mark.interpreter)])
+def test_a_reset_keeps_the_formats(on_ranks: RankPools, transport: str) -> None:
+    env = {"TRITON_INTERPRET": "1"} if transport == "p2p" else {}
+    assert on_ranks(after_a_reset, 2, transport, BOTH, env=env, timeout_s=100) == [True, True]

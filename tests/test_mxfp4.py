@@ -13,6 +13,7 @@ from test_experts import LOCAL, NUM_EXPERTS
 from tokenferry.activations import Activation
 from tokenferry.dispatched import QuantizedRows
 from tokenferry.experts import Experts, ExpertsConfig, ExpertWeights, apply_experts, mxfp4
+from tokenferry.experts.plan import plan
 from tokenferry.layer import MoELayer
 from tokenferry.router import Router, RouterConfig
 from tokenferry.testing.numeric import first_difference, same_bits
@@ -213,3 +214,12 @@ def layers(group: tf.EPGroup, transport: str, dispatch_format: str) -> str:
 @pytest.mark.parametrize("dispatch_format", ["same", "fp8_block128"])
 def test_a_layer_of_packed_experts_over_symmetric_memory(on_ranks: RankPools, dispatch_format: str) -> None:
     assert on_ranks(layers, 2, "p2p", dispatch_format, env={"TRITON_INTERPRET": "1"}, timeout_s=120) == ["", ""]
+
+
+@pytest.mark.parametrize("max_rows", [None, 1, 8, 9, 64, 65, 256, 8192], ids="C·EP {}".format)
+def test_one_launch_of_each_product_serves_an_expert(max_rows: int | None) -> None:
+    chosen = plan(torch.bfloat16, 2880, 2880, packed=True, max_rows=max_rows)
+    for launches in (chosen.up, chosen.down):
+        for count in range(1, (max_rows or 600) + 1):
+            serving = [tiles for tiles in launches if tiles.min_rows <= count and (not tiles.max_rows or count <= tiles.max_rows)]
+            assert len(serving) == 1, count

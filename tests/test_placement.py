@@ -144,8 +144,8 @@ def test_predicted_times_by_hand() -> None:
         weight_bytes=10.0, flops_per_row=2.0, memory_bytes_per_s=5.0, flops_per_s=1.0, exchange_s=0.5, other_s=100.0
     )
     rows = torch.tensor([[50.0, 50.0, 60.0, 40.0], [100.0, 0.0, 0.0, 0.0]])
-    # Products bound both: 100 rows of 2 s, in each layer. Then two exchanges.
-    assert model.step_s(Placement.as_is(2, 4, 2), rows) == pytest.approx(200 + 200 + 2 * 0.5 + 100)
+    # 100 rows of 2 s in each layer, after two experts' weights of 2 s in the first and one's in the second. Then two exchanges.
+    assert model.step_s(Placement.as_is(2, 4, 2), rows) == pytest.approx(4 + 200 + 2 + 200 + 2 * 0.5 + 100)
     slow_memory = StepModel(weight_bytes=10.0, flops_per_row=0.0, memory_bytes_per_s=5.0, flops_per_s=1.0)
     # The first layer reads two experts of 2 s on each rank, the second one expert.
     assert slow_memory.step_s(Placement.as_is(2, 4, 2), rows) == pytest.approx(4 + 2)
@@ -174,7 +174,7 @@ def test_it_does_not_pay_where_loads_are_even() -> None:
 
 
 def test_few_rows_and_many_are_judged_apart() -> None:
-    model = StepModel(weight_bytes=1e6, flops_per_row=1e4, memory_bytes_per_s=1e9, flops_per_s=1e9)
+    model = StepModel(weight_bytes=1e6, flops_per_row=300.0, memory_bytes_per_s=1e9, flops_per_s=1e9)
     kinds = [StepKind(name="decode", num_steps=90, rows=1000), StepKind(name="prefill", num_steps=10, rows=100_000)]
     verdict = judge(zipf_loads(4, 32, 90 * 1000 + 10 * 100_000), 4, model, num_steps=100, kinds=kinds)
     few, many = verdict.kinds
@@ -189,10 +189,13 @@ def test_few_rows_and_many_are_judged_apart() -> None:
 
 def test_a_kind_is_what_its_steps_would_be_by_themselves() -> None:
     loads = zipf_loads(2, 16, 1000.0)
-    kinds = [StepKind(name="few", num_steps=3, rows=100), StepKind(name="many", num_steps=1, rows=700)]
-    verdict = judge(loads, 2, COMPUTE_BOUND, num_steps=4, kinds=kinds)
+    sizes = {"none": (2, 0), "few": (3, 100), "many": (1, 700)}
+    kinds = [StepKind(name=name, num_steps=number, rows=rows) for name, (number, rows) in sizes.items()]
+    verdict = judge(loads, 2, COMPUTE_BOUND, num_steps=6, kinds=kinds)
     alone = judge(loads * 0.7, 2, COMPUTE_BOUND)
-    assert verdict.kinds[1].steps_s == pytest.approx([option.step_s for option in alone.options])
+    assert verdict.kinds[2].steps_s == pytest.approx([option.step_s for option in alone.options])
+    assert verdict.kinds[0].steps_s == (0.0, 0.0, 0.0)
+    assert "none" not in verdict.sentence
 
 
 def test_a_layer_that_runs_in_every_second_step() -> None:

@@ -166,6 +166,27 @@ OF_HOST_LOGIC = (
         ("tests/ranks/test_graphs.py::test_all_16_combinations_of_eager_two_graphs_and_idle",),
     ),
     Mutant(
+        "weights-that-were-put-in-place-of-others-are-the-old-ones",
+        "src/tokenferry/experts/module.py",
+        '            or known.up_proj is not parts["up_proj"]\n',
+        "",
+        ("tests/test_experts_wrong_use.py::test_parameters_that_are_put_in_their_place_are_checked_too",),
+    ),
+    Mutant(
+        "weights-are-checked-once-whatever-their-data-are",
+        "src/tokenferry/experts/module.py",
+        "checked = weights, weights.up_proj.shape, weights.down_proj.shape",
+        "checked = weights, torch.Size(), torch.Size()",
+        ("tests/test_experts_wrong_use.py::test_parameters_that_are_put_in_their_place_are_checked_too",),
+    ),
+    Mutant(
+        "errors-of-fused-moe-have-the-experts-names",
+        "src/tokenferry/integrations/megatron/fused_moe.py",
+        "raise type(error)(_by_names_of_here(str(error))) from error",
+        "raise",
+        ("tests/test_quantized_experts.py::test_errors_of_fused_moe_name_its_own_arguments[no-scales]",),
+    ),
+    Mutant(
         "scratch-that-graphs-still-use-is-dropped",
         "src/tokenferry/experts/scratch.py",
         "                self._retired.append(self._memory)\n",

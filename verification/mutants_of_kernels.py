@@ -128,6 +128,13 @@ OF_KERNELS = (
         (f"{EXAMPLES}test_rows_that_are_not_supplied_are_never_read",),
     ),
     Mutant(
+        "receivers-of-a-split-round-leave-out-a-block",
+        f"{_KERNELS}/shares.py",
+        "receiver = tl.where(is_split & receives, pid - senders, pid)",
+        "receiver = tl.where(is_split & receives, pid - senders + 1, pid)",
+        ("tests/interpreter/test_split_rounds.py::test_the_bits_of_the_reference[EP2-partial-bf16]",),
+    ),
+    Mutant(
         "ids-of-a-larger-step-stay-behind",
         f"{_KERNELS}/dispatch.py",
         "left_behind = (dirty_rows - valid) * (mode & wire.MODE_SEND) * K",

@@ -223,9 +223,16 @@ class Replay:
         event = self._recordings[holder][state.next_event]
         return event.kind == "poll" and event.place not in self._words
 
+    def _places(self, packet: Hashable) -> list[Hashable]:
+        """Of a dispatch's packet that was polled: it may have been sent word by word, as scales are."""
+        region, holder, source, offset = packet  # type: ignore[misc]
+        words = [(region, holder, source, offset + each) for each in (4, 8, 12)]
+        is_in_words = region == "dispatch_slots" and words[0] in self._words
+        return [packet, *words] if is_in_words else [packet]
+
     def _poll(self, rank: int, state: _Rank, event: Event) -> bool:
         word = self._words.get(event.place)
-        if word is None or word.state != "sent":
+        if word is None or any(self._words[place].state != "sent" for place in self._places(event.place)):
             return False
         launch = state.launches[-1]
         if word.launch.round != launch.round or word.launch.kind != launch.kind:
@@ -233,7 +240,8 @@ class Replay:
                 f"read_stale_row: rank {rank} in {launch.kind} of round {launch.round} polled {event.place}, "
                 f"sent in {word.launch.kind} of round {word.launch.round}"
             )
-        word.state = "polled"
+        for place in self._places(event.place):
+            self._words[place].state = "polled"
         self._learn(state, word.sender, word.launch)
         return True
 
@@ -241,7 +249,8 @@ class Replay:
         word = self._words.get(event.place)
         if word is None or word.state != "polled":
             raise Violation(f"restored_unread_slot: rank {rank} at {event.place}")
-        word.state, word.freed_in = "restored", state.launches[-1].number
+        for place in self._places(event.place):
+            self._words[place].state, self._words[place].freed_in = "restored", state.launches[-1].number
         return True
 
     def _signal(self, rank: int, state: _Rank, event: Event) -> bool:

@@ -9,7 +9,8 @@
  * restores (stores of the sentinel into its own slots) are performed before its next launch issues a store.
  * With LATE_RESTORES they are performed at that moment and no earlier: fewer states, and no fewer errors, since a restore on its
  * way forbids all that a performed one forbids.
- * Issuing all sends of a launch at once is no restriction, since each may become visible arbitrarily late.
+ * Issuing all sends of a launch at once is no restriction, since each may become visible arbitrarily late: also where some
+ * programs of a launch only send and others only receive, whose room is in split.pml.
  *
  * Rules (the same names in rules.py): count, send, poll, restore, launch.
  *

@@ -71,6 +71,15 @@ def test_bits_as_reference(on_ranks: RankPools, world_size: int) -> None:
     assert compared == [sum(step.layers for case in cases for step in case.steps)] * world_size
 
 
+@two_gpus
+def test_split_rounds(on_ranks: RankPools) -> None:
+    """Rounds in slots of more packets than threads, some of whose programs only send; beside fewer rows none are split."""
+    counts = ((512, 512), (512, 300), (200, 512), (512, 1), (512, 512), (0, 512), (160, 160))
+    steps = tuple(StepCase(tokens, layers=2, seed=seed, own_buffer=seed % 2 == 0) for seed, tokens in enumerate(counts))
+    case = Case(hidden_size=7168, num_experts=256, topk=8, capacity=512, transport="p2p", steps=steps)
+    assert on_ranks(run_case, 2, case, backend="nccl", timeout_s=120) == [2 * len(steps)] * 2
+
+
 def virtual(group: tf.EPGroup, world_size: int, case: Case) -> list[int]:
     return run_virtual(run_case, world_size, case, device=group.device)
 

@@ -1,8 +1,10 @@
 """Telemetry on GPUs: a delayed rank over peer memory and over NCCL, in bulk rounds too, and in replayed graphs."""
 
 import contextlib
+import json
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,6 +111,15 @@ def test_of_four_ranks_the_late_one_is_found(on_ranks: RankPools) -> None:
 @two_gpus
 def test_float8_terms_are_waited_for_by_source(on_ranks: RankPools) -> None:
     work.check_float8_terms_delayed(on_ranks(work.float8_terms_delayed, 2, 1, backend="nccl", timeout_s=90), 1)
+
+
+@two_gpus
+def test_a_trace_has_the_steps_of_both_ranks_on_one_time_line(on_ranks: RankPools, tmp_path: Path) -> None:
+    """By the GPUs' own timers, which tick apart: a step's counts come to both at one moment, to some microseconds."""
+    path = tmp_path / "trace.json"
+    error_ns = on_ranks(work.traced, 2, "p2p", str(path), backend="nccl", timeout_s=90)[0]
+    work.check_traced(json.loads(path.read_text()), error_ns, "p2p")
+    assert error_ns < 1e6
 
 
 @two_gpus

@@ -20,7 +20,7 @@ def table_example(group: tf.EPGroup) -> list[list[list[int]]]:
     for few, many in ((8, 16), (4, 4)):  # at once, and in two blocks
         counts, offsets, pairs = (torch.full((size,), -7, dtype=torch.int32) for size in (2, 2, 5))
         expert_table.expert_table_kernel[(2,)](
-            idx, valid, counts, offsets, pairs, 0, 4, 2, K=2, FEW=few, MANY=many, PDL=0, **expert_table.NO_LOADS
+            idx, valid, counts, offsets, pairs, 0, 4, 2, K=2, FEW=few, MIDDLE=few, MANY=many, PDL=0, **expert_table.NO_LOADS
         )
         found.append([counts.tolist(), offsets.tolist(), pairs.tolist()])
     return found
@@ -103,8 +103,7 @@ def gemm_example(group: tf.EPGroup) -> list[list[list[float]]]:
             source, counts, 0, weights, counts, counts, out, counts, counts, offsets, pairs, 0, 0.0, 0.0, L=2, K=1, DEPTH=2,
             WIDTH=2, STRIDE_E=4, STRIDE_N=2, STRIDE_D=1, IS_FIRST_PRODUCT=first, GATED=False, INTERLEAVED=False,
             ACTIVATION="none", BIAS=False, SCALED=False, QUANTIZED=False, GATHERED=False, IN_BLOCKS=False, SWAPPED=False,
-            TENSOR_MAP=False, MIN_ROWS=1, MAX_ROWS=0, BM_FEW=16, BM=16, BM_MORE=0, BN=16, BD=16, LANES=2, UPCAST=True,
-            OVERLAPS=False, PDL=0,
+            TENSOR_MAP=False, MIN_ROWS=1, MAX_ROWS=0, BM_FEW=16, BM=16, BN=16, BD=16, LANES=2, UPCAST=True, OVERLAPS=False, PDL=0,
         )  # fmt: skip
         results.append(out.tolist())
         source = torch.tensor([[3.0, 4], [4, 2]])

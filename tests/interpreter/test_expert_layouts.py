@@ -23,9 +23,6 @@ def tiles(**changes) -> Tiles:
 
 POINTERS = Plan(up=(tiles(min_rows=7), tiles(max_rows=6)), down=(tiles(max_rows=6), tiles(min_rows=7)))
 MAPS = Plan(up=(tiles(tensor_map=True),), down=(tiles(tensor_map=True),))
-SHARED = tiles(tensor_map=True, rows=4, rows_few=2, rows_more=2)
-MORE = Plan(up=(SHARED,), down=(SHARED,))
-"""Tiles of two, four and six rows, for experts that have about seven."""
 
 
 GPT_OSS = Activation("clamped_swiglu", interleaved=True, limit=0.5)
@@ -41,14 +38,10 @@ LAYOUTS = {
     "transposed-stacked-unaligned": Layout(Activation(), transposed=True, hidden_size=9, intermediate_size=21),
     "interleaved": Layout(Activation(interleaved=True)),
     "interleaved-maps": Layout(Activation(interleaved=True), plan=MAPS),
-    "interleaved-maps-more": Layout(GPT_OSS, bias=True, plan=MORE),
-    "transposed-interleaved-maps-more": Layout(GPT_OSS, bias=True, transposed=True, plan=MORE),
-    "no-gate-maps-more": Layout(Activation("squared_relu"), bias=True, plan=MORE),
-    "unaligned-more": Layout(GPT_OSS, bias=True, transposed=True, hidden_size=7, intermediate_size=5, plan=MORE),
     "depth-first": Layout(Activation(), depth_first=True),
     "depth-first-interleaved-maps": Layout(GPT_OSS, bias=True, depth_first=True, plan=MAPS),
 }
-MAPPED = [name for name, layout in LAYOUTS.items() if layout.plan in (MAPS, MORE) and "unaligned" not in name]
+MAPPED = [name for name, layout in LAYOUTS.items() if layout.plan is MAPS and "unaligned" not in name]
 
 
 def all_layouts(group: tf.EPGroup) -> dict[str, tuple[float, bool]]:

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 import tokenferry as tf
-from tokenferry.kernels.expert_table import expert_table_kernel
+from tokenferry.kernels.expert_table import NO_LOADS, expert_table_kernel
 from tokenferry.testing import run_ranks
 
 pytestmark = pytest.mark.interpreter
 
-FEW, MANY = 32, 64
+FEW, MIDDLE, MANY = 32, 64, 128
 K, FIRST, L = 2, 3, 4
-NUM_ROWS = (0, 1, 16, 17, 31, 32, 33, 64, 95, 100)
-"""Of 16 rows on the block for few ids is full, of 32 and 64 one and two blocks for many."""
+NUM_ROWS = (0, 1, 16, 17, 31, 32, 33, 64, 65, 100, 128, 129)
+"""Of 16 rows the block for few ids is full, of 32 the one for not so few, of 64 and 128 one and two blocks for many."""
 
 
 def expected_table(idx: torch.Tensor) -> tuple[list[int], list[int], list[int]]:
@@ -26,11 +26,13 @@ def tables(group: tf.EPGroup) -> dict[tuple[int, torch.dtype], bool]:
     for dtype in (torch.int32, torch.int64):
         for num_rows in NUM_ROWS:
             generator = torch.Generator().manual_seed(num_rows)
-            idx = torch.randint(-1, 10, (110, K), generator=generator).to(dtype)  # rows beyond V name experts too
+            idx = torch.randint(-1, 10, (140, K), generator=generator).to(dtype)  # rows beyond V name experts too
             counts, offsets = torch.full((L,), -7, dtype=torch.int32), torch.full((L,), -7, dtype=torch.int32)
-            pairs = torch.full((220,), -7, dtype=torch.int32)
+            pairs = torch.full((280,), -7, dtype=torch.int32)
             valid = torch.tensor([num_rows], dtype=torch.int32)
-            expert_table_kernel[(L,)](idx, valid, counts, offsets, pairs, 0, 110, FIRST, K=K, FEW=FEW, MANY=MANY, PDL=0)
+            expert_table_kernel[(L,)](
+                idx, valid, counts, offsets, pairs, 0, 140, FIRST, **NO_LOADS, K=K, FEW=FEW, MIDDLE=MIDDLE, MANY=MANY, PDL=0
+            )
             wanted = expected_table(idx[:num_rows])
             written = sum(wanted[0])
             found = (counts.tolist(), offsets.tolist(), pairs[:written].tolist())

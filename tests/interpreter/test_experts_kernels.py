@@ -104,15 +104,6 @@ def properties(group: tf.EPGroup) -> dict[str, bool]:
     error = (by_kernels(*crowd, plan=ONE_CUT).double() - expected).abs().max() / expected.abs().max()
     held["one cut: experts with more rows than a tile"] = bool(error < 1e-6)
 
-    worst, shared = [], tiles(tensor_map=True, rows=8, rows_few=4, rows_more=4)
-    for num_rows in range(1, 26):  # tiles of four, eight and twelve rows, alone and after others
-        one_expert, alone = Case(bias=True, num_rows=num_rows, topk=1, activation=Activation("clamped_swiglu")).build()
-        alone.topk_idx[:] = LOCAL.start + 1
-        expected = plain.loop_in_float64(one_expert, alone)
-        got = by_kernels(one_expert, alone, plan=Plan(up=(shared,), down=(shared,)))
-        worst.append(((got.double() - expected).abs().max() / expected.abs().max()).item())
-    held["every number of rows of tiles that share weights"] = max(worst) < 1e-6
-
     narrow = ExpertScratch("cpu", max_bytes=7 * 3 * (32 + 24 + 2) * 2)
     one_chunk = by_kernels(experts, rows, plan=ONE_CUT)
     held["five chunks"] = same_bits(one_chunk, by_kernels(experts, rows, plan=ONE_CUT, scratch=narrow))
@@ -156,7 +147,6 @@ PROPERTIES = (
     "V=0",
     "V=30",
     "one cut: experts with more rows than a tile",
-    "every number of rows of tiles that share weights",
     "five chunks",
     "chunks fit their memory",
     "one cut: a row alone has the same bits",

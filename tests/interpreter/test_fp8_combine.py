@@ -1,6 +1,8 @@
 """Combine of float8 terms over symmetric memory, interpreted: in slots and in bulk, the bits of the reference."""
 
+import ctypes
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -10,10 +12,12 @@ import triton.language as tl
 import switch
 import tokenferry as tf
 from cases import Case, run_case
-from formats import FLOAT8, FP8_COMBINE, plain
+from formats import FLOAT8, FORMATS, FP8_COMBINE, plain
 from rank_pool import RankPools
 from tokenferry.dispatched import QuantizedRows
 from tokenferry.kernels import fp8_rows, wire_float8
+from tokenferry.kernels.control_block import ALL_UNITS
+from tokenferry.kernels.wire_observer import Observer
 from tokenferry.testing import run_ranks
 
 from .test_few_tokens import FewTokensOnly
@@ -64,7 +68,7 @@ def test_slots_and_bulk_in_turn(on_ranks: RankPools, name: str, world_size: int)
     assert on_ranks(run_case, world_size, case, env=INTERPRETER) == [sum(step.layers for step in case.steps)] * world_size
 
 
-@pytest.mark.parametrize("world_size", [2, 3], ids=["EP2", "EP3"])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long)], ids=["EP2", "EP3"])
 def test_terms_that_are_copied_while_others_are_fetched(on_ranks: RankPools, world_size: int) -> None:
     """A program has 256 threads here: 40 rows of H 640 are 10 rounds, of which 4 are copied before the first is fetched."""
     uneven = (40, 3, 11)[:world_size]
@@ -103,6 +107,71 @@ def test_ranks_may_differ_in_whether_they_copy_terms(on_ranks: RankPools) -> Non
     assert on_ranks(in_turn_or_not, 2, env=INTERPRETER) == [[2.0, 4.0, 6.0, 8.0]] * 2
 
 
+class Watches(Observer):
+    """Notes, at each flag that is set, its units and how many of the peer's rows have the scale of this round; then sleeps."""
+
+    def __init__(self, scales: torch.Tensor) -> None:
+        self.scales, self.wanted, self.seen, self.sleep_s = scales, 0.0, [], 0.0
+
+    def event(self, kind: str, addresses: object) -> None:
+        if kind == "signal" and self.wanted:
+            [units] = [ctypes.c_int64.from_address(int(address)).value & 0xFFFFFFFF for address in addresses]
+            self.seen.append((units, int((self.scales == self.wanted).all(1).sum())))
+            time.sleep(self.sleep_s)
+
+
+def stops_between_two_flags(group: tf.EPGroup) -> str:
+    """Rank 1 sleeps for longer than the time-out when it has told of its first rounds; the other one waits for the next."""
+    config = tf.MoEConfig(hidden_size=640, num_experts=4, topk=2)
+    with tf.Workspace(config, group, max_tokens_per_rank=40, transport=SmallSlots(), combine_dtype=FLOAT8, timeout_s=1) as ws:
+        layer, rows = ws.dispatcher(), torch.zeros(40, 640, dtype=torch.bfloat16)
+        observer = Watches(torch.zeros(1, 1))
+        ws.active_transport.innermost.observe(observer)
+        ws.begin_step(40)
+        got = layer.dispatch(rows, torch.zeros(40, 2, dtype=torch.int32), torch.ones(40, 2))
+        observer.wanted, observer.sleep_s = 1.0, 3.0 * group.rank
+        try:
+            layer.combine(torch.ones(80, 640), got)
+            ws.check()
+        except tf.PeerError as error:
+            return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def test_a_rank_that_stops_between_two_flags_is_named(on_ranks: RankPools) -> None:
+    waited, late = on_ranks(stops_between_two_flags, 2, env=INTERPRETER)
+    assert waited.startswith("PeerTimeoutError: rank 1 ") and "data-missing" in waited
+    assert late.startswith("PeerFailedError")
+
+
+def copied_in_turn(group: tf.EPGroup, sleep_s: float) -> tuple[list[float], list[tuple[int, int]]]:
+    """Two round trips with 40 rows of H 640 a rank; in the second one the last rank sleeps after each flag."""
+    config = tf.MoEConfig(hidden_size=640, num_experts=4, topk=2)
+    with tf.Workspace(config, group, max_tokens_per_rank=40, transport=SmallSlots(), combine_dtype=FLOAT8) as ws:
+        layer, rows, sums = ws.dispatcher(), torch.zeros(40, 640, dtype=torch.bfloat16), []
+        theirs = slice(0, 40) if group.rank == 1 else slice(40, 80)
+        observer = Watches(ws.active_transport.innermost.combine_input().scales[theirs])
+        ws.active_transport.innermost.observe(observer)
+        for number in (1.0, 2.0):
+            ws.begin_step(40)
+            got = layer.dispatch(rows, torch.zeros(40, 2, dtype=torch.int32), torch.ones(40, 2))
+            observer.wanted = float(torch.tensor(number) / 448) if number == 2 else 0.0
+            observer.sleep_s = sleep_s if group.rank == 1 else 0.0
+            sums += layer.combine(torch.full((80, 640), number), got).unique().tolist()
+    return sums, observer.seen
+
+
+def test_flags_tell_of_the_rounds_that_are_there(on_ranks: RankPools) -> None:
+    """Four rows are a round: four rounds are told of at once, then two and two, and at last that there are all."""
+    for sums, seen in on_ranks(copied_in_turn, 2, 0.0, env=INTERPRETER):
+        assert sums == [2.0, 4.0]
+        assert seen == [(4, 16), (6, 24), (8, 32), (ALL_UNITS, 40)]
+
+
+def test_a_round_that_is_not_there_yet_is_waited_for(on_ranks: RankPools) -> None:
+    assert [sums for sums, _ in on_ranks(copied_in_turn, 2, 0.3, env=INTERPRETER)] == [[2.0, 4.0]] * 2
+
+
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long)], ids=["EP2", "EP3"])
 def test_random_steps_in_slots_and_bulk(on_ranks: RankPools, world_size: int) -> None:
     every = [dataclasses.replace(step, payload="normal") for step in random_steps(world_size, 24, world_size, 7)]
@@ -123,14 +192,24 @@ def test_launches_for_few_tokens(on_ranks: RankPools) -> None:
     assert on_ranks(run_case, 2, case, env=INTERPRETER) == [sum(step.layers for step in steps)] * 2
 
 
-def over_multicast(group: tf.EPGroup, case: Case) -> int:
-    return run_case(group, dataclasses.replace(case, transport=switch.Nvls()))
+def over_multicast(group: tf.EPGroup, cases: list[Case]) -> list[int]:
+    return [run_case(group, dataclasses.replace(case, transport=switch.Nvls(), counts="uneven")) for case in cases]
+
+
+ON_RANKS = pytest.mark.parametrize("world_size", [2, *(pytest.param(size, marks=pytest.mark.long) for size in (1, 3, 4))])
+
+
+@ON_RANKS
+def test_named_cases_give_the_bits_of_the_reference_over_multicast(on_ranks: RankPools, world_size: int) -> None:
+    cases = [case for size, case in (*FP8_COMBINE.values(), *FORMATS.values()) if size == world_size]
+    expected = [sum(step.layers for step in case.steps) for case in cases]
+    assert on_ranks(over_multicast, world_size, cases, env=INTERPRETER, timeout_s=150) == [expected] * world_size
 
 
 def test_over_multicast(on_ranks: RankPools) -> None:
     steps = (plain((3, 0, 5)), plain((1, 2, 2), quantized_terms=True, halves=True), plain((8, 1, 0)))
     case = Case(hidden_size=272, combine_dtype=FLOAT8, dispatch_format="fp8_block128", steps=steps)
-    assert on_ranks(over_multicast, 3, case, env=INTERPRETER) == [len(steps)] * 3
+    assert on_ranks(over_multicast, 3, [case], env=INTERPRETER) == [[len(steps)]] * 3
 
 
 def test_debug_mode_poisons_and_lets_pass_what_is_right(on_ranks: RankPools) -> None:

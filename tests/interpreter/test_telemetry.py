@@ -1,8 +1,14 @@
 """Telemetry of interpreted symmetric transports: the kernels' own counters, in slots and in bulk rounds."""
 
+import json
+from pathlib import Path
+
 import pytest
+import torch
 
 import telemetry_work as work
+import tokenferry as tf
+from tokenferry.kernels import load_counts
 from tokenferry.testing import run_ranks
 
 from .test_symmetric import INTERPRETER
@@ -49,3 +55,27 @@ def test_float8_terms_are_waited_for_by_source() -> None:
 @pytest.mark.parametrize(("transport", "world_size"), [("local", 1), ("p2p", 2), ("collective", 2)])
 def test_our_own_experts_count_their_rows(transport: str, world_size: int) -> None:
     work.check_loads_of_own_experts(run_ranks(work.loads_of_own_experts, world_size, transport, env=INTERPRETER))
+
+
+def test_a_trace_has_the_steps_of_both_ranks_on_one_time_line(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    error_ns = run_ranks(work.traced, 2, "p2p", str(path), env=INTERPRETER)[0]
+    work.check_traced(json.loads(path.read_text()), error_ns, "p2p")
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("is_on", [True, False], ids=["on", "off"])
+def test_gathered_numbers_are_counted(programs: int, is_on: bool) -> None:
+    """Not those of rows behind V, nor -1 or beyond the experts, and nothing while it is off. There are several blocks."""
+    assert run_ranks(counted_numbers, 1, programs, is_on, env=INTERPRETER) == [True]
+
+
+def counted_numbers(group: tf.EPGroup, programs: int, is_on: bool) -> bool:
+    num_rows, valid, num_experts, layer = 300, 277, 5, 1
+    ids = torch.randint(-1, num_experts + 2, (num_rows, 2), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
+    loads = torch.zeros(1 + 2 * num_experts, dtype=torch.int64)
+    loads[0] = is_on
+    arguments = ids, torch.tensor([valid], dtype=torch.int32), loads, num_experts, num_rows, layer
+    load_counts.load_counts_kernel[(programs,)](*arguments, K=2, BLOCK=load_counts.BLOCK, PDL=0)
+    wanted = [int((ids[:valid] == expert).sum()) * is_on for expert in range(num_experts)]
+    return loads.tolist() == [is_on, *[0] * num_experts, *wanted]

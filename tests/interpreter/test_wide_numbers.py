@@ -47,7 +47,7 @@ def table_and_sums(group: tf.EPGroup) -> tuple[list[int], list[float]]:
     ids = torch.tensor([*WIDE, 3])[:, None]
     rows = len(ids)
     valid, ones, sums = torch.tensor([rows], dtype=torch.int32), torch.ones(rows, 1), torch.zeros(rows, 1)
-    expert_table_kernel[(4,)](ids, valid, counts, offsets, pairs, 0, rows, 0, K=1, FEW=32, MANY=64, PDL=0, **NO_LOADS)
+    expert_table_kernel[(4,)](ids, valid, counts, offsets, pairs, 0, rows, 0, K=1, FEW=32, MIDDLE=64, MANY=64, PDL=0, **NO_LOADS)
     expert_sum_kernel[(2,)](
         ones, ids, ones, valid, sums, ones, 0, 0, rows, 0, ones, 0.0, L=4, K=1, H=1, BLOCK=2, NORM=False, QUANTIZES=False, PDL=0
     )

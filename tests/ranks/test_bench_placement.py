@@ -27,6 +27,7 @@ def test_every_layout_gives_the_same_rows(tmp_path: Path) -> None:
     assert done.stdout.count("\n") == 2 + len(records)
 
 
+@pytest.mark.ranks
 def test_a_budget_that_is_spent_leaves_everything_out(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     command = [sys.executable, str(ROOT / "benchmarks" / "placement.py"), str(output), "--rehearse", "--budget-s", "0"]
@@ -34,6 +35,16 @@ def test_a_budget_that_is_spent_leaves_everything_out(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (record,) = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(record["left_out"]) == 3 * 2 * 2
+
+
+def test_the_table_of_the_page_is_what_the_step_model_predicts_for_the_records() -> None:
+    """Also the loads of the ranks are drawn again, and are those that were measured."""
+    [records] = (ROOT / "benchmarks" / "results").glob("*-placement.jsonl")
+    command = [sys.executable, str(ROOT / "benchmarks" / "placement.py"), str(records), "--table"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (ROOT / "docs" / "telemetry.md").read_text()
+    assert [line for line in done.stdout.splitlines() if line not in page] == []
 
 
 def test_ids_follow_the_law_and_name_no_expert_twice() -> None:

@@ -53,12 +53,4 @@ def test_the_error_of_a_late_rank_says_who_was_late_before(on_ranks: RankPools) 
 def test_a_trace_has_the_steps_of_all_ranks_on_one_time_line(on_ranks: RankPools, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     error_ns = on_ranks(work.traced, 2, "collective", str(path))[0]
-    trace = json.loads(path.read_text())
-    assert trace["otherData"]["clock_error_us"] == pytest.approx(error_ns / 1e3)
-    steps = [event for event in trace["traceEvents"] if event["name"].startswith("step ")]
-    assert {event["pid"] for event in steps} == {0, 1}
-    assert len(steps) == 8
-    assert {"dispatch[0]", "combine[1]"} <= {event["name"] for event in trace["traceEvents"]}
-    tracks = {event["args"]["name"] for event in trace["traceEvents"] if event["ph"] == "M"}
-    assert {"rank 1 (collective)", "steps and layers", "waits for rank 1"} <= tracks
-    assert all(event["ts"] >= -1e-3 and event["dur"] >= 0 for event in trace["traceEvents"] if event["ph"] == "X")
+    work.check_traced(json.loads(path.read_text()), error_ns, "collective")

@@ -1,6 +1,5 @@
 """Models of transformers whose rows or terms travel as float8: nearly the logits of the unmodified model, and clear errors."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # PyTorch's compiler uses what PyTorch deprecates
 ]
 
-WORK = (Work((5, 17)), Work((21,)))
+WORK = (Work((5, 17), 6), Work((21,), 6))
+SMALL = (Work((3,), 2), Work((2,), 3))
+"""For interpreted kernels."""
 FORMATS: dict[str, dict[str, Any]] = {
     "rows": {"dispatch_format": "fp8_block128"},
     "terms": {"combine_dtype": FLOAT8},
@@ -27,22 +28,22 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
-def logits_differ(group: tf.EPGroup, path: Path, settings: dict[str, Any], new_tokens: int = 6) -> list[float]:
+def logits_differ(group: tf.EPGroup, path: Path, settings: dict[str, Any], works: tuple[Work, Work] = WORK) -> list[float]:
     """How far the first logits are from the unmodified model's, as a part of their norm; and those of a compiled forward from
     an eager one's. Then generates, in both ways, and finishes."""
     quiet()
     model = load(path, group, **{"dtype": torch.float32, **settings})
     plain = unmodified(path, dtype=torch.float32)
-    ids = torch.tensor(prompts(WORK[group.rank].prompt_lengths[:1], group.rank))
+    work = works[group.rank]
+    ids = torch.tensor(prompts(work.prompt_lengths[:1], group.rank))
     with torch.no_grad():
         got, wanted = model(ids).logits, plain(ids).logits
         expected = model(ids, use_cache=False).logits
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, use_cache=False).logits
-    work = replace(WORK[group.rank], new_tokens=new_tokens)
     for call in (generate, generate_batch):
         tokens, _ = call(model, work, group.rank)
         model.expert_parallel.finish()
-        assert [len(each) for each in tokens] == [new_tokens] * len(work.prompt_lengths)
+        assert [len(each) for each in tokens] == [work.new_tokens] * len(work.prompt_lengths)
     model.expert_parallel.close()
     return [((each - against).norm() / wanted.norm()).item() for each, against in ((got, wanted), (compiled, expected))]
 
@@ -64,7 +65,7 @@ def test_logits_are_near_those_of_the_unmodified_model(on_ranks: RankPools, tmp_
 def test_logits_over_symmetric_memory(on_ranks: RankPools, tmp_path: Path, experts: str | None) -> None:
     """The gathered tensors are longer than transformers' own experts look at; ours are interpreted."""
     settings = {"transport": "p2p", "experts_implementation": experts, **FORMATS["rows-and-terms"]}
-    given = (make_tiny("qwen3_moe", tmp_path), settings, 2)
+    given = (make_tiny("qwen3_moe", tmp_path), settings, SMALL)
     for error, compiled in on_ranks(logits_differ, 2, *given, env={"TRITON_INTERPRET": "1"}, timeout_s=300):
         assert 1e-3 < error < NEAR
         assert compiled == 0

@@ -16,7 +16,8 @@ SUBSTITUTE: Final = torch.float32
 
 
 def expert_facts(parallel: Any, config: Path, job: Job) -> dict[str, float]:
-    """`num_bytes` and `num_weights` of one expert of the first MoE layer: 0 for a model without any.
+    """`num_bytes` and `num_weights` of one expert of the first MoE layer, 0 for a model without any, and what its rows are:
+    `hidden_size` and `topk`.
 
     Bytes are those that this rank holds, so that float8 and packed experts count as what they are, scales and biases included;
     where float32 stands in for 16 bits on a CPU, those of the 16 bits, in which the model would be served.
@@ -24,8 +25,10 @@ def expert_facts(parallel: Any, config: Path, job: Job) -> dict[str, float]:
     Raises:
         ConfigError: the configuration does not tell the sizes.
     """
+    shape = shape_of(str(config))
+    rows = {"hidden_size": shape.hidden_size, "topk": shape.topk}
     if not parallel.layers:
-        return {"num_bytes": 0.0, "num_weights": 0.0}
+        return {"num_bytes": 0.0, "num_weights": 0.0, **rows}
     module, num_local = parallel.layers[0].module, len(parallel.group.expert_range(parallel.layers[0].num_experts))
     held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     stands_in = job.dtype == "auto" and job.device == "cpu" and _stored_dtype(config) != "float32"
@@ -33,8 +36,8 @@ def expert_facts(parallel: Any, config: Path, job: Job) -> dict[str, float]:
     for tensor in held:
         if tensor.dim() and tensor.shape[0] == num_local:
             num_bytes += tensor.nbytes / (2 if stands_in and tensor.dtype == SUBSTITUTE else 1)
-    shape, num_matrices = shape_of(str(config)), 3 if getattr(module, "has_gate", True) else 2
-    return {"num_bytes": num_bytes / num_local, "num_weights": num_matrices * shape.hidden_size * shape.expert_size}
+    num_matrices = 3 if getattr(module, "has_gate", True) else 2
+    return {"num_bytes": num_bytes / num_local, "num_weights": num_matrices * shape.hidden_size * shape.expert_size, **rows}
 
 
 def _stored_dtype(config: Path) -> str:

@@ -24,6 +24,8 @@ from tokenferry.telemetry import Snapshot
 
 SCHEMA: Final = 1
 NEEDED: Final = ("jinja2", "matplotlib")
+ROW_ITEMSIZE: Final = 2
+"""Bytes of a number of a row on its way, where models are served in 16 bits."""
 
 
 def inspect(request: Request, folder: Path) -> int:
@@ -41,7 +43,7 @@ def inspect(request: Request, folder: Path) -> int:
     results = run_ranks(request)
     if results is None:
         return 0
-    findings = findings_of([_snapshot(result) for result in results], step_model(results[0]))
+    findings = findings_of([_snapshot(result) for result in results], step_model(results[0], len(results)))
     paths = write_report(findings, folder, _about(request, results))
     console = Console(highlight=False)
     if request.as_json:
@@ -53,19 +55,19 @@ def inspect(request: Request, folder: Path) -> int:
     return 0
 
 
-def step_model(result: RankResult) -> StepModel:
-    """Of the model that the ranks ran, on an H100 whatever they ran on: a CPU's times would say nothing of where it is served.
-
-    The exchange is that of a step of one token a rank.
-    """
+def step_model(result: RankResult, num_ranks: int) -> StepModel:
+    """Of the model that the ranks ran, on an H100 whatever they ran on: a CPU's times would say nothing of where it is served."""
     assert result.telemetry is not None, "the job asked for it"
-    expert = result.telemetry["expert"]
+    expert, exchange = result.telemetry["expert"], EXCHANGES["p2p"]
+    bytes_per_token = 2 * ROW_ITEMSIZE * expert["hidden_size"] + 8 * expert["topk"]  # there and back, and its routing
+    sent_per_row = (num_ranks - 1) / num_ranks * bytes_per_token / expert["topk"]
     return StepModel(
         weight_bytes=expert["num_bytes"],
         flops_per_row=2 * expert["num_weights"],
         memory_bytes_per_s=READ_GB_PER_S * 1e9,
         flops_per_s=GEMM_TFLOPS * 1e12,
-        exchange_s=EXCHANGES["p2p"].latency_us / 1e6,
+        exchange_s=exchange.latency_us / 1e6,
+        exchange_s_per_row=sent_per_row / exchange.gb_per_s / 1e9,
     )
 
 
@@ -82,6 +84,7 @@ def _about(request: Request, results: list[RankResult]) -> dict[str, str]:
         "prompts": str(len(request.job.prompts)),
         "new tokens": str(sum(result.num_new_tokens for result in results)),
         "experts": f"{first.num_experts} in each of {first.num_layers} layers",
+        "times predicted for": "H100, whatever this ran on",
     }
 
 

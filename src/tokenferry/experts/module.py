@@ -78,7 +78,7 @@ class Experts(KeepsPrecision):
         self._hidden_dtype = dtype  # of hidden rows once the parameters are float8 or MXFP4
         self._packed_sizes: tuple[int, int] | None = None  # see ExpertWeights
         self._known: ExpertWeights | None = None  # see `weights`
-        self._checked: ExpertWeights | None = None
+        self._checked: tuple[ExpertWeights, torch.Size, torch.Size] | None = None
         self.scratch: ExpertScratch | None = None
         """Memory and kernels on CUDA: the workspace's after `prepare`, else this module's own from its first call."""
         self._max_rows: int | None = None
@@ -316,9 +316,10 @@ class Experts(KeepsPrecision):
         CUDA loads the kernels."""
         check_kind("dispatched", dispatched, Dispatched)
         weights = self.weights
-        if weights is not self._checked:
+        checked = weights, weights.up_proj.shape, weights.down_proj.shape  # another `.data` is the same parameter
+        if checked != self._checked:
             check_weights(weights, self.config.activation)
-            self._checked = weights
+            self._checked = checked
         device = weights.up_proj.device
         if device.type == "cuda" and (self.scratch is None or self.scratch.device != device) and ExpertScratch.serves(device):
             self.scratch, self._max_rows = ExpertScratch(device), None

@@ -19,8 +19,6 @@ class Tiles:
         swapped: then, weights take the place of rows in the tensor core, which wants 64 of these: for few rows.
         min_rows, max_rows: it serves experts with min_rows <= rows <= max_rows; max_rows 0 means no upper limit.
         rows_few: where at most so many rows of an expert are left, the tile has so many.
-        rows_more: where more than `rows` are left, up to so many further rows share the weights of a tile, if these come by
-            tensor maps.
         rows, columns, depth: of a tile; `columns` are of the output, so a gated product reads twice as many.
         num_warps, num_stages: of a program, and of its pipeline.
         programs_per_sm: the launch has at most so many programs for each SM, which take tiles in turn.
@@ -37,7 +35,6 @@ class Tiles:
     num_stages: int
     programs_per_sm: int
     rows_few: int
-    rows_more: int = 0
     tensor_map: bool = False
     prequantize: bool = False
     in_blocks: bool = False
@@ -98,39 +95,45 @@ def plan(
         return _plan_in_blocks(batch_invariant, max_rows)
     if batch_invariant:
         return Plan(up=(_one_cut(up_depth, halves, scaled),), down=(_one_cut(down_depth, 1, scaled),))
-    limit = 0 if max_rows is not None and max_rows <= FEW_ROWS else FEW_ROWS
-    up, down = _few(up_depth, halves, scaled, limit), _few(down_depth, 1, scaled, limit)
-    if not limit:
-        return Plan(up=(up,), down=(down,))
+    if max_rows is not None and max_rows <= FEW_ROWS:
+        return Plan(up=(_few(up_depth, halves, scaled, 0),), down=(_few(down_depth, 1, scaled, 0),))
+    up_limit, down_limit = _few_limit(up_depth, scaled), _few_limit(down_depth, scaled)
+    up, many_up = _few(up_depth, halves, scaled, up_limit), _many(halves, scaled, up_limit + 1)
+    down, many_down = _few(down_depth, 1, scaled, down_limit), _many(1, scaled, down_limit + 1)
     if scaled:  # the second product for few rows comes right after the first one's, so that it starts while that one ends
-        return Plan(up=(_many(halves, scaled), up), down=(down, _many(1, scaled)))
+        return Plan(up=(many_up, up), down=(down, many_down))
     # Few rows first: they wait for the table alone, and not for a launch that finds no expert with many. Layers of qwen3-30b-a3b,
     # 2 x H200, 2026-11-26: 50.8 instead of 53.3 microseconds at T = 1, within 0.6 % from 8 to 128, and not slower up to 4096.
-    return Plan(up=(up, _many(halves, scaled)), down=(down, _many(1, scaled)))
+    return Plan(up=(up, many_up), down=(down, many_down))
+
+
+BY_WARP_ROWS = 8
+"""Packed experts with at most so many rows are multiplied by warps that have columns for themselves: as many rows as one
+instruction of theirs takes."""
+WIDE_ROWS = 256
+"""Packed experts with more rows have tiles of so many."""
 
 
 def _packed(halves: int, batch_invariant: bool, max_rows: int | None) -> Plan:
-    """Of MXFP4 weights, whose columns are what tensor cores take as rows: 64 at a time for each four warps."""
+    """Of MXFP4 weights, whose columns are what tensor cores take as rows: 64 at a time for each four warps, or 16 for a warp."""
     few = Tiles(
         rows=32, rows_few=16, columns=128 // halves, depth=64, num_warps=4, num_stages=4, programs_per_sm=8, max_rows=FEW_ROWS
     )
-    many = Tiles(
-        rows=128,
-        rows_few=64,
-        columns=128 // halves,
-        depth=64,
-        num_warps=8,
-        num_stages=4,
-        programs_per_sm=2,
-        min_rows=FEW_ROWS + 1,
-    )
-    few_down, many_down = replace(few, columns=128), replace(many, columns=128)
     if batch_invariant:
         one = replace(few, rows=64, rows_few=64, max_rows=0)
         return Plan(up=(one,), down=(replace(one, columns=128),))
-    if max_rows is not None and max_rows <= FEW_ROWS:
-        return Plan(up=(replace(few, max_rows=0),), down=(replace(few_down, max_rows=0),))
-    return Plan(up=(many, few), down=(few_down, many_down))
+    fewest = Tiles(
+        rows=BY_WARP_ROWS, rows_few=BY_WARP_ROWS, columns=32 // halves, depth=64, num_warps=2, num_stages=3, programs_per_sm=8,
+        max_rows=BY_WARP_ROWS, by_warp=True,
+    )  # fmt: skip
+    few = replace(few, min_rows=BY_WARP_ROWS + 1)
+    many = Tiles(
+        rows=128, rows_few=64, rows_wide=WIDE_ROWS, wide_from=WIDE_ROWS, columns=128 // halves, depth=64, num_warps=8,
+        num_stages=4, programs_per_sm=1, min_rows=FEW_ROWS + 1,
+    )  # fmt: skip
+    up = [tiles for tiles in (many, few, fewest) if max_rows is None or max_rows >= tiles.min_rows]
+    down = [replace(tiles, columns=tiles.columns * halves) for tiles in reversed(up)]
+    return Plan(up=tuple(up), down=tuple(down))
 
 
 def _plan_in_blocks(batch_invariant: bool, max_rows: int | None) -> Plan:
@@ -151,6 +154,13 @@ def _plan_in_blocks(batch_invariant: bool, max_rows: int | None) -> Plan:
         tensor_map=True, prequantize=True, in_blocks=True,
     )  # fmt: skip
     return Plan(up=(many, few), down=(few, replace(many, num_stages=4)))
+
+
+def _few_limit(depth: int, scaled: bool) -> int:
+    """Most rows of an expert for the tiles of `_few`. Where these have 32 rows, an expert with more would have all its weights
+    read twice: deepseek-v3 at T = 512, with about 32 rows an expert, takes 3893 instead of 4046 microseconds. H100 80GB HBM3,
+    2026-11-26 (1xH100-2026-11-26-expert-cuts.jsonl)."""
+    return FEW_ROWS // 2 if not scaled and depth % 128 == 0 else FEW_ROWS
 
 
 def _few(depth: int, halves: int, scaled: bool, max_rows: int) -> Tiles:
@@ -176,13 +186,13 @@ def _few(depth: int, halves: int, scaled: bool, max_rows: int) -> Tiles:
     )
 
 
-def _many(halves: int, scaled: bool) -> Tiles:
+def _many(halves: int, scaled: bool, min_rows: int) -> Tiles:
     """The best of 10 cuts at T = 512 and 4096. Tensor maps: 14 and 16 % less time for gpt-oss-20b and mixtral at T = 4096, within
     4 % for the others. Same GPU and date as `_few`."""
     step, read = (128, 128) if scaled else (64, 256)  # float8 at 256 spills: its sums are kept twice
     return Tiles(
         rows=128, rows_few=64, columns=read // halves, depth=step, num_warps=8, num_stages=3, programs_per_sm=1,
-        min_rows=FEW_ROWS + 1, tensor_map=True, prequantize=scaled,
+        min_rows=min_rows, tensor_map=True, prequantize=scaled,
     )  # fmt: skip
 
 

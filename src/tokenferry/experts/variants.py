@@ -29,7 +29,7 @@ from tokenferry.kernels.expert_table import COUNTING_SIGNATURE, NO_LOADS, expert
 from tokenferry.kernels.expert_table import SIGNATURE as TABLE_SIGNATURE
 from tokenferry.kernels.launch import POINTER_ALIGNMENT, KernelSpec, has_pdl, specify
 
-TABLE_FEW, TABLE_MANY = 1024, 8192
+TABLE_FEW, TABLE_MIDDLE, TABLE_MANY = 1024, 2048, 8192
 """Numbers that a program of the table reads at a time: of few rows, and of many."""
 SUM_BLOCK = 1024
 
@@ -209,6 +209,7 @@ def table_spec(variant: Variant, device: torch.device, *, counts_loads: bool) ->
     constants = {
         "K": variant.topk,
         "FEW": TABLE_FEW,
+        "MIDDLE": TABLE_MIDDLE,
         "MANY": TABLE_MANY,
         "TELEMETRY": int(counts_loads),
         "PDL": int(has_pdl(device)),
@@ -359,7 +360,6 @@ def _gemm_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int,
         "MAX_ROWS": tiles.max_rows,
         "BM_FEW": tiles.rows_few,
         "BM": tiles.rows,
-        "BM_MORE": tiles.rows_more if has_map and not tiles.in_blocks else 0,
         "BN": tiles.columns,
         "BD": tiles.depth,
         "LANES": triton.next_power_of_2(variant.num_local_experts),

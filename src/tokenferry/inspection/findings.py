@@ -102,14 +102,16 @@ def _notes(rounds: Sequence[int], num_steps: int, *, has_kinds: bool) -> Iterato
             "said of it is of all of them together, whose loads may be more uneven one by one."
         )
     if not has_kinds:
-        yield (
-            "Of most steps the rows are not known, as of replayed graphs: the verdict is on a mean step, although decode steps "
-            "and prefills differ."
-        )
+        yield ("The rows of the steps are not known: the verdict is on a mean step, although decode steps and prefills differ.")
 
 
 def _together(snapshots: Sequence[Snapshot], num_layers: int) -> torch.Tensor:
-    """[L, E] float64. All ranks see the same numbers; one that was read earlier, in its last step, lacks some."""
-    tables = [torch.tensor(snapshot.loads, dtype=torch.float64, device="cpu") for snapshot in snapshots if snapshot.loads]
-    whole = [table for table in tables if table.shape[0] == num_layers]
-    return torch.stack(whole).amax(0)
+    """[L, E] float64. Each rank has counted its own experts, or all of them alike; one that was read earlier, amid a step, lacks
+    some rows, or in the first step whole layers."""
+    num_experts = max(len(row) for snapshot in snapshots for row in snapshot.loads)
+    table = torch.zeros((num_layers, num_experts), dtype=torch.float64, device="cpu")
+    for snapshot in snapshots:
+        if snapshot.loads:
+            counted = torch.tensor(snapshot.loads, dtype=torch.float64, device="cpu")
+            table[: len(counted)] = torch.maximum(table[: len(counted)], counted)
+    return table

@@ -174,7 +174,11 @@ def combine_kernel(
     if IS_FP8:
         own_ptr = partial_ptr + first_own_element * (PARTIAL.primitive_bitwidth // 8)
         own_scales_ptr = scales_ptr + first_row.to(tl.int64) * scale_row * 4
-        n0, n1, n2, n3, n4, n5, n6, n7 = fp8_terms.load_term(packet, own_ptr, own_scales_ptr, scale_row, num_tokens, H, PARTIAL)
+        n0, n1, n2, n3, n4, n5, n6, n7 = fp8_terms.no_words(BLOCK)
+        if fp8_terms.is_loaded_ahead(BLOCK):
+            n0, n1, n2, n3, n4, n5, n6, n7 = fp8_terms.load_term(
+                packet, own_ptr, own_scales_ptr, scale_row, num_tokens, H, PARTIAL
+            )
     else:
         element = first_own_element + packet.to(tl.int64) * PER_PACKET
         n0, n1, n2, n3 = load_term(partial_ptr, element, packet < num_own_packets, PARTIAL, WIRE, WORDS)
@@ -274,6 +278,8 @@ def combine_kernel(
                                     num_out, rank, size, buffer_ptr, slots_offset, slot_bytes, blamed, hints_ptr, out_ptr, H,
                                     PARTIAL, OUT, BLOCK, TELEMETRY, board, layer, step)  # fmt: skip
         else:
+            if TELEMETRY:
+                noting = waits.notes(board, summer == 0)
             for b in range(summer, (num_own_packets + BLOCK - 1) // BLOCK, summers):
                 packet = b * BLOCK + lanes
                 live = packet < num_own_packets
@@ -323,10 +329,10 @@ def combine_kernel(
                         packet_ptr = slot_ptr + index * (WORDS * 4)
                         hint_ptr = hints_ptr + source * wire.COUNT_PACKET_BYTES
                         if TELEMETRY:
-                            since = wire_clock.clock()
+                            since = waits.clock_if(noting)
                         w0, w1, w2, w3 = wire.poll_and_clear(packet_ptr, live, buffer_ptr, blamed_source, hint_ptr, WORDS)
                         if TELEMETRY:
-                            waits.note_source(board, size, layer, step, source, since, b == 0, waits.COMBINE)
+                            waits.note_source(board, size, layer, step, source, since, noting, waits.COMBINE)
                     elif SWITCH_SUM:
                         if is_bulk:
                             summed_ptr = multicast_ptr.to(tl.int64) + terms_offset + first_row.to(tl.int64) * ROW_BYTES
@@ -349,6 +355,8 @@ def combine_kernel(
                     s7 = tl.where(source == 0, h3, s7 + h3)
                 kept = live & (packet < num_out * PER_ROW)
                 store_sum(out_ptr, index * PER_PACKET, kept, s0, s1, s2, s3, s4, s5, s6, s7, WIRE, OUT, WORDS)
+                if TELEMETRY:
+                    noting = waits.noted()
         if is_counted:
             wire.end_round(counters_ptr, ticket, programs, round_number)
         if pid == 0:  # the next dispatch reads it

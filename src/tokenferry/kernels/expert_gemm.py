@@ -45,7 +45,6 @@ SIGNATURE = {
     "MAX_ROWS": "constexpr",
     "BM_FEW": "constexpr",
     "BM": "constexpr",
-    "BM_MORE": "constexpr",
     "BN": "constexpr",
     "BD": "constexpr",
     "LANES": "constexpr",
@@ -115,41 +114,31 @@ def product_tile(
     GATHERED: tl.constexpr,
     TENSOR_MAP: tl.constexpr,
     BM: tl.constexpr,
-    BM_MORE: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Computes BM x BN outputs of one expert: of the pairs at begin .. begin + num - 1 (num > 0), those beyond BM left out.
-
-    With BM_MORE (and num > BM) it also computes those of BM_MORE further pairs, by the same weights: a tile of these alone would
-    read all of them again, for few rows.
-    """
-    tl.static_assert(BM_MORE == 0 or TENSOR_MAP, "more rows share weights that come by a tensor map")
+    """Computes BM x BN outputs of one expert: of the pairs at begin .. begin + num - 1 (num > 0), those beyond BM left out."""
     BB: tl.constexpr = 2 * BN if GATED else BN
     NUM_COLUMNS: tl.constexpr = 2 * WIDTH if GATED else WIDTH
-    CHUNK: tl.constexpr = QUANTIZED and not GATHERED
-    position, pair, source = expert_tiles.rows_of(pairs, first_row, begin, num, K, IS_FIRST_PRODUCT, CHUNK, BM)
+    lanes = tl.arange(0, BM)
+    position = begin + tl.minimum(lanes, num - 1)  # a missing row is replaced by an existing one; it is never stored
+    pair = tl.load(pairs + position)
+    if IS_FIRST_PRODUCT:
+        source = (pair // K if QUANTIZED and not GATHERED else first_row + pair // K).to(tl.int64)
+    else:
+        source = position.to(tl.int64)
     # Where columns are what lies side by side, clamping them would part what one access loads.
     MASKED: tl.constexpr = STRIDE_N == 1 and STRIDE_D != 1 and WIDTH % BN != 0
     column = columns_of(first_column, WIDTH, GATED, INTERLEAVED, WIDTH % BN != 0 and not MASKED, BN)
     depth = tl.arange(0, BD)
     a = rows + source[:, None] * DEPTH + depth[None, :]
-    if BM_MORE > 0:
-        position_more, pair_more, source_more = expert_tiles.rows_of(
-            pairs, first_row, begin + BM, num - BM, K, IS_FIRST_PRODUCT, CHUNK, BM_MORE
-        )
-        more = rows + source_more[:, None] * DEPTH + depth[None, :]
     DEQUANTIZE: tl.constexpr = QUANTIZED and not SCALED
     DTYPE: tl.constexpr = out.dtype.element_ty
-    HAS_PAIRS: tl.constexpr = GATED and INTERLEAVED and (STRIDE_D != 1 or not TENSOR_MAP)
-    if TENSOR_MAP and HAS_PAIRS:
+    PAIRED: tl.constexpr = GATED and INTERLEAVED and (STRIDE_D != 1 or not TENSOR_MAP)
+    if TENSOR_MAP and PAIRED:
         # Gates and ups lie side by side: one tile, one product, whose columns come in pairs.
         total = tl.zeros([BM, BB], tl.float32)
-        second = total
-        if BM_MORE > 0:
-            total_more = tl.zeros([BM_MORE, BB], tl.float32)
-            second_more = total_more
         for d in range(0, DEPTH, BD):
             x = expert_tiles.rows_tile(a, row_scales, scale_stride, source, d, depth, DEPTH, BD, DEQUANTIZE, DTYPE)
             w = tl.reshape(weights.load([expert, 0, d, 2 * first_column]), [BD, BB])
@@ -157,32 +146,19 @@ def product_tile(
                 x = x.to(tl.float32)
                 w = w.to(tl.float32)
             total = tl.dot(x, w, total, input_precision="ieee")
-            if BM_MORE > 0:
-                x = expert_tiles.rows_tile(more, row_scales, scale_stride, source_more, d, depth, DEPTH, BD, DEQUANTIZE, DTYPE)
-                total_more = tl.dot(x.to(tl.float32) if UPCAST else x, w, total_more, input_precision="ieee")
     elif TENSOR_MAP:
         # One thread requests a whole tile. Gates and ups are two tiles and two products: one product would need a copy of both.
         total = tl.zeros([BM, BN], tl.float32)
         second = tl.zeros([BM, BN], tl.float32)
-        if BM_MORE > 0:
-            total_more = tl.zeros([BM_MORE, BN], tl.float32)
-            second_more = tl.zeros([BM_MORE, BN], tl.float32)
         for d in range(0, DEPTH, BD):
             x = expert_tiles.rows_tile(a, row_scales, scale_stride, source, d, depth, DEPTH, BD, DEQUANTIZE, DTYPE)
             if UPCAST:
                 x = x.to(tl.float32)
             w = expert_tiles.mapped_tile(weights, expert, 0, first_column, d, STRIDE_D, BN, BD, UPCAST)
             total = tl.dot(x, w, total, input_precision="ieee")
-            if BM_MORE > 0:
-                y = expert_tiles.rows_tile(more, row_scales, scale_stride, source_more, d, depth, DEPTH, BD, DEQUANTIZE, DTYPE)
-                if UPCAST:
-                    y = y.to(tl.float32)
-                total_more = tl.dot(y, w, total_more, input_precision="ieee")
             if GATED:
                 w = expert_tiles.mapped_tile(weights, expert, 1, first_column, d, STRIDE_D, BN, BD, UPCAST)
                 second = tl.dot(x, w, second, input_precision="ieee")
-                if BM_MORE > 0:
-                    second_more = tl.dot(y, w, second_more, input_precision="ieee")
     elif SCALED:
         total = tl.zeros([BM, BB], tl.float32)
         tl.static_assert(BD == SCALE_BLOCK, "a step along the depth is one block of scales")
@@ -202,7 +178,6 @@ def product_tile(
                 q, row_scale = expert_math.quantize(x.to(tl.float32))
             column_scale = tl.load(scale_of_column + d // SCALE_BLOCK)
             total += tl.dot(q, w, out_dtype=tl.float32) * (row_scale[:, None] * column_scale[None, :])
-        second = total
     else:
         total = tl.zeros([BM, BB], tl.float32)
         b = weights + expert.to(tl.int64) * STRIDE_E + column[None, :].to(tl.int64) * STRIDE_N
@@ -214,17 +189,28 @@ def product_tile(
                 x = x.to(tl.float32)
                 w = w.to(tl.float32)
             total = tl.dot(x, w, total, input_precision="ieee")
-        second = total
-    FORM: tl.constexpr = expert_tiles.PAIRED if HAS_PAIRS else expert_tiles.TWO if TENSOR_MAP else expert_tiles.APART
-    expert_tiles.store_tile(
-        total, second, bias, out, position, pair, num, alpha, limit, expert, first_column, WIDTH, IS_FIRST_PRODUCT, GATED,
-        INTERLEAVED, ACTIVATION, BIAS, FORM, BM, BN,
-    )  # fmt: skip
-    if BM_MORE > 0:
-        expert_tiles.store_tile(
-            total_more, second_more, bias, out, position_more, pair_more, num - BM, alpha, limit, expert, first_column, WIDTH,
-            IS_FIRST_PRODUCT, GATED, INTERLEAVED, ACTIVATION, BIAS, FORM, BM_MORE, BN,
-        )  # fmt: skip
+    own_column = first_column + tl.arange(0, BN)
+    if GATED:
+        if PAIRED:
+            gate, up = tl.split(tl.reshape(total, [BM, BN, 2]))
+        elif TENSOR_MAP:
+            gate = total
+            up = second
+        else:
+            gate, up = tl.split(tl.permute(tl.reshape(total, [BM, 2, BN]), [0, 2, 1]))
+        if BIAS:
+            first = bias + expert.to(tl.int64) * NUM_COLUMNS + (2 * own_column if INTERLEAVED else own_column)
+            gate += tl.load(first, mask=own_column < WIDTH, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(first + (1 if INTERLEAVED else WIDTH), mask=own_column < WIDTH, other=0.0).to(tl.float32)[None, :]
+        value = expert_math.activate_gated(gate, up, alpha, limit, ACTIVATION)
+    else:
+        if BIAS:
+            here = bias + expert.to(tl.int64) * NUM_COLUMNS + own_column
+            total += tl.load(here, mask=own_column < WIDTH, other=0.0).to(tl.float32)[None, :]
+        value = expert_math.activate(total, ACTIVATION)
+    target = position.to(tl.int64) if IS_FIRST_PRODUCT else pair.to(tl.int64)
+    keep = (lanes < num)[:, None] & (own_column < WIDTH)[None, :]
+    tl.store(out + target[:, None] * WIDTH + own_column[None, :], value.to(out.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -265,7 +251,6 @@ def expert_gemm_kernel(
     MAX_ROWS: tl.constexpr,
     BM_FEW: tl.constexpr,
     BM: tl.constexpr,
-    BM_MORE: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     LANES: tl.constexpr,
@@ -294,7 +279,7 @@ def expert_gemm_kernel(
             the output for the k-th choice of row r is row r * K + k.
         counts, offsets, pairs: written by `expert_table_kernel`.
         WIDTH: columns of `out`; a GATED product has twice as many.
-        BM_FEW, BM, BM_MORE: rows of a tile: BM_FEW where at most so many rows of an expert are left, BM, or BM + BM_MORE.
+        BM_FEW, BM: rows of a tile: BM_FEW where at most so many rows of an expert are left, else BM.
         OVERLAPS: the launch before this one is of the same product, and serves other experts. That one has waited for all that
             both read, so this one works beside it and waits for its end at its own: who waits for this one waits for both. A few
             large tiles of an expert with many rows would else hold up all experts with few.
@@ -304,7 +289,6 @@ def expert_gemm_kernel(
         the first product gives [3, 4], [4, 2] (sorted by expert), the second with such rows gives row 1 and row 0 of `out`.
     """
     TILES_N: tl.constexpr = (WIDTH + BN - 1) // BN
-    HEIGHT: tl.constexpr = BM + BM_MORE
     lanes = tl.arange(0, LANES)
     if IS_FIRST_PRODUCT:
         if not OVERLAPS:
@@ -317,7 +301,7 @@ def expert_gemm_kernel(
     served = count >= MIN_ROWS
     if MAX_ROWS > 0:
         served = served & (count <= MAX_ROWS)
-    tiles = tl.where(served, (count + HEIGHT - 1) // HEIGHT, 0) * TILES_N
+    tiles = tl.where(served, (count + BM - 1) // BM, 0) * TILES_N
     ends = tl.cumsum(tiles, 0)
     total = tl.sum(tiles)
     if not IS_FIRST_PRODUCT:
@@ -329,8 +313,8 @@ def expert_gemm_kernel(
         num = tl.sum(tl.where(lanes == expert, count, 0))
         begin = tl.sum(tl.where(lanes == expert, offset, 0))
         within = tile - tl.sum(tl.where(lanes < expert, tiles, 0))
-        tiles_m = (num + HEIGHT - 1) // HEIGHT
-        done = (within % tiles_m) * HEIGHT
+        tiles_m = (num + BM - 1) // BM
+        done = (within % tiles_m) * BM
         first_column = (within // tiles_m) * BN
         if IN_BLOCKS:
             if BM == BM_FEW or num - done <= BM_FEW:
@@ -349,19 +333,13 @@ def expert_gemm_kernel(
             product_tile(
                 rows, row_scales, scale_stride, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done,
                 num - done, first_column, K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, IS_FIRST_PRODUCT, GATED, INTERLEAVED,
-                ACTIVATION, BIAS, SCALED, QUANTIZED, GATHERED, TENSOR_MAP, BM_FEW, 0, BN, BD, UPCAST,
-            )  # fmt: skip
-        elif BM_MORE == 0 or num - done <= BM:
-            product_tile(
-                rows, row_scales, scale_stride, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done,
-                num - done, first_column, K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, IS_FIRST_PRODUCT, GATED, INTERLEAVED,
-                ACTIVATION, BIAS, SCALED, QUANTIZED, GATHERED, TENSOR_MAP, BM, 0, BN, BD, UPCAST,
+                ACTIVATION, BIAS, SCALED, QUANTIZED, GATHERED, TENSOR_MAP, BM_FEW, BN, BD, UPCAST,
             )  # fmt: skip
         else:
             product_tile(
                 rows, row_scales, scale_stride, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done,
                 num - done, first_column, K, DEPTH, WIDTH, STRIDE_E, STRIDE_N, STRIDE_D, IS_FIRST_PRODUCT, GATED, INTERLEAVED,
-                ACTIVATION, BIAS, SCALED, QUANTIZED, GATHERED, TENSOR_MAP, BM, BM_MORE, BN, BD, UPCAST,
+                ACTIVATION, BIAS, SCALED, QUANTIZED, GATHERED, TENSOR_MAP, BM, BN, BD, UPCAST,
             )  # fmt: skip
     if OVERLAPS:
         wire.wait_for_previous_kernel(PDL)

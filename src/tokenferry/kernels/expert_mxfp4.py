@@ -141,11 +141,11 @@ def expert_mxfp4_kernel(
         wire.let_next_kernel_start(PDL)
     for tile in range(tl.program_id(0), total, tl.num_programs(0)):
         expert = tl.sum((ends <= tile).to(tl.int32))
-        num = tl.sum(tl.where(lanes == expert, count, 0))
+        num = wire_mxfp4.same_for_all(tl.sum(tl.where(lanes == expert, count, 0)))
         begin = tl.sum(tl.where(lanes == expert, offset, 0))
         within = tile - tl.sum(tl.where(lanes < expert, tiles, 0))
         tiles_m = tiles_of(num, BM, BM_WIDE, WIDE_FROM)
-        done = (within % tiles_m) * rows_of_tile(num, BM, BM_WIDE, WIDE_FROM)
+        done = wire_mxfp4.same_for_all((within % tiles_m) * rows_of_tile(num, BM, BM_WIDE, WIDE_FROM))
         first_column = (within // tiles_m) * BN
         if BM == BM_FEW or num - done <= BM_FEW:
             product(

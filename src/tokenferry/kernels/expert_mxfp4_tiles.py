@@ -45,15 +45,16 @@ def unpacked_part(word, scale, N: tl.constexpr):
     """The weights [N, 64] of a block of depth, from words [N / 16, 128] and scales [N / 16, 8], in an order of depths of its own.
 
     Tensor cores that a warp asks alone (`mma.sync`) multiply 16 depths at a time, of which a thread has 2·t, 2·t + 1 and the
-    same 8 further on. Triton lets it have four that lie side by side where numbers were joined of parts. So these four come
-    side by side, here and in `in_order_of_part`: nothing moves between threads then, and the tensor core sums the same depths
-    in the same order.
+    same 8 further on. Where numbers were joined of parts, Triton gives a thread four that lie side by side and four 16 further
+    on, and lets the first two of both be multiplied first. So those that belong together are put there, here and in
+    `in_order_of_part`: nothing moves between threads then, and the tensor core sums the same depths in the same order as in
+    the other products.
     """
     word = tl.reshape(word, [N // PART, 8, 4, 2, 2])
     word = tl.reshape(tl.permute(word, [0, 4, 1, 3, 2]), [N, 8])
     scale = tl.reshape(scale_bytes(scale), [N // PART, 1, 8, 2, 2])
     values = numbers(word, tl.permute(scale, [0, 4, 2, 1, 3]), N, 1)
-    return tl.reshape(tl.permute(values, [0, 1, 2, 6, 3, 5, 4]), [N, BLOCK])
+    return tl.reshape(tl.permute(values, [0, 1, 2, 5, 3, 6, 4]), [N, BLOCK])
 
 
 @triton.jit
@@ -61,10 +62,10 @@ def in_order_of_part(x, ROWS: tl.constexpr):
     """Rows [ROWS, 64] with their depths in the order of `unpacked_part`.
 
     Example:
-        Depths 0 to 15 become 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15.
+        Depths 0 to 31 become 0 1 16 17 2 3 18 19 4 5 20 21 6 7 22 23, then the same 8 further on.
     """
-    x = tl.reshape(x, [ROWS, BLOCK // 16, 2, 4, 2])
-    return tl.reshape(tl.permute(x, [0, 1, 3, 2, 4]), [ROWS, BLOCK])
+    x = tl.reshape(x, [ROWS, BLOCK // 32, 2, 2, 4, 2])  # 32 depths, 16 further on, 8 further on, thread's depth, neighbour
+    return tl.reshape(tl.permute(x, [0, 1, 3, 4, 2, 5]), [ROWS, BLOCK])
 
 
 @triton.jit

@@ -20,6 +20,7 @@ SIGNATURE = {
     "first_load": "constexpr",
     "K": "constexpr",
     "FEW": "constexpr",
+    "MIDDLE": "constexpr",
     "MANY": "constexpr",
     "TELEMETRY": "constexpr",
     "PDL": "constexpr",
@@ -61,8 +62,9 @@ def fill_table(ids, counts, offsets, pairs, total, expert, first_expert, BLOCK: 
 
 @triton.jit
 def fill_long_table(ids, counts, offsets, pairs, total, expert, first_expert, BLOCK: tl.constexpr):
-    """The same for many ids. A block is lines of 32: a sum along each line, and one over the lines, take a third of the time of
-    one along all of it, and the next block is asked for before this one is looked at."""
+    """The same for many ids. A block is lines of 32, summed along each line and over the lines, which is less work than one sum
+    along all of it, and the next block is asked for before this one is looked at: 65536 ids take 31.6 instead of 41 microseconds
+    (H100 80GB HBM3, 2026-11-26, 1xH100-2026-11-26-expert-cuts.jsonl)."""
     LINE: tl.constexpr = 32 if BLOCK >= 32 else BLOCK
     place = tl.arange(0, BLOCK // LINE)[:, None] * LINE + tl.arange(0, LINE)[None, :]
     following = tl.load(ids + place, mask=place < total, other=-1) - first_expert
@@ -106,6 +108,7 @@ def expert_table_kernel(
     first_load,
     K: tl.constexpr,
     FEW: tl.constexpr,
+    MIDDLE: tl.constexpr,
     MANY: tl.constexpr,
     TELEMETRY: tl.constexpr,
     PDL: tl.constexpr,
@@ -136,6 +139,8 @@ def expert_table_kernel(
         is_on = tl.load(loads) != 0
     if total <= FEW:
         count = fill_table(ids_of_chunk, counts, offsets, pairs, total, expert, first_expert, FEW)
+    elif total <= MIDDLE:
+        count = fill_long_table(ids_of_chunk, counts, offsets, pairs, total, expert, first_expert, MIDDLE)
     else:  # larger blocks: the loop pays the global-memory latency once a block
         count = fill_long_table(ids_of_chunk, counts, offsets, pairs, total, expert, first_expert, MANY)
     if TELEMETRY:

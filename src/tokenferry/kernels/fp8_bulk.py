@@ -66,28 +66,10 @@ def copy_terms(flag, num_flags, end, terms_ptr, term_scales_ptr, step_counts, ra
 
 
 @triton.jit
-def no_words(BLOCK: tl.constexpr):
-    """What `load_term` returns where there is no row."""
-    nothing = tl.zeros([BLOCK], tl.uint32)
-    return nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing
-
-
-@triton.jit
-def load_first_copy(block, step_counts, rank, size, partial_ptr, scales_ptr, scale_row, H: tl.constexpr, PARTIAL: tl.constexpr,
-                    BLOCK: tl.constexpr):  # fmt: skip
-    """What `copy_block` copies of the next rank's rows. It is asked for ahead of what peers are asked for, which takes longer."""
-    owner = wire.add_mod(rank + 1, size)
-    num_rows, _first_row, rows_ptr, row_scales_ptr = rows_of(
-        owner, step_counts, size, partial_ptr, scales_ptr, scale_row, H, PARTIAL
-    )
-    thread = block * BLOCK + tl.arange(0, BLOCK)
-    return fp8_terms.load_term(thread, rows_ptr, row_scales_ptr, scale_row, num_rows, H, PARTIAL)
-
-
-@triton.jit
 def copy_block(block, n0, n1, n2, n3, n4, n5, n6, n7, terms_ptr, term_scales_ptr, step_counts, rank, size, partial_ptr,
                scales_ptr, scale_row, H: tl.constexpr, PARTIAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Copies the block of this number of each owner's rows. `n0` to `n7`: see `load_first_copy`."""
+    """Copies the block of this number of each owner's rows. `n0` to `n7`: what `fp8_terms.load_term` has loaded of the next
+    rank's."""
     thread = block * BLOCK + tl.arange(0, BLOCK)
     for i in range(1, size):
         owner = wire.add_mod(rank + i, size)
@@ -193,33 +175,36 @@ def sum_terms(pid, programs, n0, n1, n2, n3, n4, n5, n6, n7, own_ptr, own_scales
     known_units = tl.zeros([], tl.int32)
     fetched_from = tl.where(rank == 0, 1, 0)
     fetched_ptr = tl.load(peer_table + fetched_from)
+    next_rows, _next_row, next_ptr, next_scales_ptr = rows_of(
+        wire.add_mod(rank + 1, size), step_counts, size, partial_ptr, scales_ptr, scale_row, H, PARTIAL
+    )
+    next_rows = tl.where(copies_in_turn, next_rows, 0)
     for b in range(pid, tl.where(copies_in_turn, all_blocks, own_blocks), programs):
         thread = b * BLOCK + tl.arange(0, BLOCK)
         if b < own_blocks:
             known_units = await_round(b, known_units, pid, programs, num_flags, round_number + 1, buffer_ptr + ready_offset, rank,
                                       size, buffer_ptr, blamed, hints_ptr, MAX_PROGRAMS, BLOCK, FLAG_BLOCK, TELEMETRY, board,
                                       layer, step)  # fmt: skip
+        if not fp8_terms.is_loaded_ahead(BLOCK):
+            n0, n1, n2, n3, n4, n5, n6, n7 = fp8_terms.load_term(thread, own_ptr, own_scales_ptr, scale_row, num_rows, H, PARTIAL)
         copied = b + LEAD * programs
-        c0, c1, c2, c3, c4, c5, c6, c7 = no_words(BLOCK)
-        copies = copies_in_turn & (copied < all_blocks)
-        if copies:
-            c0, c1, c2, c3, c4, c5, c6, c7 = load_first_copy(
-                copied, step_counts, rank, size, partial_ptr, scales_ptr, scale_row, H, PARTIAL, BLOCK
+        if FLAG_BLOCK == 0:  # asked for ahead of what the peers are asked for, which takes longer
+            c0, c1, c2, c3, c4, c5, c6, c7 = fp8_terms.load_term(
+                copied * BLOCK + tl.arange(0, BLOCK), next_ptr, next_scales_ptr, scale_row, next_rows, H, PARTIAL
             )
         f0, f1, f2, f3, fetched_word = fetch(
             b * BLOCK, num_rows, first_row, fetched_ptr, terms_offset, term_scales_offset, H, BLOCK
         )
-        if copies:
-            copy_block(copied, c0, c1, c2, c3, c4, c5, c6, c7, buffer_ptr + terms_offset, buffer_ptr + term_scales_offset,
-                       step_counts, rank, size, partial_ptr, scales_ptr, scale_row, H, PARTIAL, BLOCK)  # fmt: skip
-            own_flag = ready_offset + (rank * MAX_PROGRAMS + pid) * wire.FLAG_BYTES
-            tell_at_times(copied, all_blocks, programs, own_flag, round_number + 1, peer_table, rank, size, buffer_ptr, BLOCK)
         o0, o1, o2, o3, own_scale = fp8_terms.quantize_term(
             thread, n0, n1, n2, n3, n4, n5, n6, n7, own_ptr, num_rows, H, PARTIAL, BLOCK
         )
-        n0, n1, n2, n3, n4, n5, n6, n7 = fp8_terms.load_term(
-            thread + programs * BLOCK, own_ptr, own_scales_ptr, scale_row, num_rows, H, PARTIAL
-        )
+        if FLAG_BLOCK == 0 and copies_in_turn & (copied < all_blocks):
+            copy_block(copied, c0, c1, c2, c3, c4, c5, c6, c7, buffer_ptr + terms_offset, buffer_ptr + term_scales_offset,
+                       step_counts, rank, size, partial_ptr, scales_ptr, scale_row, H, PARTIAL, BLOCK)  # fmt: skip
+        if fp8_terms.is_loaded_ahead(BLOCK):
+            n0, n1, n2, n3, n4, n5, n6, n7 = fp8_terms.load_term(
+                thread + programs * BLOCK, own_ptr, own_scales_ptr, scale_row, num_rows, H, PARTIAL
+            )
         s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15 = fp8_sum.zeros(BLOCK)
         for source in range(size):
             v0 = o0
@@ -242,3 +227,6 @@ def sum_terms(pid, programs, n0, n1, n2, n3, n4, n5, n6, n7, own_ptr, own_scales
             )
         fp8_sum.store_sums(thread, tl.minimum(num_rows, num_out), out_ptr, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12,
                            s13, s14, s15, H, OUT)  # fmt: skip
+        if FLAG_BLOCK == 0 and copies_in_turn & (copied < all_blocks):
+            own_flag = ready_offset + (rank * MAX_PROGRAMS + pid) * wire.FLAG_BYTES
+            tell_at_times(copied, all_blocks, programs, own_flag, round_number + 1, peer_table, rank, size, buffer_ptr, BLOCK)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import fp8_rows, fp8_sum, waits, wire, wire_clock, wire_float8
+from tokenferry.kernels import fp8_rows, fp8_sum, waits, wire, wire_float8
 
 WIDE_SCALES: tl.constexpr = tl.constexpr(1)
 
@@ -36,6 +36,20 @@ def load_term(thread, partial_ptr, scales_ptr, scale_row, num_rows, H: tl.conste
         a0, a1, a2, a3 = wire.load(address, live, 4)
         b0, b1, b2, b3 = wire.load(address + 16, live, 4)
     return a0, a1, a2, a3, b0, b1, b2, b3
+
+
+@triton.constexpr_function
+def is_loaded_ahead(block: int) -> bool:
+    """Whether a program loads its own terms a block ahead. Threads of large programs have too few registers: words that are
+    moved to local memory have to be waited for, before anything is sent or asked for."""
+    return block < 512
+
+
+@triton.jit
+def no_words(BLOCK: tl.constexpr):
+    """What `load_term` returns where there is no row."""
+    nothing = tl.zeros([BLOCK], tl.uint32)
+    return nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing
 
 
 @triton.jit
@@ -98,16 +112,20 @@ def sum_terms(pid, programs, n0, n1, n2, n3, n4, n5, n6, n7, own_ptr, own_scales
     """Sums the terms of this rank's rows, its own ones and those in its slots, from rank 0's to the last.
 
     Args:
-        n0 to n7: what `load_term` has loaded of this program's first block of own rows.
+        n0 to n7: what `load_term` has loaded of this program's first block of own rows, if `is_loaded_ahead`.
         num_rows, num_out: of this rank, and of these the first that are wanted.
         TELEMETRY: whether waits are noted on the board of a round in this layer and step: see `waits`.
     """
+    if TELEMETRY:
+        noting = waits.notes(board, pid == 0)
     for b in range(pid, (num_rows * ((H + 511) // 512 * 32) + BLOCK - 1) // BLOCK, programs):
         thread = b * BLOCK + tl.arange(0, BLOCK)
+        if not is_loaded_ahead(BLOCK):
+            n0, n1, n2, n3, n4, n5, n6, n7 = load_term(thread, own_ptr, own_scales_ptr, scale_row, num_rows, H, PARTIAL)
         o0, o1, o2, o3, own_scale = quantize_term(thread, n0, n1, n2, n3, n4, n5, n6, n7, own_ptr, num_rows, H, PARTIAL, BLOCK)
-        n0, n1, n2, n3, n4, n5, n6, n7 = load_term(
-            thread + programs * BLOCK, own_ptr, own_scales_ptr, scale_row, num_rows, H, PARTIAL
-        )
+        if is_loaded_ahead(BLOCK):
+            following = thread + programs * BLOCK
+            n0, n1, n2, n3, n4, n5, n6, n7 = load_term(following, own_ptr, own_scales_ptr, scale_row, num_rows, H, PARTIAL)
         s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15 = fp8_sum.zeros(BLOCK)
         for source in range(size):
             v0 = o0
@@ -119,14 +137,16 @@ def sum_terms(pid, programs, n0, n1, n2, n3, n4, n5, n6, n7, own_ptr, own_scales
                 slot_ptr = buffer_ptr + slots_offset + (source - (source > rank).to(tl.int32)) * slot_bytes
                 hint_ptr = hints_ptr + source * wire.COUNT_PACKET_BYTES
                 if TELEMETRY:
-                    since = wire_clock.clock()
+                    since = waits.clock_if(noting)
                 v0, v1, v2, v3, bits = poll_term(
                     thread, num_rows, slot_ptr, buffer_ptr, wire.set_blamed_rank(blamed, source), hint_ptr, H, BLOCK
                 )
                 if TELEMETRY:
-                    waits.note_source(board, size, layer, step, source, since, b == 0, waits.COMBINE)
+                    waits.note_source(board, size, layer, step, source, since, noting, waits.COMBINE)
             s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15 = fp8_sum.add_term(
                 source == 0, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, v0, v1, v2, v3, bits
             )
         fp8_sum.store_sums(thread, tl.minimum(num_rows, num_out), out_ptr, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12,
                            s13, s14, s15, H, OUT)  # fmt: skip
+        if TELEMETRY:
+            noting = waits.noted()

@@ -16,7 +16,7 @@ class StepKind:
     Attributes:
         name: in words, as it stands behind "in steps of".
         num_steps: how many there were.
-        rows: of all ranks together, in the mean of them.
+        rows: of all ranks together, in the mean of them; 0 for steps in which no rank had any.
     """
 
     name: str
@@ -24,8 +24,9 @@ class StepKind:
     rows: float
 
     def __post_init__(self) -> None:
-        if not (self.num_steps > 0 and self.rows > 0):
-            raise ConfigError(f"steps of {self.name}: num_steps is {self.num_steps} and rows are {self.rows}; both must be > 0")
+        if not (self.num_steps > 0 and self.rows >= 0):
+            told = f"num_steps is {self.num_steps} and rows are {self.rows}"
+            raise ConfigError(f"steps of {self.name}: {told}; give at least one step, and 0 rows or more")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,7 @@ class KindVerdict:
         best: the name of the option that is fastest in these steps, and what it saves of them.
         gain: see `best`.
         pays: whether that is worth a change.
-        bound_by_weights: the share of layers in which the slowest rank as is waits for weights, not for products.
+        bound_by_weights: the share of layers in which the slowest rank as is is longer at reading weights than at products.
     """
 
     kind: StepKind

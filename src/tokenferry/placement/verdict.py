@@ -41,8 +41,8 @@ def judge(
         model: what a step is made of.
         num_steps: over which the loads were counted.
         rounds: [L] how often each layer ran in these steps. Default: once in each of them.
-        kinds: the steps by their rows. The experts' shares of a layer's rows are taken to be the same in all kinds, since loads
-            are counted over all of them. Default: all steps are alike.
+        kinds: the steps by their rows, all of them or a sample. The experts' shares of a layer's rows are taken to be the same in
+            all kinds, since loads are counted over all of them. Default: all steps are alike.
         replicas: numbers of further places to try. Default: one for each rank, if there are ranks to share.
         num_groups, num_nodes: see `place`.
 
@@ -60,7 +60,7 @@ def judge(
 
     kinds = kinds or (StepKind(name=EVERY_STEP, num_steps=num_steps, rows=max(1e-300, float(table.sum()))),)
     weights = torch.tensor([kind.num_steps for kind in kinds], dtype=torch.float64, device="cpu")
-    mean_rows = sum(kind.num_steps * kind.rows for kind in kinds) / float(weights.sum())
+    mean_rows = max(1e-300, sum(kind.num_steps * kind.rows for kind in kinds) / float(weights.sum()))
     scaled = [rows_LE * (kind.rows / mean_rows) for kind in kinds]
     times = [[model.step_s(placement, rows, shares_L) for rows in scaled] for _, placement in tried]
     times_s = torch.tensor(times, dtype=torch.float64, device="cpu")
@@ -81,8 +81,9 @@ def judge(
     shares = [kind.bound_by_weights for kind in found]
     bound = float((torch.tensor(shares, dtype=torch.float64, device="cpu") * weights).sum() / weights.sum())
     sentence = sentence_of(options, best, bound, num_rows=float(table.sum()))
-    if len(found) > 1 and num_ranks > 1 and float(table.sum()):
-        sentence = f"{sentence} {by_kind(found)}"
+    with_rows = [each for each in found if each.kind.rows]
+    if len(with_rows) > 1 and num_ranks > 1 and float(table.sum()):
+        sentence = f"{sentence} {by_kind(with_rows)}"
     return Verdict(tuple(options), best.gain >= LEAST_GAIN, best, sentence, tuple(found))
 
 

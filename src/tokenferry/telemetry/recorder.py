@@ -67,10 +67,20 @@ class Recorder:
     Args:
         row_bytes: of a hidden row on its way.
         device: where the expert numbers are counted.
+        experts: those of this rank, whose rows alone are told. Default: all.
     """
 
-    def __init__(self, rank: int, size: int, num_experts: int, row_bytes: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        num_experts: int,
+        row_bytes: int,
+        device: torch.device,
+        experts: range | None = None,
+    ) -> None:
         self.rank, self.size, self._row_bytes = rank, size, row_bytes
+        self._experts = range(num_experts) if experts is None else experts
         self.transport = ""
         """The name of what moves the rows."""
         self.layout = BoardLayout(size)
@@ -253,8 +263,12 @@ class Recorder:
         )
 
     def _read_loads(self) -> list[list[int]]:
+        """Of this rank's experts. Where the gathered numbers are counted, which are all ranks', the others' are left out: a load
+        means the same whoever has counted it, and those of all ranks add up."""
         words, num_experts = self.read(self.load_words), self.loads.shape[1]
-        return [words[first : first + num_experts] for first in range(1, len(words), num_experts)]
+        start, stop = self._experts.start, self._experts.stop
+        before, behind = [0] * start, [0] * (num_experts - stop)
+        return [before + words[first + start : first + stop] + behind for first in range(1, len(words), num_experts)]
 
 
 __all__ = ["COUNTS", "DISPATCH", "Recorder", "read_here"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any, Final, Literal
 
 from tokenferry.kernels.wait_board import (
@@ -108,9 +109,8 @@ class Snapshot:
         rows, num_bytes: that dispatches brought from each source rank, this one's own rows included; bytes of hidden rows.
         waits: see `Waits`.
         layers: of those that had a round.
-        loads: `[layer][expert]` rows that came for each of the model's experts, as far as this rank has counted them; without
-            padding and ids of -1. Where our own experts run, a rank counts its own experts' rows, the others' are 0. Elsewhere it
-            counts all: every rank gets every row's numbers. `loads_of` puts ranks together.
+        loads: `[layer][expert]` rows that came for each of this rank's experts, 0 for the others'; without padding and ids of -1.
+            `loads_of` adds the ranks up.
         steps: the last ones, the oldest first.
         tokens: the step and this rank's rows in it, of the last steps that were begun by a call: those of replayed graphs are not
             among them.
@@ -279,15 +279,13 @@ class _Board:
 
 
 def loads_of(snapshots: Sequence[Snapshot]) -> tuple[tuple[int, ...], ...]:
-    """`[layer][expert]` rows that came for each expert, of all ranks' snapshots together. What several ranks have counted is the
-    same; one that was read earlier, amid a step, lacks some of it.
+    """`[layer][expert]` rows that came for each of the model's experts, of all ranks' snapshots.
 
     Example:
         Rank 0 has counted [[5, 0]] and rank 1 [[0, 7]], each its own expert: [[5, 7]].
     """
-    num_layers = max((len(snapshot.loads) for snapshot in snapshots), default=0)
-    tables = [snapshot.loads for snapshot in snapshots if len(snapshot.loads) == num_layers]
-    return tuple(tuple(max(counts) for counts in zip(*rows, strict=True)) for rows in zip(*tables, strict=True))
+    layers = zip_longest(*(snapshot.loads for snapshot in snapshots))  # one that was read amid a first step has fewer
+    return tuple(tuple(map(sum, zip(*(row for row in rows if row is not None), strict=True))) for rows in layers)
 
 
 def in_words(nanoseconds: float) -> str:

@@ -35,7 +35,8 @@ def new_recorder(settings: TransportSettings) -> Recorder:
     group, config = settings.group, settings.config
     with plain_torch(group.device):
         row_bytes = settings.dispatch_format.wire_bytes(config)
-        return Recorder(group.rank, group.size, config.num_experts, row_bytes, group.device)
+        experts = group.expert_range(config.num_experts)
+        return Recorder(group.rank, group.size, config.num_experts, row_bytes, group.device, experts)
 
 
 class CountingTransport(TransportWrapper):
@@ -55,6 +56,7 @@ class CountingTransport(TransportWrapper):
         """Numbers and counters of the dispatch under way. They are looked at before its combine: experts may have counted."""
         self._reader = _Reader(self._device) if self._device.type == "cuda" else None
         self._count: Any = None
+        self._block, self._max_programs = 1, 1
         if self._reader is not None:
             recorder.read, recorder.write, recorder.relaxed = self._reader.read, self._reader.write, self._reader.relaxed
             self._count = self._counting_launch(settings)
@@ -62,8 +64,9 @@ class CountingTransport(TransportWrapper):
 
     def _counting_launch(self, settings: TransportSettings) -> Any:
         from tokenferry.kernels.launch import has_pdl, prepare  # here: Triton is not everywhere
-        from tokenferry.kernels.load_counts import BLOCK, NUM_WARPS, SIGNATURE, load_counts_kernel
+        from tokenferry.kernels.load_counts import BLOCK, MAX_PROGRAMS, NUM_WARPS, SIGNATURE, load_counts_kernel
 
+        self._block, self._max_programs = BLOCK, MAX_PROGRAMS
         constants = {"K": settings.config.topk, "BLOCK": BLOCK, "PDL": int(has_pdl(self._device))}
         names = {torch.int32: "*i32", torch.int64: "*i64"}
         signature = {**SIGNATURE, "topk_idx": names[settings.index_dtype]}
@@ -145,7 +148,7 @@ class CountingTransport(TransportWrapper):
                 self._count_here(layer, ids)
         elif self._recorder.is_on or is_capturing(self._device):  # a graph may be replayed when it is on: the kernel looks
             num_rows = ids.shape[0]
-            programs = max(1, min(8, -(-num_rows * ids.shape[1] // 1024)))
+            programs = max(1, min(self._max_programs, -(-num_rows * ids.shape[1] // self._block)))
             self._count(programs, ids, num_rows, layer)
             if self.fixed_rows is None:  # theirs is the memory of another stream, perhaps, and nobody else may keep them
                 ids.record_stream(torch.cuda.current_stream(self._device))
