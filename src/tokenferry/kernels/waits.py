@@ -67,9 +67,9 @@ def note_source(board, size, layer, step, source, since, is_noted, PHASE: tl.con
 
 
 # Where a program has many blocks, a clock read for each made a round trip of 512 rows 0.9 microseconds longer, of 52. The
-# functions below read it for the first block alone, and tell that one by a number: 0.2. In launches for few tokens, whose programs
-# have one block or two, that costs more than the clock: 0.3 and 0.7 with 1 and 32 rows, against 0.1 and 0.3 (H 7168, 2 x H100,
-# 2026-11-26).
+# functions below read it for the first block alone, and tell that one by a number: 0.2. In launches for few tokens, whose
+# programs have one block or two, that costs more than the clock: 0.3 and 0.7 with 1 and 32 rows, against 0.1 and 0.3 (H 7168,
+# 2 x H100, 2026-11-26).
 
 
 @triton.jit
