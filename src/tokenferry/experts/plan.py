@@ -109,7 +109,7 @@ def plan(
 
 
 BY_WARP_PAIRS = 16
-"""Where packed experts have at most so many rows together, warps multiply that have columns for themselves. gpt-oss-20b's experts,
+"""Where packed experts have at most so many rows together, warps multiply that have columns for themselves. gpt-oss-20b,
 one H100 80GB HBM3, 2026-11-26 (benchmarks/results/1xH100-2026-11-26-mxfp4-plans.jsonl): 42 instead of 51 microseconds at 5
 pairs, the same time at 30, 112 instead of 93 at 127."""
 WIDE_ROWS = 256
