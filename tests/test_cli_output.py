@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tokenferry.benchmarking import PRESETS, REHEARSAL
 from tokenferry.cli import output
-from tokenferry.cli.display import printable
+from tokenferry.cli.display import print_comparison, printable
 from tokenferry.cli.job import Answer, Job, RankResult
 from tokenferry.cli.main import app
 from tokenferry.cli.progress import progress, progress_lines
@@ -73,6 +73,16 @@ def test_where_rows_travel_quantized_other_tokens_are_counted_and_complete_answe
     assert (comparison.num_equal, comparison.num_equal_tokens, comparison.num_tokens) == (1, 4, 5)
     ended = [result(0, [REFERENCE[0], answer(1, (8, 9), complete=False)])]
     assert not compare(ended, REFERENCE, is_lossy=True).passed
+
+
+@pytest.mark.parametrize(
+    ("is_lossy", "said"), [(True, ": not equal to one process, as expected of values"), (False, ": NOT equal to one process\n")]
+)
+def test_the_verdict_says_whether_other_tokens_are_a_failure(is_lossy, said):
+    results = [result(0, [answer(0, (5, 6, 4)), answer(1, (8, 9))])]
+    console = Console(file=io.StringIO(), width=200)
+    print_comparison(console, compare(results, REFERENCE, is_lossy=is_lossy))
+    assert said in console.file.getvalue()
 
 
 def test_logits_count_up_to_the_first_token_that_differs():

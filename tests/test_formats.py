@@ -41,7 +41,7 @@ def quantized(values: torch.Tensor | None = None, scales: torch.Tensor | None = 
 WRONG = {
     "quantized-rows-for-same": ("same", quantized(), tf.UsageError, "opened with dispatch_format='same'; open it with 'fp8"),
     "quantized-rows-for-bytes": ("bytes", quantized(), tf.UsageError, "opened with dispatch_format='bytes'"),
-    "float8-without-scales": ("fp8_block128", quantized().values, tf.DtypeError, "must be torch.bfloat16, got torch.float8"),
+    "float8-without-scales": ("fp8_block128", quantized().values, tf.DtypeError, "got torch.float8.*or give QuantizedRows if"),
     "float32-rows": ("fp8_block128", torch.zeros(T, H), tf.DtypeError, "must be torch.bfloat16, got torch.float32"),
     "values-of-bfloat16": (
         "fp8_block128",
@@ -90,7 +90,13 @@ WRONG = {
         "bytes",
         torch.zeros(T, 544, dtype=torch.bfloat16),
         tf.DtypeError,
-        "must be torch.uint8, got torch.bf",
+        r"must be torch.uint8, got torch.bfloat16; give its bytes, \.view\(torch\.uint8\)",
+    ),
+    "hidden-rows-for-bytes": (
+        "bytes",
+        torch.zeros(T, H, dtype=torch.bfloat16),
+        tf.ShapeError,
+        r"\[rows, 544\], got \[3, 272\] of torch.bfloat16 instead of torch.uint8",
     ),
     "columns-for-bytes": ("bytes", torch.zeros(T, H, dtype=torch.uint8), tf.ShapeError, r"must have shape \[rows, 544\]"),
 }

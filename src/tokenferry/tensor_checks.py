@@ -85,10 +85,13 @@ def check_tensor(
     """`spread`: rows may lie apart in memory."""
     if not isinstance(tensor, torch.Tensor):
         raise UsageError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    wanted = " or ".join(map(str, dtypes))
     if tensor.dim() != 2 or tensor.shape[1] != columns:
-        raise ShapeError(f"{name} must have shape [rows, {columns}], got {list(tensor.shape)}")
+        # Both are told: bfloat16 rows in a workspace for bytes have another number of columns because they have another dtype.
+        also = "" if tensor.dtype in dtypes else f" of {tensor.dtype} instead of {wanted}"
+        raise ShapeError(f"{name} must have shape [rows, {columns}], got {list(tensor.shape)}{also}")
     if tensor.dtype not in dtypes:
-        raise DtypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}; convert it with .to()")
+        raise DtypeError(f"{name} must be {wanted}, got {tensor.dtype}; {_how_to_convert(tensor.dtype, dtypes)}")
     if tensor.device != device:
         raise DeviceError(f"{name} is on {tensor.device} but the workspace is on {device}; move it there")
     if tensor.layout is not torch.strided:
@@ -97,6 +100,15 @@ def check_tensor(
         raise LayoutError(f"{name} is a negated view; call .resolve_neg()")
     if not tensor.is_contiguous() and not (spread and _is_spread(tensor)):
         raise LayoutError(f"{name} must be contiguous, got strides {list(tensor.stride())}; call .contiguous()")
+
+
+def _how_to_convert(dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> str:
+    """Converted to uint8, numbers lose their bits; converted from float8, they lack their scales."""
+    if dtypes == (torch.uint8,):
+        return "give its bytes, .view(torch.uint8)"
+    if dtype == FLOAT8:
+        return "convert it with .to() if it stands for itself, or give QuantizedRows if it has scales"
+    return "convert it with .to()"
 
 
 def check_quantized(name: str, rows: QuantizedRows, columns: int, device: torch.device, *, spread: bool = False) -> None:

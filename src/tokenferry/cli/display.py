@@ -56,14 +56,19 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     """The verdict of `verify` and, if it failed, why."""
     for reason in comparison.reasons:
         console.print(Text(reason, style="red"))
-    verdict = "equal to" if comparison.num_equal == comparison.num_prompts and comparison.passed else "NOT equal to"
+    if not comparison.passed:
+        verdict = "NOT equal to one process"
+    elif comparison.num_equal == comparison.num_prompts:
+        verdict = "equal to one process"
+    else:  # `verify` was told to round rows or sums on their way
+        verdict = "not equal to one process, as expected of values that are rounded on their way"
     share = ""
     if comparison.num_equal < comparison.num_prompts:
         share = f" ({comparison.num_equal_tokens} of {comparison.num_tokens} tokens are the same)"
     console.print(
         Text(
             f"{comparison.num_equal} of {comparison.num_prompts} prompts have the unmodified model's tokens{share}, "
-            f"largest logit difference {comparison.largest_logit_difference:.3g}: {verdict} one process",
+            f"largest logit difference {comparison.largest_logit_difference:.3g}: {verdict}",
             style="bold green" if comparison.passed else "bold red",
         )
     )
