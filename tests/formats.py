@@ -4,8 +4,11 @@ from functools import partial
 
 import torch
 
-from cases import Case, StepCase
-from tokenferry.dispatched import RowFormat
+import tokenferry as tf
+from cases import BULK_ROWS, Case, StepCase
+from quantiser import difficult_rows
+from tokenferry.dispatched import QuantizedRows, RowFormat
+from tokenferry.testing import same_bits
 
 plain = partial(StepCase, payload="normal")
 """A hostile step has a NaN or an infinity in each block: its quantized rows are NaN, and say nothing of scales."""
@@ -102,3 +105,30 @@ FP8_COMBINE = {
     "EP2-H256-any-order": (2, Case(hidden_size=256, combine_dtype=FLOAT8, combine_order="any", steps=(plain((4, 4)),))),
 }
 """The same of a combine of float8 terms."""
+
+
+def difficult_rows_on_their_way(group: tf.EPGroup, dtype: torch.dtype, dispatch_format: str | RowFormat) -> list[str]:
+    """Dispatches of rows that a careless quantiser gets wrong, one by `p2p` in slots and one in bulk; names what differs from the
+    specification's bits."""
+    config = tf.MoEConfig(hidden_size=272, num_experts=4, topk=1, dtype=dtype)
+    rows, row_format = difficult_rows(dtype, config.hidden_size), RowFormat.of(dispatch_format)
+    with tf.Workspace(
+        config, group, max_tokens_per_rank=BULK_ROWS, transport="p2p", dispatch_format=row_format, combine_dtype=dtype
+    ) as ws:
+        dispatcher, found = ws.dispatcher(), []
+        for count, way in ((len(rows), "slots"), (BULK_ROWS, "bulk")):
+            own = rows.repeat(-(-count // len(rows)), 1)[:count]
+            hidden = own.to(ws.device)
+            ids, weights = torch.zeros(count, 1, dtype=torch.int32), torch.ones(count, 1)
+            ws.begin_step(count)
+            got = dispatcher.dispatch(hidden, ids.to(ws.device), weights.to(ws.device))
+            dispatcher.combine(dispatcher.combine_input(), got)
+            wanted = tf.reference.quantize(own.repeat(group.size, 1), power_of_two_scales=row_format.power_of_two_scales)
+            assert isinstance(got.hidden, QuantizedRows)
+            values, scales = (part[: count * group.size].cpu() for part in (got.hidden.values, got.hidden.scales))
+            if not torch.equal(values.view(torch.uint8), wanted.values.view(torch.uint8)):
+                found.append(f"{way}: values")
+            if not same_bits(scales, wanted.scales):
+                found.append(f"{way}: scales")
+        ws.check()
+    return found

@@ -7,8 +7,9 @@ import torch
 
 import tokenferry as tf
 from cases import BULK_ROWS, ON_GPUS, Case, run_case
-from formats import POWERS, plain
+from formats import POWERS, difficult_rows_on_their_way, plain
 from rank_pool import RankPools
+from tokenferry.dispatched import RowFormat
 from tokenferry.testing import run_ranks
 from tokenferry.testing.numeric import first_difference
 from tokenferry.testing.ranks import run_virtual
@@ -67,6 +68,17 @@ def test_eight_virtual_ranks_give_the_bits_of_the_reference(on_ranks: RankPools,
     steps = (plain(tuple(range(8))), plain((0, 0, 3, BULK_ROWS, 0, 1, 2, 0)), plain((5,) * 8, quantized=True))
     case = Case(hidden_size=272, dispatch_format=dispatch_format, transport="p2p", capacity=BULK_ROWS, steps=steps)
     assert on_ranks(virtual, 1, 8, case, backend="nccl", timeout_s=150, env=VIRTUAL) == [[len(steps)] * 8]
+
+
+@pytest.mark.gpu(count=2)
+@pytest.mark.parametrize(
+    ("dtype", "dispatch_format"),
+    [(torch.bfloat16, "fp8_block128"), (torch.float16, "fp8_block128"), (torch.float32, POWERS)],
+    ids=["bfloat16", "float16", "float32-powers-of-two"],
+)
+def test_the_sending_kernel_quantizes_difficult_rows(dtype: torch.dtype, dispatch_format: str | RowFormat) -> None:
+    """Ties, zeros, tiny and huge blocks, NaNs and infinities: PTX converts them by other instructions than the interpreter."""
+    assert run_ranks(difficult_rows_on_their_way, 2, dtype, dispatch_format, backend="nccl", timeout_s=120) == [[], []]
 
 
 @pytest.mark.gpu(count=1)

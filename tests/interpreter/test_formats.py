@@ -8,7 +8,7 @@ import torch
 import switch
 import tokenferry as tf
 from cases import Case, run_case
-from formats import FORMATS, plain
+from formats import FORMATS, POWERS, difficult_rows_on_their_way, plain
 from rank_pool import RankPools
 from tokenferry.dispatched import RowFormat
 from tokenferry.testing import run_ranks
@@ -30,6 +30,17 @@ def test_named_formats_give_the_bits_of_the_reference(world_size: int) -> None:
     cases = [dataclasses.replace(case, transport="p2p", counts="uneven") for size, case in FORMATS.values() if size == world_size]
     expected = [sum(step.layers for step in case.steps) for case in cases]
     assert run_ranks(many, world_size, cases, env=INTERPRETER, timeout_s=120) == [expected] * world_size
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dispatch_format"),
+    [(torch.bfloat16, "fp8_block128"), (torch.float16, "fp8_block128"), (torch.float32, POWERS)],
+    ids=["bfloat16", "float16", "float32-powers-of-two"],
+)
+def test_the_sending_kernel_quantizes_difficult_rows(
+    on_ranks: RankPools, dtype: torch.dtype, dispatch_format: str | RowFormat
+) -> None:
+    assert on_ranks(difficult_rows_on_their_way, 2, dtype, dispatch_format, env=INTERPRETER) == [[], []]
 
 
 @dataclasses.dataclass(frozen=True)
