@@ -47,7 +47,7 @@ COMBINE = {
     "SWITCH_SUM": 0, "MAX_PROGRAMS": 512, "FLAG_BLOCK": 0, "SPLIT": 0, "TELEMETRY": 0, "PDL": 1,
 }  # fmt: skip
 TABLE = {**expert_table.SIGNATURE, "topk_idx": "*i32"}
-TABLE_SIZES = {"K": 8, "FEW": 1024, "MANY": 4096, "PDL": 1}
+TABLE_SIZES = {"K": 8, "FEW": 1024, "MIDDLE": 4096, "MANY": 8192, "PDL": 1}
 VARIANTS = {
     "counts-EP2": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 32, "TELEMETRY": 0, "PDL": 1}, 1),
     "counts-EP72": (counts.counts_kernel, counts.SIGNATURE, {"LANES": 128, "TELEMETRY": 0, "PDL": 1}, 1),

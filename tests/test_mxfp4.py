@@ -221,5 +221,11 @@ def test_one_launch_of_each_product_serves_an_expert(max_rows: int | None) -> No
     chosen = plan(torch.bfloat16, 2880, 2880, packed=True, max_rows=max_rows)
     for launches in (chosen.up, chosen.down):
         for count in range(1, (max_rows or 600) + 1):
-            serving = [tiles for tiles in launches if tiles.min_rows <= count and (not tiles.max_rows or count <= tiles.max_rows)]
-            assert len(serving) == 1, count
+            for pairs in {count, max(count, 16), max(count, 17), 4 * count}:
+                serving = [
+                    tiles
+                    for tiles in launches
+                    if tiles.min_rows <= count <= (tiles.max_rows or count)
+                    and tiles.min_pairs <= pairs <= (tiles.max_pairs or pairs)
+                ]
+                assert len(serving) == 1, (count, pairs)

@@ -11,9 +11,10 @@ from verification.mutant import Mutant
 from verification.mutants_of_formats import OF_FORMATS
 from verification.mutants_of_host_logic import OF_HOST_LOGIC
 from verification.mutants_of_kernels import OF_KERNELS
+from verification.mutants_of_placement import OF_PLACEMENT
 from verification.mutants_of_ptx import OF_PTX
 from verification.mutants_of_waits import OF_WAITS
 
-MUTANTS = (*OF_PTX, *OF_KERNELS, *OF_FORMATS, *OF_WAITS, *OF_HOST_LOGIC)
+MUTANTS = (*OF_PTX, *OF_KERNELS, *OF_FORMATS, *OF_WAITS, *OF_HOST_LOGIC, *OF_PLACEMENT)
 
 __all__ = ["MUTANTS", "Mutant"]

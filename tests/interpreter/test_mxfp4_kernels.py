@@ -69,8 +69,8 @@ PLANS = {
     "by warps, second of a product": Plan(
         up=(tiles(min_rows=7), by_warps(max_rows=6)), down=(tiles(min_rows=7), by_warps(max_rows=6))
     ),
-    "wide tiles": Plan(
-        up=(tiles(rows=8, rows_wide=16, wide_from=8),), down=(tiles(rows=4, rows_few=2, rows_wide=8, wide_from=5),)
+    "by all rows together": Plan(
+        up=(by_warps(max_pairs=20), tiles(min_pairs=21)), down=(by_warps(max_pairs=99, columns=64), tiles(min_pairs=100))
     ),
     "wide and deep": Plan(up=(tiles(columns=128, depth=128),), down=(tiles(columns=128, depth=128),)),
 }
@@ -146,7 +146,7 @@ def gemm_example(group: tf.EPGroup) -> list[list[float]]:
         expert_mxfp4.expert_mxfp4_kernel[(1,)](
             source, counts, 0, words, factors, counts, out, counts, counts, offsets, pairs, 0, 0.0, 0.0, L=2, K=1, DEPTH=2,
             WIDTH=2, IS_FIRST_PRODUCT=first, GATED=False, INTERLEAVED=False, ACTIVATION="none", BIAS=False, GATHERED=False,
-            MIN_ROWS=1, MAX_ROWS=0, BM_FEW=16, BM=16, BM_WIDE=0, WIDE_FROM=0, BN=64, BD=64, UNROLL=0, LANES=2, UPCAST=True,
+            MIN_ROWS=1, MAX_ROWS=0, MIN_PAIRS=1, MAX_PAIRS=0, BM_FEW=16, BM=16, BN=64, BD=64, UNROLL=0, LANES=2, UPCAST=True,
             OVERLAPS=False, PDL=0,
         )  # fmt: skip
         results.append(out.tolist())

@@ -18,13 +18,14 @@ class Tiles:
         in_blocks: rows and weights are float8, and the first product quantizes what it writes: see `kernels/expert_scaled.py`.
         swapped: then, weights take the place of rows in the tensor core, which wants 64 of these: for few rows.
         min_rows, max_rows: it serves experts with min_rows <= rows <= max_rows; max_rows 0 means no upper limit.
+        min_pairs, max_pairs: of packed weights, and only where all experts of this rank together have so many rows; max_pairs 0
+            means no upper limit.
         rows_few: where at most so many rows of an expert are left, the tile has so many.
         rows, columns, depth: of a tile; `columns` are of the output, so a gated product reads twice as many.
         num_warps, num_stages: of a program, and of its pipeline.
         programs_per_sm: the launch has at most so many programs for each SM, which take tiles in turn.
         by_warp: of packed weights for few rows: each warp has columns for itself, and `num_stages` steps of 64 depths are written
             out in place of a pipeline. See `kernels/expert_mxfp4.py`.
-        rows_wide, wide_from: of packed weights, rows of a tile of an expert with more than `wide_from`; 0: no such tiles.
         max_registers: of a thread, so that more programs fit on an SM at once; None: as the assembler likes.
     """
 
@@ -41,9 +42,9 @@ class Tiles:
     swapped: bool = False
     min_rows: int = 1
     max_rows: int = 0
+    min_pairs: int = 1
+    max_pairs: int = 0
     by_warp: bool = False
-    rows_wide: int = 0
-    wide_from: int = 0
     max_registers: int | None = None
 
 
@@ -107,32 +108,40 @@ def plan(
     return Plan(up=(up, many_up), down=(down, many_down))
 
 
-BY_WARP_ROWS = 8
-"""Packed experts with at most so many rows are multiplied by warps that have columns for themselves: as many rows as one
-instruction of theirs takes."""
+BY_WARP_PAIRS = 16
+"""Where packed experts have at most so many rows together, warps multiply that have columns for themselves. gpt-oss-20b,
+one H100 80GB HBM3, 2026-11-26 (benchmarks/results/1xH100-2026-11-26-mxfp4-plans.jsonl): 42 instead of 51 microseconds at 5
+pairs, the same time at 30, 112 instead of 93 at 127."""
 WIDE_ROWS = 256
-"""Packed experts with more rows have tiles of so many."""
+"""Packed experts with more rows have tiles of so many: 1,525 instead of 1,700 microseconds at 1,022 rows each; same run."""
 
 
 def _packed(halves: int, batch_invariant: bool, max_rows: int | None) -> Plan:
     """Of MXFP4 weights, whose columns are what tensor cores take as rows: 64 at a time for each four warps, or 16 for a warp."""
     few = Tiles(
-        rows=32, rows_few=16, columns=128 // halves, depth=64, num_warps=4, num_stages=4, programs_per_sm=8, max_rows=FEW_ROWS
-    )
+        rows=32, rows_few=16, columns=128 // halves, depth=64, num_warps=4, num_stages=4, programs_per_sm=8, max_rows=FEW_ROWS,
+        min_pairs=BY_WARP_PAIRS + 1,
+    )  # fmt: skip
     if batch_invariant:
-        one = replace(few, rows=64, rows_few=64, max_rows=0)
+        one = replace(few, rows=64, rows_few=64, max_rows=0, min_pairs=1)
         return Plan(up=(one,), down=(replace(one, columns=128),))
-    fewest = Tiles(
-        rows=BY_WARP_ROWS, rows_few=BY_WARP_ROWS, columns=32 // halves, depth=64, num_warps=2, num_stages=3, programs_per_sm=8,
-        max_rows=BY_WARP_ROWS, by_warp=True,
+    by_warp = Tiles(
+        rows=8, rows_few=8, columns=32 // halves, depth=64, num_warps=2, num_stages=3, programs_per_sm=8,
+        max_pairs=BY_WARP_PAIRS, by_warp=True,
     )  # fmt: skip
-    few = replace(few, min_rows=BY_WARP_ROWS + 1)
     many = Tiles(
-        rows=128, rows_few=64, rows_wide=WIDE_ROWS, wide_from=WIDE_ROWS, columns=128 // halves, depth=64, num_warps=8,
-        num_stages=4, programs_per_sm=1, min_rows=FEW_ROWS + 1,
+        rows=128, rows_few=64, columns=128 // halves, depth=128, num_warps=8, num_stages=3, programs_per_sm=1,
+        min_rows=FEW_ROWS + 1, max_rows=WIDE_ROWS,
     )  # fmt: skip
-    up = [tiles for tiles in (many, few, fewest) if max_rows is None or max_rows >= tiles.min_rows]
-    down = [replace(tiles, columns=tiles.columns * halves) for tiles in reversed(up)]
+    wide = Tiles(
+        rows=256, rows_few=64, columns=128 // halves, depth=64, num_warps=8, num_stages=3, programs_per_sm=1,
+        min_rows=WIDE_ROWS + 1,
+    )  # fmt: skip
+    possible = [tiles for tiles in (many, wide, few) if max_rows is None or max_rows >= tiles.min_rows]
+    up = [*possible, by_warp]
+    down = [
+        replace(tiles, columns=tiles.columns * halves) for tiles in (by_warp, *(t for t in (few, many, wide) if t in possible))
+    ]
     return Plan(up=tuple(up), down=tuple(down))
 
 
@@ -158,8 +167,8 @@ def _plan_in_blocks(batch_invariant: bool, max_rows: int | None) -> Plan:
 
 def _few_limit(depth: int, scaled: bool) -> int:
     """Most rows of an expert for the tiles of `_few`. Where these have 32 rows, an expert with more would have all its weights
-    read twice: deepseek-v3 at T = 512, with about 32 rows an expert, takes 3893 instead of 4046 microseconds. H100 80GB HBM3,
-    2026-11-26 (1xH100-2026-11-26-expert-cuts.jsonl)."""
+    read twice: at T = 512 deepseek-v3, with about 32 rows an expert, takes 3889 instead of 4065 microseconds, and qwen3-30b-a3b,
+    with about 64, 262 instead of 270. H100 80GB HBM3, 2026-11-26 (1xH100-2026-11-26-expert-cuts.jsonl)."""
     return FEW_ROWS // 2 if not scaled and depth % 128 == 0 else FEW_ROWS
 
 

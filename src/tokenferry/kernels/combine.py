@@ -273,7 +273,7 @@ def combine_kernel(
                                     num_out, rank, size, buffer_ptr, slots_offset, slot_bytes, blamed, hints_ptr, out_ptr, H,
                                     PARTIAL, OUT, BLOCK, TELEMETRY, board, layer, step)  # fmt: skip
         else:
-            if TELEMETRY:
+            if TELEMETRY and FLAG_BLOCK == 0:
                 noting = waits.notes(board, summer == 0)
             for b in range(summer, (num_own_packets + BLOCK - 1) // BLOCK, summers):
                 packet = b * BLOCK + lanes
@@ -323,11 +323,15 @@ def combine_kernel(
                         blamed_source = wire.set_blamed_rank(blamed, source)
                         packet_ptr = slot_ptr + index * (WORDS * 4)
                         hint_ptr = hints_ptr + source * wire.COUNT_PACKET_BYTES
-                        if TELEMETRY:
+                        if TELEMETRY and FLAG_BLOCK == 0:
                             since = waits.clock_if(noting)
+                        if TELEMETRY and FLAG_BLOCK != 0:
+                            since = wire_clock.clock()
                         w0, w1, w2, w3 = wire.poll_and_clear(packet_ptr, live, buffer_ptr, blamed_source, hint_ptr, WORDS)
-                        if TELEMETRY:
-                            waits.note_source(board, size, layer, step, source, since, noting, waits.COMBINE)
+                        if TELEMETRY and FLAG_BLOCK == 0:
+                            waits.note_first(board, size, layer, step, source, since, noting, waits.COMBINE)
+                        if TELEMETRY and FLAG_BLOCK != 0:
+                            waits.note_source(board, size, layer, step, source, since, b == 0, waits.COMBINE)
                     elif SWITCH_SUM:
                         if is_bulk:
                             summed_ptr = multicast_ptr.to(tl.int64) + terms_offset + first_row.to(tl.int64) * ROW_BYTES
@@ -350,7 +354,7 @@ def combine_kernel(
                     s7 = tl.where(source == 0, h3, s7 + h3)
                 kept = live & (packet < num_out * PER_ROW)
                 store_sum(out_ptr, index * PER_PACKET, kept, s0, s1, s2, s3, s4, s5, s6, s7, WIRE, OUT, WORDS)
-                if TELEMETRY:
+                if TELEMETRY and FLAG_BLOCK == 0:
                     noting = waits.noted()
         if is_counted:
             wire.end_round(counters_ptr, ticket, programs, round_number)

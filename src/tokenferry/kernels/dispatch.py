@@ -290,17 +290,22 @@ def dispatch_kernel(
                 blocks = (num_packets + BLOCK - 1) // BLOCK
                 if SPLIT > 0:
                     blocks = tl.where(receives, blocks, 0)
-                if TELEMETRY:
+                if TELEMETRY and FLAG_BLOCK == 0:
                     noting = waits.notes(board, (begin == 0) & (source != rank))
                     since = waits.clock_if(noting)
                 for b in range(begin, blocks, receivers):
                     packet = b * BLOCK + lanes
                     live = packet < num_packets
                     offset = packet.to(tl.int64) * (WORDS * 4)
+                    if TELEMETRY and FLAG_BLOCK != 0:
+                        since = wire_clock.clock()
                     w0, w1, w2, w3 = wire.poll_and_clear(slot_ptr + offset, live, buffer_ptr, blamed_source, hint_ptr, WORDS)
-                    if TELEMETRY:
-                        waits.note_source(board, size, layer, step, source, since, noting, waits.DISPATCH)
+                    if TELEMETRY and FLAG_BLOCK == 0:
+                        waits.note_first(board, size, layer, step, source, since, noting, waits.DISPATCH)
                         noting = waits.noted()
+                    if TELEMETRY and FLAG_BLOCK != 0:
+                        is_first = (b == 0) & (source != rank)
+                        waits.note_source(board, size, layer, step, source, since, is_first, waits.DISPATCH)
                     if IS_FP8:
                         offset = fp8_rows.place_of_received(packet, out_scales_offset - out_hidden_offset, source_row, H)
                     wire.store(target_ptr + offset, w0, w1, w2, w3, live, WORDS)

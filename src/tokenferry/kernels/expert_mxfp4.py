@@ -35,10 +35,10 @@ SIGNATURE = {
     "GATHERED": "constexpr",
     "MIN_ROWS": "constexpr",
     "MAX_ROWS": "constexpr",
+    "MIN_PAIRS": "constexpr",
+    "MAX_PAIRS": "constexpr",
     "BM_FEW": "constexpr",
     "BM": "constexpr",
-    "BM_WIDE": "constexpr",
-    "WIDE_FROM": "constexpr",
     "BN": "constexpr",
     "BD": "constexpr",
     "UNROLL": "constexpr",
@@ -47,24 +47,6 @@ SIGNATURE = {
     "OVERLAPS": "constexpr",
     "PDL": "constexpr",
 }
-
-
-@triton.jit
-def rows_of_tile(num, BM: tl.constexpr, BM_WIDE: tl.constexpr, WIDE_FROM: tl.constexpr):
-    """Of the tiles of an expert with `num` rows."""
-    if BM_WIDE > 0:
-        return tl.where(num > WIDE_FROM, BM_WIDE, BM)
-    else:
-        return BM
-
-
-@triton.jit
-def tiles_of(num, BM: tl.constexpr, BM_WIDE: tl.constexpr, WIDE_FROM: tl.constexpr):
-    """How many tiles of rows an expert with `num` rows has."""
-    if BM_WIDE > 0:
-        return tl.where(num > WIDE_FROM, (num + BM_WIDE - 1) // BM_WIDE, (num + BM - 1) // BM)
-    else:
-        return (num + BM - 1) // BM
 
 
 @triton.jit
@@ -95,10 +77,10 @@ def expert_mxfp4_kernel(
     GATHERED: tl.constexpr,
     MIN_ROWS: tl.constexpr,
     MAX_ROWS: tl.constexpr,
+    MIN_PAIRS: tl.constexpr,
+    MAX_PAIRS: tl.constexpr,
     BM_FEW: tl.constexpr,
     BM: tl.constexpr,
-    BM_WIDE: tl.constexpr,
-    WIDE_FROM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -113,8 +95,7 @@ def expert_mxfp4_kernel(
         weights, scales: [L, blocks of columns, blocks of depth, 512] and [.., 32].
         out_scales: not used.
         GATHERED: the gathered rows came as float8 with `row_scales`; they become numbers of the dtype of `out`.
-        BM_WIDE, WIDE_FROM: an expert with more than WIDE_FROM rows has tiles of BM_WIDE rows, and at its end one of BM or BM_FEW
-            where that is enough. BM_WIDE 0: none has. A number's bits are the same in each kind of tile.
+        MIN_PAIRS, MAX_PAIRS: it serves no expert where all of them together have fewer or more rows; MAX_PAIRS 0: no upper limit.
         UNROLL: 0, or as many steps are written out in the loop of `product_of_few`, which then computes all tiles.
 
     Example:
@@ -132,7 +113,11 @@ def expert_mxfp4_kernel(
     served = count >= MIN_ROWS
     if MAX_ROWS > 0:
         served = served & (count <= MAX_ROWS)
-    tiles = tl.where(served, tiles_of(count, BM, BM_WIDE, WIDE_FROM), 0) * TILES_N
+    num_pairs = tl.sum(count)
+    served = served & (num_pairs >= MIN_PAIRS)
+    if MAX_PAIRS > 0:
+        served = served & (num_pairs <= MAX_PAIRS)
+    tiles = tl.where(served, (count + BM - 1) // BM, 0) * TILES_N
     ends = tl.cumsum(tiles, 0)
     total = wire_mxfp4.same_for_all(tl.sum(tiles))
     if not IS_FIRST_PRODUCT and not WAITS_IN_TILE:
@@ -144,8 +129,8 @@ def expert_mxfp4_kernel(
         num = wire_mxfp4.same_for_all(tl.sum(tl.where(lanes == expert, count, 0)))
         begin = tl.sum(tl.where(lanes == expert, offset, 0))
         within = tile - tl.sum(tl.where(lanes < expert, tiles, 0))
-        tiles_m = tiles_of(num, BM, BM_WIDE, WIDE_FROM)
-        done = wire_mxfp4.same_for_all((within % tiles_m) * rows_of_tile(num, BM, BM_WIDE, WIDE_FROM))
+        tiles_m = (num + BM - 1) // BM
+        done = wire_mxfp4.same_for_all((within % tiles_m) * BM)
         first_column = (within // tiles_m) * BN
         if BM == BM_FEW or num - done <= BM_FEW:
             product(
@@ -153,17 +138,11 @@ def expert_mxfp4_kernel(
                 num - done, first_column, K, DEPTH, WIDTH, IS_FIRST_PRODUCT, GATED, INTERLEAVED, ACTIVATION, BIAS, GATHERED,
                 BM_FEW, BN, BD, UPCAST, UNROLL, WAITS_IN_TILE, PDL,
             )  # fmt: skip
-        elif BM_WIDE == 0 or num - done <= BM or num <= WIDE_FROM:
-            product(
-                rows, row_scales, scale_stride, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done,
-                num - done, first_column, K, DEPTH, WIDTH, IS_FIRST_PRODUCT, GATED, INTERLEAVED, ACTIVATION, BIAS, GATHERED,
-                BM, BN, BD, UPCAST, UNROLL, WAITS_IN_TILE, PDL,
-            )  # fmt: skip
         else:
             product(
                 rows, row_scales, scale_stride, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done,
                 num - done, first_column, K, DEPTH, WIDTH, IS_FIRST_PRODUCT, GATED, INTERLEAVED, ACTIVATION, BIAS, GATHERED,
-                BM_WIDE, BN, BD, UPCAST, UNROLL, WAITS_IN_TILE, PDL,
+                BM, BN, BD, UPCAST, UNROLL, WAITS_IN_TILE, PDL,
             )  # fmt: skip
     if OVERLAPS or WAITS_IN_TILE:  # programs without a tile too: who waits for this launch waits for the one before it
         wire.wait_for_previous_kernel(PDL)

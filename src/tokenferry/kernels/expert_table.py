@@ -63,8 +63,8 @@ def fill_table(ids, counts, offsets, pairs, total, expert, first_expert, BLOCK: 
 @triton.jit
 def fill_long_table(ids, counts, offsets, pairs, total, expert, first_expert, BLOCK: tl.constexpr):
     """The same for many ids. A block is lines of 32, summed along each line and over the lines, which is less work than one sum
-    along all of it, and the next block is asked for before this one is looked at: 65536 ids take 31.6 instead of 41 microseconds
-    (H100 80GB HBM3, 2026-11-26, 1xH100-2026-11-26-expert-cuts.jsonl)."""
+    along all of it, and the next block is asked for before this one is looked at. 65536 ids take 32 instead of 41 microseconds,
+    2048 in a block of their size 2.9 instead of 5.6 (H100 80GB HBM3, 2026-11-26, 1xH100-2026-11-26-expert-cuts.jsonl)."""
     LINE: tl.constexpr = 32 if BLOCK >= 32 else BLOCK
     place = tl.arange(0, BLOCK // LINE)[:, None] * LINE + tl.arange(0, LINE)[None, :]
     following = tl.load(ids + place, mask=place < total, other=-1) - first_expert

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import fp8_rows, fp8_sum, waits, wire, wire_float8
+from tokenferry.kernels import fp8_rows, fp8_sum, waits, wire, wire_clock, wire_float8
 
 WIDE_SCALES: tl.constexpr = tl.constexpr(1)
 
@@ -116,8 +116,6 @@ def sum_terms(pid, programs, n0, n1, n2, n3, n4, n5, n6, n7, own_ptr, own_scales
         num_rows, num_out: of this rank, and of these the first that are wanted.
         TELEMETRY: whether waits are noted on the board of a round in this layer and step: see `waits`.
     """
-    if TELEMETRY:
-        noting = waits.notes(board, pid == 0)
     for b in range(pid, (num_rows * ((H + 511) // 512 * 32) + BLOCK - 1) // BLOCK, programs):
         thread = b * BLOCK + tl.arange(0, BLOCK)
         if not is_loaded_ahead(BLOCK):
@@ -137,16 +135,14 @@ def sum_terms(pid, programs, n0, n1, n2, n3, n4, n5, n6, n7, own_ptr, own_scales
                 slot_ptr = buffer_ptr + slots_offset + (source - (source > rank).to(tl.int32)) * slot_bytes
                 hint_ptr = hints_ptr + source * wire.COUNT_PACKET_BYTES
                 if TELEMETRY:
-                    since = waits.clock_if(noting)
+                    since = wire_clock.clock()
                 v0, v1, v2, v3, bits = poll_term(
                     thread, num_rows, slot_ptr, buffer_ptr, wire.set_blamed_rank(blamed, source), hint_ptr, H, BLOCK
                 )
                 if TELEMETRY:
-                    waits.note_source(board, size, layer, step, source, since, noting, waits.COMBINE)
+                    waits.note_source(board, size, layer, step, source, since, b == 0, waits.COMBINE)
             s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15 = fp8_sum.add_term(
                 source == 0, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, v0, v1, v2, v3, bits
             )
         fp8_sum.store_sums(thread, tl.minimum(num_rows, num_out), out_ptr, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12,
                            s13, s14, s15, H, OUT)  # fmt: skip
-        if TELEMETRY:
-            noting = waits.noted()

@@ -59,9 +59,23 @@ def begin_round(board, step_counts, size, layer, step, lanes, is_noted, PHASE: t
 
 
 @triton.jit
+def note_source(board, size, layer, step, source, since, is_noted, PHASE: tl.constexpr):
+    """The wait for one source has lasted from the clock `since` until now."""
+    if is_noted & (board != 0):
+        totals, kept = places(board, size, layer, step, PHASE)
+        wire_clock.note_wait(totals + source * 8, kept + 8 + source * 8, since, stamp_of(step), is_noted)
+
+
+# Where a program has many blocks, a clock read for each made a round trip of 512 rows 0.9 microseconds longer, of 52. The
+# functions below read it for the first block alone, and tell that one by a number: 0.2. In launches for few tokens, whose
+# programs have one block or two, that costs more than the clock: 0.3 and 0.7 with 1 and 32 rows, against 0.1 and 0.3 (H 7168,
+# 2 x H100, 2026-11-26).
+
+
+@triton.jit
 def notes(board, is_first):
     """1 in the program that notes a source's wait, while anything is counted, else 0. A loop over blocks has it for its first
-    block, and `noted()` from there on: each instruction more that a block takes, all warps take in turn."""
+    block, and `noted()` from there on."""
     return (is_first & (board != 0)).to(tl.int32)
 
 
@@ -72,21 +86,20 @@ def noted():
 
 
 @triton.jit
-def clock_if(is_noted):
-    """The clock, where `note_source` will want it, else 0. Read for each of a round's many blocks, it made a round trip of 512
-    rows 0.9 microseconds longer, of 52 (H 7168, 2 x H100, 2026-11-26)."""
+def clock_if(noting):
+    """The clock where `note_first` will want it, else 0."""
     since = tl.zeros([], tl.int64)
-    if is_noted != 0:
+    if noting != 0:
         since = wire_clock.clock()
     return since
 
 
 @triton.jit
-def note_source(board, size, layer, step, source, since, is_noted, PHASE: tl.constexpr):
-    """The wait for one source has lasted from the clock `since` until now. `is_noted`: see `notes`."""
-    if is_noted != 0:
+def note_first(board, size, layer, step, source, since, noting, PHASE: tl.constexpr):
+    """`note_source` for the first of many blocks: see `notes`."""
+    if noting != 0:
         totals, kept = places(board, size, layer, step, PHASE)
-        wire_clock.note_wait(totals + source * 8, kept + 8 + source * 8, since, stamp_of(step), is_noted)
+        wire_clock.note_wait(totals + source * 8, kept + 8 + source * 8, since, stamp_of(step), noting)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from typing import Final
 from tokenferry.placement.options import KindVerdict, Option
 
 LEAST_GAIN: Final = 0.03
-"""A gain below this share of a step is not worth a change: no prediction of this kind is better than that."""
+"""A gain below this share of a step is not worth a change: predictions of this kind are no better than that."""
 
 
 def sentence_of(options: Sequence[Option], best: Option, bound_by_weights: float, *, num_rows: float) -> str:

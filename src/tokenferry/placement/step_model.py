@@ -7,9 +7,10 @@ experts that get a row at all, and multiplies its rows by them, one after the ot
     layer_s = the slowest rank's time + exchange_s + rows of all ranks * exchange_s_per_row
     step_s  = all layers' time + other_s
 
-It is the sum, and not the longer of the two, since kernels hide hardly any of the one behind the other: 12 measured layers of a
-skewed load gained what the sum predicts within 3 % of a step, where the longer of the two predicted 0 instead of 9 % (2 x H100,
-2026-11-26, benchmarks/results/2xH100-2026-11-26-placement.jsonl).
+It is the sum, and not the longer of the two, because the sum fits what was measured: where the longer of the two predicted a gain
+of 0, 9 % were measured. (That kernels hide hardly any of the one behind the other would explain it; nothing was profiled.)
+Measured gains of a skewed load were off by up to 2.1 % of a step for the layer by which the model was mended, and by up
+to 7.3 % for another one (2 x H100, 2026-11-26, benchmarks/results/2xH100-2026-11-26-placement.jsonl; docs/telemetry.md).
 
 A physical expert that gets `n` rows in a mean step is touched with the probability 1 - exp(-n): rows come by chance. A replica
 therefore costs nothing where experts get many rows, and where they get few it adds weights to be read and removes hardly a row.
