@@ -21,9 +21,6 @@
  *                      looked at (a bug to be found)
  *   COMBINE_IN_SLOTS   the combine of a round whose dispatch is bulk goes through slots, which hold the sentinel again once they
  *                      are read (rows of bytes: their dispatch is bulk in every step); checked too: overwrote_unread_slot
- *   IN_TURN            terms have two parts. Each rank has both ready at once, or copies the second after it has told of the first,
- *                      and fetches its own rows' first part between. A flag holds the epoch and the parts that are there (units)
- *   UNITS_NOT_AWAITED  an owner fetches the second part when the flag tells of the first (a bug to be found)
  *   UNCOUNTED_ROUNDS   such rounds do not count (a bug to be found)
  *   WRITE_AFTER_STEP   after the last combine of a step a rank writes its terms without any exchange (a bug to be found)
  *   UNORDERED_SIGNAL   the counter is an ordinary store (a bug to be found)
@@ -60,15 +57,6 @@
 
 #define REACHED(counter, wanted) ((counter) == (wanted))
 
-/* A flag `ready` with IN_TURN: one word, which is stored at once. */
-#define TOLD(epoch, units) ((epoch) + EPOCHS * (units))
-#define HAS_UNITS(flag, epoch, units) ((flag) % EPOCHS == (epoch) && (flag) / EPOCHS >= (units))
-#ifdef UNITS_NOT_AWAITED
-#define UNITS_OF_SECOND 1
-#else
-#define UNITS_OF_SECOND 2
-#endif
-
 /* The truth about a row is the round that it belongs to, which does not repeat with the counters: modulo twice their range. */
 #define TRUE_ROUNDS (2 * EPOCHS)
 
@@ -78,9 +66,6 @@ bool row_unread[N * N];
 byte terms[N * N];    /* [holder][owner] term: the true round; written and fetched in the holder's memory */
 byte arrived[N * N], arrived_sent[N * N];
 byte ready[N * N], ready_sent[N * N];
-#ifdef IN_TURN
-byte second[N * N];   /* [holder][owner] the second part of a term */
-#endif
 #ifdef COMBINE_IN_SLOTS
 byte term[N * N], term_sent[N * N]; /* [owner][holder] a term in a slot: the true round, or NOTHING */
 #endif
@@ -148,9 +133,6 @@ inline next_round() {
 
 proctype Rank(byte me) {
     byte round, true_round, done, tokens, peer;
-#ifdef IN_TURN
-    byte copied;
-#endif
     do
     :: true ->
         CHOOSE_TOKENS;
@@ -210,9 +192,7 @@ proctype Rank(byte me) {
                             row_unread[AT(me, peer)] = false; row[AT(me, peer)] = NOTHING
                         :: else
                         fi;
-#ifndef IN_TURN
                         terms[AT(me, peer)] = true_round;
-#endif
                         peer++
                     :: peer == N -> peer = 0; break
                     od
@@ -233,42 +213,6 @@ proctype Rank(byte me) {
                 :: atomic { peer < N && peer != me && tokens && term[AT(me, peer)] != NOTHING ->
                     read_stale_row = (term[AT(me, peer)] != true_round); assert(!read_stale_row);
                     term[AT(me, peer)] = NOTHING; peer++ }
-                :: atomic { peer < N && (peer == me || !tokens) -> peer++ }
-                :: atomic { peer == N -> peer = 0; break }
-                od;
-#elif defined(IN_TURN)
-                /* combine: the first part of the terms, or all, then the flag */
-                if
-                :: copied = 1 :: copied = 2
-                fi;
-                atomic {
-                    do
-                    :: peer < N -> terms[AT(me, peer)] = true_round;
-                        if :: copied == 2 -> second[AT(me, peer)] = true_round :: else fi; peer++
-                    :: peer == N -> peer = 0; break
-                    od;
-                    SIGNAL(ready_sent, TOLD(EPOCH, copied))
-                };
-                /* an owner waits for every rank's first part; then each rank copies its second, and tells */
-                do
-                :: atomic { peer < N && peer != me && tokens && HAS_UNITS(ready[AT(me, peer)], EPOCH, 1) -> peer++ }
-                :: atomic { peer < N && (peer == me || !tokens) -> peer++ }
-                :: atomic { peer == N -> peer = 0; break }
-                od;
-                do
-                :: atomic { peer < N && copied == 1 -> second[AT(me, peer)] = true_round; peer++ }
-                :: atomic { peer == N || copied == 2 -> peer = 0; break }
-                od;
-                atomic { if :: copied == 1 -> SIGNAL(ready_sent, TOLD(EPOCH, 2)) :: else fi };
-                do
-                :: atomic { peer < N && peer != me && tokens ->
-                    read_stale_row = (terms[AT(peer, me)] != true_round); assert(!read_stale_row); peer++ }
-                :: atomic { peer < N && (peer == me || !tokens) -> peer++ }
-                :: atomic { peer == N -> peer = 0; break }
-                od;
-                do
-                :: atomic { peer < N && peer != me && tokens && HAS_UNITS(ready[AT(me, peer)], EPOCH, UNITS_OF_SECOND) ->
-                    read_stale_row = (second[AT(peer, me)] != true_round); assert(!read_stale_row); peer++ }
                 :: atomic { peer < N && (peer == me || !tokens) -> peer++ }
                 :: atomic { peer == N -> peer = 0; break }
                 od;
@@ -312,9 +256,6 @@ init {
         byte i = 0;
         do
         :: i < N * N ->
-#ifdef IN_TURN
-            second[i] = NOTHING;
-#endif
 #ifdef COMBINE_IN_SLOTS
             term[i] = NOTHING; term_sent[i] = NOTHING;
 #endif

@@ -53,27 +53,6 @@ OF_FORMATS = (
         (f"{COMBINE}test_named_cases_give_the_bits_of_the_reference[3]",),
     ),
     Mutant(
-        "float8-terms-of-a-later-round-are-fetched-with-the-first",
-        f"{_KERNELS}/fp8_bulk.py",
-        "        needed = block // programs + 1\n",
-        "        needed = 1 + 0 * block\n",
-        (f"{COMBINE}test_a_round_that_is_not_there_yet_is_waited_for",),
-    ),
-    Mutant(
-        "float8-terms-are-told-of-a-round-too-early",
-        f"{_KERNELS}/fp8_bulk.py",
-        "    rounds = copied // programs + 1\n",
-        "    rounds = copied // programs + 2\n",
-        (f"{COMBINE}test_flags_tell_of_the_rounds_that_are_there",),
-    ),
-    Mutant(
-        "float8-terms-the-last-round-is-not-told",
-        f"{_KERNELS}/fp8_bulk.py",
-        "    is_last = copied + programs >= all_blocks\n",
-        "    is_last = copied + programs > all_blocks\n",
-        (f"{COMBINE}test_flags_tell_of_the_rounds_that_are_there",),
-    ),
-    Mutant(
         "float8-terms-that-are-fetched-have-the-scale-of-another-block",
         f"{_KERNELS}/fp8_bulk.py",
         "return tl.gather(word, tl.arange(0, BLOCK) // 8, 0)",

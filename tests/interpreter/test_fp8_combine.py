@@ -1,8 +1,6 @@
 """Combine of float8 terms over symmetric memory, interpreted: in slots and in bulk, the bits of the reference."""
 
-import ctypes
 import dataclasses
-import time
 
 import pytest
 import torch
@@ -16,8 +14,6 @@ from formats import FLOAT8, FORMATS, FP8_COMBINE, plain
 from rank_pool import RankPools
 from tokenferry.dispatched import QuantizedRows
 from tokenferry.kernels import fp8_rows, wire_float8
-from tokenferry.kernels.control_block import ALL_UNITS
-from tokenferry.kernels.wire_observer import Observer
 from tokenferry.testing import run_ranks
 
 from .test_few_tokens import FewTokensOnly
@@ -69,8 +65,8 @@ def test_slots_and_bulk_in_turn(on_ranks: RankPools, name: str, world_size: int)
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long)], ids=["EP2", "EP3"])
-def test_terms_that_are_copied_while_others_are_fetched(on_ranks: RankPools, world_size: int) -> None:
-    """A program has 256 threads here: 40 rows of H 640 are 10 rounds, of which 4 are copied before the first is fetched."""
+def test_many_blocks_of_bulk_terms(on_ranks: RankPools, world_size: int) -> None:
+    """A program has 256 threads here: 40 rows of H 640 are 10 blocks."""
     uneven = (40, 3, 11)[:world_size]
     steps = (
         plain((40,) * world_size),
@@ -84,8 +80,8 @@ def test_terms_that_are_copied_while_others_are_fetched(on_ranks: RankPools, wor
     assert on_ranks(run_case, world_size, case, env=INTERPRETER) == [sum(step.layers for step in steps)] * world_size
 
 
-def in_turn_or_not(group: tf.EPGroup) -> list[float]:
-    """Rank 0's terms lie in place, all at once; rank 1's are copied in turn. Then the other way about."""
+def in_place_or_not(group: tf.EPGroup) -> list[float]:
+    """Rank 0's terms lie in place, and rank 1's are copied. Then the other way about."""
     config = tf.MoEConfig(hidden_size=640, num_experts=4, topk=2)
     found = []
     with tf.Workspace(config, group, max_tokens_per_rank=40, transport=SmallSlots(), combine_dtype=FLOAT8) as ws:
@@ -104,72 +100,7 @@ def in_turn_or_not(group: tf.EPGroup) -> list[float]:
 
 
 def test_ranks_may_differ_in_whether_they_copy_terms(on_ranks: RankPools) -> None:
-    assert on_ranks(in_turn_or_not, 2, env=INTERPRETER) == [[2.0, 4.0, 6.0, 8.0]] * 2
-
-
-class Watches(Observer):
-    """Notes, at each flag that is set, its units and how many of the peer's rows have the scale of this round; then sleeps."""
-
-    def __init__(self, scales: torch.Tensor) -> None:
-        self.scales, self.wanted, self.seen, self.sleep_s = scales, 0.0, [], 0.0
-
-    def event(self, kind: str, addresses: object) -> None:
-        if kind == "signal" and self.wanted:
-            [units] = [ctypes.c_int64.from_address(int(address)).value & 0xFFFFFFFF for address in addresses]
-            self.seen.append((units, int((self.scales == self.wanted).all(1).sum())))
-            time.sleep(self.sleep_s)
-
-
-def stops_between_two_flags(group: tf.EPGroup) -> str:
-    """Rank 1 sleeps for longer than the time-out when it has told of its first rounds; the other one waits for the next."""
-    config = tf.MoEConfig(hidden_size=640, num_experts=4, topk=2)
-    with tf.Workspace(config, group, max_tokens_per_rank=40, transport=SmallSlots(), combine_dtype=FLOAT8, timeout_s=1) as ws:
-        layer, rows = ws.dispatcher(), torch.zeros(40, 640, dtype=torch.bfloat16)
-        observer = Watches(torch.zeros(1, 1))
-        ws.active_transport.innermost.observe(observer)
-        ws.begin_step(40)
-        got = layer.dispatch(rows, torch.zeros(40, 2, dtype=torch.int32), torch.ones(40, 2))
-        observer.wanted, observer.sleep_s = 1.0, 3.0 * group.rank
-        try:
-            layer.combine(torch.ones(80, 640), got)
-            ws.check()
-        except tf.PeerError as error:
-            return f"{type(error).__name__}: {error}"
-    return "nothing"
-
-
-def test_a_rank_that_stops_between_two_flags_is_named(on_ranks: RankPools) -> None:
-    waited, late = on_ranks(stops_between_two_flags, 2, env=INTERPRETER)
-    assert waited.startswith("PeerTimeoutError: rank 1 ") and "data-missing" in waited
-    assert late.startswith("PeerFailedError")
-
-
-def copied_in_turn(group: tf.EPGroup, sleep_s: float) -> tuple[list[float], list[tuple[int, int]]]:
-    """Two round trips with 40 rows of H 640 a rank; in the second one the last rank sleeps after each flag."""
-    config = tf.MoEConfig(hidden_size=640, num_experts=4, topk=2)
-    with tf.Workspace(config, group, max_tokens_per_rank=40, transport=SmallSlots(), combine_dtype=FLOAT8) as ws:
-        layer, rows, sums = ws.dispatcher(), torch.zeros(40, 640, dtype=torch.bfloat16), []
-        theirs = slice(0, 40) if group.rank == 1 else slice(40, 80)
-        observer = Watches(ws.active_transport.innermost.combine_input().scales[theirs])
-        ws.active_transport.innermost.observe(observer)
-        for number in (1.0, 2.0):
-            ws.begin_step(40)
-            got = layer.dispatch(rows, torch.zeros(40, 2, dtype=torch.int32), torch.ones(40, 2))
-            observer.wanted = float(torch.tensor(number) / 448) if number == 2 else 0.0
-            observer.sleep_s = sleep_s if group.rank == 1 else 0.0
-            sums += layer.combine(torch.full((80, 640), number), got).unique().tolist()
-    return sums, observer.seen
-
-
-def test_flags_tell_of_the_rounds_that_are_there(on_ranks: RankPools) -> None:
-    """Four rows are a round: four rounds are told of at once, then two and two, and at last that there are all."""
-    for sums, seen in on_ranks(copied_in_turn, 2, 0.0, env=INTERPRETER):
-        assert sums == [2.0, 4.0]
-        assert seen == [(4, 16), (6, 24), (8, 32), (ALL_UNITS, 40)]
-
-
-def test_a_round_that_is_not_there_yet_is_waited_for(on_ranks: RankPools) -> None:
-    assert [sums for sums, _ in on_ranks(copied_in_turn, 2, 0.3, env=INTERPRETER)] == [[2.0, 4.0]] * 2
+    assert on_ranks(in_place_or_not, 2, env=INTERPRETER) == [[2.0, 4.0, 6.0, 8.0]] * 2
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long)], ids=["EP2", "EP3"])

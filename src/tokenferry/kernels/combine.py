@@ -156,8 +156,6 @@ def combine_kernel(
     in_slots = largest <= slot_rows
     is_bulk = (largest > slot_rows) & (size > 1)
     is_counted = (largest > counted_rows) & (size > 1)
-    copies_in_turn = is_bulk & (is_in_place == 0) & (mode == wire.MODE_BOTH) & (FLAG_BLOCK == 0)  # see `fp8_bulk`
-    all_blocks = (largest * PER_ROW + BLOCK - 1) // BLOCK
     ticket = tl.zeros([], tl.int64)
     if is_counted & (mode >= wire.MODE_RECEIVE):
         ticket = wire.take_ticket(counters_ptr)
@@ -220,23 +218,21 @@ def combine_kernel(
                     flags_ptr = tl.load(peer_table + peer) + ready_offset + (rank * MAX_PROGRAMS) * wire.FLAG_BYTES
                     for first in range(0, num_flags, BLOCK):
                         flag_ptr = flags_ptr + (first + lanes) * wire.FLAG_BYTES
-                        wire.signal(flag_ptr, epoch, wire.ALL_UNITS, first + lanes < num_flags, buffer_ptr)
+                        wire.signal(flag_ptr, epoch, 1, first + lanes < num_flags, buffer_ptr)
         elif FLAG_BLOCK == 0:
-            units = wire.ALL_UNITS + 0 * pid
             if IS_FP8:
-                end = tl.where(copies_in_turn, pid + fp8_bulk.LEAD * programs, all_blocks)
-                units = tl.where(end < all_blocks, fp8_bulk.LEAD, units)
-                fp8_bulk.copy_terms(pid, programs, end, terms_ptr, term_scales_ptr, step_counts, rank, size, partial_ptr,
-                                    scales_ptr, scale_row, H, PARTIAL, BLOCK, BLOCK)  # fmt: skip
+                fp8_bulk.copy_terms(pid, programs, terms_ptr, term_scales_ptr, step_counts, rank, size, partial_ptr, scales_ptr,
+                                    scale_row, H, PARTIAL, BLOCK, BLOCK)  # fmt: skip
             else:
                 copy_terms(pid, programs, terms_ptr, step_counts, rank, size, partial_ptr, H, PARTIAL, WIRE, WORDS, BLOCK, BLOCK,
                            SWITCH_SUM)  # fmt: skip
-            own_flag = ready_offset + (rank * MAX_PROGRAMS + pid) * wire.FLAG_BYTES
-            fp8_bulk.tell(units, own_flag, epoch, peer_table, rank, size, buffer_ptr, BLOCK)
+            is_peer = (lanes < size) & (lanes != rank)
+            buffers = tl.load(peer_table + lanes, mask=is_peer, other=0)
+            wire.signal(buffers + ready_offset + (rank * MAX_PROGRAMS + pid) * wire.FLAG_BYTES, epoch, 1, is_peer, buffer_ptr)
         else:
             for flag in range(pid, num_flags, programs):
                 if IS_FP8:
-                    fp8_bulk.copy_terms(flag, num_flags, all_blocks, terms_ptr, term_scales_ptr, step_counts, rank, size,
+                    fp8_bulk.copy_terms(flag, num_flags, terms_ptr, term_scales_ptr, step_counts, rank, size,
                                         partial_ptr, scales_ptr, scale_row, H, PARTIAL, BLOCK, FLAG_BLOCK)  # fmt: skip
                 else:
                     copy_terms(flag, num_flags, terms_ptr, step_counts, rank, size, partial_ptr, H, PARTIAL, WIRE, WORDS, BLOCK,
@@ -246,7 +242,7 @@ def combine_kernel(
                 is_told = exist & (peers != rank)
                 buffers = tl.load(peer_table + peers, mask=is_told, other=0)
                 told_ptr = buffers + ready_offset + (rank * MAX_PROGRAMS + flags) * wire.FLAG_BYTES
-                wire.signal(told_ptr, epoch, wire.ALL_UNITS, is_told, buffer_ptr)
+                wire.signal(told_ptr, epoch, 1, is_told, buffer_ptr)
         if (mode >= wire.MODE_RECEIVE) & (FLAG_BLOCK == 0 and not IS_FP8):
             flag_ptr = (buffer_ptr + ready_offset) + (lanes * MAX_PROGRAMS + pid) * wire.FLAG_BYTES
             is_awaited = (lanes < size) & (lanes != rank) & (num_tokens > 0)
@@ -269,10 +265,9 @@ def combine_kernel(
         if IS_FP8:
             if is_bulk:
                 fp8_bulk.sum_terms(pid, programs, n0, n1, n2, n3, n4, n5, n6, n7, own_ptr, own_scales_ptr, scale_row, num_tokens,
-                                   num_out, first_row, rank, size, largest, copies_in_turn, partial_ptr, scales_ptr, step_counts,
-                                   round_number, num_flags, ready_offset, buffer_ptr, peer_table, terms_offset,
-                                   term_scales_offset, blamed, hints_ptr, out_ptr, H, PARTIAL, OUT, BLOCK, MAX_PROGRAMS,
-                                   FLAG_BLOCK, TELEMETRY, board, layer, step)  # fmt: skip
+                                   num_out, first_row, rank, size, round_number, num_flags, ready_offset, buffer_ptr, peer_table,
+                                   terms_offset, term_scales_offset, blamed, hints_ptr, out_ptr, H, PARTIAL, OUT, BLOCK,
+                                   MAX_PROGRAMS, FLAG_BLOCK, TELEMETRY, board, layer, step)  # fmt: skip
             else:
                 fp8_terms.sum_terms(pid, programs, n0, n1, n2, n3, n4, n5, n6, n7, own_ptr, own_scales_ptr, scale_row, num_tokens,
                                     num_out, rank, size, buffer_ptr, slots_offset, slot_bytes, blamed, hints_ptr, out_ptr, H,

@@ -58,8 +58,6 @@ COUNT_PACKET_BYTES = 16
 COUNT_PACKET_STEP_OFFSET = 8
 """int32 within a count packet (num_tokens, flags, step, generation): the step."""
 FLAG_BYTES = 8
-ALL_UNITS = 2**31 - 1
-"""Of a flag of a bulk combine: all of its blocks are there. Fewer say of how many rounds of blocks the terms are there so far."""
 
 MAX_RANKS = 256
 """An abort record names a rank in 8 bits, and one program waits for all peers at once, with a thread for each."""

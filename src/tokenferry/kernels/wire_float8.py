@@ -1,5 +1,4 @@
-"""Numbers to float8_e4m3fn and back, the single words that their scales are, and waits for a part of the terms: a part of `wire`,
-with the same two forms."""
+"""Numbers to float8_e4m3fn and back, and the single words that their scales are: a part of `wire`, with the same two forms."""
 
 from __future__ import annotations
 
@@ -14,7 +13,6 @@ _SEND1: tl.constexpr = tl.constexpr(wire_ptx.send(1))
 _MULTICAST1: tl.constexpr = tl.constexpr(wire_ptx.multicast(1))
 _LOAD_PEER1: tl.constexpr = tl.constexpr(wire_ptx.load_peer(1))
 _POLL_BOTH: tl.constexpr = tl.constexpr(wire_ptx.POLL_AND_CLEAR_BOTH)
-_AWAIT_SIGNAL: tl.constexpr = tl.constexpr(wire_ptx.await_signal())
 _LOAD_CONSTRAINTS: tl.constexpr = tl.constexpr(wire_ptx.LOAD_CONSTRAINTS)
 _STORE_CONSTRAINTS: tl.constexpr = tl.constexpr(wire_ptx.STORE_CONSTRAINTS)
 _POLL_BOTH_CONSTRAINTS: tl.constexpr = tl.constexpr(wire_ptx.POLL_BOTH_CONSTRAINTS)
@@ -100,23 +98,8 @@ if not wire.INTERPRETED:
             pack=1,
         )
 
-    @triton.jit
-    def await_units(address, epoch, units, mask, control_ptr, blamed, hint):
-        """`wire.await_signal`; returns the fewest units of these flags, ALL_UNITS if there is none, or the wait is given up."""
-        found = tl.inline_asm_elementwise(
-            _AWAIT_SIGNAL,
-            "=&r,l,r,r,r,l,l,l",
-            [address, mask.to(tl.int32), epoch, units, control_ptr, blamed, hint],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-        tl.debug_barrier()
-        return tl.min(found, 0)
-
 else:
     from tokenferry.kernels.wire_float8_interpreter import (  # noqa: F401  # the names that are defined above
-        await_units,
         divide,
         load_peer_word,
         multicast_word,

@@ -5,14 +5,9 @@ from __future__ import annotations
 import numpy as np
 import triton.language as tl
 
-from tokenferry.kernels.control_block import ALL_UNITS
 from tokenferry.kernels.wire_interpreter import (
     _array,
-    _int64,
-    _live,
-    _scalar,
     _tensor,
-    await_signal_timed,
     load_peer,
     multicast,
     poll_and_clear,
@@ -81,11 +76,3 @@ def multicast_word(address, word, mask, control_ptr):
 def poll_and_clear_both(address, mask, word_address, word_mask, control_ptr, blamed, hint):
     packet = poll_and_clear(address, mask, control_ptr, blamed, hint, 4)
     return *packet, poll_and_clear(word_address, word_mask, control_ptr, blamed, hint, 1)[0]
-
-
-def await_units(address, epoch, units, mask, control_ptr, blamed, hint):
-    await_signal_timed(address, epoch, units, mask, control_ptr, blamed, hint)
-    addresses, live = _live(address, mask)
-    words = [int(_int64(int(addresses[element]))[0]) for element in live]
-    told = [word & 0xFFFFFFFF for word in words if word >> 32 & 0xFFFFFFFF == _scalar(epoch) & 0xFFFFFFFF]
-    return _tensor(np.array(min(told, default=ALL_UNITS), np.int32), tl.int32)

@@ -7,7 +7,6 @@ Masked elements are skipped by the predicate %p0. A text stands in braces, so th
 from __future__ import annotations
 
 from tokenferry.kernels.control_block import (
-    ALL_UNITS,
     COUNTERS_OFFSET,
     COUNTS_DISAGREE,
     GROUP_SIZE_OFFSET,
@@ -149,17 +148,15 @@ SIGNAL = """{ .reg .pred %p0; .reg .b64 %v; setp.ne.u32 %p0, $4, 0; mov.b64 %v, 
 
 
 def await_signal(clock: str = "") -> str:
-    """Polls a flag until it has the epoch; returns its units. `clock`: as in `await_count`."""
+    """Polls a flag until it has the epoch. `clock`: as in `await_count`."""
     first = 1 + bool(clock)
     flag, mask, epoch, units, control, blame, hint = (f"${first + place}" for place in range(7))
     read_clock = f"mov.u64 {clock}, %clock64;" if clock else ""
-    return f"""{{ {_WAIT_REGISTERS} .reg .pred %p1; .reg .b64 %v; .reg .u32 %u, %e; mov.u32 $0, {ALL_UNITS}; {read_clock}
+    return f"""{{ {_WAIT_REGISTERS} .reg .pred %p1; .reg .b64 %v; .reg .u32 %u, %e; mov.u32 $0, 0; {read_clock}
       setp.eq.u32 %p0, {mask}, 0; @%p0 bra END; mov.u32 %n, 0;
       W: ld.acquire.sys.global.b64 %v, [{flag}]; mov.b64 {{%u, %e}}, %v; {read_clock}
       setp.eq.u32 %p0, %e, {epoch}; setp.ge.u32 %p1, %u, {units}; and.pred %p0, %p0, %p1;
-      {_waiting("GOT", control, blame, hint)} bra END;
-      GOT: mov.u32 $0, %u;
-      END: }}"""
+      {_waiting("END", control, blame, hint)} END: }}"""
 
 
 CLOCK = "mov.u64 $0, %clock64;"
