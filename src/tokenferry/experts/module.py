@@ -150,16 +150,16 @@ class Experts(KeepsPrecision):
     @torch.no_grad()
     def quantize(self) -> None:
         """Turns both stacks of matrices into block-scaled float8 (see `quantize_weights`): once, after `load`, before `prepare`.
-        Rows are quantized on their way into each product.
+        Hidden rows are quantized by block too, unless they come as `QuantizedRows`, and so are activated rows.
 
         Raises:
             DtypeError: they are float8 already, or hidden rows are float32.
             StateError: they are prepared, as a `MoELayer` does: other kernels would be compiled in mid-step while peers wait.
         """
+        if self.up_scale is not None or self.dtype == torch.float32:  # before the state: in another one this would fail too
+            raise DtypeError(f"quantize takes bfloat16 or float16 experts once; these are {self.up_proj.dtype}")
         if self._max_rows is not None:
             raise StateError("quantize: these experts are prepared for a workspace; quantize them before MoELayer is made")
-        if self.up_scale is not None or self.dtype == torch.float32:
-            raise DtypeError(f"quantize takes bfloat16 or float16 experts once; these are {self.up_proj.dtype}")
         self._hidden_dtype = self.dtype
         for name in ("up", "down"):
             weights, scale = quantize_weights(getattr(self, f"{name}_proj"))
