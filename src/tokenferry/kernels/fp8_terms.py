@@ -1,8 +1,8 @@
 """Partial rows on their way as float8, in slots, and what the ways in bulk (`fp8_bulk`) and their sum (`fp8_sum`) need too.
 
 They are quantized by the sender unless the experts did. Like `wire`, this file holds device functions alone and no kernel.
-Threads have the columns that `fp8_rows` says, 16 of a row: eight threads share a scale. It travels as one word, from the first of
-its threads to the first of the owner's. The four scales of a warp are neighbours, so that they go as one packet.
+Threads have the columns that `fp8_rows` says, 16 of a row: eight threads share a scale. It travels as one word: a program's first
+threads send its scales, which are neighbours, in few requests, and the first thread of each eight of the owner's polls it.
 
 No word that is sent is the sentinel: a NaN's value travels as 0x7F and a NaN's scale as 0x7FC00000.
 """
@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 
 from tokenferry.kernels import fp8_rows, fp8_sum, waits, wire, wire_clock, wire_float8
-
-WIDE_SCALES: tl.constexpr = tl.constexpr(1)
 
 
 @triton.jit
@@ -79,14 +77,11 @@ def send_terms(begin, blocks, programs, target_ptr, partial_ptr, scales_ptr, sca
         live = (row < num_rows) & (column < H)
         row_ptr = target_ptr + row.to(tl.int64) * SLOT_ROW
         wire.send(row_ptr + column, v0, v1, v2, v3, live, buffer_ptr, 4)
-        if WIDE_SCALES:
-            row, column = fp8_rows.place(fp8_rows.thread_of_scale(thread, BLOCK), H)
-            is_scale = (tl.arange(0, BLOCK) < BLOCK // 8) & (row < num_rows) & (column < H)
-            scale = tl.gather(scale, tl.arange(0, BLOCK) * 8 % BLOCK, 0)
-            target = target_ptr + row.to(tl.int64) * SLOT_ROW + H + column // 128 * 4
-            wire_float8.send_word(target, scale, is_scale, buffer_ptr)
-        else:
-            wire_float8.send_word(row_ptr + H + column // 128 * 4, scale, live & (column % 128 == 0), buffer_ptr)
+        row, column = fp8_rows.place(fp8_rows.thread_of_scale(thread, BLOCK), H)
+        is_scale = (tl.arange(0, BLOCK) < BLOCK // 8) & (row < num_rows) & (column < H)
+        scale = tl.gather(scale, tl.arange(0, BLOCK) * 8 % BLOCK, 0)
+        target = target_ptr + row.to(tl.int64) * SLOT_ROW + H + column // 128 * 4
+        wire_float8.send_word(target, scale, is_scale, buffer_ptr)
 
 
 @triton.jit
