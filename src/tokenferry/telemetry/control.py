@@ -17,9 +17,9 @@ GATHER_TIMEOUT_S = 60.0
 
 
 class Telemetry:
-    """What one rank's workspace counts. Its calls come from any thread, and none of them holds up a step. But `gather` and `trace`
-    are collective: one thread of each rank calls them, in the same order on all ranks. It knows nothing of the workspace, which
-    would otherwise live until Python looks for cycles."""
+    """What one rank's workspace counts. Its calls come from any thread, and none of them holds up a step. But `gather` and
+    `trace` are collective: one thread of each rank calls them, in the same order on all ranks. It knows nothing of the workspace,
+    which would otherwise live until Python looks for cycles."""
 
     def __init__(self) -> None:
         self._followed: tuple[Recorder | None, EPGroup] | None = None
