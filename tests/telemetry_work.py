@@ -90,6 +90,35 @@ def check_counts_by_hand(told: dict[str, Any]) -> None:
     assert list(told["num_bytes"]) == [TOKENS * 6 * CONFIG.hidden_size * CONFIG.dtype.itemsize] * size
 
 
+def counts_of_compiled_code(group: tf.EPGroup, transport: str) -> tuple[int, int, list[int]]:
+    """Three compiled steps of one round. Steps, rounds, and the first layer's loads. The backend is one that symmetric transports
+    take, whose buffers others copy, and that needs no C++ compiler."""
+    with opened(group, transport, telemetry=True) as ws:
+        dispatcher = ws.dispatcher()
+
+        def step(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            ws.begin_step(TOKENS)
+            got = dispatcher.dispatch(hidden, ids, weights)
+            return dispatcher.combine(got.hidden * 1, got)
+
+        compiled = torch.compile(step, backend="eager", fullgraph=True)
+        hidden = torch.ones(TOKENS, CONFIG.hidden_size, dtype=CONFIG.dtype, device=ws.device)
+        ids = torch.tensor(IDS, dtype=torch.int32, device=ws.device)
+        for _ in range(3):
+            compiled(hidden, ids, torch.ones(TOKENS, CONFIG.topk, device=ws.device))
+        ws.check()
+        settle(ws)
+        seen = ws.telemetry.snapshot()
+        return seen.num_steps, seen.num_rounds, list(seen.loads[0])
+
+
+def check_counts_of_compiled_code(told: list[tuple[int, int, list[int]]]) -> None:
+    assert [each[:2] for each in told] == [(3, 3)] * len(told)
+    together = [sum(of_ranks) for of_ranks in zip(*(loads for _, _, loads in told), strict=True)]
+    named = [number for row in IDS for number in row]
+    assert together == [3 * len(told) * named.count(expert) for expert in range(CONFIG.num_experts)]
+
+
 def stops_and_starts(group: tf.EPGroup, transport: str) -> list[int]:
     """Rounds that were counted after each of three steps: on, off, on again."""
     with opened(group, transport, telemetry=True) as ws:

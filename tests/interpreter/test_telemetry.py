@@ -35,6 +35,10 @@ def test_loads_and_rows_are_those_counted_by_hand(world_size: int) -> None:
         work.check_counts_by_hand(told)
 
 
+def test_compiled_code_is_counted() -> None:
+    work.check_counts_of_compiled_code(run_ranks(work.counts_of_compiled_code, 2, "p2p", env=INTERPRETER))
+
+
 def test_nothing_is_counted_while_it_is_stopped() -> None:
     assert run_ranks(work.stops_and_starts, 2, "p2p", env=INTERPRETER) == [[1, 1, 2]] * 2
 

@@ -24,6 +24,10 @@ def test_loads_and_rows_are_those_counted_by_hand(on_ranks: RankPools, transport
         work.check_counts_by_hand(told)
 
 
+def test_compiled_code_is_counted(on_ranks: RankPools) -> None:
+    work.check_counts_of_compiled_code(on_ranks(work.counts_of_compiled_code, 2, "collective"))
+
+
 @pytest.mark.parametrize(("transport", "world_size"), [("local", 1), ("collective", 2)])
 def test_nothing_is_counted_while_it_is_stopped(on_ranks: RankPools, transport: str, world_size: int) -> None:
     assert on_ranks(work.stops_and_starts, world_size, transport) == [[1, 1, 2]] * world_size
