@@ -16,6 +16,8 @@ CASES = {
     "no-gate": Case(Activation("relu"), True, BFLOAT16, 160, 32),
 }
 """No size but one is a multiple of the 64 rows and columns that are packed together."""
+LIMITS = (16, 17, 64, 65, 256, 257)
+"""Rows of one expert, on both sides of each number at which another launch takes over."""
 
 
 def checkpoint(num_experts: int, rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,3 +58,10 @@ def moved(rows: Dispatched, device: str) -> Dispatched:
         topk_weights=rows.topk_weights.to(device),
         valid_tokens=rows.valid_tokens.to(device),
     )
+
+
+def of_one_expert(rows: Dispatched) -> Dispatched:
+    """The same rows, each of which chooses the first local expert and no other."""
+    topk_idx = torch.full_like(rows.topk_idx, -1)
+    topk_idx[:, 0] = LOCAL.start
+    return dataclasses.replace(rows, topk_idx=topk_idx)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokenferry as tf
-from mxfp4_experts import CASES, checkpoint, moved, pair
+from mxfp4_experts import CASES, LIMITS, checkpoint, moved, of_one_expert, pair
 from rank_pool import RankPools
 from test_mxfp4 import layer_of
 from tokenferry.activations import Activation
@@ -114,6 +114,15 @@ def test_every_cut_gives_the_same_bits(name: str, valid: int) -> None:
     one, _, _ = pair(CASES[name], device="cuda", batch_invariant=True)
     rows = rows_of(chosen, valid)
     assert same_bits(chosen(rows)[:valid], one(rows)[:valid])
+
+
+@pytest.mark.parametrize("count", LIMITS, ids="{} rows".format)
+def test_launches_on_both_sides_of_a_limit_give_the_same_bits(count: int) -> None:
+    """All rows choose one expert, so that their number alone says which launch computes them."""
+    chosen, _, _ = pair(CASES["gpt-oss"], device="cuda")
+    one, _, _ = pair(CASES["gpt-oss"], device="cuda", batch_invariant=True)
+    rows = of_one_expert(rows_of(chosen, count))
+    assert same_bits(chosen(rows)[:count], one(rows)[:count])
 
 
 def test_float8_rows_become_bfloat16_on_their_way_in() -> None:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 import tokenferry as tf
-from mxfp4_experts import CASES, moved, pair
+from mxfp4_experts import CASES, LIMITS, moved, of_one_expert, pair
 from test_experts import LOCAL
 from tokenferry.experts import ExpertScratch, mxfp4, triton_path
 from tokenferry.experts.plan import Plan, Tiles
@@ -102,6 +102,19 @@ def differences() -> dict[str, str]:
 @pytest.mark.parametrize("name", CASES)
 def test_packed_experts_equal_those_of_unpacked_weights(differences, name: str, plan: str) -> None:
     assert not differences[f"{name}, {plan}"]
+
+
+def both_sides_of_limits(group: tf.EPGroup) -> dict[int, str]:
+    found = {}
+    for count in LIMITS:
+        packed, plain, _ = pair(CASES["gpt-oss"])
+        rows = of_one_expert(dataclasses.replace(CASES["gpt-oss"], num_rows=count).rows())
+        found[count] = first_difference(by_kernels(packed, rows), by_kernels(plain, rows))
+    return found
+
+
+def test_launches_on_both_sides_of_a_limit_serve_all_rows() -> None:
+    assert run_ranks(both_sides_of_limits, 1, env=INTERPRETER, timeout_s=240)[0] == dict.fromkeys(LIMITS, "")
 
 
 def properties(group: tf.EPGroup) -> dict[str, bool]:
