@@ -1,5 +1,6 @@
 """What rank processes do for the tests of telemetry, over every transport."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -225,9 +226,11 @@ def _captured(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def error_of_a_late_rank(group: tf.EPGroup, transport: str) -> tuple[str, str, int] | None:
-    """Rank 1 is late, and then does not come at all. What rank 0's error says, its reading, and the steps it carries."""
-    with opened(group, transport, telemetry=True, timeout_s=2.0) as ws:
+def error_of_a_late_rank(group: tf.EPGroup, transport: str, fails: bool = False) -> tuple[str, str, int] | None:
+    """Rank 1 is late, and then does not come at all or, with `fails`, leaves by an error. What rank 0's error says, its reading,
+    and the steps it carries."""
+    error = tf.PeerFailedError if fails else tf.PeerTimeoutError
+    with contextlib.suppress(ZeroDivisionError), opened(group, transport, telemetry=True, timeout_s=2.0) as ws:
         dispatchers = [ws.dispatcher()]
         for step in range(4):
             group.channel.barrier(group.unique_name("together"), 60.0)
@@ -235,14 +238,17 @@ def error_of_a_late_rank(group: tf.EPGroup, transport: str) -> tuple[str, str, i
                 time.sleep(4 * DELAY_S)
             assert one_step(ws, dispatchers, step)
         if group.rank == 1:
+            if fails:
+                raise ZeroDivisionError
             time.sleep(4.0)
             return None
-        with pytest.raises(tf.PeerError) as caught:
+        with pytest.raises(error) as caught:
             one_step(ws, dispatchers, 4)
         with pytest.raises(tf.PeerError) as again:
             ws.check()
         assert str(again.value) == str(caught.value)
         return str(caught.value), caught.value.reading, len(caught.value.waits)
+    return None
 
 
 def traced(group: tf.EPGroup, transport: str, path: str) -> float | None:

@@ -47,8 +47,9 @@ def counts_as_the_environment_says(group) -> bool:
         return ws.telemetry.is_on
 
 
-def test_the_error_of_a_late_rank_says_who_was_late_before(on_ranks: RankPools) -> None:
-    message, reading, num_steps = on_ranks(work.error_of_a_late_rank, 2, "collective")[0]
+@pytest.mark.parametrize("fails", [False, True], ids=["times-out", "fails"])
+def test_the_error_of_a_late_rank_says_who_was_late_before(on_ranks: RankPools, fails: bool) -> None:
+    message, reading, num_steps = on_ranks(work.error_of_a_late_rank, 2, "collective", fails)[0]
     assert reading.startswith("rank 1 was last to enter in")
     assert message.endswith(reading)
     assert num_steps >= 3
