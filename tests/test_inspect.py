@@ -27,6 +27,8 @@ from tokenferry.telemetry.recorder import COUNTS, Recorder
 MODEL = StepModel(weight_bytes=1.0, flops_per_row=1e6, memory_bytes_per_s=1e12, flops_per_s=1e12)
 MS = 1_000_000
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+STARTS_RANKS = ["-m", "tokenferry.cli", "inspect", "--ranks", "2"]
+UNDER_TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tokenferry.cli", "inspect"]
 
 
 def needs(*packages: str) -> pytest.MarkDecorator:
@@ -266,11 +268,12 @@ def colours_of(path: Path) -> int:
 @drawn
 @needs("transformers")
 @pytest.mark.ranks
-def test_the_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [STARTS_RANKS, UNDER_TORCHRUN], ids=["ranks", "torchrun"])
+def test_the_command(launcher: list[str], tmp_path: Path) -> None:
     """In a process of its own: the command's fork server has transformers, and with it Triton, whose interpreter other tests of
     this process want to be turned on before."""
-    options = ["--ranks", "2", "--model", "tiny:mixtral", "--max-new-tokens", "4", "--device", "cpu", "--json"]
-    command = [sys.executable, "-m", "tokenferry.cli", "inspect", *options, "--output", str(tmp_path / "made" / "report")]
+    options = ["--model", "tiny:mixtral", "--max-new-tokens", "4", "--device", "cpu", "--json"]
+    command = [sys.executable, *launcher, *options, "--output", str(tmp_path / "made" / "report")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
