@@ -1,5 +1,6 @@
 """What rank processes do for the tests of telemetry, over every transport."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -88,6 +89,35 @@ def check_counts_by_hand(told: dict[str, Any]) -> None:
     assert told["num_rounds"] == 6
     assert list(told["rows"]) == [TOKENS * 6] * size
     assert list(told["num_bytes"]) == [TOKENS * 6 * CONFIG.hidden_size * CONFIG.dtype.itemsize] * size
+
+
+def counts_of_compiled_code(group: tf.EPGroup, transport: str) -> tuple[int, int, list[int]]:
+    """Three compiled steps of one round. Steps, rounds, and the first layer's loads. The backend is one that symmetric transports
+    take, whose buffers others copy, and that needs no C++ compiler."""
+    with opened(group, transport, telemetry=True) as ws:
+        dispatcher = ws.dispatcher()
+
+        def step(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            ws.begin_step(TOKENS)
+            got = dispatcher.dispatch(hidden, ids, weights)
+            return dispatcher.combine(got.hidden * 1, got)
+
+        compiled = torch.compile(step, backend="eager", fullgraph=True)
+        hidden = torch.ones(TOKENS, CONFIG.hidden_size, dtype=CONFIG.dtype, device=ws.device)
+        ids = torch.tensor(IDS, dtype=torch.int32, device=ws.device)
+        for _ in range(3):
+            compiled(hidden, ids, torch.ones(TOKENS, CONFIG.topk, device=ws.device))
+        ws.check()
+        settle(ws)
+        seen = ws.telemetry.snapshot()
+        return seen.num_steps, seen.num_rounds, list(seen.loads[0])
+
+
+def check_counts_of_compiled_code(told: list[tuple[int, int, list[int]]]) -> None:
+    assert [each[:2] for each in told] == [(3, 3)] * len(told)
+    together = [sum(of_ranks) for of_ranks in zip(*(loads for _, _, loads in told), strict=True)]
+    named = [number for row in IDS for number in row]
+    assert together == [3 * len(told) * named.count(expert) for expert in range(CONFIG.num_experts)]
 
 
 def stops_and_starts(group: tf.EPGroup, transport: str) -> list[int]:
@@ -196,9 +226,11 @@ def _captured(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def error_of_a_late_rank(group: tf.EPGroup, transport: str) -> tuple[str, str, int] | None:
-    """Rank 1 is late, and then does not come at all. What rank 0's error says, its reading, and the steps it carries."""
-    with opened(group, transport, telemetry=True, timeout_s=2.0) as ws:
+def error_of_a_late_rank(group: tf.EPGroup, transport: str, fails: bool = False) -> tuple[str, str, int] | None:
+    """Rank 1 is late, and then does not come at all or, with `fails`, leaves by an error. What rank 0's error says, its reading,
+    and the steps it carries."""
+    error = tf.PeerFailedError if fails else tf.PeerTimeoutError
+    with contextlib.suppress(ZeroDivisionError), opened(group, transport, telemetry=True, timeout_s=2.0) as ws:
         dispatchers = [ws.dispatcher()]
         for step in range(4):
             group.channel.barrier(group.unique_name("together"), 60.0)
@@ -206,14 +238,17 @@ def error_of_a_late_rank(group: tf.EPGroup, transport: str) -> tuple[str, str, i
                 time.sleep(4 * DELAY_S)
             assert one_step(ws, dispatchers, step)
         if group.rank == 1:
+            if fails:
+                raise ZeroDivisionError
             time.sleep(4.0)
             return None
-        with pytest.raises(tf.PeerError) as caught:
+        with pytest.raises(error) as caught:
             one_step(ws, dispatchers, 4)
         with pytest.raises(tf.PeerError) as again:
             ws.check()
         assert str(again.value) == str(caught.value)
         return str(caught.value), caught.value.reading, len(caught.value.waits)
+    return None
 
 
 def traced(group: tf.EPGroup, transport: str, path: str) -> float | None:

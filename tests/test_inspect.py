@@ -21,12 +21,14 @@ from tokenferry.inspection import findings_of
 from tokenferry.inspection.step_kinds import kinds_of
 from tokenferry.kernels.wait_board import DISPATCH
 from tokenferry.placement import Placement, StepModel
-from tokenferry.telemetry import Snapshot
+from tokenferry.telemetry import Snapshot, loads_of
 from tokenferry.telemetry.recorder import COUNTS, Recorder
 
 MODEL = StepModel(weight_bytes=1.0, flops_per_row=1e6, memory_bytes_per_s=1e12, flops_per_s=1e12)
 MS = 1_000_000
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+STARTS_RANKS = ["-m", "tokenferry.cli", "inspect", "--ranks", "2"]
+UNDER_TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tokenferry.cli", "inspect"]
 
 
 def needs(*packages: str) -> pytest.MarkDecorator:
@@ -38,10 +40,11 @@ drawn = needs("jinja2", "matplotlib")
 
 
 def snapshots() -> list[Snapshot]:
-    """Two ranks that ran ten steps of two layers with four experts; rank 1 was 4 ms late to each."""
+    """Two ranks that ran ten steps of two layers with four experts, two each; rank 1 was 4 ms late to each. Both have counted the
+    gathered numbers, of which each tells its own experts'."""
     taken = []
     for rank in range(2):
-        recorder = Recorder(rank, 2, 4, 32, torch.device("cpu"))
+        recorder = Recorder(rank, 2, 4, 32, torch.device("cpu"), experts=range(2 * rank, 2 * rank + 2))
         for step in range(1, 11):
             recorder.step_began(step)
             recorder.is_in_step(step, 5 if step > 2 else 500)
@@ -64,9 +67,16 @@ def test_the_figures_are_those_of_the_snapshots() -> None:
     assert findings.verdict.pays
 
 
-def test_ranks_that_count_their_own_experts_and_one_that_was_read_earlier() -> None:
+@pytest.mark.parametrize(
+    ("layers_of_ranks", "loads"),
+    [
+        pytest.param((2, 1), ((1, 1, 2, 2), (1, 1, 0, 0)), id="rank-1-earlier"),
+        pytest.param((0, 1), ((0, 0, 2, 2),), id="rank-0-before-its-first-round"),
+    ],
+)
+def test_a_rank_that_was_read_earlier_has_fewer_layers(layers_of_ranks: tuple[int, int], loads: tuple) -> None:
     taken = []
-    for rank, num_layers in enumerate((2, 1)):
+    for rank, num_layers in enumerate(layers_of_ranks):
         recorder = Recorder(rank, 2, 4, 32, torch.device("cpu"))
         recorder.step_began(1)
         recorder.is_in_step(1, 5)
@@ -74,7 +84,8 @@ def test_ranks_that_count_their_own_experts_and_one_that_was_read_earlier() -> N
             recorder.came(layer, (5, 5))
             recorder.loads[layer, 2 * rank : 2 * rank + 2] += 1 + rank
         taken.append(recorder.snapshot())
-    assert findings_of(taken, MODEL).loads == ((1, 1, 2, 2), (1, 1, 0, 0))
+    assert loads_of(taken) == loads
+    assert findings_of(taken, MODEL).loads == loads
 
 
 def test_layers_that_share_a_place_are_one_layer_that_runs_often() -> None:
@@ -179,9 +190,11 @@ def test_a_snapshot_survives_json() -> None:
         assert Snapshot.from_dict(json.loads(json.dumps(snapshot.to_dict()))) == snapshot
 
 
-def test_nothing_counted_is_said() -> None:
+@pytest.mark.parametrize("num_ranks", [0, 1, 2])
+def test_nothing_counted_is_said(num_ranks: int) -> None:
+    taken = [Recorder(rank, num_ranks, 4, 32, torch.device("cpu")).snapshot() for rank in range(num_ranks)]
     with pytest.raises(ConfigError, match="nothing was counted"):
-        findings_of([Recorder(0, 1, 4, 32, torch.device("cpu")).snapshot()], MODEL)
+        findings_of(taken, MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -255,11 +268,12 @@ def colours_of(path: Path) -> int:
 @drawn
 @needs("transformers")
 @pytest.mark.ranks
-def test_the_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [STARTS_RANKS, UNDER_TORCHRUN], ids=["ranks", "torchrun"])
+def test_the_command(launcher: list[str], tmp_path: Path) -> None:
     """In a process of its own: the command's fork server has transformers, and with it Triton, whose interpreter other tests of
     this process want to be turned on before."""
-    options = ["--ranks", "2", "--model", "tiny:mixtral", "--max-new-tokens", "4", "--device", "cpu", "--json"]
-    command = [sys.executable, "-m", "tokenferry.cli", "inspect", *options, "--output", str(tmp_path / "made" / "report")]
+    options = ["--model", "tiny:mixtral", "--max-new-tokens", "4", "--device", "cpu", "--json"]
+    command = [sys.executable, *launcher, *options, "--output", str(tmp_path / "made" / "report")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)

@@ -12,7 +12,8 @@ from tokenferry.placement import Placement, StepKind, StepModel, judge, place
 from tokenferry.placement.algorithm import pack, replicate
 from tokenferry.placement.layout import balanced_blocks
 
-# The example that DeepSeek's EPLB is published with: two layers of 12 experts in 4 groups, 16 places on 8 GPUs of 2 nodes.
+# The example that DeepSeek's EPLB is published with (https://github.com/deepseek-ai/EPLB): two layers of 12 experts in 4 groups,
+# 16 places on 8 GPUs of 2 nodes, and the places that it gives for them.
 PUBLISHED_LOADS = [
     [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
     [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
@@ -196,6 +197,13 @@ def test_a_kind_is_what_its_steps_would_be_by_themselves() -> None:
     assert verdict.kinds[2].steps_s == pytest.approx([option.step_s for option in alone.options])
     assert verdict.kinds[0].steps_s == (0.0, 0.0, 0.0)
     assert "none" not in verdict.sentence
+
+
+def test_steps_without_rows_are_not_asked_what_bounds_them() -> None:
+    """A rank that has answered everything still steps along: such steps made it "97% of the layers" of 100."""
+    kinds = [StepKind(name="none", num_steps=5, rows=0), StepKind(name="few", num_steps=5, rows=10)]
+    verdict = judge(zipf_loads(4, 32, 8192.0), 4, MEMORY_BOUND, num_steps=10, kinds=kinds)
+    assert "in 100% of the layers the slowest rank is bound by the bytes" in verdict.sentence
 
 
 def test_a_layer_that_runs_in_every_second_step() -> None:

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import math
+import sys
 import threading
 import time
 import weakref
@@ -272,8 +273,8 @@ def test_a_closed_workspace_does_not_break_the_registry_of_others() -> None:
     assert "others_total" in text and "tokenferry" not in text
 
 
-@pytest.mark.skipif(has_prometheus, reason="prometheus_client is installed")
-def test_without_prometheus_the_extra_is_named() -> None:
+def test_without_prometheus_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)  # it cannot be imported then, installed or not
     from tokenferry.telemetry.prometheus import register
 
     with pytest.raises(tf.ConfigError, match=r"tokenferry\[metrics\]"):

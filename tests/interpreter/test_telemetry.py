@@ -35,12 +35,17 @@ def test_loads_and_rows_are_those_counted_by_hand(world_size: int) -> None:
         work.check_counts_by_hand(told)
 
 
+def test_compiled_code_is_counted() -> None:
+    work.check_counts_of_compiled_code(run_ranks(work.counts_of_compiled_code, 2, "p2p", env=INTERPRETER))
+
+
 def test_nothing_is_counted_while_it_is_stopped() -> None:
     assert run_ranks(work.stops_and_starts, 2, "p2p", env=INTERPRETER) == [[1, 1, 2]] * 2
 
 
-def test_the_error_of_a_late_rank_says_who_was_late_before() -> None:
-    _, reading, num_steps = run_ranks(work.error_of_a_late_rank, 2, "p2p", env=INTERPRETER)[0]
+@pytest.mark.parametrize("fails", [False, True], ids=["times-out", "fails"])
+def test_the_error_of_a_late_rank_says_who_was_late_before(fails: bool) -> None:
+    _, reading, num_steps = run_ranks(work.error_of_a_late_rank, 2, "p2p", fails, env=INTERPRETER)[0]
     assert reading.startswith("rank 1 was last to enter in")
     assert num_steps >= 3
 

@@ -24,6 +24,10 @@ def test_loads_and_rows_are_those_counted_by_hand(on_ranks: RankPools, transport
         work.check_counts_by_hand(told)
 
 
+def test_compiled_code_is_counted(on_ranks: RankPools) -> None:
+    work.check_counts_of_compiled_code(on_ranks(work.counts_of_compiled_code, 2, "collective"))
+
+
 @pytest.mark.parametrize(("transport", "world_size"), [("local", 1), ("collective", 2)])
 def test_nothing_is_counted_while_it_is_stopped(on_ranks: RankPools, transport: str, world_size: int) -> None:
     assert on_ranks(work.stops_and_starts, world_size, transport) == [[1, 1, 2]] * world_size
@@ -43,8 +47,9 @@ def counts_as_the_environment_says(group) -> bool:
         return ws.telemetry.is_on
 
 
-def test_the_error_of_a_late_rank_says_who_was_late_before(on_ranks: RankPools) -> None:
-    message, reading, num_steps = on_ranks(work.error_of_a_late_rank, 2, "collective")[0]
+@pytest.mark.parametrize("fails", [False, True], ids=["times-out", "fails"])
+def test_the_error_of_a_late_rank_says_who_was_late_before(on_ranks: RankPools, fails: bool) -> None:
+    message, reading, num_steps = on_ranks(work.error_of_a_late_rank, 2, "collective", fails)[0]
     assert reading.startswith("rank 1 was last to enter in")
     assert message.endswith(reading)
     assert num_steps >= 3

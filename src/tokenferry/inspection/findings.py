@@ -12,7 +12,7 @@ from tokenferry.errors import ConfigError
 from tokenferry.inspection.step_kinds import kinds_of
 from tokenferry.kernels.wait_board import NUM_LAYERS
 from tokenferry.placement import Placement, StepModel, Verdict, judge
-from tokenferry.telemetry import Snapshot, last_to_enter
+from tokenferry.telemetry import Snapshot, last_to_enter, loads_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +62,11 @@ def findings_of(snapshots: Sequence[Snapshot], model: StepModel) -> Findings:
     Raises:
         ConfigError: there are none, or they are of no round.
     """
-    if not snapshots or not snapshots[0].layers:
+    if not any(snapshot.layers for snapshot in snapshots):
         raise ConfigError("nothing was counted: no rank has dispatched with telemetry on")
-    num_layers = max(len(snapshot.loads) for snapshot in snapshots)
-    table = _together(snapshots, num_layers)
-    num_ranks = len(snapshots)
+    loads = loads_of(snapshots)
+    table = torch.tensor(loads, dtype=torch.float64, device="cpu")
+    num_layers, num_ranks = len(loads), len(snapshots)
     placement = Placement.as_is(num_layers, table.shape[1], num_ranks)
     mean = table.mean(1)
     of_experts = torch.where(mean > 0, table.amax(1) / mean.clamp_min(1e-300), torch.ones_like(mean))
@@ -75,7 +75,7 @@ def findings_of(snapshots: Sequence[Snapshot], model: StepModel) -> Findings:
     kinds = kinds_of(snapshots)
     return Findings(
         snapshots=tuple(snapshots),
-        loads=tuple(tuple(int(rows) for rows in row) for row in table.tolist()),
+        loads=loads,
         waits_ns=tuple(snapshot.waits.total_ns for snapshot in snapshots),
         rank_imbalance=tuple(placement.imbalance(table).tolist()),
         expert_imbalance=tuple(of_experts.tolist()),
@@ -103,15 +103,3 @@ def _notes(rounds: Sequence[int], num_steps: int, *, has_kinds: bool) -> Iterato
         )
     if not has_kinds:
         yield ("The rows of the steps are not known: the verdict is on a mean step, although decode steps and prefills differ.")
-
-
-def _together(snapshots: Sequence[Snapshot], num_layers: int) -> torch.Tensor:
-    """[L, E] float64. Each rank has counted its own experts, or all of them alike; one that was read earlier, amid a step, lacks
-    some rows, or in the first step whole layers."""
-    num_experts = max(len(row) for snapshot in snapshots for row in snapshot.loads)
-    table = torch.zeros((num_layers, num_experts), dtype=torch.float64, device="cpu")
-    for snapshot in snapshots:
-        if snapshot.loads:
-            counted = torch.tensor(snapshot.loads, dtype=torch.float64, device="cpu")
-            table[: len(counted)] = torch.maximum(table[: len(counted)], counted)
-    return table

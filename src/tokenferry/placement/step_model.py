@@ -14,6 +14,9 @@ to 7.3 % for another one (2 x H100, 2026-11-26, benchmarks/results/2xH100-2026-1
 
 A physical expert that gets `n` rows in a mean step is touched with the probability 1 - exp(-n): rows come by chance. A replica
 therefore costs nothing where experts get many rows, and where they get few it adds weights to be read and removes hardly a row.
+
+The slowest rank is the one whose mean time is longest. With few rows now one rank gets more and now another, whatever the
+placement: the mean of the slowest is then longer than the model says, and a gain in such steps may be said too large.
 """
 
 from __future__ import annotations

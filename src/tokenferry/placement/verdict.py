@@ -78,10 +78,10 @@ def judge(
         gain = _gain(column[fastest], column[0])
         bound = model.share_bound_by_weights(tried[0][1], rows) if num_layers else 0.0
         found.append(KindVerdict(kind, tuple(column), tried[fastest][0], gain, gain >= LEAST_GAIN, bound))
-    shares = [kind.bound_by_weights for kind in found]
-    bound = float((torch.tensor(shares, dtype=torch.float64, device="cpu") * weights).sum() / weights.sum())
+    with_rows = [each for each in found if each.kind.rows]  # a step without rows reads no weights: it would dilute the share
+    num_with_rows = sum(each.kind.num_steps for each in with_rows)
+    bound = sum(each.kind.num_steps * each.bound_by_weights for each in with_rows) / num_with_rows if with_rows else 0.0
     sentence = sentence_of(options, best, bound, num_rows=float(table.sum()))
-    with_rows = [each for each in found if each.kind.rows]
     if len(with_rows) > 1 and num_ranks > 1 and float(table.sum()):
         sentence = f"{sentence} {by_kind(with_rows)}"
     return Verdict(tuple(options), best.gain >= LEAST_GAIN, best, sentence, tuple(found))

@@ -17,8 +17,9 @@ GATHER_TIMEOUT_S = 60.0
 
 
 class Telemetry:
-    """What one rank's workspace counts. Its calls come from any thread, and none of them holds up a step. It knows nothing of the
-    workspace, which would otherwise live until Python looks for cycles."""
+    """What one rank's workspace counts. Its calls come from any thread, and none of them holds up a step. But `gather` and
+    `trace` are collective: one thread of each rank calls them, in the same order on all ranks. It knows nothing of the workspace,
+    which would otherwise live until Python looks for cycles."""
 
     def __init__(self) -> None:
         self._followed: tuple[Recorder | None, EPGroup] | None = None
@@ -79,7 +80,11 @@ class Telemetry:
         return self._recorder("snapshot").snapshot()
 
     def reading(self) -> str:
-        """One line on who keeps this rank waiting; empty before the first step."""
+        """One line on who keeps this rank waiting; empty before the first step, and on a rank that has no peers.
+
+        Raises:
+            StateError: the workspace was opened without telemetry.
+        """
         return last_to_enter(self.snapshot().steps, self._group().rank)
 
     def gather(self, timeout_s: float = GATHER_TIMEOUT_S) -> list[Snapshot]:

@@ -279,12 +279,13 @@ class _Board:
 
 
 def loads_of(snapshots: Sequence[Snapshot]) -> tuple[tuple[int, ...], ...]:
-    """`[layer][expert]` rows that came for each of the model's experts, of all ranks' snapshots.
+    """`[layer][expert]` rows that came for each of the model's experts, of all ranks' snapshots. A rank that was read amid its
+    first step may lack the later layers: it had no rows in them yet, and those of the other ranks are kept.
 
     Example:
         Rank 0 has counted [[5, 0]] and rank 1 [[0, 7]], each its own expert: [[5, 7]].
     """
-    layers = zip_longest(*(snapshot.loads for snapshot in snapshots))  # one that was read amid a first step has fewer
+    layers = zip_longest(*(snapshot.loads for snapshot in snapshots))
     return tuple(tuple(map(sum, zip(*(row for row in rows if row is not None), strict=True))) for rows in layers)
 
 
