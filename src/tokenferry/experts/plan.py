@@ -1,5 +1,5 @@
-"""How the grouped products are cut into tiles. Chosen from shapes, dtype and settings alone; which of the two cuts serves an
-expert is decided on the device, by its number of rows."""
+"""How the grouped products are cut into tiles. Chosen from shapes, dtype and settings alone; which of its launches serves
+an expert is decided on the device, by its number of rows, and for packed weights also by that of all experts together."""
 
 from __future__ import annotations
 
