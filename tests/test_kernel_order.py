@@ -15,7 +15,7 @@ from tokenferry.kernels.control_block import LIMITS_OFFSET, ROUND_OFFSET, SENTIN
 pytestmark = pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
 CAPABILITIES = pytest.mark.parametrize("capability", [90, 100])
-EXCHANGES = tuple(name for name in VARIANTS if name not in ("abort", "add", "load-counts"))
+EXCHANGES = tuple(name for name in VARIANTS if name not in ("abort", "add", "load-counts", "table", "table-telemetry"))
 BULK = tuple(name for name in VARIANTS if name.startswith(("dispatch", "combine")))
 COMBINES = tuple(name for name in VARIANTS if name.startswith("combine"))
 
