@@ -216,7 +216,7 @@ def test_a_layer_of_packed_experts_over_symmetric_memory(on_ranks: RankPools, di
     assert on_ranks(layers, 2, "p2p", dispatch_format, env={"TRITON_INTERPRET": "1"}, timeout_s=120) == ["", ""]
 
 
-@pytest.mark.parametrize("max_rows", [None, 1, 8, 9, 64, 65, 256, 8192], ids="C·EP {}".format)
+@pytest.mark.parametrize("max_rows", [None, 1, 16, 17, 64, 65, 256, 257, 8192], ids="C·EP {}".format)
 def test_one_launch_of_each_product_serves_an_expert(max_rows: int | None) -> None:
     chosen = plan(torch.bfloat16, 2880, 2880, packed=True, max_rows=max_rows)
     for launches in (chosen.up, chosen.down):

@@ -137,6 +137,34 @@ def test_a_quantization_config_that_asks_for_packed_experts(path: Path) -> None:
     model.expert_parallel.close()
 
 
+def test_a_configuration_that_asks_for_unpacked_experts(path: Path) -> None:
+    """Its `dequantize` was overlooked once, and experts stayed packed against the caller's wish."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path)
+    config.quantization_config["dequantize"] = True
+    model = load(path, tf.EPGroup(device="cpu"), config=config)
+    assert all(layer.packed is None for layer in model.expert_parallel.layers)
+    model.expert_parallel.close()
+
+
+def test_blocks_and_scales_in_different_files(model: Any, path: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    files: dict[str, dict[str, torch.Tensor]] = {"model-00001-of-00002.safetensors": {}, "model-00002-of-00002.safetensors": {}}
+    first, second = files
+    where = {key: second if key.endswith("_scales") else first for key in stored(path)}
+    for key, tensor in stored(path).items():
+        files[where[key]][key] = tensor
+    for name, tensors in files.items():
+        save_file(tensors, tmp_path / name, metadata={"format": "pt"})
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": where}))
+    (tmp_path / "config.json").write_text((path / "config.json").read_text())
+    split = load(tmp_path, tf.EPGroup(device="cpu"))
+    assert torch.equal(split(IDS).logits, model(IDS).logits)
+    split.expert_parallel.close()
+
+
 # --- what is computed -----------------------------------------------------------------------------------------------------
 
 

@@ -2,9 +2,9 @@
  *
  * Two ranks run launches for ever, each of PROGRAMS programs. A program takes room when there is some, in any order, and gives
  * it back when it ends. One of the next launch may take room as soon as all of this one have begun and know that the launch before
- * is over (programmatic dependent launch), and then waits for the end of this one. A program that sends does so at once; one that receives waits until all that
- * send at the peer have. In every launch each rank chooses for itself whether it splits: then the first SENDERS programs only
- * send, and the others only receive. Else every program sends first, and then receives.
+ * is over (programmatic dependent launch), and then waits for the end of this one. A program that sends does so at once; one that
+ * receives waits until all that send at the peer have. In every launch each rank chooses for itself whether it splits: then the
+ * first SENDERS programs only send, and the others only receive. Else every program sends first, and then receives.
  *
  * What slots need to be used again is in slots.pml, where sends become visible arbitrarily late: those of other programs of the
  * launch included.

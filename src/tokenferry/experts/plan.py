@@ -1,5 +1,5 @@
-"""How the grouped products are cut into tiles. Chosen from shapes, dtype and settings alone; which of the two cuts serves an
-expert is decided on the device, by its number of rows."""
+"""How the grouped products are cut into tiles. Chosen from shapes, dtype and settings alone; which of its launches serves
+an expert is decided on the device, by its number of rows, and for packed weights also by that of all experts together."""
 
 from __future__ import annotations
 
@@ -138,6 +138,7 @@ def _packed(halves: int, batch_invariant: bool, max_rows: int | None) -> Plan:
         min_rows=WIDE_ROWS + 1,
     )  # fmt: skip
     possible = [tiles for tiles in (many, wide, few) if max_rows is None or max_rows >= tiles.min_rows]
+    # The two launches by warps stand side by side, so that at T = 1 none that finds no expert lies between the products.
     up = [*possible, by_warp]
     down = [
         replace(tiles, columns=tiles.columns * halves) for tiles in (by_warp, *(t for t in (few, many, wide) if t in possible))

@@ -257,7 +257,10 @@ class ExpertParallelModel(GraphedGeneration):
             experts.put()
         lacking = sorted(loaded[0].missing_keys & parallel.shards(model).keys())
         if lacking:
-            raise ConfigError(f"the checkpoint lacks the weights of {len(lacking)} expert parameters, such as {lacking[0]}")
+            raise ConfigError(
+                f"the checkpoint lacks the weights of {len(lacking)} expert parameters, such as {lacking[0]}; fetch it again, or "
+                "save it anew from a whole model"
+            )
         return loaded
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

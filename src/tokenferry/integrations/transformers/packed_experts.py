@@ -50,9 +50,9 @@ def stays_packed(stored: Any, given: Any) -> bool:
 
     Args:
         stored: the `quantization_config` of its configuration, or None.
-        given: that of the caller, or None; `dequantize` in it is the wish for bfloat16.
+        given: that of the caller, or None; then the stored one holds. `dequantize` is the wish for bfloat16.
     """
-    return is_packed(stored) and not _of(given, "dequantize")
+    return is_packed(stored) and not _of(stored if given is None else given, "dequantize")
 
 
 def is_packed(stored: Any) -> bool:
