@@ -35,6 +35,10 @@ def misses(records: list[dict], kind: str, tokens: range) -> Iterator[tuple[dict
         )
 
 
+def over(excess: float, least: float, form: str, unit: str = "") -> str:
+    return f"{excess:{form}}{unit}" if excess >= least else f"less than {least:{form}}{unit}"
+
+
 def reached(records: list[dict], kind: str, tokens: range) -> str:
     held = [found <= most for r in records if r["tokens"] in tokens for name, found, most in goals(r) if name == kind]
     return f"{sum(held)} of {len(held)} rows"
@@ -46,7 +50,10 @@ def wrapped(words: str) -> str:
 
 def few_rows(records: list[dict]) -> str:
     few = range(FEW + 1)
-    by = [f"{r['preset']} at T = {r['tokens']} by {found - most:.0f} µs" for r, found, most in misses(records, "floor", few)]
+    by = [
+        f"{r['preset']} at T = {r['tokens']} by {over(found - most, 1, '.0f', ' µs')}"
+        for r, found, most in misses(records, "floor", few)
+    ]
     below = sum(record["total_us"] < record["floor_us"] for record in records)
     return wrapped(
         f"- **T ≤ 32**: {reached(records, 'floor', few)} are within 1.02 × floor + 12 µs (mixtral-8x7b at T = 32: 1.10)"
@@ -58,7 +65,7 @@ def few_rows(records: list[dict]) -> str:
 def many_rows(records: list[dict]) -> Iterator[str]:
     for tokens, kind, whose in ((512, "floor", "the layer"), (MANY, "experts", "the experts")):
         at = range(tokens, tokens + 1)
-        by = [f"{r['preset']} by {found / most - 1:.0%}" for r, found, most in misses(records, kind, at)]
+        by = [f"{r['preset']} by {over(found / most - 1, 0.01, '.0%')}" for r, found, most in misses(records, kind, at)]
         told = f"; short of it are {names(by)}" if by else ""
         yield wrapped(f"- **T = {tokens}**: {reached(records, kind, at)} reach their goal for {whose}{told}.")
 

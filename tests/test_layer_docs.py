@@ -31,7 +31,7 @@ def test_the_measured_part_is_made_of_the_records_that_it_names(page: str, tmp_p
 def test_a_page_without_the_marks_is_refused(tmp_path: Path) -> None:
     (page := tmp_path / "page.md").write_text("no marks")
     done = subprocess.run(
-        [sys.executable, SCRIPT, RESULTS / "2xH200-2026-11-26-layer.jsonl", "--docs", page],
+        [sys.executable, SCRIPT, RESULTS / "2xH100-2026-11-26-layer.jsonl", "--docs", page],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 1

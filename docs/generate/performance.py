@@ -9,7 +9,7 @@ from typing import Any
 from drawing import COLOURS, line, picture, text
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-ROUND_TRIPS, LAYERS, MODELS = "2xH100-2026-11-22.jsonl", "2xH200-2026-11-26-layer.jsonl", "2xH200-2026-11-26-model.jsonl"
+ROUND_TRIPS, LAYERS, MODELS = "2xH100-2026-11-22.jsonl", "2xH100-2026-11-26-layer.jsonl", "2xH200-2026-11-26-model.jsonl"
 Record = dict[str, Any]
 
 
