@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 import tokenferry as tf
 from faults import CULPRIT, DEADLY, ERRORS, LATE, OFF, PHASES, SHARED, Fault, Outcome, Setting, suffer_all
+from patience import SLACK_S
 from processes import Process, of_this_process, once_gone
 from tokenferry.groups import EPGroup
 from tokenferry.testing import run_ranks
@@ -88,7 +89,7 @@ def run_faults(setting: Setting, world_size: int, faults: Sequence[str], folder:
         name, rank = path.name.rsplit("-", 1)
         outcomes[name][int(rank)] = eval(path.read_text())
     left = sorted(name for name in set(os.listdir(SHARED)) - before if name.startswith(("tokenferry", "nccl-", "symm_mem")))
-    orphans = once_gone(lambda: {pid: each for pid, each in of_this_process().items() if pid not in others}, limit_s=2.0)
+    orphans = once_gone(lambda: {pid: each for pid, each in of_this_process().items() if pid not in others}, SLACK_S)
     return Run(world_size, setting.where, setting.timeout_s, setting.right_steps, outcomes, failure, orphans, tuple(left))
 
 
@@ -111,7 +112,7 @@ def may_be_told(run: Run, fault: Fault) -> set[tuple[str, int, str]]:
     return {(fault.error, CULPRIT, fault.phase)}
 
 
-def assert_named_in_time(run: Run, fault: Fault, slack_s: float = 2.0) -> None:
+def assert_named_in_time(run: Run, fault: Fault) -> None:
     """Every live rank has the right exception in time, and after the reset all steps are right."""
     outcomes = run.outcomes[fault.name]
     expected = {rank for rank in range(run.world_size) if fault not in DEADLY or rank != CULPRIT}
@@ -124,8 +125,8 @@ def assert_named_in_time(run: Run, fault: Fault, slack_s: float = 2.0) -> None:
         else:
             assert (outcome.error, outcome.rank, outcome.phase) in may_be_told(run, fault)
             assert fault.text in outcome.text
-        late_s = 1.5 * run.timeout_s + 1 if rank == CULPRIT and fault.name in LATE else 0.0
-        assert outcome.waited_s < late_s + run.timeout_s + slack_s
+        late_s = run.timeout_s if rank == CULPRIT and fault.name in LATE else 0.0
+        assert outcome.waited_s < late_s + run.timeout_s + SLACK_S
 
 
 def assert_nothing_left(run: Run) -> None:

@@ -1,11 +1,13 @@
 """Faults on ranks that run the symmetric kernels in the interpreter: processes over shared memory."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fault_runs import Run, assert_named_in_time, assert_nothing_left, run_faults
 from faults import DEADLY, FAULTS, STOPPED_WHILE_SENDING, Fault, Setting
+from patience import PATIENT_S
 from supervisors import EACH_END, assert_ended, end_while_ranks_work
 
 pytestmark = pytest.mark.interpreter
@@ -50,4 +52,4 @@ def test_a_killed_rank_is_named_in_time_and_the_others_go_on(fault: Fault, group
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("how", EACH_END)
 def test_no_descendant_and_no_memory_outlive_a_run_that_ends_amid_steps(how: str, tmp_path: Path) -> None:
-    assert_ended(end_while_ranks_work(SETTING, how, tmp_path), how, SETTING.timeout_s)
+    assert_ended(end_while_ranks_work(replace(SETTING, timeout_s=PATIENT_S), how, tmp_path), how)

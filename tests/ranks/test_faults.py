@@ -1,7 +1,7 @@
 """Late, dead, raising and one-step-off ranks on gloo: the right error on every live rank in time, then reset and go on."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 import tokenferry as tf
 from fault_runs import Run, assert_named_in_time, assert_nothing_left, run_faults
 from faults import CONFIG, CULPRIT, DEADLY, FAULTS, Fault, Setting, one_step
+from patience import PATIENT_S, SLACK_S
 from supervisors import ENDS, assert_ended, end_while_ranks_work
 from tokenferry.testing import run_ranks
 
@@ -139,7 +140,7 @@ def test_a_reset_that_a_rank_misses_can_be_tried_again() -> None:
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("how", ENDS)
 def test_no_descendant_and_no_memory_outlive_a_run_that_ends_amid_steps(how: str, tmp_path: Path) -> None:
-    assert_ended(end_while_ranks_work(SETTING, how, tmp_path), how, SETTING.timeout_s)
+    assert_ended(end_while_ranks_work(replace(SETTING, timeout_s=PATIENT_S), how, tmp_path), how)
 
 
 # --- two workspaces of one group ------------------------------------------------------------------------------------
