@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -36,6 +35,7 @@ class Run:
 
 def bare_rank(rank: int, world_size: int, store_path: str, args: tuple) -> None:
     setting = args[0]
+    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", **dict(setting.env))
     torch.set_num_threads(1)
     device = torch.device("cpu")
     if setting.backend == "nccl":
@@ -47,16 +47,13 @@ def bare_rank(rank: int, world_size: int, store_path: str, args: tuple) -> None:
 def run_unsupervised(setting: Setting, world_size: int, args: tuple, timeout_s: float) -> str:
     """Ranks that nobody ends, whatever happens to the others, but at the deadline. Returns how they ended."""
     folder = args[2]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # of conftest.py, where torch is imported already
     ranks = [
         context.Process(target=bare_rank, args=(rank, world_size, os.path.join(folder, "store"), args))
         for rank in range(world_size)
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("OMP_NUM_THREADS", "1"), ("GLOO_SOCKET_IFNAME", "lo"), *setting.env):
-            patch.setenv(name, value)
-        for process in ranks:
-            process.start()
+    for process in ranks:
+        process.start()
     deadline = time.monotonic() + timeout_s
     for process in ranks:
         process.join(max(0.0, deadline - time.monotonic()))

@@ -186,8 +186,8 @@ def stop_for(seconds: float) -> None:
 def stop_until(files: Sequence[Path], limit_s: float) -> None:
     """Stops this process until all these files are there; after `limit_s` in any case."""
     there = " && ".join(f"[ -e '{file}' ]" for file in files)
-    wake = f"i=0; until {{ {there}; }} || [ $i -ge {int(10 * limit_s)} ]; do sleep 0.1; i=$((i + 1)); done; kill -CONT {os.getpid()}"
-    subprocess.Popen(["sh", "-c", wake])
+    wait = f"i=0; until {{ {there}; }} || [ $i -ge {int(10 * limit_s)} ]; do sleep 0.1; i=$((i + 1)); done"
+    subprocess.Popen(["sh", "-c", f"{wait}; kill -CONT {os.getpid()}"])
     os.kill(os.getpid(), signal.SIGSTOP)
 
 

@@ -25,7 +25,7 @@ ENDS = (
     "supervisor-killed-while-a-rank-is-stopped",
     "rank-killed",
 )
-IN_MAKE_TEST = ("ctrl-c-in-the-terminal", "rank-killed")
+IN_MAKE_TEST = ("rank-killed",)
 EACH_END = [pytest.param(how, marks=() if how in IN_MAKE_TEST else pytest.mark.long) for how in ENDS]
 """Over gloo `make test` has them all, which is enough for the supervisor; interpreted kernels add what they hold."""
 STEPS_BEFORE = 5

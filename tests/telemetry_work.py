@@ -10,6 +10,7 @@ import torch
 
 import tokenferry as tf
 from faults import CAPACITY, CONFIG, one_step
+from patience import PATIENT_S
 from tokenferry.experts import Experts, ExpertsConfig
 from tokenferry.graph_capture import captured
 from tokenferry.telemetry import Snapshot, loads_of
@@ -230,7 +231,7 @@ def error_of_a_late_rank(group: tf.EPGroup, transport: str, fails: bool = False)
     """Rank 1 is late, and then does not come at all or, with `fails`, leaves by an error. What rank 0's error says, its reading,
     and the steps it carries."""
     error = tf.PeerFailedError if fails else tf.PeerTimeoutError
-    with contextlib.suppress(ZeroDivisionError), opened(group, transport, telemetry=True, timeout_s=2.0) as ws:
+    with contextlib.suppress(ZeroDivisionError), opened(group, transport, telemetry=True, timeout_s=PATIENT_S) as ws:
         dispatchers = [ws.dispatcher()]
         for step in range(4):
             group.channel.barrier(group.unique_name("together"), 60.0)
@@ -241,13 +242,16 @@ def error_of_a_late_rank(group: tf.EPGroup, transport: str, fails: bool = False)
         if group.rank == 1:
             if fails:
                 raise ZeroDivisionError
-            time.sleep(4.0)
+            group.channel.barrier(group.unique_name("given up"), PATIENT_S)
             return None
+        ws.set_timeout(PATIENT_S if fails else 2.0)
         with pytest.raises(error) as caught:
             one_step(ws, dispatchers, 4)
         with pytest.raises(tf.PeerError) as again:
             ws.check()
         assert str(again.value) == str(caught.value)
+        if not fails:
+            group.channel.barrier(group.unique_name("given up"), PATIENT_S)
         return str(caught.value), caught.value.reading, len(caught.value.waits)
     return None
 
