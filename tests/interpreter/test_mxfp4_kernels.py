@@ -51,7 +51,7 @@ def tiles_of(group: tf.EPGroup) -> dict[str, str]:
 
 
 def test_unpacked_tile() -> None:
-    assert set(run_ranks(tiles_of, 1, env=INTERPRETER)[0].values()) == {""}
+    assert set(run_ranks(tiles_of, 1, env=INTERPRETER, timeout_s=240)[0].values()) == {""}
 
 
 def tiles(**changes) -> Tiles:
@@ -99,7 +99,7 @@ def differences(request: pytest.FixtureRequest) -> dict[str, str]:
     """Of the pairs that the selected tests ask for."""
     given = [item.callspec.params for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     asked = [(params["name"], params["plan"]) for params in given if "plan" in params]
-    return run_ranks(all_cases, 1, asked, env=INTERPRETER)[0]
+    return run_ranks(all_cases, 1, asked, env=INTERPRETER, timeout_s=240)[0]
 
 
 @pytest.mark.parametrize(("name", "plan"), crossed(CASES, PLANS))
@@ -144,7 +144,7 @@ def properties(group: tf.EPGroup) -> dict[str, bool]:
 
 
 def test_properties() -> None:
-    held = run_ranks(properties, 1, env=INTERPRETER)[0]
+    held = run_ranks(properties, 1, env=INTERPRETER, timeout_s=240)[0]
     assert all(held.values()), held
 
 
@@ -171,4 +171,4 @@ def gemm_example(group: tf.EPGroup) -> list[list[float]]:
 
 
 def test_mxfp4_kernel() -> None:
-    assert run_ranks(gemm_example, 1, env=INTERPRETER)[0] == [[[3.0, 4.0], [4.0, 2.0]], [[4.0, 8.0], [3.0, 4.0]]]
+    assert run_ranks(gemm_example, 1, env=INTERPRETER, timeout_s=240)[0] == [[[3.0, 4.0], [4.0, 2.0]], [[4.0, 8.0], [3.0, 4.0]]]
