@@ -116,7 +116,7 @@ def resets_without_memory(group: tf.EPGroup, transport: str) -> Said:
         if group.rank == 1:
             setattr(module, name, no_space)
         said = {
-            "inside": said_by(lambda: ws.reset(timeout_s=PATIENT_S)),
+            "inside": said_by(lambda: ws.reset(timeout_s=10.0)),
             "after": said_by(ws.check),
             "begin_step": said_by(lambda: ws.begin_step(2)),
         }
