@@ -33,7 +33,7 @@ def limits(source: str) -> list[str]:
     return found
 
 
-ON_BUSY_MACHINES = [path for path in sorted(TESTS.rglob("*.py")) if "gpu" not in path.parts]
+ON_BUSY_MACHINES = [path for path in sorted(TESTS.rglob("*.py")) if "gpu" not in path.relative_to(TESTS).parts]
 """On GPUs a file runs alone."""
 
 
