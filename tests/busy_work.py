@@ -276,3 +276,8 @@ OF_THREE = (
     Scenario("busy-amid-a-layer-EP3", waits_amid_a_layer, goes_on, (BUSY_TIMEOUTS * TIMEOUT_S,), 3),
 )
 """Rank 0 also waits for rank 2, which waits for the busy one itself."""
+LATER = [each.name.removesuffix("-EP3") for each in OF_THREE]
+ON_CPUS = [
+    pytest.param(each, id=each.name, marks=[pytest.mark.long] if each.name in LATER else []) for each in (*OF_THREE, *SCENARIOS)
+]
+"""What two ranks of three do, two alone do in the long tests."""

@@ -27,7 +27,9 @@ ENDS = (
 )
 IN_MAKE_TEST = ("rank-killed",)
 EACH_END = [pytest.param(how, marks=() if how in IN_MAKE_TEST else pytest.mark.long) for how in ENDS]
-"""Over gloo `make test` has them all, which is enough for the supervisor; interpreted kernels add what they hold."""
+"""Interpreted kernels add what they hold."""
+EACH_END_OVER_GLOO = [pytest.param(how, marks=pytest.mark.long if how == "supervisor-killed" else ()) for how in ENDS]
+"""Nearly all of them in `make test`, which is enough for the supervisor: it is also killed while a rank is stopped."""
 STEPS_BEFORE = 5
 SCRIPT = """
 import sys

@@ -28,6 +28,7 @@ def test_every_layout_gives_the_same_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.ranks
+@pytest.mark.long
 def test_a_budget_that_is_spent_leaves_everything_out(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     command = [sys.executable, str(ROOT / "benchmarks" / "placement.py"), str(output), "--rehearse", "--budget-s", "0"]

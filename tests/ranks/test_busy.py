@@ -2,13 +2,13 @@
 
 import pytest
 
-from busy_work import OF_THREE, SCENARIOS, TIMEOUT_S, Scenario, goes_on, is_gone_once_dropped, waits_after_a_reset, wrong_use
+from busy_work import ON_CPUS, TIMEOUT_S, Scenario, goes_on, is_gone_once_dropped, waits_after_a_reset, wrong_use
 from rank_pool import RankPools
 
 pytestmark = pytest.mark.ranks
 
 
-@pytest.mark.parametrize("scenario", (*OF_THREE, *SCENARIOS), ids=lambda each: each.name)
+@pytest.mark.parametrize("scenario", ON_CPUS)
 def test_a_busy_rank_is_waited_for_as_long_as_it_gives_signs_of_life(on_ranks: RankPools, scenario: Scenario) -> None:
     scenario.check(on_ranks(scenario.worker, scenario.world_size, "collective", *scenario.args))
 

@@ -11,7 +11,7 @@ import tokenferry as tf
 from fault_runs import Run, assert_named_in_time, assert_nothing_left, run_faults
 from faults import CONFIG, CULPRIT, DEADLY, FAULTS, Fault, Setting, one_step
 from patience import PATIENT_S, SLACK_S
-from supervisors import ENDS, assert_ended, end_while_ranks_work
+from supervisors import EACH_END_OVER_GLOO, assert_ended, end_while_ranks_work
 from tokenferry.testing import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -166,7 +166,7 @@ def test_a_reset_that_a_rank_misses_can_be_tried_again() -> None:
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("how", ENDS)
+@pytest.mark.parametrize("how", EACH_END_OVER_GLOO)
 def test_no_descendant_and_no_memory_outlive_a_run_that_ends_amid_steps(how: str, tmp_path: Path) -> None:
     assert_ended(end_while_ranks_work(replace(SETTING, timeout_s=PATIENT_S), how, tmp_path), how)
 
