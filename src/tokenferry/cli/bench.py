@@ -57,6 +57,7 @@ def layer_command(
     commit: str = "unknown",
     rehearse: bool = False,
     float8: bool = False,
+    float8_too: Sequence[str] = (),
 ) -> int:
     """`tokenferry bench layer`: the exit code, 1 if a result was wrong or a preset failed."""
     found = torch.cuda.device_count()
@@ -73,6 +74,7 @@ def layer_command(
         budget_s=budget_s,
         commit=commit,
         float8=float8,
+        float8_too=tuple(preset.name for preset in named_presets(",".join(float8_too), rehearse)) if float8_too else (),
     )
     benchmarking.check_output(output)
     records = benchmarking.run_layer(request, ranks, device="cpu" if rehearse else "cuda", output=output, progress=say)

@@ -208,7 +208,7 @@ def bench_layer(
     budget_s: float = typer.Option(200.0, "--budget-s", min=0.0, help="Begin no further point after so many seconds."),
     output: Path = typer.Option(None, help="Write the records there, one JSON object a line."),
     rehearse: bool = typer.Option(False, help="On CPUs, with tiny sizes: every call and check, no figures."),
-    float8: bool = typer.Option(False, "--float8", help="Float8 weights: rows in bfloat16 beside quantized rows."),
+    float8: bool = typer.Option(False, "--float8", help="Float8 weights: rows and terms in bfloat16 beside float8 ones."),
 ) -> None:
     """Time whole MoE layers beside their floor, the collective transport, and transformers' experts."""
     with one_line_errors():
