@@ -26,6 +26,7 @@ def round_trip_command(
     tokens: Sequence[int] = TOKENS,
     transports: Sequence[str] = TRANSPORTS,
     capacity: int | None = None,
+    exact_too: bool = False,
     formats: Sequence[str] = ("same",),
     combine_formats: Sequence[str] = ("same",),
     commit: str = "unknown",
@@ -37,7 +38,14 @@ def round_trip_command(
         raise DeviceError(f"bench roundtrip needs {gpus(ranks)}, found {found}; {remedy}")
     benchmarking.check_output(output)
     points = benchmarking.round_trip_points(
-        hidden_sizes, tokens, transports, ranks, capacity=capacity, formats=formats, combine_formats=combine_formats
+        hidden_sizes,
+        tokens,
+        transports,
+        ranks,
+        capacity=capacity,
+        exact_too=exact_too,
+        formats=formats,
+        combine_formats=combine_formats,
     )
     records = benchmarking.run_round_trips(points, ranks, progress=say)
     if output is not None:

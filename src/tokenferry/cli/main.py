@@ -187,6 +187,9 @@ app.add_typer(bench, name="bench")
 def bench_roundtrip(
     ranks: int = typer.Option(2, min=1, help="GPUs to use."),
     capacity: int = typer.Option(None, min=1, help="Rows a rank that workspaces are opened for. Default: as many as it brings."),
+    exact_too: bool = typer.Option(
+        False, "--exact-too", help="With --capacity: p2p also in workspaces of as many rows as it brings."
+    ),
     formats: str = typer.Option("same", "--format", help=FORMATS_HELP),
     combine_formats: str = typer.Option("same", "--combine-format", help=COMBINE_FORMATS_HELP),
     output: Path = typer.Option(None, help="Write the records there, one JSON object a line."),
@@ -197,7 +200,8 @@ def bench_roundtrip(
             from tokenferry.cli.bench import round_trip_command
 
         how = formats.split(","), combine_formats.split(",")
-        raise typer.Exit(round_trip_command(ranks, output, capacity=capacity, formats=how[0], combine_formats=how[1]))
+        code = round_trip_command(ranks, output, capacity=capacity, exact_too=exact_too, formats=how[0], combine_formats=how[1])
+        raise typer.Exit(code)
 
 
 @bench.command("layer")
