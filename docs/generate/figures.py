@@ -71,8 +71,16 @@ def above_exact() -> str:
     held = sum(each <= trips.MOST_ABOVE_EXACT_US for each in above)
     return (
         f"Up to T = {trips.FEW} a workspace of C = {trips.capacity()} takes {min(above):.2f} to {max(above):.2f} µs more than "
-        f"one of C = T. The goal is {trips.MOST_ABOVE_EXACT_US} at most, which {held} of {len(above)} points reach."
+        f"one of C = T. The goal is {trips.MOST_ABOVE_EXACT_US} at most, which {held} of {len(above)} points reach. "
+        + middle_goal()
     )
+
+
+def middle_goal() -> str:
+    """The goal that is of workspaces as engines open them alone."""
+    (hidden_size, count), goal = trips.MIDDLE_POINT, trips.MIDDLE_GOAL_US
+    us = trips.curves(hidden_size)[trips.P2P][count]
+    return f"At H {hidden_size} and T = {count}, where the goal for them is {goal} µs, it takes {us:.1f}: {verdict(us, goal)}."
 
 
 def symmetric_page(page: str) -> str:

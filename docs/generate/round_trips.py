@@ -18,6 +18,8 @@ UNEVEN_FACTOR = 1.3
 """Most that 1 token beside T may take, of what T on every rank takes."""
 FEW, MOST_ABOVE_EXACT_US = 128, 0.4
 """Up to so many tokens a workspace as engines open it may take so much longer than one of C = T."""
+MIDDLE_POINT, MIDDLE_GOAL_US = (2048, 512), 18
+"""Most that this hidden size and number of tokens may take in a workspace as engines open it."""
 
 
 def all_points() -> tuple[Record, ...]:
