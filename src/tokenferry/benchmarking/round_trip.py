@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from itertools import product
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from itertools import groupby, product
 from typing import Any, Final
 
 import torch
@@ -41,18 +41,20 @@ def round_trip_points(
     num_ranks: int,
     *,
     capacity: int | None = None,
+    exact_too: bool = False,
     formats: Sequence[str] = ("same",),
     combine_formats: Sequence[str] = ("same",),
 ) -> list[RoundTripPoint]:
     """The points of the usual table.
 
     Every hidden size and number of tokens; `collective` in both orders of summing; and, for the other transports, one token on
-    rank 0 beside the largest number on all others.
+    rank 0 beside the largest number on all others. Points that can share a workspace stand behind one another.
 
     Args:
         formats: each a dispatch format, or "fp8_block128-quantized": rows that are quantized before the timed part.
         combine_formats: each "same", "fp8_block128" or "fp8_block128-quantized"; all of them with each of `formats`.
         capacity: C of every workspace. Engines open one for their largest step, and then run small ones in it. None: C = T.
+        exact_too: of transports other than `collective` the points of C = T too, where `capacity` is larger.
 
     Raises:
         ConfigError: a number of tokens is larger than `capacity`.
@@ -66,22 +68,23 @@ def round_trip_points(
     for transport, given, combined in product(transports, formats, combine_formats):
         orders = ("rank", "any") if transport == "collective" else ("rank",)
         for hidden_size in hidden_sizes:
-            cases = [((count,) * num_ranks, order) for count in tokens for order in orders]
+            cases = [((count,) * num_ranks, order, capacity) for order in orders for count in tokens]
             if transport != "collective":
-                cases.append(((1,) + (max(tokens),) * (num_ranks - 1), "rank"))
+                cases.append(((1,) + (max(tokens),) * (num_ranks - 1), "rank", capacity))
+                cases += [(counts, order, None) for counts, order, _ in cases if exact_too and max(counts) != capacity]
             points += [
                 RoundTripPoint(
                     transport=transport,
                     hidden_size=hidden_size,
                     tokens=counts,
-                    capacity=capacity or max(counts),
+                    capacity=rows or max(counts),
                     combine_order=order,
                     dispatch_format=given.removesuffix(QUANTIZED_SUFFIX),
                     quantized=given.endswith(QUANTIZED_SUFFIX),
                     combine_format=combined.removesuffix(QUANTIZED_SUFFIX),
                     quantized_terms=combined.endswith(QUANTIZED_SUFFIX),
                 )
-                for counts, order in cases
+                for counts, order, rows in cases
             ]
     return points
 
@@ -126,24 +129,39 @@ def _measure_all(group: EPGroup, points: Sequence[RoundTripPoint], progress: Pro
         point = RoundTripPoint(transport="p2p", hidden_size=7168, tokens=(8,) * group.size, capacity=8)
         times = begin_step_and_host_times(timer, point, CHAIN)
         records.append({"transport": "p2p", "what": "parts", **times, **environment(group.device)})
-    for number, point in enumerate(points, start=1):
-        tokens = "x".join(map(str, point.tokens))
-        timer.say(f"point {number} of {len(points)}: {point.transport}, hidden size {point.hidden_size}, tokens {tokens}")
-        try:
-            records.append(asdict(point) | measure_round_trip(timer, point, copy_gb_per_s) | environment(group.device))
-        except TokenferryError as error:
-            records.append({**asdict(point), "error": f"{type(error).__name__}: {error}"})
+    numbered = enumerate(points, start=1)
+    for _, alike in groupby(numbered, key=lambda pair: _workspace_of(pair[1])):
+        records += _measure_in_one(timer, list(alike), len(points), copy_gb_per_s)
     return records
 
 
-def measure_round_trip(timer: GroupTimer, point: RoundTripPoint, copy_gb_per_s: float = 0.0) -> Record:
-    """The figures of one point, the same on every rank. Collective over the timer's group."""
-    with opened(timer.group, point) as ws:
-        return measure_in(ws, timer, point, copy_gb_per_s)
+def _workspace_of(point: RoundTripPoint) -> RoundTripPoint:
+    """Equal for points that the same workspace serves."""
+    return replace(point, tokens=(), in_place=True, quantized=False, quantized_terms=False)
+
+
+def _measure_in_one(
+    timer: GroupTimer, numbered: Sequence[tuple[int, RoundTripPoint]], num_points: int, copy_gb_per_s: float
+) -> Iterator[Record]:
+    """A record for each of the points, whose workspace is opened once, and after an error again."""
+    with ExitStack() as stack:
+        ws: Workspace | None = None
+        for number, point in numbered:
+            tokens = "x".join(map(str, point.tokens))
+            said = f"{point.transport}, C {point.capacity}, hidden size {point.hidden_size}, tokens {tokens}"
+            timer.say(f"point {number} of {num_points}: {said}")
+            try:
+                ws = ws or stack.enter_context(opened(timer.group, point))
+                yield asdict(point) | measure_in(ws, timer, point, copy_gb_per_s) | environment(timer.group.device)
+            except TokenferryError as error:
+                stack.close()
+                ws = None
+                yield {**asdict(point), "error": f"{type(error).__name__}: {error}"}
 
 
 def measure_in(ws: Workspace, timer: GroupTimer, point: RoundTripPoint, copy_gb_per_s: float = 0.0) -> Record:
-    """The same in a workspace that is open already, with the point's configuration, capacity and options (see `opened`)."""
+    """The figures of one point, the same on every rank, in a workspace that `opened` gave for it or for one that differs in its
+    tokens alone. Collective over the timer's group."""
     median_us, spread_us, got, out = _time_chain(timer, ws, point)
     ws.check()
     correct = not differences(point, timer.group.rank, SEED, got, out)

@@ -32,16 +32,17 @@ def _round_trip_line(record: Mapping[str, Any]) -> str:
 
 def layer_table(records: Sequence[Mapping[str, Any]]) -> str:
     """The records of `run_layer` in microseconds, one line for each point; the last column names what gave wrong results."""
-    if any(record.get("float8") for record in records):
-        return _formats_table(records)
-    heading = f"{'preset':<15}{'T':>5}" + "".join(f"{name:>11}" for name in LAYER_COLUMNS) + "  right"
-    return "\n".join([heading, *(_layer_line(record) for record in records)])
+    float8 = [record for record in records if record.get("float8")]
+    plain = [record for record in records if not record.get("float8")]
+    heading = f"{'preset':<18}{'T':>5}" + "".join(f"{name:>11}" for name in LAYER_COLUMNS) + "  right"
+    parts = ["\n".join([heading, *(_layer_line(record) for record in plain)])] if plain or not float8 else []
+    return "\n".join([*parts, *([_formats_table(float8)] if float8 else [])])
 
 
 def _formats_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Of layers with float8 weights: two lines for each point, one for each format of the rows."""
+    """Of layers with float8 weights: a line for each point and each way in which rows and terms travel."""
     columns = (*LAYER_COLUMNS[:5], "bfloat16")
-    heading = f"{'preset':<15}{'T':>5} {'rows':<13}" + "".join(f"{name:>11}" for name in columns) + "  right"
+    heading = f"{'preset':<18}{'T':>5} {'rows, terms':<18}" + "".join(f"{name:>11}" for name in columns) + "  right"
     lines = [heading]
     for record in records:
         if "tokens" not in record:
@@ -51,14 +52,14 @@ def _formats_table(records: Sequence[Mapping[str, Any]]) -> str:
             figures = {"bfloat16_us": record["bfloat16_us"], **record[name]}
             cells = [figures.get(f"{column}_us") for column in columns]
             told = "".join(f"{'-' if cell is None else format(cell, '.1f'):>11}" for cell in cells)
-            lines.append(f"{record['preset']:<15}{record['tokens']:>5} {name:<13}{told}  {'yes' if is_right else 'no'}")
+            lines.append(f"{record['preset']:<18}{record['tokens']:>5} {name:<18}{told}  {'yes' if is_right else 'no'}")
     return "\n".join(lines)
 
 
 def _layer_line(record: Mapping[str, Any]) -> str:
     if "tokens" not in record:
-        return f"{record['preset']:<15} {record.get('error') or 'left out: T = ' + str(record['left_out'])}"
+        return f"{record['preset']:<18} {record.get('error') or 'left out: T = ' + str(record['left_out'])}"
     cells = [record.get(f"{name}_us") for name in LAYER_COLUMNS]
     wrong = [name for name, right in record["correct"].items() if not right]
     figures = "".join(f"{'-' if cell is None else format(cell, '.1f'):>11}" for cell in cells)
-    return f"{record['preset']:<15}{record['tokens']:>5}{figures}  {'no: ' + ', '.join(wrong) if wrong else 'yes'}"
+    return f"{record['preset']:<18}{record['tokens']:>5}{figures}  {'no: ' + ', '.join(wrong) if wrong else 'yes'}"

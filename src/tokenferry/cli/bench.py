@@ -26,6 +26,7 @@ def round_trip_command(
     tokens: Sequence[int] = TOKENS,
     transports: Sequence[str] = TRANSPORTS,
     capacity: int | None = None,
+    exact_too: bool = False,
     formats: Sequence[str] = ("same",),
     combine_formats: Sequence[str] = ("same",),
     commit: str = "unknown",
@@ -37,7 +38,14 @@ def round_trip_command(
         raise DeviceError(f"bench roundtrip needs {gpus(ranks)}, found {found}; {remedy}")
     benchmarking.check_output(output)
     points = benchmarking.round_trip_points(
-        hidden_sizes, tokens, transports, ranks, capacity=capacity, formats=formats, combine_formats=combine_formats
+        hidden_sizes,
+        tokens,
+        transports,
+        ranks,
+        capacity=capacity,
+        exact_too=exact_too,
+        formats=formats,
+        combine_formats=combine_formats,
     )
     records = benchmarking.run_round_trips(points, ranks, progress=say)
     if output is not None:
@@ -57,6 +65,7 @@ def layer_command(
     commit: str = "unknown",
     rehearse: bool = False,
     float8: bool = False,
+    float8_too: Sequence[str] = (),
 ) -> int:
     """`tokenferry bench layer`: the exit code, 1 if a result was wrong or a preset failed."""
     found = torch.cuda.device_count()
@@ -73,6 +82,7 @@ def layer_command(
         budget_s=budget_s,
         commit=commit,
         float8=float8,
+        float8_too=tuple(preset.name for preset in named_presets(",".join(float8_too), rehearse)) if float8_too else (),
     )
     benchmarking.check_output(output)
     records = benchmarking.run_layer(request, ranks, device="cpu" if rehearse else "cuda", output=output, progress=say)
