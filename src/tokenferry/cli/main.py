@@ -190,6 +190,7 @@ def bench_roundtrip(
     formats: str = typer.Option("same", "--format", help=FORMATS_HELP),
     combine_formats: str = typer.Option("same", "--combine-format", help=COMBINE_FORMATS_HELP),
     output: Path = typer.Option(None, help="Write the records there, one JSON object a line."),
+    rehearse: bool = typer.Option(False, help="On CPUs, with tiny sizes: every call and check, no figures."),
 ) -> None:
     """Time dispatch + combine on p2p and collective, beside a plain copy."""
     with one_line_errors():
@@ -197,7 +198,9 @@ def bench_roundtrip(
             from tokenferry.cli.bench import round_trip_command
 
         how = formats.split(","), combine_formats.split(",")
-        raise typer.Exit(round_trip_command(ranks, output, capacity=capacity, formats=how[0], combine_formats=how[1]))
+        raise typer.Exit(
+            round_trip_command(ranks, output, capacity=capacity, formats=how[0], combine_formats=how[1], rehearse=rehearse)
+        )
 
 
 @bench.command("layer")
