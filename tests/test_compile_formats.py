@@ -123,6 +123,7 @@ def test_a_combine_of_quantized_terms_in_compiled_code(dispatch_format: str) -> 
     assert compiled_as_eager(group, "local", "aot_eager", dispatch_format, False, *QUANTIZED_TERMS) == 3
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_a_combine_of_quantized_terms_on_two_ranks() -> None:
     given = ("collective", "aot_eager", "same", False, *QUANTIZED_TERMS)
