@@ -230,6 +230,7 @@ def _offer(settings: TransportSettings, transport: str) -> dict[str, Any]:
         "result_dtype": str(settings.result_dtype),
         "combine_order": settings.combine_order,
         "counts": settings.counts,
+        "telemetry (or TOKENFERRY_TELEMETRY)": settings.recorder is not None,
         "transport": transport,
         "device type": settings.group.device.type,
     }
