@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest $(if $(SAMPLE),--sample=$(SAMPLE))
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long test-debug test-gpu megatron vllm coverage mutants lint package docs pictures report clean
+.PHONY: demo test test-long test-debug test-gpu megatron vllm coverage mutants lint package docs figures report clean
 
 demo: $(INSTALLED) ## a real MoE model generates text on 2 ranks that hold different work
 	$(BIN)/tokenferry generate --model demo --ranks 2
@@ -79,8 +79,8 @@ DOCS := $(VENV)/.docs
 docs: $(DOCS) ## the documentation site in site/; a warning, such as a link to nowhere, is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-pictures: $(INSTALLED) ## docs/pictures, from docs/generate and the records
-	$(BIN)/python docs/generate/draw.py
+figures: $(INSTALLED) ## README, docs and docs/pictures with the figures of the published records; docs/generate/figures.py publishes others
+	$(BIN)/python docs/generate/figures.py
 
 report: $(INSTALLED) ## docs/pictures/telemetry: the report and the pictures of docs/telemetry.md, of the demo model on two CPU ranks
 	$(BIN)/tokenferry inspect --ranks 2 --device cpu --output docs/pictures/telemetry

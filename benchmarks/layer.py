@@ -2,7 +2,8 @@
 
 python benchmarks/layer.py OUTPUT.jsonl [--presets qwen3-30b-a3b,deepseek-v3] [--tokens 1,8,32] [--budget-s 200] [--commit HASH]
 python benchmarks/layer.py OUTPUT.jsonl --rehearse          # CPUs, tiny sizes: every call and check, no times
-python benchmarks/layer.py OUTPUT.jsonl --float8            # float8 weights: rows in bfloat16 beside quantized rows
+python benchmarks/layer.py OUTPUT.jsonl --float8            # float8 weights: rows and terms in bfloat16 beside float8 ones
+python benchmarks/layer.py OUTPUT.jsonl --float8-too qwen3-30b-a3b,deepseek-v3    # of these presets both, in one run
 python benchmarks/layer.py OUTPUT.jsonl --plot PICTURE.png  # the stacked times of a file that is there
 
 All numbers of tokens of a call share a workspace of the largest one; two calls with few and with many tokens measure the small
@@ -61,6 +62,7 @@ def main() -> int:
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--float8", action="store_true")
+    parser.add_argument("--float8-too", default="", help="presets that are measured with float8 weights too, with commas")
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
     code = 0
@@ -75,6 +77,7 @@ def main() -> int:
             commit=given.commit,
             rehearse=given.rehearse,
             float8=given.float8,
+            float8_too=given.float8_too.split(",") if given.float8_too else (),
         )
     if given.plot is not None:
         plot(given.output, given.plot)

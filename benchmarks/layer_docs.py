@@ -1,6 +1,8 @@
 """Writes what docs/layer.md says of a run: its tables, the goals, and what misses them. So figures and records cannot differ.
 
-python benchmarks/layer_docs.py benchmarks/results/RUN-layer.jsonl [RUN-layer-float8.jsonl] [--docs docs/layer.md]
+Layers with float8 weights are of the same file, and of others where runs of their own measured them.
+
+python benchmarks/layer_docs.py benchmarks/results/RUN-layer.jsonl [RUN-layer-float8.jsonl ...] [--docs docs/layer.md]
 """
 
 import argparse
@@ -9,7 +11,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from layer_table import FEW, MANY, RIVALS, goals, read, summary, table
+from layer_table import FEW, FLOORS_WHEN_SET, MANY, RIVALS, TOTALS, few_limit, goals, moved_total, read, summary, table
 
 BEGIN, END = "<!-- measured: by benchmarks/layer_docs.py -->", "<!-- measured: end -->"
 DOCS = Path(__file__).parents[1] / "docs" / "layer.md"
@@ -62,6 +64,32 @@ def few_rows(records: list[dict]) -> str:
     )
 
 
+def goals_beside_floors(records: list[dict]) -> Iterator[str]:
+    """The goals in microseconds, each beside its forms that go with the floor of the run."""
+    mine = [record for record in records if (record["preset"], record["tokens"]) in TOTALS]
+    yield wrapped(
+        "Goals in microseconds were set by the floors of one run on H100s. Beside each stand two forms that go with the floor of "
+        "this run: the same goal moved by what the floor is above or below that one, and 1.02 × floor + 12 µs. What is "
+        "missed says by how much."
+    )
+    yield ""
+    yield "| preset | T | total | goal | floor here | floor then | goal, moved with the floor | 1.02 × floor + 12 |"
+    yield "|---" * 8 + "|"
+    for record in mine:
+        at = record["preset"], record["tokens"]
+        then = FLOORS_WHEN_SET.get(at)
+        floors = f"{record['floor_us']:.1f} | {'–' if then is None else then}"
+        limits = (TOTALS[at], moved_total(record), few_limit(record))
+        goal, moved, relative = (judged(record["total_us"], limit) for limit in limits)
+        yield f"| {at[0]} | {at[1]} | {record['total_us']:.1f} | {goal} | {floors} | {moved} | {relative} |"
+
+
+def judged(found: float, most: float | None) -> str:
+    if most is None:
+        return "–"
+    return f"{most:.1f}: {'reached' if found <= most else over(found - most, 0.1, '+.1f')}"
+
+
 def many_rows(records: list[dict]) -> Iterator[str]:
     for tokens, kind, whose in ((512, "floor", "the layer"), (MANY, "experts", "the experts")):
         at = range(tokens, tokens + 1)
@@ -80,27 +108,42 @@ def against_rivals(records: list[dict]) -> str:
     )
 
 
+FLOAT8_COLUMNS = {
+    "same": "float8 weights, bfloat16 rows",
+    "fp8_block128": "float8 weights, `fp8_block128` rows",
+    "fp8_block128_both": "float8 weights, `fp8_block128` rows and float8 terms",
+}
+"""By how rows and terms travel. Runs of 2026-11-26 had no float8 terms."""
+
+
+FLOAT8_HEAD = wrapped(
+    "The layer with float8 weights: rows in bfloat16, which the experts quantize, beside rows that their sender quantizes "
+    "([formats.md](formats.md)), as `tokenferry bench layer --float8` measures it; every output compared with float32 products "
+    "of what weights and rows stand for."
+)
+
+
 def float8_tables(records: list[dict], name: str) -> Iterator[str]:
-    yield from ("", "### Float8 weights", "")
-    yield wrapped(
-        "The layer with float8 weights: rows in bfloat16, which the experts quantize, beside rows that their sender quantizes "
-        f"([formats.md](formats.md)). {run_of(records[0])}, p2p, C = {records[0]['capacity']}, "
-        f"`tokenferry bench layer --float8`, `{name}`; every output compared with float32 products "
-        "of what weights and rows stand for. Microseconds."
-    )
+    yield ""
+    yield wrapped(f"{run_of(records[0])}, p2p, C = {records[0]['capacity']}, `{name}`, µs:")
     for preset in dict.fromkeys(record["preset"] for record in records):
         mine = [record for record in records if record["preset"] == preset]
         yield from ("", f"| {preset} | {' | '.join('T = ' + str(r['tokens']) for r in mine)} |", "|---" * (len(mine) + 1) + "|")
-        columns = {
-            "bfloat16 weights": [r["bfloat16_us"] for r in mine],
-            "float8 weights, bfloat16 rows": [r["same"]["total_us"] for r in mine],
-            "float8 weights, `fp8_block128` rows": [r["fp8_block128"]["total_us"] for r in mine],
-        }
+        columns = {"bfloat16 weights": [r["bfloat16_us"] for r in mine]}
+        columns |= {title: [r[way]["total_us"] for r in mine] for way, title in FLOAT8_COLUMNS.items() if way in mine[0]}
         for title, values in columns.items():
             yield f"| {title} | {' | '.join(f'{value:.1f}' for value in values)} |"
 
 
-def text(layer_path: Path, float8_path: Path | None) -> str:
+def left_out(records: list[dict]) -> Iterator[str]:
+    """What was to be measured in the run and was not."""
+    told = [f"{r['preset']} at T = {', '.join(map(str, r['left_out']))}" for r in records if "left_out" in r]
+    if told:
+        yield wrapped(f"- **Left out**, since the time on the GPUs ended: {names(told)}.")
+
+
+def text(layer_path: Path, float8_paths: list[Path]) -> str:
+    """What stands between the marks."""
     records = read([layer_path])
     first, picture = records[0], layer_path.with_suffix(".png").name
     head = wrapped(
@@ -108,20 +151,26 @@ def text(layer_path: Path, float8_path: Path | None) -> str:
         f"microseconds. Reading goes at {first['read_gb_per_s']:.0f} GB/s here, and dense products at {first['gemm_tflops']:.0f} "
         f"TFLOP/s. The factor of the experts is that over their own floor, at T = {MANY} with one write and one read of each "
         "pair's activated and output row on top. The last column has the goals that a row misses, and by how much "
-        "(`benchmarks/layer_table.py` has all goals). Those in microseconds alone were set for H100s."
+        "(`benchmarks/layer_table.py` has all goals)."
     )
     lines = [head, "", *table(records), "", f"![stages](../benchmarks/results/{picture})", "", "Goals that were reached:", ""]
     lines += [*summary(records), "", against_rivals(records), few_rows(records), *many_rows(records)]
-    if float8_path is not None:
-        records = [json.loads(line) for line in float8_path.read_text().splitlines()]
-        lines += float8_tables([record for record in records if "bfloat16_us" in record], float8_path.name)
+    lines += [*left_out(lines_of(layer_path)), "", *goals_beside_floors(records)]
+    found = {path: [r for r in lines_of(path) if "bfloat16_us" in r] for path in (layer_path, *float8_paths)}
+    if any(found.values()):
+        lines += ["", "### Float8 weights", "", FLOAT8_HEAD]
+        lines += [line for path, quantized in found.items() if quantized for line in float8_tables(quantized, path.name)]
     return "\n".join(lines)
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("layer", type=Path)
-    parser.add_argument("float8", type=Path, nargs="?")
+    parser.add_argument("float8", type=Path, nargs="*")
     parser.add_argument("--docs", type=Path, default=DOCS)
     given = parser.parse_args()
     before, _, rest = given.docs.read_text().partition(BEGIN)

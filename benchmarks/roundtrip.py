@@ -1,6 +1,7 @@
 """Round trips of every transport beside a plain copy: `tokenferry bench roundtrip` as a script that also writes JSON lines.
 
-python benchmarks/roundtrip.py OUTPUT.jsonl [--ranks 2] [--commit HASH] [--transports p2p,collective] [--capacity C]
+python benchmarks/roundtrip.py OUTPUT.jsonl [--ranks 2] [--commit HASH] [--transports p2p,collective]
+    [--capacity C [--exact-too]] [--hidden 7168,2048] [--tokens 1,8,32]
     [--format same,fp8_block128,fp8_block128-quantized,bytes] [--combine-format same,fp8_block128,fp8_block128-quantized]
 """
 
@@ -18,6 +19,7 @@ def main() -> int:
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--transports", default="p2p,collective")
     parser.add_argument("--capacity", type=int)
+    parser.add_argument("--exact-too", action="store_true", help="with --capacity: p2p in workspaces of C = T too")
     parser.add_argument("--hidden", default="7168,2048")
     parser.add_argument("--tokens", default="1,8,32,128,512,4096")
     parser.add_argument("--format", default="same", help="same, fp8_block128, fp8_block128-quantized, bytes; several with commas")
@@ -35,6 +37,7 @@ def main() -> int:
         tokens=tokens,
         transports=transports,
         capacity=given.capacity,
+        exact_too=given.exact_too,
         formats=given.format.split(","),
         combine_formats=given.combine_format.split(","),
         commit=given.commit,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch
 import tokenferry as tf
 from cases import settle
 from patience import PATIENT_S, SLACK_S
+from tokenferry.dispatched import HiddenRows, QuantizedRows
 from tokenferry.testing import same_bits
 from tokenferry.testing.data import make_inputs
 
@@ -71,18 +73,24 @@ about to: in the interpreter alone."""
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the faults happen, and how long ranks wait."""
+    """Where the faults happen, how long ranks wait, and whether rows and terms are float8 with scales or bfloat16."""
 
     transport: str
     backend: str = "gloo"
     timeout_s: float = 1.5
     right_steps: int = 20
     env: tuple[tuple[str, str], ...] = ()
+    float8: bool = False
 
     @property
     def where(self) -> str:
         """Who carries rows: "p2p", "gloo" or "nccl"."""
         return self.backend if self.transport == "collective" else self.transport
+
+    @property
+    def formats(self) -> dict[str, Any]:
+        """For the workspace."""
+        return {"dispatch_format": "fp8_block128", "combine_dtype": torch.float8_e4m3fn} if self.float8 else {}
 
 
 @dataclass(frozen=True)
@@ -120,10 +128,16 @@ def one_step(
         partial = torch.full((got.hidden.shape[0], CONFIG.hidden_size), torch.nan, dtype=CONFIG.dtype, device=ws.device)
         partial[:num_valid] = own.partial.to(ws.device)
         out = dispatcher.combine(partial, got)
-        wanted = tf.reference.combine([each.partial for each in inputs], tokens, CONFIG.dtype, CONFIG.dtype)[rank]
-        compared += [(gathered, torch.cat([each.hidden for each in inputs])), (out, wanted)]
+        wanted = tf.reference.combine([each.partial for each in inputs], tokens, ws.combine_dtype, CONFIG.dtype)[rank]
+        hidden = tf.reference.in_format(torch.cat([each.hidden for each in inputs]), ws.dispatch_format)
+        compared += [*zip(parts(gathered), parts(hidden), strict=True), (out, wanted)]
     finish(ws)
     return all(same_bits(got.cpu(), wanted) for got, wanted in compared)
+
+
+def parts(rows: HiddenRows) -> list[torch.Tensor]:
+    """The tensors that rows consist of."""
+    return [rows.values.view(torch.uint8), rows.scales] if isinstance(rows, QuantizedRows) else [rows]
 
 
 def finish(ws: tf.Workspace) -> None:
@@ -300,7 +314,8 @@ def suffer(ws: tf.Workspace, dispatchers: Sequence[tf.Dispatcher], fault: str, s
 
 def suffer_all(group: tf.EPGroup, setting: Setting, faults: Sequence[str], folder: str) -> None:
     """Writes what it saw to files, so that one rank's failure hides no other's outcome."""
-    with tf.Workspace(CONFIG, group, max_tokens_per_rank=CAPACITY, transport=setting.transport, timeout_s=PATIENT_S) as ws:
+    how = {"transport": setting.transport, "timeout_s": PATIENT_S, **setting.formats}
+    with tf.Workspace(CONFIG, group, max_tokens_per_rank=CAPACITY, **how) as ws:
         dispatchers = [ws.dispatcher() for _ in range(3)]
         for fault in faults:
             outcome = suffer(ws, dispatchers, fault, setting, Path(folder))

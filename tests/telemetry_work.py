@@ -141,6 +141,22 @@ def is_refused_without(group: tf.EPGroup, transport: str) -> bool:
         return one_step(ws, [ws.dispatcher()], 0)
 
 
+def differing(group: tf.EPGroup, transport: str) -> str:
+    """Only the last rank asks for telemetry."""
+    with pytest.raises(tf.ConfigError) as caught:
+        opened(group, transport, telemetry=group.rank == group.size - 1)
+    return str(caught.value)
+
+
+def check_differing(said: list[str]) -> None:
+    """Every rank is told, and what each of the two has."""
+    name, last = "telemetry (or TOKENFERRY_TELEMETRY) differs between ranks", len(said) - 1
+    advice = "open the workspace with equal settings"
+    for rank, text in enumerate(said):
+        own, other = (f"rank {rank} has {rank == last}", f"rank {last if rank < last else 0} has {rank != last}")
+        assert text == f"{name}: {own}, {other}; {advice}"
+
+
 def float8_terms_delayed(group: tf.EPGroup, late: int, transport: str = "p2p", delay_s: float = DELAY_S) -> dict[str, Any]:
     """Rank `late` is late to combine in every step; terms are float8."""
     with opened(group, transport, telemetry=True, combine_dtype=torch.float8_e4m3fn) as ws:

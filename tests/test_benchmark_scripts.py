@@ -14,3 +14,45 @@ def test_every_script_finds_what_it_imports() -> None:
     imports = "\n".join(f"import {name}" for name in names)
     done = subprocess.run([sys.executable, "-c", imports], cwd=SCRIPTS, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_precompile_knows_the_kernels_of_every_layer_that_is_measured() -> None:
+    """Of presets as they are, and with float8 weights in each way in which rows and terms travel: a kernel that it does not
+    know is compiled amid the measurement."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED_FOR], cwd=SCRIPTS, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+ASKED_FOR = """
+from types import SimpleNamespace
+import torch
+import precompile
+from tokenferry.benchmarking.layer_formats import FORMATS
+from tokenferry.benchmarking.layer_model import LayerModel
+from tokenferry.benchmarking.presets import REHEARSAL
+from tokenferry.dispatched import FLOAT8
+from tokenferry.experts import variants
+
+def asked_for(model, quantized_rows, out_dtype):
+    experts, topk = model.experts, model.preset.topk
+    variant = variants.variant_of(
+        experts.weights, experts.config.activation, topk, torch.bfloat16, torch.int32, out_dtype,
+        max_rows=precompile.CAPACITY * precompile.EP, quantized_rows=quantized_rows,
+    )
+    return set(variants.specs(variant, torch.device("cpu")).all)
+
+group = SimpleNamespace(device=torch.device("cpu"), rank=0, size=2, expert_range=lambda number: range(number // 2))
+for preset in REHEARSAL:
+    model = LayerModel(group, preset, 8)
+    if missing := asked_for(model, False, torch.bfloat16) - set(precompile.expert_specs(preset)):
+        print(preset.name, [spec.name for spec in missing])
+    model.quantize()
+    for name, formats in FORMATS.items():
+        wanted = set()
+        for out_dtype in {torch.bfloat16, formats.combine_dtype}:
+            wanted |= asked_for(model, formats.dispatch_format != "same", out_dtype)
+        if missing := wanted - set(precompile.expert_specs(preset, formats)):
+            print(preset.name, name, [spec.name for spec in missing])
+"""

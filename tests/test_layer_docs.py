@@ -20,10 +20,10 @@ def page() -> str:
 def test_the_measured_part_is_made_of_the_records_that_it_names(page: str, tmp_path: Path) -> None:
     before, mark, rest = page.partition("<!-- measured: by benchmarks/layer_docs.py -->")
     measured, end, after = rest.partition("<!-- measured: end -->")
-    layer, float8 = re.search(r"results/(\S+-layer\.jsonl)", measured), re.search(r"`(\S+-layer-float8\.jsonl)`", measured)
+    layer, float8 = re.search(r"results/(\S+-layer\.jsonl)", measured), re.findall(r"`(\S+-layer-float8\.jsonl)`", measured)
     assert layer is not None, "the measured part names no records"
     (copy := tmp_path / "layer.md").write_text(before + mark + end + after)
-    names = [found.group(1) for found in (layer, float8) if found is not None]
+    names = [layer.group(1), *float8]
     subprocess.run([sys.executable, SCRIPT, *(RESULTS / name for name in names), "--docs", copy], check=True, timeout=60)
     assert copy.read_text() == page
 

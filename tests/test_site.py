@@ -14,6 +14,7 @@ import pytest
 
 import draw
 import performance
+import round_trips
 import site_pages
 
 ROOT = Path(__file__).parent.parent
@@ -78,8 +79,7 @@ def test_a_command_names_what_is_there(words: list[str]) -> None:
 
 
 def test_the_figures_of_the_page_on_transports_are_those_of_the_records() -> None:
-    curves = performance.round_trip_curves(7168)
-    library = {size: min(curves["NCCL, rank order"][size], curves["NCCL, any order"][size]) for size in (8, 4096)}
+    curves, library = round_trips.curves(7168), round_trips.faster_of_nccl(7168)
     text = (ROOT / "docs" / "which-transport.md").read_text()
     for pair in (curves["p2p"], library):
         assert f"{pair[8]:.2g} and {pair[4096]:.0f} µs" in text
@@ -95,7 +95,7 @@ def test_a_table_has_rows_and_says_where_they_are_from(name: str) -> None:
 @pytest.mark.parametrize("name", draw.DRAWINGS)
 def test_a_picture_is_up_to_date_and_no_text_leaves_it(name: str) -> None:
     drawn = draw.DRAWINGS[name]()
-    assert drawn == (draw.FOLDER / name).read_text(), "run `make pictures`"
+    assert drawn == (draw.FOLDER / name).read_text(), "run `make figures`"
     width, height = map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', drawn).groups())
     starts = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="start" [^>]*font-size="(\d+)"[^>]*>([^<]*)<', drawn)
     assert starts

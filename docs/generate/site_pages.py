@@ -1,7 +1,7 @@
 """What MkDocs builds beside the pages in docs/: the API reference, and tables, all from the code and the data.
 
 A page holds a line `<!-- made: NAME -->` where a table stands. Nothing that is made here is
-committed. Pictures are, since the README shows them: `make pictures`.
+committed. Pictures are, since the README shows them: `make figures`.
 """
 
 import ast
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import performance
+from result_files import table
 
 ROOT = Path(__file__).parents[2]
 API = {
@@ -65,7 +66,7 @@ def error_table() -> str:
     errors = importlib.import_module("tokenferry.errors")
     classes = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, errors.TokenferryError)]
     rows = [[f"`{cls.__name__}`", f"`{cls.__bases__[0].__name__}`", *when_and_what_to_do(cls)] for cls in classes]
-    return performance.table(["class", "is a", "when", "what to do"], rows)
+    return table(["class", "is a", "when", "what to do"], rows)
 
 
 def when_and_what_to_do(cls: type) -> tuple[str, str]:
@@ -82,7 +83,7 @@ def variable_table() -> str:
     sections = []
     for concern in env.CONCERNS:
         rows = [[f"`{field.metadata['name']}`", field.metadata["doc"]] for field in concern.__dataclass_fields__.values()]
-        sections.append(f"## {inspect.getdoc(concern)}\n\n" + performance.table(["variable", "meaning"], rows))
+        sections.append(f"## {inspect.getdoc(concern)}\n\n" + table(["variable", "meaning"], rows))
     return "\n\n".join(sections)
 
 

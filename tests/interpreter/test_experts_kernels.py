@@ -219,6 +219,31 @@ def test_prepare_loads_all_that_steps_ask_for() -> None:
         assert all(held.values()), held
 
 
+# --- found again ----------------------------------------------------------------------------------------------------------
+
+
+def asked_again(group: tf.EPGroup) -> dict[str, bool]:
+    """The same weights, whose memory is another one at the third call, as when an engine loads them anew: transposed then."""
+    experts, rows = CASES["swiglu"].build()
+    scratch = ExpertScratch("cpu")
+    known = triton_path.kernels_of(scratch)
+    held, kinds = {}, []
+    for turn in ("first", "the same again", "transposed", "the first again"):
+        up = experts.up_proj.data.contiguous()
+        experts.up_proj.data = up.transpose(1, 2).contiguous().transpose(1, 2) if turn == "transposed" else up
+        expected = plain.loop_in_float64(experts, rows)
+        error = (by_kernels(experts, rows, scratch=scratch).double() - expected).abs().max() / expected.abs().max()
+        held[f"{turn}: right"] = bool(error <= TOLERANCE[CASES["swiglu"].dtype])
+        kinds.append((len(known.by_fields), len(known.by_variant)))
+    held["one more kind, where strides changed"] = kinds == [(1, 1), (1, 1), (2, 2), (2, 2)]
+    return held
+
+
+def test_kernels_are_found_by_what_the_weights_are_now() -> None:
+    [held] = run_ranks(asked_again, 1, env=INTERPRETER)
+    assert all(held.values()), held
+
+
 # --- the entry of the Megatron integration --------------------------------------------------------------------------------
 
 

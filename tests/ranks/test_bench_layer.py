@@ -27,15 +27,46 @@ def test_a_rehearsal_is_right_in_every_column(tmp_path: Path, capsys: pytest.Cap
     assert "tiny-v3" in capsys.readouterr().out
 
 
-def test_float8_weights_are_right_with_rows_of_either_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+WAYS = ("same", "fp8_block128", "fp8_block128_both")
+"""How rows and terms of a layer with float8 weights travel."""
+
+
+def check_float8(record: dict) -> None:
+    assert record["float8"] and record["correct"] == dict.fromkeys(WAYS, True)
+    assert record["bfloat16_us"] > 0
+    assert all(record[name][time] > 0 for name in WAYS for time in ("total_us", "round_trip_us"))
+    assert {"expected", *WAYS} <= set(record["seconds"])
+
+
+def test_float8_weights_are_right_in_each_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "layer.jsonl"
     assert layer_command(2, "tiny-v3", "1", 200.0, path, rehearse=True, float8=True) == 0
     for record in records_of(path):
-        assert record["float8"] and record["correct"] == {"same": True, "fp8_block128": True}
-        assert record["bfloat16_us"] > 0
-        assert all(record[name][time] > 0 for name in record["correct"] for time in ("total_us", "round_trip_us"))
+        check_float8(record)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in lines[1:3]] == [["tiny-v3", "1", "same"], ["tiny-v3", "1", "fp8_block128"]]
+    assert [line.split()[:3] for line in lines[1:4]] == [["tiny-v3", "1", name] for name in WAYS]
+
+
+def test_one_run_measures_a_preset_as_it_is_and_in_float8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The layer of bfloat16 weights is measured once, in the first of the two."""
+    path = tmp_path / "layer.jsonl"
+    assert layer_command(2, "tiny,tiny-mxfp4", "1", 200.0, path, rehearse=True, float8_too=["tiny"]) == 0
+    records = records_of(path)
+    assert [(record["preset"], record["float8"]) for record in records] == [
+        *[("tiny", False)] * 2, *[("tiny", True)] * 2, *[("tiny-mxfp4", False)] * 2,
+    ]  # fmt: skip
+    for plain, quantized in zip(records[:2], records[2:4], strict=True):
+        check_float8(quantized)
+        assert quantized["tokens"] == plain["tokens"]
+        assert quantized["bfloat16_us"] == plain["total_us"]
+        assert "bfloat16" not in quantized["seconds"]
+    assert ["weights" in record["seconds"] for record in records] == [True, False] * 3
+    assert capsys.readouterr().out.count("right") == 2
+
+
+def test_presets_for_float8_must_be_known(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="got 'huge'"):
+        layer_command(2, "tiny", "1", 200.0, tmp_path / "layer.jsonl", rehearse=True, float8_too=["huge"])
 
 
 def test_what_the_budget_leaves_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

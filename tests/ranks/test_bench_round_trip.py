@@ -1,5 +1,6 @@
 """`tokenferry.benchmarking` as a program uses it, on CPUs: round trips of every kind, and the program of docs/benchmarking.md."""
 
+import json
 import re
 import subprocess
 import sys
@@ -8,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import tokenferry as tf
 from tokenferry import benchmarking
+from tokenferry.benchmarking import round_trip
 from tokenferry.errors import ConfigError, DeviceError
+from tokenferry.testing import run_ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -33,14 +37,14 @@ def test_round_trips_are_compared_with_the_reference_and_told_as_they_come(tmp_p
     records = benchmarking.run_round_trips(points, 2, device="cpu", progress=partial(append_line, tmp_path / "progress"))
     assert [(record["tokens"], record["combine_order"]) for record in records] == [
         ((1, 1), "rank"),
-        ((1, 1), "any"),
         ((3, 3), "rank"),
+        ((1, 1), "any"),
         ((3, 3), "any"),
     ]
     assert all(record["correct"] and record["round_trip_us"] > 0 for record in records)
-    assert [record["wire_bytes"] for record in records[::2]] == [1 * (32 + 64) + 1 * 32, 3 * (32 + 64) + 3 * 32]
+    assert [record["wire_bytes"] for record in records[:2]] == [1 * (32 + 64) + 1 * 32, 3 * (32 + 64) + 3 * 32]
     lines = (tmp_path / "progress").read_text().splitlines()
-    assert lines[1] == "point 2 of 4: collective, hidden size 16, tokens 1x1"
+    assert lines[1] == "point 2 of 4: collective, C 3, hidden size 16, tokens 3x3"
     assert len(lines) == len(points)
     assert benchmarking.round_trip_table(records).count("  yes") == len(points)
 
@@ -59,8 +63,8 @@ def test_usual_points_have_a_lonely_token_beside_a_full_rank() -> None:
         ("p2p", (8, 8, 8), 8, "rank"),
         ("p2p", (1, 8, 8), 8, "rank"),
         ("collective", (1, 1, 1), 1, "rank"),
-        ("collective", (1, 1, 1), 1, "any"),
         ("collective", (8, 8, 8), 8, "rank"),
+        ("collective", (1, 1, 1), 1, "any"),
         ("collective", (8, 8, 8), 8, "any"),
     ]
 
@@ -68,6 +72,41 @@ def test_usual_points_have_a_lonely_token_beside_a_full_rank() -> None:
 def test_all_points_may_share_the_capacity_of_an_engine() -> None:
     points = benchmarking.round_trip_points((64,), (1, 8), ("p2p",), 2, capacity=4096)
     assert [(point.tokens, point.capacity) for point in points] == [((1, 1), 4096), ((8, 8), 4096), ((1, 8), 4096)]
+
+
+def test_points_of_exact_capacity_may_stand_beside_them() -> None:
+    """What the capacity is for, a step of as many tokens, is not measured twice."""
+    points = benchmarking.round_trip_points((64,), (1, 8), ("p2p", "collective"), 2, capacity=8, exact_too=True)
+    assert [(point.transport, point.tokens, point.capacity) for point in points] == [
+        *[("p2p", tokens, 8) for tokens in ((1, 1), (8, 8), (1, 8))], ("p2p", (1, 1), 1),
+        *[("collective", tokens, 8) for tokens in ((1, 1), (8, 8))] * 2,
+    ]  # fmt: skip
+
+
+@pytest.mark.interpreter
+def test_points_that_differ_in_tokens_share_a_workspace(tmp_path: Path) -> None:
+    points = benchmarking.round_trip_points((16,), (1, 3), ("p2p", "collective"), 2, capacity=4, exact_too=True)
+    opened = tmp_path / "opened"
+    [records, _] = run_ranks(
+        in_counted_workspaces, 2, points, opened, backend="gloo", timeout_s=200, env={"TRITON_INTERPRET": "1"}
+    )
+    assert [record["correct"] for record in records] == [True] * 10
+    assert [record["capacity"] for record in records] == [4, 4, 4, 1, 3, 3, 4, 4, 4, 4]
+    assert opened.read_text().splitlines() == ["p2p 4", "p2p 1", "p2p 3", "collective 4", "collective 4"]
+
+
+def in_counted_workspaces(group: tf.EPGroup, points: list[benchmarking.RoundTripPoint], opened: Path) -> list[dict]:
+    """The records of the points; rank 0 writes a line for each workspace that is opened."""
+    really_opened = round_trip.opened
+
+    def opened_and_told(group: tf.EPGroup, point: benchmarking.RoundTripPoint):
+        if group.rank == 0:
+            append_line(opened, f"{point.transport} {point.capacity}")
+        return really_opened(group, point)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(round_trip, "opened", opened_and_told)
+        return round_trip._measure_all(group, points, None)
 
 
 def test_more_tokens_than_the_capacity_are_refused_with_both_numbers() -> None:
@@ -102,9 +141,11 @@ def test_float8_terms_are_measured_and_compared() -> None:
     assert "fp8_block128-quantized" in benchmarking.round_trip_table(records)
 
 
-def test_a_combine_format_that_there_is_not_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a combine format is one of same, fp8_block128, the last also -quantized; got 'bytes'"):
+def test_a_format_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a combine format is one of same, fp8_block128, fp8_block128-quantized; got 'bytes'"):
         benchmarking.round_trip_points((256,), (3,), ("local",), 1, combine_formats=("bytes",))
+    with pytest.raises(ConfigError, match=r"a dispatch format is one of same, fp8_block128, bytes, .*; got 'fp8'"):
+        benchmarking.round_trip_points((256,), (3,), ("local",), 1, formats=("fp8",))
 
 
 def test_formats_are_measured_and_compared_like_the_rows_themselves() -> None:
@@ -118,3 +159,42 @@ def test_formats_are_measured_and_compared_like_the_rows_themselves() -> None:
     }
     assert all(record["correct"] for record in records)
     assert "fp8_block128-quantized" in benchmarking.round_trip_table(records)
+
+
+REHEARSED = [
+    ("p2p", (1, 1), "rank"),
+    ("p2p", (8, 8), "rank"),
+    ("p2p", (1, 8), "rank"),
+    ("collective", (1, 1), "rank"),
+    ("collective", (1, 1), "any"),
+    ("collective", (8, 8), "rank"),
+    ("collective", (8, 8), "any"),
+]
+"""Of each pair of formats."""
+
+
+def rehearse(path: Path, *options: str) -> tuple[list[dict], list[str]]:
+    """What `tokenferry bench roundtrip --rehearse` writes, and the lines of its table."""
+    command = [sys.executable, "-m", "tokenferry.cli", "bench", "roundtrip", "--rehearse", "--output", str(path), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in path.read_text().splitlines()], done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), id="same", marks=pytest.mark.long),
+        pytest.param(("--format", "fp8_block128", "--combine-format", "fp8_block128-quantized"), id="fp8"),
+        pytest.param(
+            ("--format", "fp8_block128-quantized,bytes", "--combine-format", "fp8_block128"), id="others", marks=pytest.mark.long
+        ),
+    ],
+)
+def test_a_rehearsal_makes_every_call_and_check_and_tells_no_figures(options: tuple[str, ...], tmp_path: Path) -> None:
+    records, lines = rehearse(tmp_path / "records", *options)
+    times = 2 if "," in "".join(options) else 1
+    assert sorted((r["transport"], tuple(r["tokens"]), r["combine_order"]) for r in records) == sorted(REHEARSED * times)
+    assert all(record["correct"] for record in records)
+    assert len(lines) == 1 + len(records)
+    assert all(line.split()[-5:] == ["-", "-", "-", "-", "yes"] for line in lines[1:])

@@ -17,16 +17,22 @@ from tokenferry.testing import run_ranks
 pytestmark = pytest.mark.ranks
 
 SETTING = Setting("collective", right_steps=100)
-WORLD_SIZES = [pytest.param(2, marks=pytest.mark.long), 3]
+FLOAT8 = Setting("collective", right_steps=20, float8=True)
+GROUPS = [
+    pytest.param((2, SETTING), id="2", marks=pytest.mark.long),
+    pytest.param((3, SETTING), id="3"),
+    pytest.param((3, FLOAT8), id="3-float8", marks=pytest.mark.long),
+]
 
 
 def open_workspace(group: tf.EPGroup) -> tf.Workspace:
     return tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport="collective", timeout_s=PATIENT_S)
 
 
-@pytest.fixture(scope="module", params=WORLD_SIZES)
+@pytest.fixture(scope="module", params=GROUPS)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run_faults(SETTING, request.param, [fault.name for fault in FAULTS], tmp_path_factory.mktemp("faults"), 120)
+    world_size, setting = request.param
+    return run_faults(setting, world_size, [fault.name for fault in FAULTS], tmp_path_factory.mktemp("faults"), 120)
 
 
 @pytest.mark.timeout(150)
@@ -40,10 +46,11 @@ def test_neither_processes_nor_shared_memory_are_left(run: Run) -> None:
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("fault", DEADLY, ids=lambda fault: fault.name)
-def test_a_killed_rank_is_named_at_once_and_the_others_go_on(fault: Fault, world_size: int, tmp_path: Path) -> None:
-    run = run_faults(SETTING, world_size, [fault.name], tmp_path, 60)
+def test_a_killed_rank_is_named_at_once_and_the_others_go_on(fault: Fault, group: tuple[int, Setting], tmp_path: Path) -> None:
+    world_size, setting = group
+    run = run_faults(setting, world_size, [fault.name], tmp_path, 60)
     assert_named_in_time(run, fault)
     assert {outcome.error for outcome in run.outcomes[fault.name].values()} == {"PeerFailedError"}
     assert_nothing_left(run)

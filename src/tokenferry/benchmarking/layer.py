@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +26,7 @@ from tokenferry.benchmarking.layer_times import time_dispatch_and_combine, time_
 from tokenferry.benchmarking.machine import Device, check_gpus, device_rates, environment
 from tokenferry.benchmarking.presets import Preset
 from tokenferry.benchmarking.records import Record, append_record
-from tokenferry.benchmarking.timing import GroupTimer, Progress
+from tokenferry.benchmarking.timing import GroupTimer, Laps, Progress
 from tokenferry.benchmarking.transformers_experts import TransformersExperts, experts_functions
 from tokenferry.errors import TokenferryError
 from tokenferry.groups import EPGroup
@@ -49,7 +50,9 @@ class LayerRequest:
         budget_s: no point begins later than this after the start; what is left out gets a record that says so.
         repeats: replays of each graph, of which the median counts.
         commit: of the code that is measured, for the records.
-        float8: layers with float8 weights instead, once for each dispatch format; see `layer_formats`.
+        float8: layers with float8 weights instead, once for each way in which rows and terms travel; see `layer_formats`.
+        float8_too: names of presets that are measured with float8 weights too, made of the same bfloat16 ones, in records of
+            their own behind the preset's others.
     """
 
     presets: tuple[Preset, ...]
@@ -59,6 +62,7 @@ class LayerRequest:
     repeats: int = 9
     commit: str = "unknown"
     float8: bool = False
+    float8_too: tuple[str, ...] = ()
 
 
 def run_layer(
@@ -78,7 +82,8 @@ def run_layer(
 
     Returns:
         A record for each point: `total_us`, the stages, `floor_us`, `collective_us`, transformers' functions by name, and
-        `correct` for each of them. Records with `error` or `left_out` stand for points that were not measured.
+        `correct` for each of them; `seconds` says what measuring it took, weights and workspaces included in a preset's first.
+        Records with `error` or `left_out` stand for points that were not measured.
 
     Raises:
         DeviceError: there are fewer GPUs than ranks.
@@ -94,16 +99,29 @@ def run_layer(
     return records
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What all points of a run share."""
+
+    timer: GroupTimer
+    request: LayerRequest
+    rates: dict[str, float]
+    started_s: float
+
+    def is_late(self) -> bool:
+        """Whether the budget is spent, on any rank. Collective."""
+        return self.timer.slowest(time.time() - self.started_s) >= self.request.budget_s
+
+
 def _measure_all(
     group: EPGroup, request: LayerRequest, started_s: float, output: Path | None, progress: Progress | None
 ) -> list[Record]:
-    timer = GroupTimer(group, repeats=request.repeats, progress=progress)
-    rates = device_rates(group.device)
-    common = rates | environment(group.device) | {"world_size": group.size, "commit": request.commit}
+    run = _Run(GroupTimer(group, repeats=request.repeats, progress=progress), request, device_rates(group.device), started_s)
+    common = run.rates | environment(group.device) | {"world_size": group.size, "commit": request.commit}
     records: list[Record] = []
     for preset in request.presets:
-        named = {"what": "layer", "preset": preset.name, "capacity": max(request.tokens), "float8": request.float8}
-        for found in _measure_preset(timer, request, preset, rates, started_s):
+        named = {"what": "layer", "preset": preset.name, "capacity": max(request.tokens)}
+        for found in _measure_preset(run, preset):
             records.append(named | found | common)
             if group.rank == 0 and output is not None:
                 append_record(records[-1], output)
@@ -112,28 +130,46 @@ def _measure_all(
     return records
 
 
-def _measure_preset(
-    timer: GroupTimer, request: LayerRequest, preset: Preset, rates: dict[str, float], started_s: float
+def _measure_preset(run: _Run, preset: Preset) -> Iterator[Record]:
+    """The preset's records, with its weights as they are and then in float8, as asked for. The weights are made once."""
+    request, bfloat16_us, weights = run.request, dict[int, float](), list[LayerModel]()
+
+    def model_of(float8: bool) -> LayerModel:
+        if not weights:
+            weights.append(LayerModel(run.timer.group, preset, max(request.tokens)))
+        if float8:
+            weights[0].quantize()
+        return weights[0]
+
+    for float8 in (False, True) if preset.name in request.float8_too else (request.float8,):
+        name = f"{preset.name} in float8" if float8 else preset.name
+        for record in _measure_points(run, name, partial(model_of, float8), bfloat16_us):
+            if "total_us" in record:
+                bfloat16_us[record["tokens"]] = record["total_us"]
+            yield {"float8": float8, **record}
+
+
+def _measure_points(
+    run: _Run, name: str, make_model: Callable[[], LayerModel], bfloat16_us: Mapping[int, float]
 ) -> Iterator[Record]:
     """A record for each point, then what went wrong, then what was left out."""
-    remaining = list(request.tokens)
-
-    def is_late() -> bool:
-        return timer.slowest(time.time() - started_s) >= request.budget_s
-
+    request, remaining, laps = run.request, list(run.request.tokens), Laps()
     try:
-        if not is_late():
-            model = LayerModel(timer.group, preset, max(request.tokens), float8=request.float8)
+        if not run.is_late():
+            model = make_model()
+            laps.mark("weights")
             with ExitStack() as stack:
-                measure, transport = _measurement(timer, model, request.transport, stack, rates)
+                measure, transport = _measurement(run, model, stack, bfloat16_us)
+                laps.mark("workspaces")
                 for count in request.tokens:
-                    if is_late():
+                    if run.is_late():
                         break
-                    timer.say(f"{preset.name}: {count} tokens a rank")
+                    run.timer.say(f"{time.time() - run.started_s:.0f} s: {name}, {count} tokens a rank")
                     point = measure(count)
                     remaining.remove(count)
-                    yield {"tokens": count, "transport": transport, **point}
-                timer.meet()
+                    yield {"tokens": count, "transport": transport, **point, "seconds": {**laps.seconds, **point["seconds"]}}
+                    laps.seconds.clear()
+                run.timer.meet()
     except (TokenferryError, torch.OutOfMemoryError) as error:
         yield {"error": _first_line(error)}
     if remaining:
@@ -141,14 +177,15 @@ def _measure_preset(
 
 
 def _measurement(
-    timer: GroupTimer, model: LayerModel, transport: str, stack: ExitStack, rates: dict[str, float]
+    run: _Run, model: LayerModel, stack: ExitStack, bfloat16_us: Mapping[int, float]
 ) -> tuple[Callable[[int], Record], str]:
     """What measures a point of the model, and the transport. Collective."""
+    transport = run.request.transport
     if model.float8:
-        layers = FormatLayers(model, transport, stack)
-        return (lambda count: layers.measure(timer, count, rates)), layers.transport
+        layers = FormatLayers(model, transport, stack, bfloat16_us)
+        return (lambda count: layers.measure(run.timer, count, run.rates)), layers.transport
     ours, collective = (stack.enter_context(model.open(name)) for name in (transport, "collective"))
-    return (lambda count: measure_point(timer, model, ours, collective, count, rates)), ours.transport
+    return (lambda count: measure_point(run.timer, model, ours, collective, count, run.rates)), ours.transport
 
 
 @torch.no_grad()
@@ -156,26 +193,31 @@ def measure_point(
     timer: GroupTimer, model: LayerModel, ours: Workspace, collective: Workspace, count: int, rates: dict[str, float]
 ) -> Record:
     """One row of the table: the layer on `ours` and on `collective`, with `count` tokens on every rank. Collective."""
+    laps = Laps()
     rows, expected = model.rows(timer.group.rank, count), expected_rows(model, count)
+    laps.mark("expected")
     layer = model.layer(ours)
     total_us, outputs = time_layer(timer, ours, layer, rows)
     right = {"layer": is_right(timer, outputs, expected)}
+    laps.mark("layer")
     round_trip_us = time_dispatch_and_combine(timer, ours, layer, rows)
     record: Record = experts_floor(timer, model, count, rates)
     record |= {"total_us": round(total_us, 2), "round_trip_us": round(round_trip_us, 2)}
     record["floor_us"] = round(record["experts_floor_us"] + round_trip_us, 2)
     record["experts_floor_us"] = round(record["experts_floor_us"], 2)
+    laps.mark("floor")
     try:
         record |= time_stages(timer, ours, layer, rows)
     except RuntimeError as error:  # no time stamps within graphs here: the rest of the row stands without them
         record["stages_error"] = _first_line(error)
+    laps.mark("stages")
     layer = model.layer(collective)
     total_us, outputs = time_layer(timer, collective, layer, rows)
     right["collective"] = is_right(timer, outputs, expected)
     record["collective_us"] = round(total_us, 2)
-    record["collective_round_trip_us"] = round(time_dispatch_and_combine(timer, collective, layer, rows), 2)
-    record |= _transformers_times(timer, model, ours, rows, expected, right)
-    return record | {"correct": right}
+    laps.mark("collective")
+    record |= _transformers_times(timer, model, ours, rows, expected, right, laps)
+    return record | {"correct": right, "seconds": laps.seconds}
 
 
 def _transformers_times(
@@ -185,6 +227,7 @@ def _transformers_times(
     rows: list[torch.Tensor],
     expected: torch.Tensor,
     right: dict[str, bool],
+    laps: Laps,
 ) -> Record:
     """The layer with each of transformers' functions as its experts. Adds to `right` whether they gave the expected rows."""
     num_valid, preset, record = len(rows[0]) * timer.group.size, model.preset, dict[str, Any]()
@@ -202,6 +245,7 @@ def _transformers_times(
             continue
         right[name] = is_right(timer, outputs, expected)
         record[f"{name}_us"] = round(total_us, 2)
+        laps.mark(name)
     return record
 
 

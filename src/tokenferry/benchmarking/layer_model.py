@@ -26,13 +26,16 @@ class LayerModel:
 
     Args:
         capacity: the most tokens that a rank brings in the run.
-        float8: the experts' weights are block-scaled float8; those that they were made of are `bfloat16_experts`. For a preset
-            with MXFP4 weights these are what the packed ones stand for.
+
+    Attributes:
+        experts: those of the layer, in the preset's form until `quantize`.
+        bfloat16_experts: the same, or what those of MXFP4 or float8 weights stand for or were made of.
+        float8: whether `quantize` was called.
     """
 
-    def __init__(self, group: EPGroup, preset: Preset, capacity: int, *, float8: bool = False) -> None:
+    def __init__(self, group: EPGroup, preset: Preset, capacity: int) -> None:
         self.group, self.preset, self.device, self._capacity = group, preset, group.device, capacity
-        self.float8 = float8
+        self.float8 = False
         torch.manual_seed(1)
         routing = RouterConfig(hidden_size=preset.hidden_size, num_experts=preset.num_experts, topk=preset.topk, **preset.router)
         self.router = Router(routing, dtype=DTYPE, device=self.device)
@@ -46,11 +49,7 @@ class LayerModel:
         )
         local_range = group.expert_range(preset.num_experts)
         self.experts = self.bfloat16_experts = Experts(sizes, local_range, dtype=DTYPE, device=self.device)
-        if float8:
-            self.experts = Experts(sizes, local_range, dtype=DTYPE, device=self.device)
-            self.experts.load_state_dict(self.bfloat16_experts.state_dict())
-            self.experts.quantize()
-        elif preset.mxfp4:
+        if preset.mxfp4:
             self.experts = Experts(sizes, local_range, dtype=DTYPE, device=self.device)
             _load_mxfp4(self.experts, self.bfloat16_experts)
         self.shared: SharedExperts | None = None
@@ -59,17 +58,25 @@ class LayerModel:
             torch.manual_seed(1)
             self.shared = SharedExperts(shared, dtype=DTYPE, device=self.device)
 
+    def quantize(self) -> None:
+        """From now on the experts' weights are block-scaled float8, made of `bfloat16_experts`, which stay."""
+        quantized = Experts(self.experts.config, self.experts.expert_range, dtype=DTYPE, device=self.device)
+        quantized.load_state_dict(self.bfloat16_experts.state_dict())
+        quantized.quantize()
+        self.experts, self.float8 = quantized, True
+
     @property
     def bytes_per_weight(self) -> float:
         """Of the experts, scales of MXFP4 included."""
         return 4.25 / 8 if self.experts.weights.is_packed else self.experts.up_proj.element_size()
 
-    def open(self, transport: str, dispatch_format: str = "same") -> Workspace:
+    def open(self, transport: str, dispatch_format: str = "same", combine_dtype: torch.dtype = DTYPE) -> Workspace:
         """A workspace for all numbers of tokens of the run. Collective."""
         preset = self.preset
         config = MoEConfig(hidden_size=preset.hidden_size, num_experts=preset.num_experts, topk=preset.topk, dtype=DTYPE)
         counts: Any = "equal" if transport == "collective" else "uneven"
         settings: dict[str, Any] = {"transport": transport, "counts": counts, "dispatch_format": dispatch_format}
+        settings["combine_dtype"] = combine_dtype
         return Workspace(config, self.group, max_tokens_per_rank=self._capacity, **settings)
 
     def layer(self, ws: Workspace, experts: nn.Module | None = None) -> MoELayer:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from itertools import product
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from itertools import groupby, product
 from typing import Any, Final
 
 import torch
@@ -21,7 +21,7 @@ from tokenferry.benchmarking.machine import Device, check_gpus, copy_rate, envir
 from tokenferry.benchmarking.records import Record
 from tokenferry.benchmarking.round_trip_data import RoundTripPoint, differences, inputs_of, partial_of, wire_bytes
 from tokenferry.benchmarking.timing import GroupTimer, Progress
-from tokenferry.dispatched import FLOAT8, QuantizedRows
+from tokenferry.dispatched import FLOAT8, FORMAT_NAMES, QuantizedRows
 from tokenferry.errors import ConfigError, TokenferryError
 from tokenferry.groups import EPGroup
 from tokenferry.testing import run_ranks
@@ -29,9 +29,15 @@ from tokenferry.workspace import Workspace
 
 CHAIN: Final = 20
 """Round trips in a graph."""
+REHEARSED_CHAIN: Final = 2
+"""On CPUs, where interpreted kernels take half a second for one."""
 SEED: Final = 1
 QUANTIZED_SUFFIX: Final = "-quantized"
-COMBINE_FORMATS: Final = ("same", "fp8_block128")
+QUANTIZED_BEFORE: Final = "fp8_block128" + QUANTIZED_SUFFIX
+ROUND_TRIP_FORMATS: Final = {
+    "dispatch": (*FORMAT_NAMES, QUANTIZED_BEFORE),
+    "combine": ("same", "fp8_block128", QUANTIZED_BEFORE),
+}
 
 
 def round_trip_points(
@@ -41,47 +47,51 @@ def round_trip_points(
     num_ranks: int,
     *,
     capacity: int | None = None,
+    exact_too: bool = False,
     formats: Sequence[str] = ("same",),
     combine_formats: Sequence[str] = ("same",),
 ) -> list[RoundTripPoint]:
     """The points of the usual table.
 
     Every hidden size and number of tokens; `collective` in both orders of summing; and, for the other transports, one token on
-    rank 0 beside the largest number on all others.
+    rank 0 beside the largest number on all others. Points that can share a workspace stand behind one another.
 
     Args:
         formats: each a dispatch format, or "fp8_block128-quantized": rows that are quantized before the timed part.
         combine_formats: each "same", "fp8_block128" or "fp8_block128-quantized"; all of them with each of `formats`.
         capacity: C of every workspace. Engines open one for their largest step, and then run small ones in it. None: C = T.
+        exact_too: of transports other than `collective` the points of C = T too, where `capacity` is larger.
 
     Raises:
-        ConfigError: a number of tokens is larger than `capacity`.
+        ConfigError: a number of tokens is larger than `capacity`, or a format is none of these.
     """
     if capacity is not None and max(tokens) > capacity:
         raise ConfigError(f"capacity is {capacity}, but a rank is to bring {max(tokens)} tokens; raise it, or leave these out")
     points = []
-    for name in combine_formats:
-        if name.removesuffix(QUANTIZED_SUFFIX) not in COMBINE_FORMATS:
-            raise ConfigError(f"a combine format is one of {', '.join(COMBINE_FORMATS)}, the last also -quantized; got {name!r}")
+    for operation, names in (("dispatch", formats), ("combine", combine_formats)):
+        unknown = [name for name in names if name not in ROUND_TRIP_FORMATS[operation]]
+        if unknown:
+            raise ConfigError(f"a {operation} format is one of {', '.join(ROUND_TRIP_FORMATS[operation])}; got {unknown[0]!r}")
     for transport, given, combined in product(transports, formats, combine_formats):
         orders = ("rank", "any") if transport == "collective" else ("rank",)
         for hidden_size in hidden_sizes:
-            cases = [((count,) * num_ranks, order) for count in tokens for order in orders]
+            cases = [((count,) * num_ranks, order, capacity) for order in orders for count in tokens]
             if transport != "collective":
-                cases.append(((1,) + (max(tokens),) * (num_ranks - 1), "rank"))
+                cases.append(((1,) + (max(tokens),) * (num_ranks - 1), "rank", capacity))
+                cases += [(counts, order, None) for counts, order, _ in cases if exact_too and max(counts) != capacity]
             points += [
                 RoundTripPoint(
                     transport=transport,
                     hidden_size=hidden_size,
                     tokens=counts,
-                    capacity=capacity or max(counts),
+                    capacity=rows or max(counts),
                     combine_order=order,
                     dispatch_format=given.removesuffix(QUANTIZED_SUFFIX),
                     quantized=given.endswith(QUANTIZED_SUFFIX),
                     combine_format=combined.removesuffix(QUANTIZED_SUFFIX),
                     quantized_terms=combined.endswith(QUANTIZED_SUFFIX),
                 )
-                for counts, order in cases
+                for counts, order, rows in cases
             ]
     return points
 
@@ -98,7 +108,8 @@ def run_round_trips(
 
     Args:
         points: each with as many `tokens` as there are ranks.
-        device: "cpu" makes the same calls and comparisons over gloo or interpreted kernels; its times say nothing.
+        device: "cpu" makes the same calls and comparisons, a few of each, over gloo, and for p2p by Triton's interpreter; its
+            times say nothing.
         timeout_s: deadline of the whole run.
         progress: gets a line before each point; see `Progress`.
 
@@ -113,7 +124,8 @@ def run_round_trips(
     check_gpus(num_ranks, device)
     start = time.monotonic()
     backend: Any = "nccl" if device == "cuda" else "gloo"
-    records: list[Record] = run_ranks(_measure_all, num_ranks, points, progress, backend=backend, timeout_s=timeout_s)[0]
+    env = {"TRITON_INTERPRET": "1"} if device == "cpu" else None
+    records: list[Record] = run_ranks(_measure_all, num_ranks, points, progress, backend=backend, timeout_s=timeout_s, env=env)[0]
     run_s = round(time.monotonic() - start, 1)
     return [{**record, "world_size": num_ranks, "run_s": run_s} for record in records]
 
@@ -126,24 +138,39 @@ def _measure_all(group: EPGroup, points: Sequence[RoundTripPoint], progress: Pro
         point = RoundTripPoint(transport="p2p", hidden_size=7168, tokens=(8,) * group.size, capacity=8)
         times = begin_step_and_host_times(timer, point, CHAIN)
         records.append({"transport": "p2p", "what": "parts", **times, **environment(group.device)})
-    for number, point in enumerate(points, start=1):
-        tokens = "x".join(map(str, point.tokens))
-        timer.say(f"point {number} of {len(points)}: {point.transport}, hidden size {point.hidden_size}, tokens {tokens}")
-        try:
-            records.append(asdict(point) | measure_round_trip(timer, point, copy_gb_per_s) | environment(group.device))
-        except TokenferryError as error:
-            records.append({**asdict(point), "error": f"{type(error).__name__}: {error}"})
+    numbered = enumerate(points, start=1)
+    for _, alike in groupby(numbered, key=lambda pair: _workspace_of(pair[1])):
+        records += _measure_in_one(timer, list(alike), len(points), copy_gb_per_s)
     return records
 
 
-def measure_round_trip(timer: GroupTimer, point: RoundTripPoint, copy_gb_per_s: float = 0.0) -> Record:
-    """The figures of one point, the same on every rank. Collective over the timer's group."""
-    with opened(timer.group, point) as ws:
-        return measure_in(ws, timer, point, copy_gb_per_s)
+def _workspace_of(point: RoundTripPoint) -> RoundTripPoint:
+    """Equal for points that the same workspace serves."""
+    return replace(point, tokens=(), in_place=True, quantized=False, quantized_terms=False)
+
+
+def _measure_in_one(
+    timer: GroupTimer, numbered: Sequence[tuple[int, RoundTripPoint]], num_points: int, copy_gb_per_s: float
+) -> Iterator[Record]:
+    """A record for each of the points, whose workspace is opened once, and after an error again."""
+    with ExitStack() as stack:
+        ws: Workspace | None = None
+        for number, point in numbered:
+            tokens = "x".join(map(str, point.tokens))
+            said = f"{point.transport}, C {point.capacity}, hidden size {point.hidden_size}, tokens {tokens}"
+            timer.say(f"point {number} of {num_points}: {said}")
+            try:
+                ws = ws or stack.enter_context(opened(timer.group, point))
+                yield asdict(point) | measure_in(ws, timer, point, copy_gb_per_s) | environment(timer.group.device)
+            except TokenferryError as error:
+                stack.close()
+                ws = None
+                yield {**asdict(point), "error": f"{type(error).__name__}: {error}"}
 
 
 def measure_in(ws: Workspace, timer: GroupTimer, point: RoundTripPoint, copy_gb_per_s: float = 0.0) -> Record:
-    """The same in a workspace that is open already, with the point's configuration, capacity and options (see `opened`)."""
+    """The figures of one point, the same on every rank, in a workspace that `opened` gave for it or for one that differs in its
+    tokens alone. Collective over the timer's group."""
     median_us, spread_us, got, out = _time_chain(timer, ws, point)
     ws.check()
     correct = not differences(point, timer.group.rank, SEED, got, out)
@@ -177,15 +204,16 @@ def _time_chain(timer: GroupTimer, ws: Workspace, point: RoundTripPoint) -> tupl
         partial = _filled(dispatcher.combine_input(), partial)
         dispatcher.combine(partial)
     results: list[Any] = []
+    length = CHAIN if device.type == "cuda" else REHEARSED_CHAIN
 
     def chain() -> None:
         ws.begin_step(num_tokens)
-        for _ in range(CHAIN):
+        for _ in range(length):
             got = dispatcher.dispatch(inputs.hidden, inputs.topk_idx, inputs.topk_weights)
             out = dispatcher.combine(partial, got)
         results[:] = [got, out]
 
-    median_us, spread_us = timer.time_graph(chain, CHAIN)
+    median_us, spread_us = timer.time_graph(chain, length)
     timer.synchronize()
     return median_us, spread_us, *results
 

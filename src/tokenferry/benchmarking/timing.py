@@ -93,6 +93,20 @@ class GroupTimer:
         return self.slowest((time.perf_counter() - start) * 1e6 / calls)
 
 
+class Laps:
+    """Where a benchmark's own time goes: seconds between one mark and the next, by name."""
+
+    def __init__(self) -> None:
+        self._last_s = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def mark(self, name: str) -> None:
+        """Adds the seconds since the last mark to those under `name`."""
+        now_s = time.monotonic()
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + now_s - self._last_s, 2)
+        self._last_s = now_s
+
+
 def elapsed_us(work: Callable[[], Any]) -> float:
     """Microseconds that the current CUDA stream spends on what `work` issues. Returns when the device is idle."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

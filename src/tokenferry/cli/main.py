@@ -187,9 +187,13 @@ app.add_typer(bench, name="bench")
 def bench_roundtrip(
     ranks: int = typer.Option(2, min=1, help="GPUs to use."),
     capacity: int = typer.Option(None, min=1, help="Rows a rank that workspaces are opened for. Default: as many as it brings."),
+    exact_too: bool = typer.Option(
+        False, "--exact-too", help="With --capacity: p2p also in workspaces of as many rows as it brings."
+    ),
     formats: str = typer.Option("same", "--format", help=FORMATS_HELP),
     combine_formats: str = typer.Option("same", "--combine-format", help=COMBINE_FORMATS_HELP),
     output: Path = typer.Option(None, help="Write the records there, one JSON object a line."),
+    rehearse: bool = typer.Option(False, help="On CPUs, with tiny sizes: every call and check, no figures."),
 ) -> None:
     """Time dispatch + combine on p2p and collective, beside a plain copy."""
     with one_line_errors():
@@ -197,7 +201,10 @@ def bench_roundtrip(
             from tokenferry.cli.bench import round_trip_command
 
         how = formats.split(","), combine_formats.split(",")
-        raise typer.Exit(round_trip_command(ranks, output, capacity=capacity, formats=how[0], combine_formats=how[1]))
+        code = round_trip_command(
+            ranks, output, capacity=capacity, exact_too=exact_too, formats=how[0], combine_formats=how[1], rehearse=rehearse
+        )
+        raise typer.Exit(code)
 
 
 @bench.command("layer")
@@ -208,7 +215,7 @@ def bench_layer(
     budget_s: float = typer.Option(200.0, "--budget-s", min=0.0, help="Begin no further point after so many seconds."),
     output: Path = typer.Option(None, help="Write the records there, one JSON object a line."),
     rehearse: bool = typer.Option(False, help="On CPUs, with tiny sizes: every call and check, no figures."),
-    float8: bool = typer.Option(False, "--float8", help="Float8 weights: rows in bfloat16 beside quantized rows."),
+    float8: bool = typer.Option(False, "--float8", help="Float8 weights: rows and terms in bfloat16 beside float8 ones."),
 ) -> None:
     """Time whole MoE layers beside their floor, the collective transport, and transformers' experts."""
     with one_line_errors():
