@@ -72,8 +72,8 @@ class StepGraphs:
         self.left_out = left_out
 
     def drop(self) -> None:
-        """Lets go of all graphs; they are recorded anew when they are needed. Where the device has failed this raises its error, and
-        they are gone all the same."""
+        """Lets go of all graphs; they are recorded anew when they are needed. Raises the error of a device that has failed,
+        afterwards."""
         try:
             self.decode.drop()
         finally:
