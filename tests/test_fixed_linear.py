@@ -120,3 +120,25 @@ def test_terms_have_to_be_summed_in_rank_order() -> None:
     in_any_order = Workspace(config, EPGroup(), max_tokens_per_rank=T, combine_order="any")
     with in_any_order as ws, pytest.raises(ConfigError, match="combine_order='rank'"):
         MoELayer(ws, **parts(), batch_invariant=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's compiler uses what PyTorch deprecates
+@pytest.mark.parametrize("part", ["linear", "router"])
+def test_a_compiler_calls_it_as_it_is(part: str) -> None:
+    """What comes before and after it is compiled, and nothing of it."""
+    torch._dynamo.reset()
+    routing = RouterConfig(hidden_size=LATENT, num_experts=E, topk=K)
+    router = Router(routing, dtype=torch.float32, batch_invariant=True)
+    call = {"linear": FixedLinear(LATENT, H, dtype=torch.float32), "router": lambda rows: router(rows)[0]}[part]
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _example: object) -> object:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    compiled = torch.compile(lambda rows: call(rows * 2) + 1, backend=backend)
+    with torch.no_grad():
+        for count in (3, 5, 8, 3):
+            rows = torch.randn(count, LATENT)
+            assert torch.equal(compiled(rows), call(rows * 2) + 1)
+    assert set(seen) == {"<built-in function mul>", "<built-in function add>"}

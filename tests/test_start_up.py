@@ -26,13 +26,18 @@ sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 """Makes the packages of all extras look as if they were not installed."""
 
 
-def imported_by(code: str, *arguments: str) -> set[str]:
-    """The packages in `sys.modules` of a process that has run the code, or has left in it."""
+def modules_of(code: str, *arguments: str) -> set[str]:
+    """What is in `sys.modules` of a process that has run the code, or has left in it."""
     listing = "import atexit, json, sys\natexit.register(lambda: print('\\n' + json.dumps(sorted(sys.modules))))\n"
     command = [sys.executable, "-c", listing + code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    return {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def imported_by(code: str, *arguments: str) -> set[str]:
+    """The packages of these."""
+    return {name.partition(".")[0] for name in modules_of(code, *arguments)}
 
 
 @pytest.mark.parametrize(
@@ -63,6 +68,17 @@ def test_the_library_adds_only_triton_to_what_torch_imports():
     ours = imported_by("import tokenferry\nfor name in tokenferry.__all__: getattr(tokenferry, name)")
     standard = set(sys.stdlib_module_names)
     assert ours - torch_itself - standard <= {"tokenferry", "triton"}
+
+
+COMPILER = "torch._dynamo"
+
+
+def test_layers_do_not_wait_for_the_compiler():
+    """A decorator of torch's imported it, which took longer than all else together."""
+    if COMPILER in modules_of("import torch, torch.distributed"):
+        pytest.skip(f"torch itself imports {COMPILER} here")
+    names = ("dispatcher", "experts", "fixed_linear", "graphs", "layer", "router", "shared_experts", "workspace")
+    assert COMPILER not in modules_of("import " + ", ".join(f"tokenferry.{name}" for name in names))
 
 
 def test_the_library_works_without_the_packages_of_the_extras():

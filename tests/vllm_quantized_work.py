@@ -60,6 +60,34 @@ def run_quantized(group: tf.EPGroup, transport: str, name: str, logits: bool) ->
     return quantizing.transport, str(quantizing.dispatch_format)
 
 
+def run_forms_of_scales(group: tf.EPGroup) -> list[str]:
+    """Whether our manager carries rows ("ours"), leaves them to vLLM ("theirs") or raises, forward after forward."""
+    _, ours = managers(group, {})
+    found = []
+    forwards = (
+        # rows of the ranks, columns, scales of the ranks
+        ([1, 3], 64, [1, 1]),
+        ([1, 1], 64, [1, 1]),
+        ([0, 1], 72, [1, 1]),
+        ([1, 3], 80, [1, 3]),
+        ([1, 1], 80, [1, 1]),
+        ([1, 0], 88, [1, 0]),
+        ([1, 1], 96, [1, 1]),
+        ([3, 1], 96, [1, 1]),
+        ([2, 3], 80, [1, 1]),
+    )
+    for sizes, columns, num_scales in forwards:
+        own, weights, ids = rows(group.rank, sizes[group.rank], 0, torch.bfloat16)
+        hidden = torch.ones(len(own), columns).to(torch.float8_e4m3fn)
+        with forward(sizes):
+            try:
+                refused = ours._refusal(hidden, weights, ids, False, [torch.ones(num_scales[group.rank], 1)])
+                found.append("ours" if refused is None else "theirs")
+            except tf.StateError as error:
+                found.append(str(error))
+    return found
+
+
 def run_float8_terms(group: tf.EPGroup, transport: str) -> tuple[str, str]:
     """Partial rows that travel as float8: the bits of the reference. Returns the transport and the dtype of the terms."""
     stock, ours = managers(group, {"transport": transport, "combine_dtype": "float8_e4m3fn"})

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tokenferry.ambient import uncompiled
 from tokenferry.errors import DtypeError
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def fixed_linear(
     rows_TD: torch.Tensor,
     weight_ND: torch.Tensor,

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tokenferry.ambient import uncompiled
 from tokenferry.config import HIDDEN_DTYPES
 from tokenferry.errors import ConfigError, DtypeError, ShapeError, check_kind
 from tokenferry.fixed_linear import fixed_linear
@@ -342,7 +343,7 @@ class Router(KeepsPrecision):
         """A copy, or what is pickled, has no loaded kernel."""
         return {**self.__dict__, "_loaded": NOT_LOADED}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     @torch.no_grad()
     def _route_alike(self, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The choice is made for each row alone, so that its logits are all that could differ."""

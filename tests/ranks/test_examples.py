@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tokenferry.testing.tiny_models import make_tiny
+
 pytestmark = pytest.mark.ranks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -54,6 +56,16 @@ def test_every_prompt_of_every_rank_gets_its_text() -> None:
         "rank 1: 'Each expert'",
         "rank 1: 'All ranks take part'",
     ]
+
+
+def test_the_program_of_the_page_on_transformers(tmp_path: Path) -> None:
+    page = (EXAMPLES.parent / "docs" / "transformers.md").read_text()
+    program, *_ = re.findall(r"^```python\n(# generate\.py.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "generate.py").write_text(program)
+    model = make_tiny("qwen3_moe", tmp_path / "model")
+    lines = sorted(run(*TORCHRUN, str(tmp_path / "generate.py"), str(model)).splitlines())
+    starts = ["rank 0: 'The ferry leaves at' -> ", "rank 1: 'Each expert' -> ", "rank 1: 'Tokens travel' -> "]
+    assert [line.startswith(start) for line, start in zip(lines, starts, strict=True)] == [True] * 3
 
 
 def test_megatron_s_dispatcher_calls_give_what_the_layer_gives_alone() -> None:

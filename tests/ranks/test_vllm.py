@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokenferry.testing import run_ranks
-from vllm_quantized_work import run_float8_terms, run_quantized
+from vllm_quantized_work import run_float8_terms, run_forms_of_scales, run_quantized
 from vllm_work import (
     run_a_release_that_copies_sums,
     run_against_plain_gathers,
@@ -66,6 +66,13 @@ def test_what_cannot_be_carried_goes_to_vllms_own_gathers_with_a_line_in_the_log
             assert calls == ["dispatch_router_logits" if name.startswith("logits") else "dispatch", "combine"]
             assert len(lines) == bool(words[name]), f"{name}: a line for a reason, once"
             assert all(words[name] in line for line in lines)
+
+
+def test_ranks_agree_whether_a_scale_is_one_rows_or_all_rows() -> None:
+    """A rank with a single row cannot tell by itself, and once went another way than the others."""
+    for found in run_ranks(run_forms_of_scales, 2):
+        assert found[:-1] == ["theirs", "theirs", "theirs", "ours", "ours", "ours", "ours", "theirs"]
+        assert "with scales of shape [1, 1], and such rows had scales of their own before" in found[-1]
 
 
 @pytest.mark.parametrize("logits", [False, True], ids=["experts", "logits"])

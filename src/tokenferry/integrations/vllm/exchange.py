@@ -21,6 +21,7 @@ from tokenferry.errors import StateError
 from tokenferry.groups import EPGroup
 from tokenferry.integrations.vllm import rows
 from tokenferry.integrations.vllm.rows import Kind
+from tokenferry.integrations.vllm.scale_forms import ScaleForms
 from tokenferry.integrations.vllm.settings import LOGGER, PluginSettings
 from tokenferry.workspace import Workspace
 
@@ -77,6 +78,7 @@ class Exchange:
         self._pending: tuple[Dispatcher, Dispatched, int, torch.dtype] | None = None
         self._busy: list[tuple[str, contextlib.ExitStack]] = []
         self._opens = True
+        self._scale_forms = ScaleForms(group, WARM_UP_S)
         self.output: torch.Tensor | None = None
         self._num_real_tokens: int | None = None
         """Of this rank's rows in the forwards that begin now; None: all."""
@@ -101,8 +103,16 @@ class Exchange:
         weights: torch.Tensor,
         ids: torch.Tensor | None,
         extra_tensors: list[torch.Tensor] | None = None,
+        counts: Sequence[int] = (),
     ) -> str | None:
-        """Why rows of these kinds, with what travels beside them, cannot be carried, equally on all ranks; None if they can."""
+        """Why rows of these kinds, with what travels beside them, cannot be carried, equally on all ranks; None if they can.
+
+        Args:
+            counts: rows of each rank, where tensors travel beside them.
+
+        Raises:
+            As `ScaleForms.are_of_rows`.
+        """
         refused = rows.refusal(hidden, extra_tensors)
         if refused is not None:
             return refused
@@ -112,6 +122,8 @@ class Exchange:
             return f"expert numbers of {ids.dtype}"
         if weights.shape[1] > self._num_experts:
             return f"{weights.shape[1]} weights or logits a row, with {self._num_experts} experts"
+        if extra_tensors and not self._scale_forms.are_of_rows(hidden, extra_tensors[0], counts):
+            return "scales of quantized rows are one for all rows of a rank"
         if not self._opens:
             kind = rows.kind_of(hidden, weights, extra_tensors[0] if extra_tensors else None, self._dtype)
             if kind not in self._workspaces:

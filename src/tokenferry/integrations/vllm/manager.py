@@ -141,7 +141,8 @@ def manager_class(original: type) -> type:
             num_ranks = self._get_comm_group(False).world_size
             if num_ranks != self.world_size:
                 return f"rows are gathered from {num_ranks} ranks, but the experts are spread over {self.world_size}"
-            return self.exchange.refusal(hidden, weights, ids, extra_tensors)
+            counts = self._get_sizes(hidden.shape[0], self._get_comm_group(False)) if extra_tensors else ()
+            return self.exchange.refusal(hidden, weights, ids, extra_tensors, counts)
 
         def _say(self, reason: str) -> None:
             if reason not in self._said:

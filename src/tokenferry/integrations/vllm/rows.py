@@ -56,7 +56,7 @@ def kind_of(hidden: torch.Tensor, routing: torch.Tensor, scales: torch.Tensor | 
 
 
 def refusal(hidden: torch.Tensor, extra_tensors: list[torch.Tensor] | None) -> str | None:
-    """Why such rows cannot travel; None if they can."""
+    """Why such rows cannot travel; None if they can, provided that each row has scales of its own (see `ScaleForms`)."""
     is_quantized = hidden.dtype in QUANTIZED_DTYPES
     if hidden.dim() != 2 or not (is_quantized or hidden.dtype in HIDDEN_DTYPES):
         return f"hidden rows of {hidden.dtype} with {hidden.dim()} dimensions"
@@ -65,7 +65,7 @@ def refusal(hidden: torch.Tensor, extra_tensors: list[torch.Tensor] | None) -> s
     if not is_quantized or len(extra_tensors) != 1:
         return "LoRA mappings, or several tensors, travel beside the rows"
     (scales,) = extra_tensors
-    if scales.dim() != 2 or scales.shape[0] != hidden.shape[0]:
+    if scales.dim() != 2:
         return f"scales of quantized rows have {scales.dim()} dimensions, and are not [rows, scales]"
     return None
 
