@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import tokenferry as tf
+from patience import PATIENT_S
 from transformers_work import CAPACITY, Work, load, prompts, quiet, unmodified
 
 NEW_TOKENS = 16
@@ -32,7 +33,7 @@ def ask(manager: Any, seed: int) -> tuple[list[list[int]], float]:
     keys = manager.add_requests(prompts(LENGTHS, seed), max_new_tokens=NEW_TOKENS)
     results: dict[str, Any] = {}
     while len(results) < len(keys):
-        result = manager.get_result(timeout=20)
+        result = manager.get_result(timeout=PATIENT_S)
         assert result is not None, f"no result: {manager.background_thread_status.fatal_error!r}"
         assert result.error is None, result.error
         if result.is_finished():

@@ -10,12 +10,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import tokenferry as tf
 from cases import settle
+from patience import PATIENT_S, SLACK_S
+from tokenferry.dispatched import HiddenRows, QuantizedRows
 from tokenferry.testing import same_bits
 from tokenferry.testing.data import make_inputs
 
@@ -54,9 +57,10 @@ FAULTS = (
     Fault("ctrl-c", "PeerFailedError", "data-missing", "KeyboardInterrupt"),
 )
 LATE = ("late", "stopped", "late-in-layer", "stopped-while-sending")
-"""The culprit cannot hear anything for so long as it sleeps."""
+"""The culprit comes when the others have given up, and hears nothing before."""
 OFF = ("one-layer-fewer", "one-layer-fewer-at-once", "one-layer-more", "one-step-behind")
-"""Ranks at two places. All but one of these come half a time-out late, so that on `p2p` it is the others who give up first."""
+"""Ranks at two places. In all but one of these the culprit is the more patient, so that on `p2p` it is the others who give up
+first."""
 KILLED = Fault("killed", "PeerTimeoutError", "not-entered")
 """Before it enters a step. Sockets close with their process, memory does not: on `p2p` it is late, elsewhere it has failed."""
 KILLED_IN_LAYER = Fault("killed-in-layer", "PeerTimeoutError", "data-missing")
@@ -69,18 +73,24 @@ about to: in the interpreter alone."""
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the faults happen, and how long ranks wait."""
+    """Where the faults happen, how long ranks wait, and whether rows and terms are float8 with scales or bfloat16."""
 
     transport: str
     backend: str = "gloo"
     timeout_s: float = 1.5
     right_steps: int = 20
     env: tuple[tuple[str, str], ...] = ()
+    float8: bool = False
 
     @property
     def where(self) -> str:
         """Who carries rows: "p2p", "gloo" or "nccl"."""
         return self.backend if self.transport == "collective" else self.transport
+
+    @property
+    def formats(self) -> dict[str, Any]:
+        """For the workspace."""
+        return {"dispatch_format": "fp8_block128", "combine_dtype": torch.float8_e4m3fn} if self.float8 else {}
 
 
 @dataclass(frozen=True)
@@ -118,10 +128,16 @@ def one_step(
         partial = torch.full((got.hidden.shape[0], CONFIG.hidden_size), torch.nan, dtype=CONFIG.dtype, device=ws.device)
         partial[:num_valid] = own.partial.to(ws.device)
         out = dispatcher.combine(partial, got)
-        wanted = tf.reference.combine([each.partial for each in inputs], tokens, CONFIG.dtype, CONFIG.dtype)[rank]
-        compared += [(gathered, torch.cat([each.hidden for each in inputs])), (out, wanted)]
+        wanted = tf.reference.combine([each.partial for each in inputs], tokens, ws.combine_dtype, CONFIG.dtype)[rank]
+        hidden = tf.reference.in_format(torch.cat([each.hidden for each in inputs]), ws.dispatch_format)
+        compared += [*zip(parts(gathered), parts(hidden), strict=True), (out, wanted)]
     finish(ws)
     return all(same_bits(got.cpu(), wanted) for got, wanted in compared)
+
+
+def parts(rows: HiddenRows) -> list[torch.Tensor]:
+    """The tensors that rows consist of."""
+    return [rows.values.view(torch.uint8), rows.scales] if isinstance(rows, QuantizedRows) else [rows]
 
 
 def finish(ws: tf.Workspace) -> None:
@@ -135,7 +151,8 @@ def go_on(ws: tf.Workspace, dispatchers: Sequence[tf.Dispatcher], group: tf.EPGr
     buffer = getattr(ws._transport.innermost, "_buffer", None)
     old = [buffer.of_peer(rank) for rank in range(ws.group.size) if rank != ws.group.rank] if buffer and late_stores else []
     kept = (buffer._handle, list(buffer._tensors)) if old else None  # the mapping, as in a process that knows of no reset
-    ws.reset(group=group, timeout_s=30)
+    ws.set_timeout(PATIENT_S)
+    ws.reset(group=group, timeout_s=PATIENT_S)
     right = 0
     for seed in range(count):
         for region in old:
@@ -180,7 +197,15 @@ def stop_for(seconds: float) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def stop_at_a_send(ws: tf.Workspace, seconds: float) -> None:
+def stop_until(files: Sequence[Path], limit_s: float) -> None:
+    """Stops this process until all these files are there; after `limit_s` in any case."""
+    there = " && ".join(f"[ -e '{file}' ]" for file in files)
+    wait = f"i=0; until {{ {there}; }} || [ $i -ge {int(10 * limit_s)} ]; do sleep 0.1; i=$((i + 1)); done"
+    subprocess.Popen(["sh", "-c", f"{wait}; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def stop_at_a_send(ws: tf.Workspace, stop: Callable[[], None]) -> None:
     """The next packet but a few that this rank's kernels send waits until the process has been stopped and woken."""
     from tokenferry.kernels.wire_interpreter import Observer
 
@@ -191,13 +216,25 @@ def stop_at_a_send(ws: tf.Workspace, seconds: float) -> None:
             if kind == "send":
                 self.sends += 1
                 if self.sends == 2:
-                    stop_for(seconds)
+                    stop()
 
     ws._transport.innermost.observe(StopsOnce())
 
 
-def culprit_acts(fault: str, ws: tf.Workspace, dispatchers: Sequence[tf.Dispatcher]) -> None:
-    used, late_s = dispatchers[:2], 1.5 * ws.timeout_s + 1
+def gave_up(folder: Path, fault: str, rank: int) -> Path:
+    """The file by which a rank says that it did."""
+    return folder / f"gave-up.{fault}.{rank}"
+
+
+def culprit_acts(fault: str, ws: tf.Workspace, dispatchers: Sequence[tf.Dispatcher], folder: Path) -> None:
+    used, limit_s = dispatchers[:2], ws.timeout_s + SLACK_S
+    others = [gave_up(folder, fault, rank) for rank in range(ws.group.size) if rank != CULPRIT]
+
+    def wait_for_the_others() -> None:
+        give_up_s = time.monotonic() + limit_s
+        while not all(file.exists() for file in others) and time.monotonic() < give_up_s:
+            time.sleep(0.02)
+
     between = crash(fault, ws, dispatchers[0])
     if between is not None:
         try:
@@ -209,15 +246,15 @@ def culprit_acts(fault: str, ws: tf.Workspace, dispatchers: Sequence[tf.Dispatch
     elif fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault == "stopped":
-        stop_for(late_s)
+        stop_until(others, limit_s)
     elif fault == "stopped-while-sending":
-        stop_at_a_send(ws, late_s)
+        stop_at_a_send(ws, lambda: stop_until(others, limit_s))
     elif fault == "late":
-        time.sleep(late_s)
+        wait_for_the_others()
     elif fault == "late-in-layer":
         ws.begin_step((3 * ws.group.rank + 3) % 5)
         settle(ws)
-        time.sleep(late_s)
+        wait_for_the_others()
     if fault in OFF:
         be_off(fault, ws, dispatchers)
     else:
@@ -228,18 +265,16 @@ def culprit_acts(fault: str, ws: tf.Workspace, dispatchers: Sequence[tf.Dispatch
 
 def be_off(fault: str, ws: tf.Workspace, dispatchers: Sequence[tf.Dispatcher]) -> None:
     """Other calls than the others', who wait at another place by then, or come there at the same time."""
-    late_s = 0.0 if fault.endswith("at-once") else ws.timeout_s / 2
+    if not fault.endswith("at-once"):
+        ws.set_timeout(PATIENT_S)
     if fault == "one-step-behind":  # the others go on to the next step at once
         ws.begin_step(3)
-        time.sleep(late_s)
         dispatch_alone(ws, dispatchers[0])
     elif fault == "one-layer-more":
         one_step(ws, dispatchers[:2], 3)
-        time.sleep(late_s)
         dispatch_alone(ws, dispatchers[2])
     else:  # leaves out the second layer, and so comes to the next step too early
         one_step(ws, dispatchers[:1], 3)
-        time.sleep(late_s)
 
 
 def dispatch_alone(ws: tf.Workspace, dispatcher: tf.Dispatcher) -> None:
@@ -248,14 +283,16 @@ def dispatch_alone(ws: tf.Workspace, dispatcher: tf.Dispatcher) -> None:
     finish(ws)
 
 
-def suffer(ws: tf.Workspace, dispatchers: Sequence[tf.Dispatcher], fault: str, steps: int) -> Outcome:
-    """One fault, the reset after it, and right steps."""
+def suffer(ws: tf.Workspace, dispatchers: Sequence[tf.Dispatcher], fault: str, setting: Setting, folder: Path) -> Outcome:
+    """One fault, the reset after it, and right steps. Only the fault has the short time-out."""
     group = ws.group
     assert all(one_step(ws, dispatchers[:2], seed) for seed in range(3))
+    group.channel.barrier(f"before the fault {fault}", PATIENT_S)
+    ws.set_timeout(setting.timeout_s)
     start = time.monotonic()
     try:
         if group.rank == CULPRIT:
-            culprit_acts(fault, ws, dispatchers)
+            culprit_acts(fault, ws, dispatchers, folder)
         else:
             if fault == "one-step-behind":
                 ws.begin_step(3)
@@ -266,20 +303,20 @@ def suffer(ws: tf.Workspace, dispatchers: Sequence[tf.Dispatcher], fault: str, s
         raise AssertionError(f"{fault}: nothing was raised")
     except tf.PeerError as caught:
         error, waited_s = caught, time.monotonic() - start
+        gave_up(folder, fault, group.rank).touch()
     with pytest.raises(type(error)):
         ws.begin_step(1)  # it stays broken until the reset
     alive = [rank for rank in range(group.size) if not fault.startswith("killed") or rank != CULPRIT]
     survivors = group if len(alive) == group.size else group.subset(alive)
-    right = go_on(ws, dispatchers[:2], survivors, steps, late_stores=group.rank == CULPRIT)
+    right = go_on(ws, dispatchers[:2], survivors, setting.right_steps, late_stores=group.rank == CULPRIT)
     return Outcome(fault, os.getpid(), type(error).__name__, error.rank, error.phase, str(error), waited_s, right)
 
 
 def suffer_all(group: tf.EPGroup, setting: Setting, faults: Sequence[str], folder: str) -> None:
     """Writes what it saw to files, so that one rank's failure hides no other's outcome."""
-    with tf.Workspace(
-        CONFIG, group, max_tokens_per_rank=CAPACITY, transport=setting.transport, timeout_s=setting.timeout_s
-    ) as ws:
+    how = {"transport": setting.transport, "timeout_s": PATIENT_S, **setting.formats}
+    with tf.Workspace(CONFIG, group, max_tokens_per_rank=CAPACITY, **how) as ws:
         dispatchers = [ws.dispatcher() for _ in range(3)]
         for fault in faults:
-            outcome = suffer(ws, dispatchers, fault, setting.right_steps)
+            outcome = suffer(ws, dispatchers, fault, setting, Path(folder))
             Path(folder, f"{fault}-{group.rank}").write_text(repr(outcome))

@@ -23,6 +23,7 @@ from megatron_work import (
     process_groups,
     same,
 )
+from patience import PATIENT_S
 from tokenferry.activations import Activation
 from tokenferry.errors import CapacityError, ConfigError, ShapeError, StateError
 from tokenferry.experts import Experts, ExpertsConfig
@@ -353,13 +354,13 @@ def run_late_rank(group: tf.EPGroup) -> None:
     NVLS.allocate_buffers(W, 2, 16, group)
     layer = shape.make(NVLS, megatron.ProcessGroups(ep=group))
     if group.rank == 1:
-        group.channel.barrier("rank 0 gave up", 20.0)
+        group.channel.barrier("rank 0 gave up", PATIENT_S)
         return
     with pytest.raises(tf.PeerTimeoutError) as caught:
         dispatch(layer, shape.inputs((1, 1))[group.rank])
     with pytest.raises(tf.PeerTimeoutError):
         megatron.check()
-    group.channel.barrier("rank 0 gave up", 20.0)
+    group.channel.barrier("rank 0 gave up", PATIENT_S)
     assert (caught.value.rank, caught.value.phase) == (1, "not-entered")
 
 
@@ -385,7 +386,7 @@ def run_scenarios(group: tf.EPGroup) -> dict[str, str]:
     """Each scenario's traceback, empty if it passed. The first that fails is the last that is run."""
     outcomes = {}
     for name, (worker, *args) in SCENARIOS.items():
-        megatron.configure(**dataclasses.asdict(megatron.Settings(timeout_s=5.0, open_timeout_s=5.0)))
+        megatron.configure(**dataclasses.asdict(megatron.Settings(timeout_s=PATIENT_S, open_timeout_s=PATIENT_S)))
         NCCL._use_allgather_v = False
         try:
             worker(group, *args)

@@ -10,6 +10,7 @@ import torch
 
 import tokenferry as tf
 from faults import CAPACITY, CONFIG, one_step
+from patience import PATIENT_S
 from tokenferry.experts import Experts, ExpertsConfig
 from tokenferry.graph_capture import captured
 from tokenferry.telemetry import Snapshot, loads_of
@@ -140,6 +141,22 @@ def is_refused_without(group: tf.EPGroup, transport: str) -> bool:
         return one_step(ws, [ws.dispatcher()], 0)
 
 
+def differing(group: tf.EPGroup, transport: str) -> str:
+    """Only the last rank asks for telemetry."""
+    with pytest.raises(tf.ConfigError) as caught:
+        opened(group, transport, telemetry=group.rank == group.size - 1)
+    return str(caught.value)
+
+
+def check_differing(said: list[str]) -> None:
+    """Every rank is told, and what each of the two has."""
+    name, last = "telemetry (or TOKENFERRY_TELEMETRY) differs between ranks", len(said) - 1
+    advice = "open the workspace with equal settings"
+    for rank, text in enumerate(said):
+        own, other = (f"rank {rank} has {rank == last}", f"rank {last if rank < last else 0} has {rank != last}")
+        assert text == f"{name}: {own}, {other}; {advice}"
+
+
 def float8_terms_delayed(group: tf.EPGroup, late: int, transport: str = "p2p", delay_s: float = DELAY_S) -> dict[str, Any]:
     """Rank `late` is late to combine in every step; terms are float8."""
     with opened(group, transport, telemetry=True, combine_dtype=torch.float8_e4m3fn) as ws:
@@ -230,7 +247,7 @@ def error_of_a_late_rank(group: tf.EPGroup, transport: str, fails: bool = False)
     """Rank 1 is late, and then does not come at all or, with `fails`, leaves by an error. What rank 0's error says, its reading,
     and the steps it carries."""
     error = tf.PeerFailedError if fails else tf.PeerTimeoutError
-    with contextlib.suppress(ZeroDivisionError), opened(group, transport, telemetry=True, timeout_s=2.0) as ws:
+    with contextlib.suppress(ZeroDivisionError), opened(group, transport, telemetry=True, timeout_s=PATIENT_S) as ws:
         dispatchers = [ws.dispatcher()]
         for step in range(4):
             group.channel.barrier(group.unique_name("together"), 60.0)
@@ -241,13 +258,16 @@ def error_of_a_late_rank(group: tf.EPGroup, transport: str, fails: bool = False)
         if group.rank == 1:
             if fails:
                 raise ZeroDivisionError
-            time.sleep(4.0)
+            group.channel.barrier(group.unique_name("given up"), PATIENT_S)
             return None
+        ws.set_timeout(PATIENT_S if fails else 2.0)
         with pytest.raises(error) as caught:
             one_step(ws, dispatchers, 4)
         with pytest.raises(tf.PeerError) as again:
             ws.check()
         assert str(again.value) == str(caught.value)
+        if not fails:
+            group.channel.barrier(group.unique_name("given up"), PATIENT_S)
         return str(caught.value), caught.value.reading, len(caught.value.waits)
     return None
 

@@ -3,8 +3,10 @@
 import dataclasses
 import io
 import json
+import logging
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,11 +21,13 @@ from tokenferry.cli import output
 from tokenferry.cli.display import print_comparison, printable
 from tokenferry.cli.job import Answer, Job, RankResult
 from tokenferry.cli.main import app
+from tokenferry.cli.phases import telling_phases
 from tokenferry.cli.progress import progress, progress_lines
 from tokenferry.cli.reference import compare
 from tokenferry.cli.terminal import print_json
 from tokenferry.errors import ConfigError
 from tokenferry.integrations.vllm import known_versions
+from tokenferry.lifecycle import PROGRESS
 
 
 def answer(prompt, ids, shift=0.0, complete=True):
@@ -143,6 +147,36 @@ def test_piped_progress_is_lines():
         "rank 1: 2 prompts to answer, at most 20 tokens",
         "rank 1: done, 2 tokens",
     ]
+
+
+def test_piped_progress_tells_what_a_rank_is_loading_and_what_it_has_taken():
+    """A minute of "loading" told nobody whether it was weights or a compiler."""
+    written = io.StringIO()
+    with progress_lines(Console(file=written), ["rank 0"], every_s=0.05) as on_message:
+        on_message(0, {"phase": "loading the model's weights"})
+        on_message(0, {"phase": "opening a workspace"})
+        while "rank 0: opening a workspace (0 s), 0 s\n" not in written.getvalue():
+            time.sleep(0.01)
+        on_message(0, {"total": 20, "prompts": 2})
+    [told] = [line for line in written.getvalue().splitlines() if "weights" in line]
+    assert re.fullmatch(r"rank 0: loading the model's weights \d\.\d s, opening a workspace \d\.\d s, 0 s", told)
+
+
+def test_a_bar_names_what_a_rank_is_loading():
+    written = io.StringIO()
+    with progress(Console(file=written, force_terminal=True, width=120), ["rank 0"]) as on_message:
+        on_message(0, {"phase": "opening a workspace"})
+    assert "rank 0: opening a workspace" in written.getvalue()
+
+
+def test_what_the_library_logs_is_a_phase():
+    sent, logger = [], logging.getLogger(PROGRESS)
+    with telling_phases(sent.append):
+        logger.info("opening %s", "p2p")
+        logger.debug("a detail")
+    logger.info("nobody listens")
+    assert sent == [{"phase": "opening p2p"}]
+    assert not logger.handlers
 
 
 def test_piped_progress_comes_again_and_again_and_ends_with_an_error():

@@ -31,6 +31,15 @@ def inputs(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     )
 
 
+def quantized_in_powers_of_two(partial: torch.Tensor) -> QuantizedRows:
+    """Float8 terms of which each compiler makes the same bits: all is exact, but for the one rounding to float8.
+
+    Of float32, since inductor leaves out a rounding to bfloat16 on the way to float8."""
+    scales = torch.tensor([0.25, 0.5]).repeat(partial.shape[0], 1)
+    columns = torch.cat([torch.full((128,), 4.0), torch.full((H - 128,), 2.0)])
+    return QuantizedRows((partial * columns).clamp(-448, 448).to(FLOAT8), scales)
+
+
 def compiled_as_eager(
     group: tf.EPGroup,
     transport: str,
@@ -38,6 +47,7 @@ def compiled_as_eager(
     dispatch_format: str,
     quantized: bool,
     combine_dtype: torch.dtype | None = None,
+    quantized_terms: bool = False,
 ) -> int:
     """A model that reads all that a dispatch gives, compiled and eager, on several inputs."""
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
@@ -53,8 +63,9 @@ def compiled_as_eager(
                 hidden = got.hidden
                 hidden = hidden.dequantize() if dispatch_format == "fp8_block128" else hidden[:, :H].float()
                 weight = torch.where(got.topk_idx >= 0, got.topk_weights, 0).sum(dim=1, keepdim=True)
-                partial = torch.where(weight == 0, 0, torch.relu(hidden) * weight).to(torch.bfloat16)
-                total = layer.combine(partial, got) + total
+                partial = torch.where(weight == 0, 0, torch.relu(hidden) * weight)
+                terms = quantized_in_powers_of_two(partial) if quantized_terms else partial.to(torch.bfloat16)
+                total = layer.combine(terms, got) + total
             return total
 
         compiled = torch.compile(forward, fullgraph=True, backend=backend)
@@ -103,17 +114,29 @@ def test_terms_become_float8_behind_compiled_code(dispatch_format: str) -> None:
     assert compiled_as_eager(group, "local", "aot_eager", dispatch_format, False, FLOAT8) == 3
 
 
-def test_compiled_code_hands_no_quantized_terms_to_combine() -> None:
-    with tf.Workspace(CONFIG, tf.EPGroup(device="cpu"), max_tokens_per_rank=8, transport="local", combine_dtype=FLOAT8) as ws:
-        layer = ws.dispatcher()
+QUANTIZED_TERMS = FLOAT8, True
 
-        def forward(hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-            got = layer.dispatch(hidden, topk_idx, topk_weights)
-            return layer.combine(QuantizedRows(got.hidden.to(FLOAT8), torch.ones(got.hidden.shape[0], 2)), got)
 
-        ws.begin_step(4)
-        with pytest.raises(Exception, match="does not pass through a combine of quantized partial rows"):
-            torch.compile(forward, fullgraph=True, backend="aot_eager")(*inputs(4, 1))
+@pytest.mark.parametrize("dispatch_format", ["same", "fp8_block128"])
+def test_a_combine_of_quantized_terms_in_compiled_code(dispatch_format: str) -> None:
+    group = tf.EPGroup(device="cpu")
+    assert compiled_as_eager(group, "local", "aot_eager", dispatch_format, False, *QUANTIZED_TERMS) == 3
+
+
+@pytest.mark.long
+@pytest.mark.ranks
+def test_a_combine_of_quantized_terms_on_two_ranks() -> None:
+    given = ("collective", "aot_eager", "same", False, *QUANTIZED_TERMS)
+    assert run_ranks(compiled_as_eager, 2, *given, timeout_s=120) == [3, 3]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dispatch_format", ["same", pytest.param("fp8_block128", marks=pytest.mark.long)])
+def test_a_combine_of_quantized_terms_over_symmetric_memory(dispatch_format: str) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler for CPU code")
+    given = ("p2p", "inductor", dispatch_format, False, *QUANTIZED_TERMS)
+    assert run_ranks(compiled_as_eager, 2, *given, timeout_s=300, env={"TRITON_INTERPRET": "1"}) == [3, 3]
 
 
 def closed(group: tf.EPGroup) -> str:

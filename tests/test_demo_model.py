@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from patience import PATIENT_S
 from tokenferry import env
 from tokenferry.demo import manifest, upcycle
 from tokenferry.demo import model as demo_model
@@ -155,7 +156,7 @@ def make_at_once(rank, world_size, store_path, trace):
 @pytest.mark.ranks
 def test_ranks_that_start_at_once_make_it_once(tmp_path):
     results = run_processes(
-        make_at_once, 3, (str(tmp_path),), timeout_s=30, env={"TOKENFERRY_CACHE_DIR": str(tmp_path / "cache")}
+        make_at_once, 3, (str(tmp_path),), timeout_s=PATIENT_S, env={"TOKENFERRY_CACHE_DIR": str(tmp_path / "cache")}
     )
     assert results == [None, None, None]
     assert len(list(tmp_path.glob("made-by-*"))) == 1

@@ -22,6 +22,7 @@ from launch_workers import (
     read_environment,
     report,
 )
+from patience import PATIENT_S, SLACK_S, once
 from tokenferry.errors import ConfigError, RankFailedError, UsageError
 from tokenferry.supervisor import run_processes
 from tokenferry.testing import run_ranks
@@ -39,8 +40,9 @@ def test_ranks_meet_in_a_private_folder_that_is_removed():
     assert not Path(results[0][2]).exists()
 
 
-def test_first_failure_is_blamed_20_times_of_20():
-    for attempt in range(20):
+@pytest.mark.parametrize("num_runs", [3, pytest.param(20, marks=pytest.mark.long)])
+def test_first_failure_is_blamed_every_time(num_runs):
+    for attempt in range(num_runs):
         with pytest.raises(RankFailedError, match=f"rank {attempt % 3} says no") as failed:
             run_processes(fail_in_a_race, 3, (attempt % 3,), timeout_s=30)
         assert failed.value.rank == attempt % 3
@@ -59,7 +61,7 @@ def test_deadline_names_the_stuck_ranks_and_shows_where_they_stand():
     start = time.monotonic()
     with pytest.raises(RankFailedError, match=r"not finished within 3.0 s: ranks \[0, 2\] of 3") as failed:
         run_processes(hang, 3, ((0, 2),), timeout_s=3.0)
-    assert time.monotonic() - start < 3.0 + 5.0
+    assert time.monotonic() - start < 3.0 + SLACK_S
     assert failed.value.traceback.count("in hang") == 2
 
 
@@ -104,7 +106,7 @@ sys.path.insert(0, {tests!r})
 from launch_workers import hold
 from tokenferry.supervisor import run_processes
 if __name__ == "__main__":
-    run_processes(hold, 2, ({folder!r},), timeout_s=60, store_dir={folder!r})
+    run_processes(hold, 2, ({folder!r},), timeout_s=250, store_dir={folder!r})
 """
 
 
@@ -116,23 +118,21 @@ def alive(pid):
     return state != "Z"
 
 
+def pids_in(folder):
+    return [path.read_text() for path in folder.glob("pid?") if path.read_text()]
+
+
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_no_orphan_when_the_supervisor_dies(tmp_path, signum):
     script = tmp_path / "supervisor.py"
     script.write_text(SUPERVISOR.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
     supervisor = subprocess.Popen([sys.executable, str(script)], start_new_session=True, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 30
-    pids = []
-    while len(pids) < 2 and time.monotonic() < deadline:
-        pids = [path.read_text() for path in tmp_path.glob("pid?") if path.read_text()]
-        time.sleep(0.05)
+    once(lambda: len(pids_in(tmp_path)) == 2)
+    pids = pids_in(tmp_path)
     # Ctrl-C reaches the whole foreground group, the ranks too; the other signals reach the supervisor only.
     os.killpg(supervisor.pid, signum) if signum == signal.SIGINT else os.kill(supervisor.pid, signum)
-    _, stderr = supervisor.communicate(timeout=10)
-    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(pids) == 2
-    assert not any(alive(pid) for pid in pids)
+    _, stderr = supervisor.communicate(timeout=PATIENT_S)
+    once(lambda: not any(alive(pid) for pid in pids))
     assert not list(tmp_path.glob("tokenferry-*"))
     assert stderr.count("KeyboardInterrupt") == (1 if signum == signal.SIGINT else 0)
 
@@ -207,7 +207,7 @@ def test_a_program_that_rank_processes_cannot_serve_is_told_so_in_a_line(name: s
     assert done.returncode == 1
     assert re.search(said, done.stderr), done.stderr
     assert "bootstrapping" not in done.stderr, "Python's own page about it"
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < PATIENT_S / 2
 
 
 @pytest.mark.ranks

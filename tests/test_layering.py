@@ -44,6 +44,7 @@ ALLOWED_BETWEEN_KERNELS = {
     "wire_float8",
     "wire_float8_interpreter",
     "wire_mxfp4",
+    "wire_warp",
     "fp8_rows",
     "fp8_bulk",
     "fp8_sum",

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 import tokenferry as tf
+from patience import PATIENT_S, once
 from rank_pool import RankPools
 from tokenferry.transports import selection
 from tokenferry.transports.base import StepTensors, Transport, TransportSettings
@@ -73,7 +73,7 @@ def test_a_transport_asked_for_by_name_that_does_not_open_is_unavailable_with_it
 
 def no_socket(group: tf.EPGroup) -> list[str]:
     with pytest.raises(tf.TransportUnavailableError, match="no transport can serve this group") as caught:
-        tf.Workspace(CONFIG, group, max_tokens_per_rank=4, open_timeout_s=10.0)
+        tf.Workspace(CONFIG, group, max_tokens_per_rank=4, open_timeout_s=PATIENT_S)
     return list(map(str, caught.value.decisions))
 
 
@@ -87,7 +87,7 @@ def test_where_nothing_opens_the_error_has_a_reason_for_each(on_ranks: RankPools
 
 def interpreted_nvls(group: tf.EPGroup) -> list[str]:
     with pytest.raises(tf.TransportUnavailableError) as caught:
-        tf.Workspace(CONFIG, group, max_tokens_per_rank=4, transport="nvls", open_timeout_s=10.0)
+        tf.Workspace(CONFIG, group, max_tokens_per_rank=4, transport="nvls", open_timeout_s=PATIENT_S)
     return [str(decision) for decision in caught.value.decisions if "nvls" in str(decision)]
 
 
@@ -135,20 +135,21 @@ def interrupted() -> None:
 
 
 def too_long() -> None:
-    """Longer than the other rank waits for a connection and then for an answer."""
-    time.sleep(6.0)
+    """Until the other rank has waited for a connection and then for an answer, and is out. `failing` sees to that."""
 
 
 def failing(group: tf.EPGroup, fail: Callable[[], None]) -> tuple[str, list[str]]:
     """What opening raises, and what it decided."""
-    open_timeout_s = 2.0 if fail is too_long else 4.0
+    open_timeout_s = 2.0 if fail is too_long else PATIENT_S
+    fail = (lambda: once(lambda: group.channel.peek("out") is not None)) if fail is too_long else fail
     try:
         tf.Workspace(CONFIG, group, max_tokens_per_rank=4, transport=Failing(1, fail), open_timeout_s=open_timeout_s).close()
     except (tf.TokenferryError, Interrupted) as error:
         told = [str(decision) for decision in getattr(error, "decisions", ())]
         return f"{type(error).__name__}: {error}", told
     finally:
-        group.channel.barrier("all are out", 20.0)
+        group.channel.claim("out", group.rank)
+        group.channel.barrier("all are out", PATIENT_S)
     return "nothing", []
 
 

@@ -242,4 +242,4 @@ def test_code_that_outlived_its_workspace_says_so() -> None:
     del ws
     gc.collect()
     with pytest.raises(tf.StateError, match="compiled code outlived its workspace"):
-        torch.ops.tokenferry.combine_fresh(order, torch.ones(1, 8), number, 0, 1, torch.float32)
+        torch.ops.tokenferry.combine_fresh(order, torch.ones(1, 8), None, number, 0, 1, torch.float32)

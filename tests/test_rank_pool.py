@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import tokenferry as tf
+from patience import PATIENT_S, SLACK_S
 from processes import of_this_process, once_gone
 from rank_pool import RankPools
 from tokenferry.errors import RankFailedError
@@ -81,7 +82,7 @@ def test_another_environment_is_other_processes(on_ranks: RankPools) -> None:
 def fail_on_rank_1(group: tf.EPGroup) -> None:
     if group.rank == 1:
         raise ArithmeticError("rank 1 cannot count")
-    group.channel.barrier("never", 60.0)
+    group.channel.barrier("never", 2 * PATIENT_S)
 
 
 def hang_on_rank_1(group: tf.EPGroup) -> None:
@@ -92,14 +93,14 @@ def hang_on_rank_1(group: tf.EPGroup) -> None:
 def die_on_rank_1(group: tf.EPGroup) -> None:
     if group.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    group.channel.barrier("never", 60.0)
+    group.channel.barrier("never", 2 * PATIENT_S)
 
 
 @pytest.mark.parametrize(
     ("worker", "said"),
     [
         (fail_on_rank_1, "ArithmeticError: rank 1 cannot count"),
-        (hang_on_rank_1, r"(?s)not finished within 1\.5 s: ranks \[1\] of 2.*in hang_on_rank_1"),
+        (hang_on_rank_1, r"(?s)not finished within 5\.0 s: ranks \[1\] of 2.*in hang_on_rank_1"),
         (die_on_rank_1, "killed by SIGKILL"),
     ],
 )
@@ -107,9 +108,9 @@ def test_the_first_failure_is_told_and_the_next_call_has_new_processes(on_ranks:
     before = on_ranks(number, 2)  # the first time those of the tests before, then those that the last failure left
     start = time.monotonic()
     with pytest.raises(RankFailedError, match=said) as caught:
-        on_ranks(worker, 2, timeout_s=1.5 if worker is hang_on_rank_1 else 30)
+        on_ranks(worker, 2, timeout_s=5.0 if worker is hang_on_rank_1 else PATIENT_S)
     assert caught.value.rank == 1
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 5.0 + SLACK_S
     assert not set(before) & set(on_ranks(number, 2))
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
+from patience import PATIENT_S
+from tokenferry.transports import busy
 from tokenferry.transports.busy import SignsOfLife
 
 
@@ -27,30 +29,31 @@ class Rank:
         self.said.append("")
 
 
-def test_a_block_that_ends_does_not_withdraw_the_signs_of_one_that_has_begun() -> None:
+def test_a_block_that_ends_does_not_withdraw_the_signs_of_one_that_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(busy, "_FAREWELL_S", PATIENT_S)  # so long may the end of the first block take
     signs = SignsOfLife()
     held_up, entered, may_go_on = threading.Event(), threading.Event(), threading.Event()
 
     def hold_up(reason: str) -> None:
         if reason == "first":
             held_up.set()
-            assert entered.wait(0.9)  # the end of the first block waits for this sign, and the second block begins meanwhile
+            assert entered.wait(PATIENT_S)  # the first block's end waits for this sign; the second block begins meanwhile
 
     rank = Rank(hold_up)
 
     def second() -> None:
         with signs.during("second", rank):
             entered.set()
-            assert may_go_on.wait(10)
+            assert may_go_on.wait(PATIENT_S)
 
     other = threading.Thread(target=second)
     with signs.during("first", rank):
-        assert held_up.wait(10)
+        assert held_up.wait(PATIENT_S)
         threading.Timer(0.2, other.start).start()
     assert entered.is_set()
     assert "" not in rank.said
     may_go_on.set()
-    other.join(10)
+    other.join(PATIENT_S)
     assert rank.said[-1] == ""
 
 
@@ -65,5 +68,5 @@ def test_a_thread_that_cannot_be_started_leaves_nothing_behind(monkeypatch: pyte
         with pytest.raises(RuntimeError, match="can't start new thread"), signs.during("compiling", rank):
             pass
     with signs.during("compiling again", rank):
-        assert rank.gave_sign.wait(10)
+        assert rank.gave_sign.wait(PATIENT_S)
     assert rank.said[-2:] == ["compiling again", ""]

@@ -18,7 +18,7 @@ import torch
 import tokenferry as tf
 from tokenferry.kernels.wait_board import COMBINE, DISPATCH
 from tokenferry.telemetry import Recorder, Snapshot
-from tokenferry.telemetry.recorder import COUNTS
+from tokenferry.telemetry.recorder import COUNTS, NUM_TOKEN_STEPS
 from tokenferry.telemetry.trace import align, trace_events, write_trace
 from tokenferry.transports import counting
 from tokenferry.transports.symmetric import side_stream
@@ -88,6 +88,64 @@ def test_only_the_last_steps_are_kept() -> None:
     assert [step.step for step in steps] == list(range(173, 301))
     assert all(step.waits_ns == (None, step.step) for step in steps)
     assert [step.step for step in steps if step.rounds] == list(range(285, 301))
+
+
+def steps_meanwhile(recorder: Recorder) -> int:
+    """Two threads read without a pause, while this one begins steps with as many rows as their numbers say. How many steps."""
+    is_over = threading.Event()
+    failures: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            while not is_over.is_set():
+                tokens = recorder.snapshot().tokens
+                first = tokens[0][0] if tokens else 1
+                assert tokens == tuple((step, step) for step in range(first, first + len(tokens)))
+        except BaseException as error:  # whatever it is, this thread would not hear of it
+            failures.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    step, end_s = 0, time.monotonic() + 0.5
+    while time.monotonic() < end_s and not failures:
+        step += 1
+        recorder.is_in_step(step, step)
+        if step % 100 == 0:
+            time.sleep(0)  # with a global lock nobody else would come
+    is_over.set()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    return step
+
+
+@pytest.mark.parametrize("has_board", [True, False], ids=["kernels-count", "the-host-counts"])
+def test_other_threads_read_amid_steps(has_board: bool) -> None:
+    """Without Python's global lock (3.13t and later) a deque raised, as it grew under a reader's copy."""
+    recorder = Recorder(0, 1, 3, 8, torch.device("cpu"))
+    if has_board:
+        recorder.make_board(torch.device("cpu"))
+    num_steps = steps_meanwhile(recorder)
+    kept = [step for step, _ in recorder.snapshot().tokens]
+    assert kept == list(range(max(1, num_steps - NUM_TOKEN_STEPS + 1), num_steps + 1))
+
+
+def test_a_full_queue_drops_its_oldest_call_while_another_thread_looks_at_it() -> None:
+    """The one that was looked at is the one that is noted: the next had not passed, and asking it for its time raised."""
+    recorder = Recorder(0, 2, 3, 8, torch.device("cpu"))
+    recorder.step_began(1)
+    recorder.came(0, (1, 1))
+    waiting = FakeEvent(9.0, is_over=False)
+
+    class Filling(FakeEvent):
+        def query(self) -> bool:  # meanwhile the stepping thread launches as many calls as are kept
+            for _ in range(4096):
+                recorder.span_on_stream(COMBINE, 0, FakeEvent(0.0), waiting)
+            return True
+
+    recorder.span_on_stream(COMBINE, 0, FakeEvent(5.0), Filling(7.0))
+    assert recorder.snapshot().waits.combine_ns == (0, 2_000_000)
 
 
 def test_layers_beyond_the_last_share_its_place() -> None:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from fake_vllm import fake_config
+from patience import PATIENT_S, SLACK_S
 from tokenferry.integrations.vllm import reasons
 
 VARIABLE = "TOKENFERRY_VLLM_REASON_FILE"
@@ -108,7 +109,8 @@ def test_a_dead_process_is_named_where_no_rank_names_one(file: Path, monkeypatch
     assert reasons.told() == "tokenferry: EngineCore_DP1 ended unexpectedly"
 
 
-def test_the_ranks_that_are_left_have_a_moment_to_name_it(file: Path) -> None:
+def test_the_ranks_that_are_left_have_a_moment_to_name_it(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reasons, "PATIENCE_S", PATIENT_S)
     threading.Timer(0.2, reasons.tell, ["rank 1 failed"]).start()
     wrapped_manager("EngineCore_DP1").shutdown()
     assert reasons.told() == "tokenferry: rank 1 failed"
@@ -120,7 +122,8 @@ def test_new_engines_do_not_inherit_the_reason_of_those_before(file: Path) -> No
     assert reasons.told() is None
 
 
-def test_an_engine_waits_for_the_reason_before_it_says_that_it_is_dead(file: Path) -> None:
+def test_an_engine_waits_for_the_reason_before_it_says_that_it_is_dead(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reasons, "PATIENCE_S", PATIENT_S)
     threading.Timer(0.2, reasons.tell, ["rank 1 failed"]).start()
     assert dead_engine(True).said == "tokenferry: rank 1 failed"
 
@@ -131,12 +134,13 @@ def test_an_engine_is_named_where_no_rank_has_named_one(file: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(("failed", "settings"), [(None, True), ("EngineCore_DP1", None)], ids=["ordinary", "off"])
-def test_no_other_end_is_delayed(failed: str | None, settings: object, file: Path) -> None:
+def test_no_other_end_is_delayed(failed: str | None, settings: object, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reasons, "PATIENCE_S", PATIENT_S)
     began_s = time.monotonic()
     wrapped_manager(failed, settings).shutdown()
     if settings is None:
         assert dead_engine(settings).said == "nothing"
-    assert time.monotonic() - began_s < 1.0 and not file.exists()
+    assert time.monotonic() - began_s < SLACK_S and not file.exists()
 
 
 def test_processes_are_ended_where_the_settings_are_wrong(file: Path) -> None:

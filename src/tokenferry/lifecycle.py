@@ -17,6 +17,9 @@ from tokenferry.errors import PeerError, StateError, TokenferryError
 
 _log = logging.getLogger(__name__)
 
+PROGRESS = "tokenferry.progress"
+"""The logger, of level INFO, that is told what a rank begins to do while it starts up: the command line shows it."""
+
 _MADV_WIPEONFORK = 18
 """Linux's number; Python's mmap module has no name for it before 3.13."""
 

@@ -33,6 +33,7 @@ from tokenferry.transports.base import Gathered, Transport, TransportSettings
 NAMESPACE: Final = "tokenferry"
 _ROWS: Final = "Tensor(b!) out_hidden, Tensor(c!) out_idx, Tensor(d!) out_weights"
 _GIVEN: Final = "Tensor hidden, Tensor topk_idx, Tensor topk_weights, Tensor? scales"
+_TERMS: Final = "Tensor partial, Tensor? scales"
 _BITS_OF_ORDER: Final = 32
 """Of a workspace's number, for its place in the order of opening; those above tell virtual ranks apart."""
 
@@ -41,7 +42,7 @@ class Layer(Protocol):
     """One layer's eager calls."""
 
     def dispatch(self, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Dispatched: ...
-    def combine(self, partial: torch.Tensor) -> torch.Tensor: ...
+    def combine(self, partial: PartialRows) -> torch.Tensor: ...
 
 
 class Callee(Protocol):
@@ -178,9 +179,8 @@ class Operators:
 
     def combine(self, layer: int, partial: PartialRows, num_rows: int) -> torch.Tensor:
         """Combines into `num_rows` rows."""
-        if isinstance(partial, QuantizedRows):
-            raise UsageError("torch.compile does not pass through a combine of quantized partial rows; call it outside")
-        given = partial.detach(), self._number, layer, num_rows, self._dtype
+        terms, scales = (partial.values, partial.scales) if isinstance(partial, QuantizedRows) else (partial.detach(), None)
+        given = terms, scales, self._number, layer, num_rows, self._dtype
         if self.fixed is not None:
             return _COMBINE_FIXED(self.order, *self.fixed, *given)  # type: ignore[no-any-return]
         return _COMBINE_FRESH(self.order, *given)  # type: ignore[no-any-return]
@@ -228,19 +228,11 @@ def _dispatch_fixed(
 
 
 def _combine_fixed(
-    order: torch.Tensor,
-    out_hidden: torch.Tensor,
-    out_idx: torch.Tensor,
-    out_weights: torch.Tensor,
-    partial: torch.Tensor,
-    workspace: int,
-    layer: int,
-    num_rows: int,
-    dtype: torch.dtype,
+    order: torch.Tensor, out_hidden: torch.Tensor, out_idx: torch.Tensor, out_weights: torch.Tensor, *given: Any
 ) -> torch.Tensor:
-    callee = _WORKSPACES.find(workspace)
-    _check_in_place(callee, out_hidden, out_idx, out_weights)
-    return _with_rows("combine", callee.dispatcher_at(layer).combine(partial), num_rows)
+    _partial, _scales, workspace, *_result = given
+    _check_in_place(_WORKSPACES.find(workspace), out_hidden, out_idx, out_weights)
+    return _combine_fresh(order, *given)
 
 
 def _dispatch_fresh(
@@ -271,9 +263,11 @@ def _dispatch_fresh(
 
 
 def _combine_fresh(
-    order: torch.Tensor, partial: torch.Tensor, workspace: int, layer: int, num_rows: int, dtype: torch.dtype
+    order: torch.Tensor, partial: torch.Tensor, scales: torch.Tensor | None, workspace: int, layer: int, *result: Any
 ) -> torch.Tensor:
-    return _with_rows("combine", _WORKSPACES.find(workspace).dispatcher_at(layer).combine(partial), num_rows)
+    num_rows, _dtype = result
+    combined = _WORKSPACES.find(workspace).dispatcher_at(layer).combine(_rows_of(partial, scales))
+    return _with_rows("combine", combined, num_rows)
 
 
 # --- what they return, for the compiler ---------------------------------------------------------------------------------
@@ -307,8 +301,9 @@ def _dispatch_fresh_shapes(
 
 
 def _combine_fresh_shapes(
-    order: torch.Tensor, partial: torch.Tensor, workspace: int, layer: int, num_rows: int, dtype: torch.dtype
+    order: torch.Tensor, partial: torch.Tensor, scales: torch.Tensor | None, workspace: int, layer: int, *result: Any
 ) -> torch.Tensor:
+    num_rows, dtype = result
     return partial.new_empty((num_rows, partial.shape[1]), dtype=dtype)
 
 
@@ -387,14 +382,13 @@ _DISPATCH_FRESH: Final = define(
     _dispatch_fresh_shapes,
 )
 _COMBINE_FIXED: Final = define(
-    f"combine_fixed(Tensor(a!) order, {_ROWS}, Tensor partial, SymInt workspace, SymInt layer, SymInt num_rows, "
+    f"combine_fixed(Tensor(a!) order, {_ROWS}, {_TERMS}, SymInt workspace, SymInt layer, SymInt num_rows, "
     "ScalarType dtype) -> Tensor",
     _combine_fixed,
     _combine_fixed_shapes,
 )
 _COMBINE_FRESH: Final = define(
-    "combine_fresh(Tensor(a!) order, Tensor partial, SymInt workspace, SymInt layer, SymInt num_rows, ScalarType dtype) "
-    "-> Tensor",
+    f"combine_fresh(Tensor(a!) order, {_TERMS}, SymInt workspace, SymInt layer, SymInt num_rows, ScalarType dtype) -> Tensor",
     _combine_fresh,
     _combine_fresh_shapes,
 )

@@ -61,7 +61,7 @@ class Workspace(GraphCalls):
         result_dtype: of combined rows. Default: `config.dtype`; float32 leaves the sums as they are, for a caller who adds to
             them before they are rounded.
         telemetry: whether waits, rows and loads are counted: see `telemetry`. None: as TOKENFERRY_TELEMETRY says.
-            Without it the kernels have none of it compiled in. Ranks may differ.
+            Without it the kernels have none of it compiled in.
 
     Raises:
         ConfigError: a setting is wrong, differs between ranks, or there are fewer experts than ranks.

@@ -12,7 +12,6 @@ from busy_work import (
     BUSY_TIMEOUTS,
     PATIENT,
     SCENARIOS,
-    SLACK_S,
     TIMEOUT_S,
     Scenario,
     Told,
@@ -22,6 +21,7 @@ from busy_work import (
     waits_for_a_busy_rank,
 )
 from faults import CAPACITY, CONFIG, one_step
+from patience import SLACK_S
 from rank_pool import RankPools
 from tokenferry.testing.ranks import run_virtual
 

@@ -7,6 +7,7 @@ import torch
 
 import tokenferry as tf
 from rank_pool import RankPools
+from tokenferry.dispatched import QuantizedRows
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's compiler uses what PyTorch deprecates
 CONFIG = tf.MoEConfig(hidden_size=64, num_experts=8, topk=2)
@@ -21,7 +22,15 @@ def inputs(rows: int, seed: int, device: torch.device) -> tuple[torch.Tensor, to
     return hidden.to(device), topk_idx.to(device), torch.rand(rows, 2, generator=generator).to(device)
 
 
-def compiled_as_eager(group: tf.EPGroup, transport: str, counts: str, formats: dict[str, Any] | None = None) -> int:
+def in_eighths(rows: torch.Tensor) -> QuantizedRows:
+    """Float8 terms of which eager and compiled code make the same bits: but for one rounding all is exact."""
+    scales = torch.full((rows.shape[0], 1), 0.125, dtype=torch.float32, device=rows.device)
+    return QuantizedRows((rows.float() * 8).clamp(-448, 448).to(torch.float8_e4m3fn), scales)
+
+
+def compiled_as_eager(
+    group: tf.EPGroup, transport: str, counts: str, formats: dict[str, Any] | None = None, quantized_terms: bool = False
+) -> int:
     """Compares compiled with eager calls; returns how many comparisons there were."""
     torch._dynamo.config.capture_dynamic_output_shape_ops = True  # for the collective transport with uneven counts alone
     settings = {"max_tokens_per_rank": CAPACITY, "transport": transport, "counts": counts, **(formats or {})}
@@ -34,7 +43,8 @@ def compiled_as_eager(group: tf.EPGroup, transport: str, counts: str, formats: d
                 got = layer.dispatch(hidden, topk_idx, topk_weights)
                 routed = (got.topk_idx >= 0).sum(dim=1, keepdim=True)
                 rows = got.hidden.dequantize(torch.bfloat16) if is_quantized else got.hidden
-                hidden = layer.combine(torch.relu(rows) * routed.to(torch.bfloat16), got)
+                rows = torch.where(routed == 0, 0, torch.relu(rows))  # rows beyond the valid ones hold anything
+                hidden = layer.combine(in_eighths(rows) if quantized_terms else rows * routed.to(torch.bfloat16), got)
             return hidden
 
         compiled = torch.compile(forward, fullgraph=True)
@@ -63,6 +73,13 @@ def test_two_gpus(on_ranks: RankPools, transport: str, counts: str) -> None:
 )
 def test_two_gpus_in_other_formats(on_ranks: RankPools, formats: dict[str, Any]) -> None:
     assert on_ranks(compiled_as_eager, 2, "p2p", "uneven", formats, backend="nccl", timeout_s=250) == [4, 4]
+
+
+@pytest.mark.gpu(count=2)
+@pytest.mark.parametrize(("transport", "counts"), [("p2p", "uneven"), ("collective", "equal")])
+def test_two_gpus_that_combine_quantized_terms(on_ranks: RankPools, transport: str, counts: str) -> None:
+    given = transport, counts, {"combine_dtype": torch.float8_e4m3fn}, True
+    assert on_ranks(compiled_as_eager, 2, *given, backend="nccl", timeout_s=250) == [4, 4]
 
 
 @pytest.mark.gpu(count=1)

@@ -8,10 +8,10 @@ import pytest
 
 from engine_failures import Outcome, Trial, environment, run_unsupervised
 from engine_harness import missing
+from patience import SLACK_S
 
 pytestmark = [pytest.mark.gpu(count=2), pytest.mark.timeout(400), pytest.mark.skipif(bool(missing()), reason=missing())]
 
-SLACK_S = 2.0
 RUN_S = 120.0
 AT_ONCE = 4
 DEADLY = [

@@ -61,7 +61,7 @@ def all_layouts(group: tf.EPGroup) -> dict[str, tuple[float, bool]]:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, tuple[float, bool]]:
-    return run_ranks(all_layouts, 1, env=INTERPRETER)[0]
+    return run_ranks(all_layouts, 1, env=INTERPRETER, timeout_s=240)[0]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -103,7 +103,7 @@ def far_apart(group: tf.EPGroup, along: str) -> list[float]:
 
 @pytest.mark.parametrize("along", STRIDES)
 def test_offsets_beyond_an_int32(along: str) -> None:
-    by_pointers, by_maps = run_ranks(far_apart, 1, along, env=INTERPRETER)[0]
+    by_pointers, by_maps = run_ranks(far_apart, 1, along, env=INTERPRETER, timeout_s=240)[0]
     assert by_pointers <= TOLERANCE[torch.bfloat16]
     assert by_maps <= TOLERANCE[torch.bfloat16]
 

@@ -51,7 +51,7 @@ def all_cases(group: tf.EPGroup) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:
-    return run_ranks(all_cases, 1, env=INTERPRETER)[0]
+    return run_ranks(all_cases, 1, env=INTERPRETER, timeout_s=240)[0]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -161,7 +161,7 @@ PROPERTIES = (
 
 @pytest.fixture(scope="module")
 def held() -> dict[str, bool]:
-    return run_ranks(properties, 1, env=INTERPRETER)[0]
+    return run_ranks(properties, 1, env=INTERPRETER, timeout_s=240)[0]
 
 
 @pytest.mark.parametrize("name", PROPERTIES)
@@ -215,8 +215,33 @@ def prepared(group: tf.EPGroup) -> dict[str, bool]:
 
 
 def test_prepare_loads_all_that_steps_ask_for() -> None:
-    for held in run_ranks(prepared, 2, env=INTERPRETER):
+    for held in run_ranks(prepared, 2, env=INTERPRETER, timeout_s=240):
         assert all(held.values()), held
+
+
+# --- found again ----------------------------------------------------------------------------------------------------------
+
+
+def asked_again(group: tf.EPGroup) -> dict[str, bool]:
+    """The same weights, whose memory is another one at the third call, as when an engine loads them anew: transposed then."""
+    experts, rows = CASES["swiglu"].build()
+    scratch = ExpertScratch("cpu")
+    known = triton_path.kernels_of(scratch)
+    held, kinds = {}, []
+    for turn in ("first", "the same again", "transposed", "the first again"):
+        up = experts.up_proj.data.contiguous()
+        experts.up_proj.data = up.transpose(1, 2).contiguous().transpose(1, 2) if turn == "transposed" else up
+        expected = plain.loop_in_float64(experts, rows)
+        error = (by_kernels(experts, rows, scratch=scratch).double() - expected).abs().max() / expected.abs().max()
+        held[f"{turn}: right"] = bool(error <= TOLERANCE[CASES["swiglu"].dtype])
+        kinds.append((len(known.by_fields), len(known.by_variant)))
+    held["one more kind, where strides changed"] = kinds == [(1, 1), (1, 1), (2, 2), (2, 2)]
+    return held
+
+
+def test_kernels_are_found_by_what_the_weights_are_now() -> None:
+    [held] = run_ranks(asked_again, 1, env=INTERPRETER)
+    assert all(held.values()), held
 
 
 # --- the entry of the Megatron integration --------------------------------------------------------------------------------
@@ -250,7 +275,7 @@ def fused(group: tf.EPGroup) -> dict[str, bool]:
 
 
 def test_fused_moe_with_a_scratch_is_gated_by_the_count() -> None:
-    [held] = run_ranks(fused, 1, env=INTERPRETER)
+    [held] = run_ranks(fused, 1, env=INTERPRETER, timeout_s=240)
     assert all(held.values()), held
 
 
@@ -292,7 +317,7 @@ def float8_products(group: tf.EPGroup) -> list[float]:
 
 
 def test_float8_equals_the_products_of_what_it_stands_for() -> None:
-    in_tiles, prequantized, in_blocks = run_ranks(float8_products, 1, env=INTERPRETER)[0]
+    in_tiles, prequantized, in_blocks = run_ranks(float8_products, 1, env=INTERPRETER, timeout_s=240)[0]
     assert in_tiles < TOLERANCE[torch.bfloat16]
     assert prequantized < TOLERANCE[torch.bfloat16]
     assert in_blocks < TOLERANCE[torch.bfloat16]
@@ -311,7 +336,7 @@ def quantized_too_late(group: tf.EPGroup) -> str:
 
 
 def test_prepared_experts_are_not_quantized_any_more() -> None:
-    assert "quantize them before MoELayer" in run_ranks(quantized_too_late, 1, env=INTERPRETER)[0]
+    assert "quantize them before MoELayer" in run_ranks(quantized_too_late, 1, env=INTERPRETER, timeout_s=240)[0]
 
 
 def poisoned_between(group: tf.EPGroup) -> list[int]:

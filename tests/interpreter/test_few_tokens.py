@@ -11,6 +11,7 @@ import triton.language as tl
 import tokenferry as tf
 from cases import Case, StepCase, run_case
 from rank_pool import RankPools
+from thinned import crossed
 from tokenferry.kernels import wire
 from tokenferry.transports.base import StepTensors, Transport, TransportSettings
 
@@ -49,8 +50,7 @@ def case_of(world_size: int, partial_dtype: torch.dtype) -> Case:
     return Case(hidden_size=256, transport=FewTokensOnly(), steps=steps)
 
 
-@pytest.mark.parametrize("partial_dtype", [torch.bfloat16, torch.float32], ids=["partial-bf16", "partial-fp32"])
-@pytest.mark.parametrize("world_size", [1, 2, 3], ids=lambda size: f"EP{size}")
+@pytest.mark.parametrize(("world_size", "partial_dtype"), crossed((1, 2, 3), (torch.bfloat16, torch.float32)), ids=str)
 def test_bulk_and_slots_give_the_bits_of_the_reference(on_ranks: RankPools, world_size: int, partial_dtype: torch.dtype) -> None:
     case = case_of(world_size, partial_dtype)
     assert on_ranks(run_case, world_size, case, env=INTERPRETER) == [sum(step.layers for step in case.steps)] * world_size

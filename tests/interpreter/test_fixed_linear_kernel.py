@@ -41,7 +41,7 @@ def everything_of(product, shapes) -> tuple[dict[str, float], list[bool], list[l
 
 @pytest.fixture(scope="module")
 def said() -> dict[str, tuple[dict[str, float], list[bool], list[list[float]]]]:
-    return run_ranks(everything, 1, env=INTERPRETER)[0]
+    return run_ranks(everything, 1, env=INTERPRETER, timeout_s=240)[0]
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -10,6 +10,7 @@ import triton.language as tl
 import tokenferry as tf
 from mxfp4_experts import CASES, LIMITS, moved, of_one_expert, pair
 from test_experts import LOCAL
+from thinned import crossed
 from tokenferry.experts import ExpertScratch, mxfp4, triton_path
 from tokenferry.experts.plan import Plan, Tiles
 from tokenferry.kernels import expert_mxfp4, expert_mxfp4_tiles
@@ -50,7 +51,7 @@ def tiles_of(group: tf.EPGroup) -> dict[str, str]:
 
 
 def test_unpacked_tile() -> None:
-    assert set(run_ranks(tiles_of, 1, env=INTERPRETER)[0].values()) == {""}
+    assert set(run_ranks(tiles_of, 1, env=INTERPRETER, timeout_s=240)[0].values()) == {""}
 
 
 def tiles(**changes) -> Tiles:
@@ -83,23 +84,25 @@ def by_kernels(experts, rows, plan=None, scratch=None) -> torch.Tensor:
     return triton_path.run(rows, experts.weights, LOCAL.start, experts.config.activation, out, scratch, **settings)
 
 
-def all_cases(group: tf.EPGroup) -> dict[str, str]:
+def all_cases(group: tf.EPGroup, asked: list[tuple[str, str]]) -> dict[str, str]:
     found = {}
-    for name, case in CASES.items():
-        packed, plain, rows = pair(case)
+    for name in dict.fromkeys(name for name, _ in asked):
+        packed, plain, rows = pair(CASES[name])
         expected = by_kernels(plain, rows)
-        for plan_name, plan in PLANS.items():
-            found[f"{name}, {plan_name}"] = first_difference(by_kernels(packed, rows, plan), expected)
+        for plan in (plan for case, plan in asked if case == name):
+            found[f"{name}, {plan}"] = first_difference(by_kernels(packed, rows, PLANS[plan]), expected)
     return found
 
 
 @pytest.fixture(scope="module")
-def differences() -> dict[str, str]:
-    return run_ranks(all_cases, 1, env=INTERPRETER)[0]
+def differences(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Of the pairs that the selected tests ask for."""
+    given = [item.callspec.params for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    asked = [(params["name"], params["plan"]) for params in given if "plan" in params]
+    return run_ranks(all_cases, 1, asked, env=INTERPRETER, timeout_s=240)[0]
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "plan"), crossed(CASES, PLANS))
 def test_packed_experts_equal_those_of_unpacked_weights(differences, name: str, plan: str) -> None:
     assert not differences[f"{name}, {plan}"]
 
@@ -141,7 +144,7 @@ def properties(group: tf.EPGroup) -> dict[str, bool]:
 
 
 def test_properties() -> None:
-    held = run_ranks(properties, 1, env=INTERPRETER)[0]
+    held = run_ranks(properties, 1, env=INTERPRETER, timeout_s=240)[0]
     assert all(held.values()), held
 
 
@@ -168,4 +171,4 @@ def gemm_example(group: tf.EPGroup) -> list[list[float]]:
 
 
 def test_mxfp4_kernel() -> None:
-    assert run_ranks(gemm_example, 1, env=INTERPRETER)[0] == [[[3.0, 4.0], [4.0, 2.0]], [[4.0, 8.0], [3.0, 4.0]]]
+    assert run_ranks(gemm_example, 1, env=INTERPRETER, timeout_s=240)[0] == [[[3.0, 4.0], [4.0, 2.0]], [[4.0, 8.0], [3.0, 4.0]]]

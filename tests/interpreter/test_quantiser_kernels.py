@@ -33,7 +33,7 @@ def experts_quantizer(group: tf.EPGroup, columns: int, dtype: torch.dtype) -> li
 @pytest.mark.parametrize("columns", [128, 2880], ids=lambda columns: f"H{columns}")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_experts_quantize_rows_to_the_bits_of_the_specification(dtype: torch.dtype, columns: int) -> None:
-    assert run_ranks(experts_quantizer, 1, columns, dtype, env=INTERPRETER) == [["", ""]]
+    assert run_ranks(experts_quantizer, 1, columns, dtype, env=INTERPRETER, timeout_s=240) == [["", ""]]
 
 
 @triton.jit
@@ -60,4 +60,4 @@ def scales_of_powers_of_two(group: tf.EPGroup) -> list[str]:
 
 
 def test_scales_rounded_up_to_powers_of_two_have_the_bits_of_the_specification() -> None:
-    assert run_ranks(scales_of_powers_of_two, 1, env=INTERPRETER) == [["", ""]]
+    assert run_ranks(scales_of_powers_of_two, 1, env=INTERPRETER, timeout_s=240) == [["", ""]]

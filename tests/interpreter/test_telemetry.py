@@ -43,6 +43,11 @@ def test_nothing_is_counted_while_it_is_stopped() -> None:
     assert run_ranks(work.stops_and_starts, 2, "p2p", env=INTERPRETER) == [[1, 1, 2]] * 2
 
 
+def test_telemetry_that_differs_is_an_error_on_every_rank() -> None:
+    """One rank alone would note its waits, with kernels that the others do not have."""
+    work.check_differing(run_ranks(work.differing, 2, "p2p", env=INTERPRETER))
+
+
 @pytest.mark.parametrize("fails", [False, True], ids=["times-out", "fails"])
 def test_the_error_of_a_late_rank_says_who_was_late_before(fails: bool) -> None:
     _, reading, num_steps = run_ranks(work.error_of_a_late_rank, 2, "p2p", fails, env=INTERPRETER)[0]

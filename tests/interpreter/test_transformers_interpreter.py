@@ -22,31 +22,41 @@ RUNS = [
     ("llama4", False),
     ("llama4", True),
 ]
+IN_MAKE_TEST = (("qwen3_moe", False), ("gpt_oss", False), ("llama4", True))
+"""Our kernels' experts without and with biases, and transformers' own; the others are in the long tests."""
+EACH_RUN = [
+    pytest.param(*run, id=f"{run[0]}{'-exact' * run[1]}", marks=[] if run in IN_MAKE_TEST else [pytest.mark.long]) for run in RUNS
+]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], list[tuple[float, int]]]:
-    """On each rank the largest difference of logits, NaN where the tokens differ; and how many layers our kernels ran."""
+def found(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[tuple[str, bool], list[tuple[float, int]]]:
+    """On each rank the largest difference of logits, NaN where the tokens differ; and how many layers our kernels ran: of the
+    runs that the selected tests ask for."""
+    given = [item.callspec.params for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    runs = [run for run in RUNS if {"family": run[0], "exact": run[1]} in given]
     folder = tmp_path_factory.mktemp("models")
-    for family in {family for family, _ in RUNS}:
+    for family in {family for family, _ in runs}:
         make_tiny(family, folder / family)
-    by_rank = run_ranks(run_all, 2, folder, timeout_s=240, env={"TRITON_INTERPRET": "1"})
-    return {run: [rank[number] for rank in by_rank] for number, run in enumerate(RUNS)}
+    by_rank = run_ranks(run_all, 2, folder, runs, timeout_s=240, env={"TRITON_INTERPRET": "1"})
+    return {run: [rank[number] for rank in by_rank] for number, run in enumerate(runs)}
 
 
-@pytest.mark.parametrize(("family", "exact"), RUNS, ids=[f"{family}{'-exact' * exact}" for family, exact in RUNS])
+@pytest.mark.parametrize(("family", "exact"), EACH_RUN)
 def test_tokens_of_the_unmodified_model(family: str, exact: bool, found: dict[tuple[str, bool], list[tuple[float, int]]]) -> None:
     assert all(difference <= (0.0 if exact else 1e-4) for difference, _ in found[family, exact])
 
 
-@pytest.mark.parametrize(("family", "exact"), RUNS, ids=[f"{family}{'-exact' * exact}" for family, exact in RUNS])
+@pytest.mark.parametrize(("family", "exact"), EACH_RUN)
 def test_whose_kernels_run_the_experts(family: str, exact: bool, found: dict[tuple[str, bool], list[tuple[float, int]]]) -> None:
     assert all((num_layers > 0) == (family != "llama4" and not exact) for _, num_layers in found[family, exact])
 
 
-def run_all(group: tf.EPGroup, folder: Path) -> list[tuple[float, int]]:
+def run_all(group: tf.EPGroup, folder: Path, runs: list[tuple[str, bool]]) -> list[tuple[float, int]]:
     quiet()
-    return [_run(group, folder / family, exact) for family, exact in RUNS]
+    return [_run(group, folder / family, exact) for family, exact in runs]
 
 
 def _run(group: tf.EPGroup, path: Path, exact: bool) -> tuple[float, int]:

@@ -1,5 +1,6 @@
 """`tokenferry.benchmarking` as a program uses it, on CPUs: round trips of every kind, and the program of docs/benchmarking.md."""
 
+import json
 import re
 import subprocess
 import sys
@@ -140,9 +141,11 @@ def test_float8_terms_are_measured_and_compared() -> None:
     assert "fp8_block128-quantized" in benchmarking.round_trip_table(records)
 
 
-def test_a_combine_format_that_there_is_not_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a combine format is one of same, fp8_block128, the last also -quantized; got 'bytes'"):
+def test_a_format_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a combine format is one of same, fp8_block128, fp8_block128-quantized; got 'bytes'"):
         benchmarking.round_trip_points((256,), (3,), ("local",), 1, combine_formats=("bytes",))
+    with pytest.raises(ConfigError, match=r"a dispatch format is one of same, fp8_block128, bytes, .*; got 'fp8'"):
+        benchmarking.round_trip_points((256,), (3,), ("local",), 1, formats=("fp8",))
 
 
 def test_formats_are_measured_and_compared_like_the_rows_themselves() -> None:
@@ -156,3 +159,42 @@ def test_formats_are_measured_and_compared_like_the_rows_themselves() -> None:
     }
     assert all(record["correct"] for record in records)
     assert "fp8_block128-quantized" in benchmarking.round_trip_table(records)
+
+
+REHEARSED = [
+    ("p2p", (1, 1), "rank"),
+    ("p2p", (8, 8), "rank"),
+    ("p2p", (1, 8), "rank"),
+    ("collective", (1, 1), "rank"),
+    ("collective", (1, 1), "any"),
+    ("collective", (8, 8), "rank"),
+    ("collective", (8, 8), "any"),
+]
+"""Of each pair of formats."""
+
+
+def rehearse(path: Path, *options: str) -> tuple[list[dict], list[str]]:
+    """What `tokenferry bench roundtrip --rehearse` writes, and the lines of its table."""
+    command = [sys.executable, "-m", "tokenferry.cli", "bench", "roundtrip", "--rehearse", "--output", str(path), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in path.read_text().splitlines()], done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), id="same", marks=pytest.mark.long),
+        pytest.param(("--format", "fp8_block128", "--combine-format", "fp8_block128-quantized"), id="fp8"),
+        pytest.param(
+            ("--format", "fp8_block128-quantized,bytes", "--combine-format", "fp8_block128"), id="others", marks=pytest.mark.long
+        ),
+    ],
+)
+def test_a_rehearsal_makes_every_call_and_check_and_tells_no_figures(options: tuple[str, ...], tmp_path: Path) -> None:
+    records, lines = rehearse(tmp_path / "records", *options)
+    times = 2 if "," in "".join(options) else 1
+    assert sorted((r["transport"], tuple(r["tokens"]), r["combine_order"]) for r in records) == sorted(REHEARSED * times)
+    assert all(record["correct"] for record in records)
+    assert len(lines) == 1 + len(records)
+    assert all(line.split()[-5:] == ["-", "-", "-", "-", "yes"] for line in lines[1:])

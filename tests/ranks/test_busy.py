@@ -4,18 +4,17 @@ import pytest
 
 from busy_work import OF_THREE, SCENARIOS, TIMEOUT_S, Scenario, goes_on, is_gone_once_dropped, waits_after_a_reset, wrong_use
 from rank_pool import RankPools
-from tokenferry.testing import run_ranks
 
 pytestmark = pytest.mark.ranks
 
 
-@pytest.mark.parametrize("scenario", (*SCENARIOS, *OF_THREE), ids=lambda each: each.name)
-def test_a_busy_rank_is_waited_for_as_long_as_it_gives_signs_of_life(scenario: Scenario) -> None:
-    scenario.check(run_ranks(scenario.worker, scenario.world_size, "collective", *scenario.args))
+@pytest.mark.parametrize("scenario", (*OF_THREE, *SCENARIOS), ids=lambda each: each.name)
+def test_a_busy_rank_is_waited_for_as_long_as_it_gives_signs_of_life(on_ranks: RankPools, scenario: Scenario) -> None:
+    scenario.check(on_ranks(scenario.worker, scenario.world_size, "collective", *scenario.args))
 
 
 def test_a_reset_with_a_short_limit_of_its_own_does_not_shorten_the_patience_with_busy_ranks(on_ranks: RankPools) -> None:
-    goes_on(on_ranks(waits_after_a_reset, 2, "collective", 5 * TIMEOUT_S))
+    goes_on(on_ranks(waits_after_a_reset, 2, "collective", 3 * TIMEOUT_S))
 
 
 def test_a_workspace_that_was_busy_goes_as_soon_as_it_is_dropped(on_ranks: RankPools) -> None:

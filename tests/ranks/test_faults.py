@@ -1,7 +1,7 @@
 """Late, dead, raising and one-step-off ranks on gloo: the right error on every live rank in time, then reset and go on."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -10,22 +10,29 @@ import torch
 import tokenferry as tf
 from fault_runs import Run, assert_named_in_time, assert_nothing_left, run_faults
 from faults import CONFIG, CULPRIT, DEADLY, FAULTS, Fault, Setting, one_step
+from patience import PATIENT_S, SLACK_S
 from supervisors import ENDS, assert_ended, end_while_ranks_work
 from tokenferry.testing import run_ranks
 
 pytestmark = pytest.mark.ranks
 
 SETTING = Setting("collective", right_steps=100)
-WORLD_SIZES = [pytest.param(2, marks=pytest.mark.long), 3]
+FLOAT8 = Setting("collective", right_steps=20, float8=True)
+GROUPS = [
+    pytest.param((2, SETTING), id="2", marks=pytest.mark.long),
+    pytest.param((3, SETTING), id="3"),
+    pytest.param((3, FLOAT8), id="3-float8", marks=pytest.mark.long),
+]
 
 
 def open_workspace(group: tf.EPGroup) -> tf.Workspace:
-    return tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport="collective", timeout_s=SETTING.timeout_s)
+    return tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport="collective", timeout_s=PATIENT_S)
 
 
-@pytest.fixture(scope="module", params=WORLD_SIZES)
+@pytest.fixture(scope="module", params=GROUPS)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run_faults(SETTING, request.param, [fault.name for fault in FAULTS], tmp_path_factory.mktemp("faults"), 120)
+    world_size, setting = request.param
+    return run_faults(setting, world_size, [fault.name for fault in FAULTS], tmp_path_factory.mktemp("faults"), 120)
 
 
 @pytest.mark.timeout(150)
@@ -39,10 +46,11 @@ def test_neither_processes_nor_shared_memory_are_left(run: Run) -> None:
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("fault", DEADLY, ids=lambda fault: fault.name)
-def test_a_killed_rank_is_named_at_once_and_the_others_go_on(fault: Fault, world_size: int, tmp_path: Path) -> None:
-    run = run_faults(SETTING, world_size, [fault.name], tmp_path, 60)
+def test_a_killed_rank_is_named_at_once_and_the_others_go_on(fault: Fault, group: tuple[int, Setting], tmp_path: Path) -> None:
+    world_size, setting = group
+    run = run_faults(setting, world_size, [fault.name], tmp_path, 60)
     assert_named_in_time(run, fault)
     assert {outcome.error for outcome in run.outcomes[fault.name].values()} == {"PeerFailedError"}
     assert_nothing_left(run)
@@ -68,12 +76,37 @@ def test_an_exception_that_leaves_the_workspace_reaches_the_peers_with_its_text(
     assert said[0].startswith("PeerFailedError: rank 1 failed in step 1: ValueError: no more")
 
 
+def gives_up_as_the_second(group: tf.EPGroup) -> tuple[str, float]:
+    """Rank 0 gives rank 1 up, then rank 2 does, whose connection to rank 0 is gone by then. Rank 1 comes when both are out."""
+    with open_workspace(group) as ws:
+        ws.set_timeout((1.0, PATIENT_S, 3.0)[group.rank])
+        group.channel.barrier("all are open", PATIENT_S)
+        if group.rank == CULPRIT:
+            group.channel.barrier("the others are out", PATIENT_S)
+        start = time.monotonic()
+        with pytest.raises(tf.PeerError) as caught:
+            ws.begin_step(1)
+        waited_s = time.monotonic() - start
+        if group.rank != CULPRIT:
+            group.channel.barrier("the others are out", PATIENT_S)
+        return f"{type(caught.value).__name__} {caught.value.rank}", waited_s
+
+
+def test_a_rank_is_given_up_in_time_by_the_second_that_does_so_too() -> None:
+    (first, first_s), _, (second, second_s) = run_ranks(gives_up_as_the_second, 3, timeout_s=2 * PATIENT_S)
+    assert (first, second) == ("PeerTimeoutError 1", "PeerTimeoutError 1")
+    assert first_s < 1.0 + SLACK_S
+    assert second_s < 3.0 + SLACK_S
+
+
 def one_never_opens(group: tf.EPGroup, transport: str) -> str:
+    group.channel.barrier("all have started", PATIENT_S)
     if group.rank == CULPRIT:
-        time.sleep(2)
+        group.channel.barrier("the others have given up", PATIENT_S)
         return ""
     with pytest.raises(tf.PeerTimeoutError) as caught:
-        tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport=transport, open_timeout_s=1)
+        tf.Workspace(CONFIG, group, max_tokens_per_rank=8, transport=transport, open_timeout_s=2)
+    group.channel.barrier("the others have given up", PATIENT_S)
     return f"{caught.value.rank} {caught.value.phase}"
 
 
@@ -85,8 +118,9 @@ def test_a_rank_that_does_not_open_is_named(transport: str) -> None:
 def one_is_slow_to_open(group: tf.EPGroup) -> list[int]:
     if group.rank == CULPRIT:
         time.sleep(2)
-    config = {"max_tokens_per_rank": 8, "transport": "collective", "timeout_s": 0.5, "open_timeout_s": 30}
+    config = {"max_tokens_per_rank": 8, "transport": "collective", "timeout_s": 0.5, "open_timeout_s": PATIENT_S}
     with tf.Workspace(CONFIG, group, **config) as ws:
+        ws.set_timeout(PATIENT_S)
         tokens = ws.begin_step(group.rank + 1).tokens_per_rank.tolist()
         ws.check()
         return tokens
@@ -106,7 +140,7 @@ def one_cannot_open(group: tf.EPGroup) -> str:
 
         opening.CollectiveTransport = refuse
     with pytest.raises(tf.TransportUnavailableError) as caught:
-        tf.Workspace(CONFIG, group, max_tokens_per_rank=8, open_timeout_s=5)
+        tf.Workspace(CONFIG, group, max_tokens_per_rank=8, open_timeout_s=PATIENT_S)
     return str(caught.value)
 
 
@@ -120,7 +154,7 @@ def reset_without_a_rank(group: tf.EPGroup) -> str:
         dispatchers = [ws.dispatcher()]
         if group.rank == CULPRIT:
             ws.fail("gives up")
-            time.sleep(2)  # comes to the reset after the others have left it
+            group.channel.barrier("the other has left its reset", PATIENT_S)
         else:
             with pytest.raises(tf.PeerFailedError):
                 one_step(ws, dispatchers, 0)
@@ -128,7 +162,9 @@ def reset_without_a_rank(group: tf.EPGroup) -> str:
             ws.reset(timeout_s=1)
         except tf.PeerTimeoutError as error:
             phase = error.phase
-        ws.reset(timeout_s=20)
+        if group.rank != CULPRIT:
+            group.channel.barrier("the other has left its reset", PATIENT_S)
+        ws.reset(timeout_s=PATIENT_S)
         return f"{phase} {one_step(ws, dispatchers, 1)}"
 
 
@@ -139,7 +175,7 @@ def test_a_reset_that_a_rank_misses_can_be_tried_again() -> None:
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("how", ENDS)
 def test_no_descendant_and_no_memory_outlive_a_run_that_ends_amid_steps(how: str, tmp_path: Path) -> None:
-    assert_ended(end_while_ranks_work(SETTING, how, tmp_path), how, SETTING.timeout_s)
+    assert_ended(end_while_ranks_work(replace(SETTING, timeout_s=PATIENT_S), how, tmp_path), how)
 
 
 # --- two workspaces of one group ------------------------------------------------------------------------------------
@@ -147,13 +183,15 @@ def test_no_descendant_and_no_memory_outlive_a_run_that_ends_amid_steps(how: str
 
 @dataclass(frozen=True)
 class TwoWorkspaces:
-    """Rank 0 begins a step in the first workspace, rank 1 in the one that `second` says, `later_s` after it."""
+    """Rank 0 begins a step in the first workspace, rank 1 in the one that `second` says, `later_s` after it, or when it has been
+    given up."""
 
     name: str
     second: int
     later_s: float
     told: tuple[tuple[str, str], ...]
     """For each rank the kind of the error, and a part of its text."""
+    is_late: bool = False
 
 
 def swapped(rank: int, there: int) -> tuple[str, str]:
@@ -167,7 +205,13 @@ def swapped(rank: int, there: int) -> tuple[str, str]:
 OTHER_ORDER = [
     TwoWorkspaces("at-once", 1, 0.0, (swapped(1, 1), swapped(0, 0))),
     TwoWorkspaces("one-half-a-time-out-later", 1, 0.5, (swapped(1, 1), swapped(0, 0))),
-    TwoWorkspaces("only-late", 0, 2.0, (("PeerTimeoutError", "rank 1 is late: not-entered in step 1"), ("PeerFailedError", ""))),
+    TwoWorkspaces(
+        "only-late",
+        0,
+        0.0,
+        (("PeerTimeoutError", "rank 1 is late: not-entered in step 1"), ("PeerFailedError", "")),
+        is_late=True,
+    ),
 ]
 
 
@@ -176,9 +220,12 @@ def begin_in_two(group: tf.EPGroup, transport: str) -> list[tuple[str, str]]:
 
 
 def _begin_in_two(group: tf.EPGroup, transport: str, case: TwoWorkspaces) -> tuple[str, str]:
-    config = {"max_tokens_per_rank": 8, "transport": transport, "timeout_s": 1.0}
+    config = {"max_tokens_per_rank": 8, "transport": transport, "timeout_s": 2.0}
     with tf.Workspace(CONFIG, group, **config) as first, tf.Workspace(CONFIG, group, **config) as second:
+        group.channel.barrier("both are open", PATIENT_S)
         mine = (first, second)[case.second if group.rank == 1 else 0]
+        if case.is_late and group.rank == 1:
+            group.channel.barrier("rank 0 has been told", PATIENT_S)
         time.sleep(case.later_s if group.rank == 1 else 0.0)
         try:
             mine.begin_step(1)
@@ -186,7 +233,9 @@ def _begin_in_two(group: tf.EPGroup, transport: str, case: TwoWorkspaces) -> tup
             said = type(error).__name__, str(error)
         else:
             said = "nothing", ""
-        group.channel.barrier("both have been told", 20.0)
+        if case.is_late and group.rank == 0:
+            group.channel.barrier("rank 0 has been told", PATIENT_S)
+        group.channel.barrier("both have been told", PATIENT_S)
         return said
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import tokenferry as tf
+from patience import PATIENT_S, SLACK_S
 from rank_pool import RankPools
+from tokenferry import supervisor
 from tokenferry.testing import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -21,8 +23,8 @@ TRANSPORTS = ["collective", "p2p"]
 TIMEOUT_S = 1.0
 
 
-def opened(group: tf.EPGroup, transport: str, timeout_s: float = TIMEOUT_S) -> tf.Workspace:
-    return tf.Workspace(CONFIG, group, max_tokens_per_rank=4, transport=transport, timeout_s=timeout_s, open_timeout_s=30.0)
+def opened(group: tf.EPGroup, transport: str, timeout_s: float) -> tf.Workspace:
+    return tf.Workspace(CONFIG, group, max_tokens_per_rank=4, transport=transport, timeout_s=timeout_s, open_timeout_s=PATIENT_S)
 
 
 def one_step(ws: tf.Workspace) -> None:
@@ -37,7 +39,7 @@ def said_by(error: Exception) -> tuple[str, int]:
 
 
 def nothing_wrong(group: tf.EPGroup, transport: str) -> int:
-    with opened(group, transport, timeout_s=30.0) as ws:
+    with opened(group, transport, timeout_s=PATIENT_S) as ws:
         for _ in range(3):
             with ws.engine_step():
                 one_step(ws)
@@ -52,17 +54,21 @@ def test_where_nothing_is_wrong_nothing_is_raised(on_ranks: RankPools, transport
 
 def late(group: tf.EPGroup, transport: str) -> list[Any]:
     """Rank 1 comes late to the second step, which is over on rank 0 then, whoever swallowed its exception."""
-    with opened(group, transport) as ws:
+    with opened(group, transport, PATIENT_S) as ws:
         one_step(ws)
+        ws.set_timeout(TIMEOUT_S)
         if group.rank == 1:
-            time.sleep(2.5 * TIMEOUT_S)
+            group.channel.barrier("rank 0 has given up", PATIENT_S)
         with contextlib.suppress(tf.PeerError):
             one_step(ws)
+        if group.rank == 0:
+            group.channel.barrier("rank 0 has given up", PATIENT_S)
+        ws.set_timeout(PATIENT_S)
         ws.lifecycle.error = None  # as in a replayed graph: no call of ours has raised anything
         start_s = time.monotonic()
         with pytest.raises(tf.PeerError) as caught:
             ws.check(wait=False)
-        return [*said_by(caught.value), time.monotonic() - start_s < 0.5]
+        return [*said_by(caught.value), time.monotonic() - start_s < SLACK_S]
 
 
 def test_a_late_rank_is_known_after_the_synchronisation(on_ranks: RankPools) -> None:
@@ -72,7 +78,7 @@ def test_a_late_rank_is_known_after_the_synchronisation(on_ranks: RankPools) -> 
 
 def gives_up(group: tf.EPGroup, transport: str) -> Any:
     """Rank 1 gives up between steps; rank 0 looks for it without a call that meets rank 1."""
-    with opened(group, transport, timeout_s=30.0) as ws:
+    with opened(group, transport, timeout_s=PATIENT_S) as ws:
         one_step(ws)
         group.channel.barrier(f"{transport} stepped", 20)
         if group.rank == 1:
@@ -99,8 +105,9 @@ def test_gloo_knows_it_from_the_store_alone_which_is_not_asked(on_ranks: RankPoo
 
 
 def engine_whose_peer_is_gone(group: tf.EPGroup, transport: str, path: str) -> None:
-    with opened(group, transport, timeout_s=0.6) as ws:
+    with opened(group, transport, PATIENT_S) as ws:
         one_step(ws)
+        ws.set_timeout(TIMEOUT_S)
         if group.rank == 1:
             os._exit(0)
         with pytest.raises(tf.PeerError) as caught, ws.engine_step():
@@ -112,8 +119,10 @@ def engine_whose_peer_is_gone(group: tf.EPGroup, transport: str, path: str) -> N
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_peer_that_is_gone_ends_the_engines_step_whatever_that_raises(transport: str, tmp_path: Path) -> None:
-    """The supervisor gives rank 0 two seconds after the end of rank 1."""
+def test_a_peer_that_is_gone_ends_the_engines_step_whatever_that_raises(
+    transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "GRACE_S", PATIENT_S)  # for rank 0, after the end of rank 1
     with pytest.raises(tf.RankFailedError, match="rank 1"):
         run_ranks(engine_whose_peer_is_gone, 2, transport, str(tmp_path / "said"), env=INTERPRETED)
     assert (tmp_path / "said").read_text() == "1 ValueError"

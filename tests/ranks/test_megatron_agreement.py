@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import tokenferry as tf
+from patience import PATIENT_S, SLACK_S
 from tokenferry.integrations.megatron.engine_agreement import drop_words, with_limit
 from tokenferry.testing import run_ranks
 
@@ -20,15 +21,18 @@ def over_a_group(group: tf.EPGroup) -> list[Any]:
     """Rank 1 comes to the first agreement, and late to the second."""
     torch.cuda.current_device = lambda: "cpu"
     dist.init_process_group("gloo", store=dist.PrefixStore("megatron", group.store), rank=group.rank, world_size=2)
-    with tf.Workspace(CONFIG, group, max_tokens_per_rank=4, transport="collective", timeout_s=1.0) as ws:
+    with tf.Workspace(CONFIG, group, max_tokens_per_rank=4, transport="collective", timeout_s=PATIENT_S) as ws:
         agreed = with_limit(None, dist.group.WORLD, [ws]).sync_all_reduce_max(8 + group.rank, group.rank)
+        ws.set_timeout(1.0 if group.rank == 0 else PATIENT_S)
         if group.rank == 1:
-            time.sleep(2.5)
+            group.channel.barrier("rank 0 has given up", PATIENT_S)
         start_s = time.monotonic()
         with pytest.raises(tf.PeerError) as caught:
             with_limit(None, dist.group.WORLD, [ws]).sync_all_reduce_max(8, 0)
             ws.check()
-        in_time = time.monotonic() - start_s < 2.5
+        in_time = time.monotonic() - start_s < 1.0 + SLACK_S
+        if group.rank == 0:
+            group.channel.barrier("rank 0 has given up", PATIENT_S)
         with pytest.raises(tf.PeerError):
             ws.check(wait=False)
         return [agreed, type(caught.value).__name__, caught.value.rank, "Megatron's own agreement" in str(caught.value), in_time]
@@ -102,8 +106,8 @@ def test_over_zmq_it_ends_after_the_shortest_limit_and_breaks_every_workspace(li
     said: list[str] = []
     communicator, start_s = Communicator(), time.monotonic()
     with pytest.raises(tf.PeerTimeoutError, match=r"rank 1 is late.*Megatron's own agreement"):
-        limited(communicator, workspace(0.3, said), workspace(5.0, said)).sync_all_reduce_max(5)
-    assert 0.3 <= time.monotonic() - start_s < 2
+        limited(communicator, workspace(0.3, said), workspace(PATIENT_S, said)).sync_all_reduce_max(5)
+    assert 0.3 <= time.monotonic() - start_s < SLACK_S
     assert len(said) == 2
     assert communicator.gather_sock.rcvtimeo == -1
 

@@ -45,7 +45,12 @@ def lengths(tokens: dict[str, dict[int, list[int]]]) -> dict[str, dict[int, int]
     return {rank: {number: len(own) for number, own in requests.items()} for rank, requests in tokens.items()}
 
 
-def test_every_rank_gets_its_tokens_from_both_types() -> None:
+def test_every_rank_gets_its_tokens() -> None:
+    assert lengths(run_example("--cpu", "--dispatcher", "nvls")) == LENGTHS
+
+
+@pytest.mark.long
+def test_both_types_give_the_same_tokens() -> None:
     nvls, nccl = (run_example("--cpu", "--dispatcher", kind) for kind in ("nvls", "nccl"))
     assert nvls == nccl
     assert lengths(nvls) == LENGTHS

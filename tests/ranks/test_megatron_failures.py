@@ -8,6 +8,7 @@ import pytest
 import tokenferry as tf
 from engine_failures import Outcome, Trial, environment, run_unsupervised
 from engine_harness import ENVIRONMENT, missing
+from patience import SLACK_S
 from tokenferry.integrations.megatron import engine_hook
 from tokenferry.testing import run_ranks
 
@@ -18,7 +19,6 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=missing()),
 ]
 
-SLACK_S = 2.0
 RUN_S = 120.0
 DEADLY = [
     Trial("nccl", "dies"),

@@ -37,6 +37,11 @@ def test_a_workspace_without_telemetry_says_how_to_get_it(on_ranks: RankPools) -
     assert on_ranks(work.is_refused_without, 2, "collective") == [True, True]
 
 
+@pytest.mark.parametrize("transport", ["auto", "collective"])
+def test_telemetry_that_differs_is_an_error_on_every_rank(on_ranks: RankPools, transport: str) -> None:
+    work.check_differing(on_ranks(work.differing, 3, transport))
+
+
 def test_the_environment_turns_it_on(on_ranks: RankPools) -> None:
     [told] = on_ranks(counts_as_the_environment_says, 1, env={"TOKENFERRY_TELEMETRY": "1"})
     assert told

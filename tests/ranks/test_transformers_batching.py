@@ -8,6 +8,7 @@ import torch
 
 import tokenferry as tf
 from batching_work import NEW_TOKENS, ask, serve, settings
+from patience import PATIENT_S
 from rank_pool import RankPools
 from tokenferry.testing.tiny_models import make_tiny
 from transformers_work import Work, generate, load, quiet, unmodified
@@ -52,12 +53,12 @@ def test_a_manager_beside_a_rank_that_generates(on_ranks: RankPools, path: Path)
 def peer_goes_away(group: tf.EPGroup, path: Path) -> Any:
     """Rank 1 closes its model while rank 0's manager has nothing to do."""
     quiet()
-    model = load(path, group, transport="collective", dtype=torch.float32, timeout_s=5.0)
+    model = load(path, group, transport="collective", dtype=torch.float32, timeout_s=PATIENT_S)
     generation, batching = settings(NEW_TOKENS)
     said = None
     if group.rank == 0:
         with model.continuous_batching_context_manager(generation, continuous_batching_config=batching) as manager:
-            manager._generation_thread.join(20)
+            manager._generation_thread.join(PATIENT_S)
             said = repr(manager.background_thread_status.fatal_error)
     else:
         for _ in range(3):
@@ -68,6 +69,6 @@ def peer_goes_away(group: tf.EPGroup, path: Path) -> Any:
 
 
 def test_the_failure_of_a_peer_ends_a_manager_that_waits(on_ranks: RankPools, path: Path) -> None:
-    said, _ = on_ranks(peer_goes_away, 2, path, timeout_s=60)
+    said, _ = on_ranks(peer_goes_away, 2, path, timeout_s=120)
     assert "PeerFailedError" in said
     assert "gone home" in said

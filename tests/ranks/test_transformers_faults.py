@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import tokenferry as tf
+from patience import PATIENT_S, SLACK_S
 from tokenferry.errors import CapacityError, ConfigError
 from tokenferry.testing import run_ranks
 from tokenferry.testing.tiny_models import make_tiny
@@ -84,9 +85,17 @@ def raising_in_continuous_batching(model: Any, group: tf.EPGroup, path: Path) ->
 
 
 def late_in_mid_step(model: Any, group: tf.EPGroup, path: Path) -> Any:
+    """Rank 0 comes to the second layer when rank 1 has given it up."""
+
+    def until_given_up(*_: object) -> None:
+        group.channel.barrier("rank 1 has given up", PATIENT_S)
+
     if group.rank == 0:
-        model.model.layers[1].self_attn.register_forward_pre_hook(lambda *_: time.sleep(3.0))
-    return observed(lambda: generate(model, LONG, group.rank))
+        model.model.layers[1].self_attn.register_forward_pre_hook(until_given_up)
+    seen = observed(lambda: generate(model, LONG, group.rank))
+    if group.rank == 1:
+        group.channel.barrier("rank 1 has given up", PATIENT_S)
+    return seen
 
 
 def layers_left_out(model: Any, group: tf.EPGroup, path: Path) -> Any:
@@ -110,7 +119,7 @@ def second_thread(model: Any, group: tf.EPGroup, path: Path) -> Any:
         if not threads:
             threads.append(threading.Thread(target=lambda: said.append(observed(lambda: generate(model, WORK[1], 1)))))
             threads[0].start()
-            threads[0].join(5.0)
+            threads[0].join(PATIENT_S)
 
     if group.rank == 0:
         model.model.layers[-1].register_forward_pre_hook(ask)
@@ -132,7 +141,7 @@ def saving(model: Any, group: tf.EPGroup, path: Path) -> Any:
 
 
 SCENARIOS: dict[str, tuple[Callable[..., Any], float]] = {
-    function.__name__: (function, 1.0 if function is late_in_mid_step else 20.0)
+    function.__name__: (function, 2.0 if function is late_in_mid_step else PATIENT_S)
     for function in (
         too_long_prompt,
         split_prompt,
@@ -161,7 +170,7 @@ def seen(path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list
     broken = tmp_path_factory.mktemp("broken")
     unmodified(path).config.save_pretrained(broken)
     (broken / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:5000])
-    by_rank = run_ranks(run_scenarios, 2, path, broken, timeout_s=120)
+    by_rank = run_ranks(run_scenarios, 2, path, broken, timeout_s=240)
     return {name: [rank[name] for rank in by_rank] for name in by_rank[0]}
 
 
@@ -190,7 +199,7 @@ def test_the_others_learn_at_once_that_a_rank_raised(seen: dict[str, list[Any]])
         assert kind == "PeerFailedError"
         assert "rank 0 failed" in message
         assert "Broken: the attention is broken" in message
-        assert waited_s < 5
+        assert waited_s < SLACK_S
     assert (own_equal, other_equal) == (True, True), "after reset()"
 
 
@@ -200,14 +209,13 @@ def test_whatever_the_others_do_when_a_rank_raises(scenario: str, seen: dict[str
     assert own[:2] == ("Broken", "the attention is broken")
     assert kind == "PeerFailedError"
     assert "Broken: the attention is broken" in message
-    assert waited_s < 5
+    assert waited_s < SLACK_S
 
 
-def test_a_late_rank_is_named_in_time(seen: dict[str, list[Any]]) -> None:
-    own, (kind, message, waited_s) = seen["late_in_mid_step"]
+def test_a_late_rank_is_named_before_it_comes(seen: dict[str, list[Any]]) -> None:
+    own, (kind, message, _) = seen["late_in_mid_step"]
     assert kind == "PeerTimeoutError"
     assert "rank 0 is late" in message
-    assert waited_s < 2.5
     assert own[0] == "PeerFailedError"
 
 
@@ -276,7 +284,7 @@ def test_a_rank_that_cannot_load_is_no_time_out_for_the_others(seen: dict[str, l
     assert own[0] == "ConfigError"
     assert others_kind == "PeerFailedError"
     assert told.startswith("rank 1 failed before its workspace was open: ConfigError: checkpoint file")
-    assert waited_s < 15
+    assert waited_s < SLACK_S
 
 
 def test_experts_that_cannot_leave_out_those_of_other_ranks(tmp_path: Path) -> None:
@@ -315,14 +323,14 @@ def alone_of(size: int) -> tf.EPGroup:
 def run_scenarios(group: tf.EPGroup, path: Path, broken: Path) -> dict[str, Any]:
     quiet()
     # Before the others, since both ranks must be able to open workspaces afterwards.
-    cannot_load = observed(lambda: load(broken if group.rank == 1 else path, group, open_timeout_s=40.0))
+    cannot_load = observed(lambda: load(broken if group.rank == 1 else path, group, open_timeout_s=PATIENT_S))
     return {"one_cannot_load": cannot_load} | {
         name: _run(group, path, function, timeout_s) for name, (function, timeout_s) in SCENARIOS.items()
     }
 
 
 def _run(group: tf.EPGroup, path: Path, scenario: Callable[..., Any], timeout_s: float) -> Any:
-    model = load(path, group, timeout_s=timeout_s, open_timeout_s=30.0)
+    model = load(path, group, timeout_s=timeout_s, open_timeout_s=PATIENT_S)
     try:
         return scenario(model, group, path)
     except Exception:

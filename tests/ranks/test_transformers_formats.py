@@ -52,7 +52,7 @@ NEAR = 0.2
 """float8's three bits, through two layers of random weights."""
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.long) for name in ("rows", "terms")), "rows-and-terms"])
 def test_logits_are_near_those_of_the_unmodified_model(on_ranks: RankPools, tmp_path: Path, name: str) -> None:
     path = make_tiny("qwen3_moe", tmp_path)
     for error, compiled in on_ranks(logits_differ, 2, path, {"transport": "collective", **FORMATS[name]}, timeout_s=200):
@@ -61,7 +61,7 @@ def test_logits_are_near_those_of_the_unmodified_model(on_ranks: RankPools, tmp_
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("experts", [None, "eager"], ids=["our-experts", "their-experts"])
+@pytest.mark.parametrize("experts", [None, pytest.param("eager", marks=pytest.mark.long)], ids=["our-experts", "their-experts"])
 def test_logits_over_symmetric_memory(on_ranks: RankPools, tmp_path: Path, experts: str | None) -> None:
     """The gathered tensors are longer than transformers' own experts look at; ours are interpreted."""
     settings = {"transport": "p2p", "experts_implementation": experts, **FORMATS["rows-and-terms"]}

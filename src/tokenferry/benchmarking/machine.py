@@ -17,6 +17,8 @@ Device = Literal["cpu", "cuda"]
 COPY_BYTES: Final = 256 << 20
 REHEARSED_RATES: Final = (10.0, 0.01)
 """GB/s and TFLOP/s that stand in for measurements on CPUs."""
+NO_GPU: Final = "none (rehearsal)"
+"""In the records of a rehearsal."""
 
 
 def copy_rate(timer: GroupTimer) -> float:
@@ -58,7 +60,7 @@ def device_rates(device: torch.device) -> dict[str, float]:
 def environment(device: torch.device) -> dict[str, Any]:
     """Hardware, versions and date, for every record."""
     if device.type != "cuda":
-        return {"gpu": "none (rehearsal)", "torch": torch.__version__}
+        return {"gpu": NO_GPU, "torch": torch.__version__}
     import triton
 
     return {

@@ -21,7 +21,7 @@ from tokenferry.benchmarking.machine import Device, check_gpus, copy_rate, envir
 from tokenferry.benchmarking.records import Record
 from tokenferry.benchmarking.round_trip_data import RoundTripPoint, differences, inputs_of, partial_of, wire_bytes
 from tokenferry.benchmarking.timing import GroupTimer, Progress
-from tokenferry.dispatched import FLOAT8, QuantizedRows
+from tokenferry.dispatched import FLOAT8, FORMAT_NAMES, QuantizedRows
 from tokenferry.errors import ConfigError, TokenferryError
 from tokenferry.groups import EPGroup
 from tokenferry.testing import run_ranks
@@ -29,9 +29,15 @@ from tokenferry.workspace import Workspace
 
 CHAIN: Final = 20
 """Round trips in a graph."""
+REHEARSED_CHAIN: Final = 2
+"""On CPUs, where interpreted kernels take half a second for one."""
 SEED: Final = 1
 QUANTIZED_SUFFIX: Final = "-quantized"
-COMBINE_FORMATS: Final = ("same", "fp8_block128")
+QUANTIZED_BEFORE: Final = "fp8_block128" + QUANTIZED_SUFFIX
+ROUND_TRIP_FORMATS: Final = {
+    "dispatch": (*FORMAT_NAMES, QUANTIZED_BEFORE),
+    "combine": ("same", "fp8_block128", QUANTIZED_BEFORE),
+}
 
 
 def round_trip_points(
@@ -57,14 +63,15 @@ def round_trip_points(
         exact_too: of transports other than `collective` the points of C = T too, where `capacity` is larger.
 
     Raises:
-        ConfigError: a number of tokens is larger than `capacity`.
+        ConfigError: a number of tokens is larger than `capacity`, or a format is none of these.
     """
     if capacity is not None and max(tokens) > capacity:
         raise ConfigError(f"capacity is {capacity}, but a rank is to bring {max(tokens)} tokens; raise it, or leave these out")
     points = []
-    for name in combine_formats:
-        if name.removesuffix(QUANTIZED_SUFFIX) not in COMBINE_FORMATS:
-            raise ConfigError(f"a combine format is one of {', '.join(COMBINE_FORMATS)}, the last also -quantized; got {name!r}")
+    for operation, names in (("dispatch", formats), ("combine", combine_formats)):
+        unknown = [name for name in names if name not in ROUND_TRIP_FORMATS[operation]]
+        if unknown:
+            raise ConfigError(f"a {operation} format is one of {', '.join(ROUND_TRIP_FORMATS[operation])}; got {unknown[0]!r}")
     for transport, given, combined in product(transports, formats, combine_formats):
         orders = ("rank", "any") if transport == "collective" else ("rank",)
         for hidden_size in hidden_sizes:
@@ -101,7 +108,8 @@ def run_round_trips(
 
     Args:
         points: each with as many `tokens` as there are ranks.
-        device: "cpu" makes the same calls and comparisons over gloo or interpreted kernels; its times say nothing.
+        device: "cpu" makes the same calls and comparisons, a few of each, over gloo, and for p2p by Triton's interpreter; its
+            times say nothing.
         timeout_s: deadline of the whole run.
         progress: gets a line before each point; see `Progress`.
 
@@ -116,7 +124,8 @@ def run_round_trips(
     check_gpus(num_ranks, device)
     start = time.monotonic()
     backend: Any = "nccl" if device == "cuda" else "gloo"
-    records: list[Record] = run_ranks(_measure_all, num_ranks, points, progress, backend=backend, timeout_s=timeout_s)[0]
+    env = {"TRITON_INTERPRET": "1"} if device == "cpu" else None
+    records: list[Record] = run_ranks(_measure_all, num_ranks, points, progress, backend=backend, timeout_s=timeout_s, env=env)[0]
     run_s = round(time.monotonic() - start, 1)
     return [{**record, "world_size": num_ranks, "run_s": run_s} for record in records]
 
@@ -195,15 +204,16 @@ def _time_chain(timer: GroupTimer, ws: Workspace, point: RoundTripPoint) -> tupl
         partial = _filled(dispatcher.combine_input(), partial)
         dispatcher.combine(partial)
     results: list[Any] = []
+    length = CHAIN if device.type == "cuda" else REHEARSED_CHAIN
 
     def chain() -> None:
         ws.begin_step(num_tokens)
-        for _ in range(CHAIN):
+        for _ in range(length):
             got = dispatcher.dispatch(inputs.hidden, inputs.topk_idx, inputs.topk_weights)
             out = dispatcher.combine(partial, got)
         results[:] = [got, out]
 
-    median_us, spread_us = timer.time_graph(chain, CHAIN)
+    median_us, spread_us = timer.time_graph(chain, length)
     timer.synchronize()
     return median_us, spread_us, *results
 

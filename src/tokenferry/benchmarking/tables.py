@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from tokenferry.benchmarking.machine import NO_GPU
+
 LAYER_COLUMNS: Final = ("router", "dispatch", "experts", "combine", "total", "floor", "collective", "grouped_mm", "batched_mm")
 
 
 def round_trip_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """The records of `run_round_trips`, one line for each point: microseconds, spread, GB/s and their share of a copy's."""
+    """The records of `run_round_trips`, one line for each point: microseconds, spread, GB/s and their share of a copy's.
+
+    Those of a rehearsal have no figures, only whether the results were right.
+    """
     heading = f"{'transport':<12}{'format':<24}{'combine':<24}{'order':<6}{'H':>6}{'C':>7} {'T per rank':<14}"
     heading += f"{'us':>9}{'±':>7}{'GB/s':>8}{'of copy':>9}  correct"
     return "\n".join([heading, *(_round_trip_line(record) for record in records)])
@@ -26,6 +31,8 @@ def _round_trip_line(record: Mapping[str, Any]) -> str:
     if "error" in record:
         return f"{point} {record['error']}"
     of_copy = "-" if record["of_copy"] is None else f"{record['of_copy']:.0%}"
+    if record["gpu"] == NO_GPU:
+        return f"{point}{'-':>9}{'-':>7}{'-':>8}{'-':>9}  {'yes' if record['correct'] else 'NO'}"
     figures = f"{record['round_trip_us']:>9.2f}{record['spread_us']:>7.2f}{record['gb_per_s']:>8.0f}{of_copy:>9}"
     return f"{point}{figures}  {'yes' if record['correct'] else 'NO'}"
 

@@ -16,6 +16,7 @@ HIDDEN_SIZES: Final = (7168, 2048)
 TOKENS: Final = (1, 8, 32, 128, 512, 4096)
 TRANSPORTS: Final = ("p2p", "collective")
 REHEARSED_TOKENS: Final = (1, 8)
+REHEARSED_HIDDEN_SIZES: Final = (256,)
 
 
 def round_trip_command(
@@ -30,13 +31,16 @@ def round_trip_command(
     formats: Sequence[str] = ("same",),
     combine_formats: Sequence[str] = ("same",),
     commit: str = "unknown",
+    rehearse: bool = False,
 ) -> int:
-    """`tokenferry bench roundtrip`: the exit code, 1 if a result was wrong."""
-    found = torch.cuda.device_count()
-    if found < ranks:
-        remedy = f"give --ranks {found} at most" if found else "run it on a machine with GPUs"
-        raise DeviceError(f"bench roundtrip needs {gpus(ranks)}, found {found}; {remedy}")
+    """`tokenferry bench roundtrip`: the exit code, 1 if a result was wrong.
+
+    A rehearsal takes the tiny sizes whatever `hidden_sizes` and `tokens` are.
+    """
+    require_gpus("bench roundtrip", ranks, rehearse)
     benchmarking.check_output(output)
+    if rehearse:
+        hidden_sizes, tokens = REHEARSED_HIDDEN_SIZES, REHEARSED_TOKENS
     points = benchmarking.round_trip_points(
         hidden_sizes,
         tokens,
@@ -47,7 +51,7 @@ def round_trip_command(
         formats=formats,
         combine_formats=combine_formats,
     )
-    records = benchmarking.run_round_trips(points, ranks, progress=say)
+    records = benchmarking.run_round_trips(points, ranks, device="cpu" if rehearse else "cuda", progress=say)
     if output is not None:
         benchmarking.write_records(records, output, commit=commit)
     typer.echo(benchmarking.round_trip_table(records))
@@ -68,12 +72,7 @@ def layer_command(
     float8_too: Sequence[str] = (),
 ) -> int:
     """`tokenferry bench layer`: the exit code, 1 if a result was wrong or a preset failed."""
-    found = torch.cuda.device_count()
-    if not rehearse and found < ranks:
-        fewer = f"--ranks {found} at most, or " if found else ""
-        raise DeviceError(
-            f"bench layer needs {gpus(ranks)}, found {found}; give {fewer}--rehearse to try it on CPUs, without times"
-        )
+    require_gpus("bench layer", ranks, rehearse)
     counts = token_counts(tokens)
     request = benchmarking.LayerRequest(
         presets=named_presets(presets, rehearse),
@@ -93,6 +92,19 @@ def layer_command(
 def say(text: str) -> None:
     """A line of progress, apart from the table on stdout."""
     typer.echo(text, err=True)
+
+
+def require_gpus(command: str, ranks: int, rehearse: bool) -> None:
+    """Asked before any rank is started.
+
+    Raises:
+        DeviceError: there are fewer GPUs than ranks, and no rehearsal was asked for.
+    """
+    found = torch.cuda.device_count()
+    if not rehearse and found < ranks:
+        fewer = f"--ranks {found} at most, or " if found else ""
+        remedy = f"give {fewer}--rehearse to try it on CPUs, without times"
+        raise DeviceError(f"{command} needs {gpus(ranks)}, found {found}; {remedy}")
 
 
 def gpus(count: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -43,8 +44,12 @@ def inspect(request: Request, folder: Path) -> int:
     results = run_ranks(request)
     if results is None:
         return 0
+    progress, start_s = Console(stderr=True), time.monotonic()
     findings = findings_of([_snapshot(result) for result in results], step_model(results[0], len(results)))
+    judged_s = time.monotonic()
     paths = write_report(findings, folder, _about(request, results))
+    took = f"report: the verdict {judged_s - start_s:.1f} s, the pictures {time.monotonic() - judged_s:.1f} s"
+    progress.print(Text(took), soft_wrap=True)
     console = Console(highlight=False)
     if request.as_json:
         print_json(console, json.dumps(_document(request, findings, paths), indent=1))

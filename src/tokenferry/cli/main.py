@@ -193,6 +193,7 @@ def bench_roundtrip(
     formats: str = typer.Option("same", "--format", help=FORMATS_HELP),
     combine_formats: str = typer.Option("same", "--combine-format", help=COMBINE_FORMATS_HELP),
     output: Path = typer.Option(None, help="Write the records there, one JSON object a line."),
+    rehearse: bool = typer.Option(False, help="On CPUs, with tiny sizes: every call and check, no figures."),
 ) -> None:
     """Time dispatch + combine on p2p and collective, beside a plain copy."""
     with one_line_errors():
@@ -200,7 +201,9 @@ def bench_roundtrip(
             from tokenferry.cli.bench import round_trip_command
 
         how = formats.split(","), combine_formats.split(",")
-        code = round_trip_command(ranks, output, capacity=capacity, exact_too=exact_too, formats=how[0], combine_formats=how[1])
+        code = round_trip_command(
+            ranks, output, capacity=capacity, exact_too=exact_too, formats=how[0], combine_formats=how[1], rehearse=rehearse
+        )
         raise typer.Exit(code)
 
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from rich.console import Console
@@ -34,6 +34,8 @@ def progress_bars(console: Console, names: Sequence[str]) -> Iterator[OnMessage]
             if "total" in message:
                 description = f"{names[rank]}: {_prompts(message['prompts'])}"
                 bars.update(tasks[rank], total=message["total"], description=description)
+            elif "phase" in message:
+                bars.update(tasks[rank], description=f"{names[rank]}: {message['phase']}")
             elif "new" in message:
                 bars.advance(tasks[rank], message["new"])
             elif "done" in message:  # answers may be shorter than allowed
@@ -55,16 +57,27 @@ class _Rank:
     total: int = 0
     new: int = 0
     done: bool = False
+    phases: list[tuple[str, float]] = field(default_factory=list)
+    """What it has told that it does, and since when, by the clock."""
 
     def __str__(self) -> str:
         if self.prompts is None:
-            return f"{self.name}: loading"
+            if not self.phases:
+                return f"{self.name}: loading"
+            phase, since_s = self.phases[-1]
+            return f"{self.name}: {phase} ({time.monotonic() - since_s:.0f} s)"
         return f"{self.name}: " + (f"done, {self.new} tokens" if self.done else f"{self.new} of at most {self.total} tokens")
+
+    def loading(self) -> str:
+        """What it did until now, and how long each took."""
+        ends_s = [since_s for _, since_s in self.phases[1:]] + [time.monotonic()]
+        spans = [f"{phase} {end_s - since_s:.1f} s" for (phase, since_s), end_s in zip(self.phases, ends_s, strict=True)]
+        return f"{self.name}: {', '.join(spans)}"
 
 
 @contextmanager
 def progress_lines(console: Console, names: Sequence[str], every_s: float = EVERY_S) -> Iterator[OnMessage]:
-    """A line when a rank has loaded, one when it has answered, and every `every_s` seconds one with all of them."""
+    """A line when a rank has loaded, with what that took, one when it has answered, and every `every_s` seconds one with all."""
     ranks = [_Rank(name) for name in names]
     start_s, ended, lock = time.monotonic(), threading.Event(), threading.Lock()
 
@@ -74,7 +87,11 @@ def progress_lines(console: Console, names: Sequence[str], every_s: float = EVER
     def on_message(number: int, message: dict[str, Any]) -> None:
         rank = ranks[number]
         with lock:
-            if "total" in message:
+            if "phase" in message:
+                rank.phases.append((message["phase"], time.monotonic()))
+            elif "total" in message:
+                if rank.phases:
+                    say(rank.loading())
                 rank.prompts, rank.total = message["prompts"], message["total"]
                 say(f"{rank.name}: {_prompts(message['prompts'])} to answer, at most {rank.total} tokens")
             elif "new" in message:

@@ -18,6 +18,7 @@ from tokenferry import env
 from tokenferry.cli.context import check_prompts
 from tokenferry.cli.expert_facts import expert_facts
 from tokenferry.cli.job import Answer, Job, RankResult
+from tokenferry.cli.phases import telling_phases
 from tokenferry.cli.spread import batches, capacity, spread
 from tokenferry.cli.tokens import cut_after_stop, load_tokenizer, stop_token_ids, tokenize
 from tokenferry.demo.quiet import quiet_transformers
@@ -36,15 +37,18 @@ LOADING_TIMEOUT_S: Final = 600.0
 def answer_as_rank(job: Job, group: EPGroup, send: Send, scratch: Path | None = None) -> RankResult:
     """Answer this rank's prompts under expert parallelism. Collective over `group`.
 
-    `send` gets `{"total": ..., "prompts": ...}` once the rank is loaded, `{"new": ...}` as tokens come, and `{"done": true}`.
+    `send` gets `{"phase": ...}` in words while the rank loads, `{"total": ..., "prompts": ...}` once it has, `{"new": ...}` as
+    tokens come, and `{"done": true}`.
     `scratch` is a folder that somebody else removes, also if this process is killed.
     """
+    send({"phase": "importing transformers"})
     from tokenferry.integrations.transformers import from_config, from_pretrained
 
     quiet_transformers()
     if job.telemetry:
         env.turn_telemetry_on()
-    with model_folder(job, scratch) as folder:
+    with telling_phases(send), model_folder(job, scratch) as folder:
+        send({"phase": "reading the prompts"})
         with telling_the_others(group):
             tokenizer = load_tokenizer(folder)
             token_ids = tokenize(tokenizer, job.prompts)
@@ -60,6 +64,7 @@ def answer_as_rank(job: Job, group: EPGroup, send: Send, scratch: Path | None = 
             "combine_dtype": getattr(torch, job.combine_dtype),
             "timeout_s": job.timeout_s,
         }
+        send({"phase": "loading the model's weights"})
         if job.model.startswith(RANDOM):
             model = from_config(model_config(str(folder)), seed=job.seed, **settings)
         else:

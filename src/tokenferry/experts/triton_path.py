@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -18,11 +19,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched, PartialRows, QuantizedRows
 from tokenferry.experts.plan import Plan, Tiles
-from tokenferry.experts.scratch import Buffers, ExpertScratch
+from tokenferry.experts.scratch import Buffers, ExpertScratch, RowShape
 from tokenferry.experts.variants import (
     Variant,
     chosen_plan,
     descriptor_block,
+    fields_of,
     is_in_blocks,
     row_shape,
     specs,
@@ -72,6 +74,9 @@ class Product:
 class LoadedExperts:
     """The launches of a variant, their numbers of programs in place."""
 
+    num_local_experts: int
+    row_shape: RowShape
+    """What a gathered row needs of the scratch."""
     table: BoundLaunch
     counting_table: BoundLaunch | None
     """The same for telemetry, which takes the counters and the number of the first behind the table's arguments. None where the
@@ -92,6 +97,8 @@ class ExpertKernels:
 
     store: KernelStore
     by_variant: dict[Variant, LoadedExperts] = field(default_factory=dict)
+    by_fields: dict[tuple[Any, ...], LoadedExperts] = field(default_factory=dict)
+    """The same by `fields_of` a variant, of calls that have been made."""
 
 
 def kernels_of(scratch: ExpertScratch) -> ExpertKernels:
@@ -170,21 +177,9 @@ def run(
     assert dtype is not None, "quantized rows come with the dtype of what is made of them"
     given = (gathered[0], gathered[1], idx_RK, weights_RK, target, *(() if target_scales is None else (target_scales,)))
     aligned = all(t.data_ptr() % POINTER_ALIGNMENT == 0 for t in given)
-    variant = variant_of(
-        weights,
-        activation,
-        idx_RK.shape[1],
-        dtype,
-        idx_RK.dtype,
-        target.dtype,
-        aligned=aligned,
-        batch_invariant=batch_invariant,
-        max_rows=max_rows,
-        plan=plan,
-        quantized_rows=isinstance(hidden, QuantizedRows),
-    )
-    loaded = load(variant, scratch)
-    buffers = scratch.reserve(row_shape(variant), idx_RK.shape[0], variant.num_local_experts, dtype)
+    settings = (aligned, batch_invariant, max_rows, plan, isinstance(hidden, QuantizedRows))
+    loaded = _asked_for(fields_of(weights, activation, idx_RK.shape[1], dtype, idx_RK.dtype, target.dtype, *settings), scratch)
+    buffers = scratch.reserve(loaded.row_shape, idx_RK.shape[0], loaded.num_local_experts, dtype)
     table = (buffers.counts_L, buffers.offsets_L, buffers.pairs_P)
     no_bias = buffers.outputs_PH  # unread, but of the dtype that the kernel rounds activated rows to
     up = (_or(weights.up_scale, valid), no_bias if weights.up_bias is None else weights.up_bias.to(dtype).contiguous())
@@ -195,19 +190,19 @@ def run(
     if loaded.in_blocks:
         values, scales = buffers.quantized[2:]
         activated = values, scales, scales.shape[1]
-    make_table, counters = _table_of(loaded, dispatched, range(first_expert, first_expert + variant.num_local_experts))
+    make_table, counters = _table_of(loaded, dispatched, range(first_expert, first_expert + loaded.num_local_experts))
     for first_row in range(0, idx_RK.shape[0], buffers.num_rows):
         make_table(idx_RK, valid, *table, first_row, buffers.num_rows, first_expert, *counters)
-        settings = (*table, first_row, activation.alpha, activation.limit)
+        numbers = (*table, first_row, activation.alpha, activation.limit)
         bounds = (first_row, buffers.num_rows)
         rows = _quantized(loaded, True, gathered, buffers, valid, bounds)
         for product in loaded.up:
             matrices = weights_argument(weights.up_proj, activation, product)
-            product.launch(*rows[product.prequantized], matrices, *up, *activated[:2], *settings)
+            product.launch(*rows[product.prequantized], matrices, *up, *activated[:2], *numbers)
         rows = _quantized(loaded, False, activated, buffers, valid, bounds)
         for product in loaded.down:
             matrices = weights_argument(weights.down_proj, None, product)
-            product.launch(*rows[product.prequantized], matrices, *down, buffers.outputs_PH, valid, *settings)
+            product.launch(*rows[product.prequantized], matrices, *down, buffers.outputs_PH, valid, *numbers)
         loaded.sum(buffers.outputs_PH, idx_RK, weights_RK, valid, target, *quantized_to, *bounds, first_expert, *norm)
     return _with_what_was_written(out, target, target_scales)
 
@@ -283,6 +278,15 @@ def load(variant: Variant, scratch: ExpertScratch) -> LoadedExperts:
     return known
 
 
+def _asked_for(fields: tuple[Any, ...], scratch: ExpertScratch) -> LoadedExperts:
+    """The launches of the variant that has these fields."""
+    by_fields = kernels_of(scratch).by_fields
+    known = by_fields.get(fields)
+    if known is None:
+        known = by_fields[fields] = load(Variant(*fields), scratch)
+    return known
+
+
 def _load(variant: Variant, scratch: ExpertScratch) -> LoadedExperts:
     wanted, chosen = specs(variant, scratch.device), chosen_plan(variant, scratch.device)
     store, num_sms = kernels_of(scratch).store, _num_sms(scratch.device)
@@ -298,6 +302,8 @@ def _load(variant: Variant, scratch: ExpertScratch) -> LoadedExperts:
 
     over_rows = INTERPRETED_PROGRAMS if wire.INTERPRETED else 8 * num_sms
     return LoadedExperts(
+        num_local_experts=variant.num_local_experts,
+        row_shape=row_shape(variant),
         table=bind(wanted.table, TABLE_ARGUMENTS, variant.num_local_experts),
         counting_table=_counting_table(variant, scratch) if scratch.counts_loads else None,
         quantize={

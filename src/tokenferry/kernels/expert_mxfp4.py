@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import wire, wire_mxfp4
-from tokenferry.kernels.expert_mxfp4_products import product
+from tokenferry.kernels import wire, wire_warp
+from tokenferry.kernels.expert_mxfp4_products import Kind, Operands, product
 
 SIGNATURE = {
     "rows": "*ROWS",
@@ -103,6 +103,8 @@ def expert_mxfp4_kernel(
     """
     TILES_N: tl.constexpr = (WIDTH + BN - 1) // BN
     WAITS_IN_TILE: tl.constexpr = UNROLL > 0 and not IS_FIRST_PRODUCT and not OVERLAPS
+    given = Operands(rows, row_scales, scale_stride, weights, scales, bias, out, pairs, first_row, alpha, limit)
+    kind: tl.constexpr = Kind(K, DEPTH, WIDTH, IS_FIRST_PRODUCT, GATED, INTERLEAVED, ACTIVATION, BIAS, GATHERED, UPCAST)
     lanes = tl.arange(0, LANES)
     if IS_FIRST_PRODUCT:
         if not OVERLAPS:
@@ -119,31 +121,23 @@ def expert_mxfp4_kernel(
         served = served & (num_pairs <= MAX_PAIRS)
     tiles = tl.where(served, (count + BM - 1) // BM, 0) * TILES_N
     ends = tl.cumsum(tiles, 0)
-    total = wire_mxfp4.same_for_all(tl.sum(tiles))
+    total = wire_warp.same_for_all(tl.sum(tiles))
     if not IS_FIRST_PRODUCT and not WAITS_IN_TILE:
         if not OVERLAPS:
             wire.wait_for_previous_kernel(PDL)
         wire.let_next_kernel_start(PDL)
     for tile in range(tl.program_id(0), total, tl.num_programs(0)):
         expert = tl.sum((ends <= tile).to(tl.int32))
-        num = wire_mxfp4.same_for_all(tl.sum(tl.where(lanes == expert, count, 0)))
+        num = wire_warp.same_for_all(tl.sum(tl.where(lanes == expert, count, 0)))
         begin = tl.sum(tl.where(lanes == expert, offset, 0))
         within = tile - tl.sum(tl.where(lanes < expert, tiles, 0))
         tiles_m = (num + BM - 1) // BM
-        done = wire_mxfp4.same_for_all((within % tiles_m) * BM)
+        done = wire_warp.same_for_all((within % tiles_m) * BM)
         first_column = (within // tiles_m) * BN
         if BM == BM_FEW or num - done <= BM_FEW:
-            product(
-                rows, row_scales, scale_stride, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done,
-                num - done, first_column, K, DEPTH, WIDTH, IS_FIRST_PRODUCT, GATED, INTERLEAVED, ACTIVATION, BIAS, GATHERED,
-                BM_FEW, BN, BD, UPCAST, UNROLL, WAITS_IN_TILE, PDL,
-            )  # fmt: skip
+            product(given, kind, expert, begin + done, num - done, first_column, BM_FEW, BN, BD, UNROLL, WAITS_IN_TILE, PDL)
         else:
-            product(
-                rows, row_scales, scale_stride, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin + done,
-                num - done, first_column, K, DEPTH, WIDTH, IS_FIRST_PRODUCT, GATED, INTERLEAVED, ACTIVATION, BIAS, GATHERED,
-                BM, BN, BD, UPCAST, UNROLL, WAITS_IN_TILE, PDL,
-            )  # fmt: skip
+            product(given, kind, expert, begin + done, num - done, first_column, BM, BN, BD, UNROLL, WAITS_IN_TILE, PDL)
     if OVERLAPS or WAITS_IN_TILE:  # programs without a tile too: who waits for this launch waits for the one before it
         wire.wait_for_previous_kernel(PDL)
     if WAITS_IN_TILE:

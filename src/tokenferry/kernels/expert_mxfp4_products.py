@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -20,69 +22,88 @@ from tokenferry.kernels.expert_mxfp4_tiles import (
 )
 
 
+class Operands(NamedTuple):
+    """What all tiles of a launch read and write, with the names of `expert_mxfp4_kernel`."""
+
+    rows: Any
+    row_scales: Any
+    scale_stride: Any
+    weights: Any
+    scales: Any
+    bias: Any
+    out: Any
+    pairs: Any
+    first_row: Any
+    alpha: Any
+    limit: Any
+
+
+class Kind(NamedTuple):
+    """What is known of a product when its kernel is compiled, but for its tiles. Constants of `expert_mxfp4_kernel`."""
+
+    K: Any
+    DEPTH: Any
+    WIDTH: Any
+    IS_FIRST_PRODUCT: Any
+    GATED: Any
+    INTERLEAVED: Any
+    ACTIVATION: Any
+    BIAS: Any
+    GATHERED: Any
+    UPCAST: Any
+
+
 @triton.jit
-def unpacked_product(
-    rows,
-    row_scales,
-    scale_stride,
-    weights,
-    scales,
-    bias,
-    out,
-    pairs,
-    first_row,
-    alpha,
-    limit,
-    expert,
-    begin,
-    num,
-    first_column,
-    K: tl.constexpr,
-    DEPTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    IS_FIRST_PRODUCT: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BIAS: tl.constexpr,
-    GATHERED: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+def rows_of_tile(given, kind, begin, num, BM: tl.constexpr, BD: tl.constexpr):
+    """Of BM pairs from `begin` on: where they are in `pairs`, what stands there, the rows that they are read from, and pointers
+    to the first BD numbers of these."""
+    position = begin + tl.minimum(tl.arange(0, BM), num - 1)  # a missing row is replaced by an existing one, and never stored
+    pair = tl.load(given.pairs + position)
+    if kind.IS_FIRST_PRODUCT:
+        source = (given.first_row + pair // kind.K).to(tl.int64)
+    else:
+        source = position.to(tl.int64)
+    depth = tl.arange(0, BD)
+    return position, pair, source, given.rows + source[:, None] * kind.DEPTH + depth[None, :]
+
+
+@triton.jit
+def store_sums(given, kind, total, position, pair, num, expert, first_column, BM: tl.constexpr, BN: tl.constexpr):
+    """Sums [columns, BM] to where the rows of `rows_of_tile` have their outputs, activated."""
+    target = position.to(tl.int64) if kind.IS_FIRST_PRODUCT else pair.to(tl.int64)
+    store_outputs(
+        total, given.bias, given.out, target, num, given.alpha, given.limit, expert, first_column, kind.WIDTH, kind.GATED,
+        kind.INTERLEAVED, kind.ACTIVATION, kind.BIAS, BM, BN,
+    )  # fmt: skip
+
+
+@triton.jit
+def unpacked_product(given, kind, expert, begin, num, first_column, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
     """Computes BN x BM outputs of one expert, of the pairs at begin .. begin + num - 1 (num > 0), those beyond BM left out.
 
     Weights are the first operand, which tensor cores take from registers, where they are unpacked. So sums lie [columns, rows].
     """
-    N: tl.constexpr = 2 * BN if GATED else BN
+    DEPTH: tl.constexpr = kind.DEPTH
+    N: tl.constexpr = 2 * BN if kind.GATED else BN
     DEPTH_BLOCKS: tl.constexpr = (DEPTH + BLOCK - 1) // BLOCK
-    WIDTH_OF_BLOCK: tl.constexpr = BLOCK // 2 if GATED else BLOCK
-    COLUMN_BLOCKS: tl.constexpr = (WIDTH + WIDTH_OF_BLOCK - 1) // WIDTH_OF_BLOCK
-    DTYPE: tl.constexpr = out.dtype.element_ty
-    position = begin + tl.minimum(tl.arange(0, BM), num - 1)  # a missing row is replaced by an existing one, and never stored
-    pair = tl.load(pairs + position)
-    if IS_FIRST_PRODUCT:
-        source = (first_row + pair // K).to(tl.int64)
-    else:
-        source = position.to(tl.int64)
-    depth = tl.arange(0, BD)
-    a = rows + source[:, None] * DEPTH + depth[None, :]
+    WIDTH_OF_BLOCK: tl.constexpr = BLOCK // 2 if kind.GATED else BLOCK
+    COLUMN_BLOCKS: tl.constexpr = (kind.WIDTH + WIDTH_OF_BLOCK - 1) // WIDTH_OF_BLOCK
+    DTYPE: tl.constexpr = given.out.dtype.element_ty
+    position, pair, source, a = rows_of_tile(given, kind, begin, num, BM, BD)
     block = tl.minimum(first_column // WIDTH_OF_BLOCK + tl.arange(0, N // BLOCK), COLUMN_BLOCKS - 1)
     strip = (expert.to(tl.int64) * COLUMN_BLOCKS + block)[:, None, None] * DEPTH_BLOCKS
-    words = weights + strip * WORDS + tl.arange(0, WORDS)[None, None, :]
-    factors = scales + strip * SCALE_WORDS + tl.arange(0, SCALE_WORDS)[None, None, :]
+    words = given.weights + strip * WORDS + tl.arange(0, WORDS)[None, None, :]
+    factors = given.scales + strip * SCALE_WORDS + tl.arange(0, SCALE_WORDS)[None, None, :]
     total = tl.zeros([N, BM], tl.float32)
     for d in range(0, DEPTH, BD):
-        x = expert_tiles.rows_tile(a, row_scales, scale_stride, source, d, depth, DEPTH, BD, GATHERED, DTYPE)
+        x = expert_tiles.rows_tile(
+            a, given.row_scales, given.scale_stride, source, d, tl.arange(0, BD), DEPTH, BD, kind.GATHERED, DTYPE
+        )
         w = unpacked_tile(words, factors, d, DEPTH_BLOCKS, N, BD)
-        if UPCAST:
+        if kind.UPCAST:
             x = x.to(tl.float32)
         total = tl.dot(w, tl.trans(x), total, input_precision="ieee")
-    target = position.to(tl.int64) if IS_FIRST_PRODUCT else pair.to(tl.int64)
-    store_outputs(
-        total, bias, out, target, num, alpha, limit, expert, first_column, WIDTH, GATED, INTERLEAVED, ACTIVATION, BIAS, BM, BN
-    )
+    store_sums(given, kind, total, position, pair, num, expert, first_column, BM, BN)
 
 
 @triton.jit
@@ -99,61 +120,33 @@ def weights_of_steps(words, factors, block, UNROLL: tl.constexpr):
 
 
 @triton.jit
-def rows_of_steps(
-    a,
-    row_scales,
-    scale_stride,
-    source,
-    block,
-    depth,
-    DEPTH: tl.constexpr,
-    BD: tl.constexpr,
-    GATHERED: tl.constexpr,
-    DTYPE: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
+def rows_of_steps(given, kind, a, source, block, BD: tl.constexpr, UNROLL: tl.constexpr):
     """The rows at the UNROLL blocks of depth that begin at `block`."""
+    DTYPE: tl.constexpr = given.out.dtype.element_ty
     x = ()
     for i in tl.static_range(UNROLL):
-        if DEPTH % BD == 0 and not GATHERED:
+        if kind.DEPTH % BD == 0 and not kind.GATHERED:
             x = x + (tl.load(a + block * BD + i * BD),)  # noqa: RUF005
         else:
             d = (block + i) * BD
-            tile = expert_tiles.rows_tile(a, row_scales, scale_stride, source, d, depth, DEPTH, BD, GATHERED, DTYPE)
+            tile = expert_tiles.rows_tile(
+                a, given.row_scales, given.scale_stride, source, d, tl.arange(0, BD), kind.DEPTH, BD, kind.GATHERED, DTYPE
+            )
             x = x + (tile,)  # noqa: RUF005
     return x
 
 
 @triton.jit
 def product_of_few(
-    rows,
-    row_scales,
-    scale_stride,
-    weights,
-    scales,
-    bias,
-    out,
-    pairs,
-    first_row,
-    alpha,
-    limit,
+    given,
+    kind,
     expert,
     begin,
     num,
     first_column,
-    K: tl.constexpr,
-    DEPTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    IS_FIRST_PRODUCT: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BIAS: tl.constexpr,
-    GATHERED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
-    UPCAST: tl.constexpr,
     UNROLL: tl.constexpr,
     WAITS: tl.constexpr,
     PDL: tl.constexpr,
@@ -164,91 +157,55 @@ def product_of_few(
     steps ahead: no barrier of four warps and no waiting for a group of products stands between two steps. BD is 64, and UNROLL
     divides the blocks of depth. With WAITS the launch waits for the one before it here, its first weights being on their way.
     """
-    N: tl.constexpr = 2 * BN if GATED else BN
-    DEPTH_BLOCKS: tl.constexpr = (DEPTH + BLOCK - 1) // BLOCK
-    WIDTH_OF_BLOCK: tl.constexpr = BLOCK // 2 if GATED else BLOCK
-    COLUMN_BLOCKS: tl.constexpr = (WIDTH + WIDTH_OF_BLOCK - 1) // WIDTH_OF_BLOCK
-    DTYPE: tl.constexpr = out.dtype.element_ty
+    N: tl.constexpr = 2 * BN if kind.GATED else BN
+    DEPTH_BLOCKS: tl.constexpr = (kind.DEPTH + BLOCK - 1) // BLOCK
+    WIDTH_OF_BLOCK: tl.constexpr = BLOCK // 2 if kind.GATED else BLOCK
+    COLUMN_BLOCKS: tl.constexpr = (kind.WIDTH + WIDTH_OF_BLOCK - 1) // WIDTH_OF_BLOCK
     part = tl.minimum(first_column // (WIDTH_OF_BLOCK // 4) + tl.arange(0, N // PART), COLUMN_BLOCKS * 4 - 1)
     strip = (expert.to(tl.int64) * COLUMN_BLOCKS + part // 4)[:, None] * DEPTH_BLOCKS
-    words = weights + strip * WORDS + (part % 4 * PART_WORDS)[:, None] + tl.arange(0, PART_WORDS)[None, :]
-    factors = scales + strip * SCALE_WORDS + (part % 4 * PART_SCALE_WORDS)[:, None] + tl.arange(0, PART_SCALE_WORDS)[None, :]
+    words = given.weights + strip * WORDS + (part % 4 * PART_WORDS)[:, None] + tl.arange(0, PART_WORDS)[None, :]
+    factors = given.scales + strip * SCALE_WORDS + (part % 4 * PART_SCALE_WORDS)[:, None]
+    factors += tl.arange(0, PART_SCALE_WORDS)[None, :]
     word, scale = weights_of_steps(words, factors, 0, UNROLL)
     if WAITS:
         wire.wait_for_previous_kernel(PDL)
         wire.let_next_kernel_start(PDL)
-    position = begin + tl.minimum(tl.arange(0, BM), num - 1)  # a missing row is replaced by an existing one, and never stored
-    pair = tl.load(pairs + position)
-    if IS_FIRST_PRODUCT:
-        source = (first_row + pair // K).to(tl.int64)
-    else:
-        source = position.to(tl.int64)
-    depth = tl.arange(0, BD)
-    a = rows + source[:, None] * DEPTH + depth[None, :]
-    x = rows_of_steps(a, row_scales, scale_stride, source, 0, depth, DEPTH, BD, GATHERED, DTYPE, UNROLL)
+    position, pair, source, a = rows_of_tile(given, kind, begin, num, BM, BD)
+    x = rows_of_steps(given, kind, a, source, 0, BD, UNROLL)
     total = tl.zeros([N, BM], tl.float32)
     for step in range(UNROLL, DEPTH_BLOCKS + UNROLL, UNROLL):
         ahead = tl.minimum(step, DEPTH_BLOCKS - UNROLL)
         next_word, next_scale = weights_of_steps(words, factors, ahead, UNROLL)
-        next_x = rows_of_steps(a, row_scales, scale_stride, source, ahead, depth, DEPTH, BD, GATHERED, DTYPE, UNROLL)
+        next_x = rows_of_steps(given, kind, a, source, ahead, BD, UNROLL)
         for i in tl.static_range(UNROLL):
             w = unpacked_part(word[i], scale[i], N)
             in_order = in_order_of_part(x[i], BM)
-            if UPCAST:
+            if kind.UPCAST:
                 in_order = in_order.to(tl.float32)
             total = tl.dot(w, tl.trans(in_order), total, input_precision="ieee")
         word = next_word
         scale = next_scale
         x = next_x
-    target = position.to(tl.int64) if IS_FIRST_PRODUCT else pair.to(tl.int64)
-    store_outputs(
-        total, bias, out, target, num, alpha, limit, expert, first_column, WIDTH, GATED, INTERLEAVED, ACTIVATION, BIAS, BM, BN
-    )
+    store_sums(given, kind, total, position, pair, num, expert, first_column, BM, BN)
 
 
 @triton.jit
 def product(
-    rows,
-    row_scales,
-    scale_stride,
-    weights,
-    scales,
-    bias,
-    out,
-    pairs,
-    first_row,
-    alpha,
-    limit,
+    given,
+    kind,
     expert,
     begin,
     num,
     first_column,
-    K: tl.constexpr,
-    DEPTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    IS_FIRST_PRODUCT: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BIAS: tl.constexpr,
-    GATHERED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
-    UPCAST: tl.constexpr,
     UNROLL: tl.constexpr,
     WAITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The tile by the one or the other of the two above."""
     if UNROLL > 0:
-        product_of_few(
-            rows, row_scales, scale_stride, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin, num,
-            first_column, K, DEPTH, WIDTH, IS_FIRST_PRODUCT, GATED, INTERLEAVED, ACTIVATION, BIAS, GATHERED, BM, BN, BD, UPCAST,
-            UNROLL, WAITS, PDL,
-        )  # fmt: skip
+        product_of_few(given, kind, expert, begin, num, first_column, BM, BN, BD, UNROLL, WAITS, PDL)
     else:
-        unpacked_product(
-            rows, row_scales, scale_stride, weights, scales, bias, out, pairs, first_row, alpha, limit, expert, begin, num,
-            first_column, K, DEPTH, WIDTH, IS_FIRST_PRODUCT, GATED, INTERLEAVED, ACTIVATION, BIAS, GATHERED, BM, BN, BD, UPCAST,
-        )  # fmt: skip
+        unpacked_product(given, kind, expert, begin, num, first_column, BM, BN, BD)

@@ -8,7 +8,6 @@ import triton.language as tl
 from tokenferry.kernels import wire, wire_ptx
 
 _UNPACK: tl.constexpr = tl.constexpr(wire_ptx.UNPACK_MXFP4)
-_ALIKE: tl.constexpr = tl.constexpr(wire_ptx.SAME_FOR_ALL)
 _CONSTRAINTS: tl.constexpr = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r")
 _BFLOAT16S: tl.constexpr = tl.constexpr((tl.bfloat16,) * 8)
 
@@ -23,12 +22,6 @@ if not wire.INTERPRETED:
             word, scale: int32. `scale` is the stored byte, which stands for 2 ** (scale - 253) times what the bits say.
         """
         return tl.inline_asm_elementwise(_UNPACK, _CONSTRAINTS, [word, scale], dtype=_BFLOAT16S, is_pure=True, pack=1)
-
-    @triton.jit
-    def same_for_all(number):
-        """A scalar that all threads of a warp have alike, in a register that they share. A loop up to it then counts, and makes
-        addresses for the tensor cores, in such registers too: without, 16 instructions in 235 carried them over in each step."""
-        return tl.inline_asm_elementwise(_ALIKE, "=r,r", [number], dtype=tl.int32, is_pure=True, pack=1)
 
 else:
 
@@ -52,8 +45,3 @@ else:
         low = (pair << 16).to(tl.float32, bitcast=True)
         high = (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
         return low * factor, high * factor
-
-    @triton.jit
-    def same_for_all(number):
-        """The number: there is one thread."""
-        return number

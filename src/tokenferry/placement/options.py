@@ -66,6 +66,8 @@ class KindVerdict:
         gain: see `best`.
         pays: whether that is worth a change.
         bound_by_weights: the share of layers in which the slowest rank as is is longer at reading weights than at products.
+        touched: experts that get a row in such a step, on the rank that has the most of them, as is. Few of those it holds where
+            rows are few: the weights of the others are not read.
     """
 
     kind: StepKind
@@ -74,11 +76,12 @@ class KindVerdict:
     gain: float
     pays: bool
     bound_by_weights: float
+    touched: float
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         figures = {"steps_s": list(self.steps_s), "best": self.best, "gain": self.gain, "pays": self.pays}
-        return {**asdict(self.kind), **figures, "bound_by_weights": self.bound_by_weights}
+        return {**asdict(self.kind), **figures, "bound_by_weights": self.bound_by_weights, "touched": self.touched}
 
 
 @dataclass(frozen=True, eq=False)

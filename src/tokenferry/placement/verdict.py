@@ -16,7 +16,7 @@ from tokenferry.placement.algorithm import place
 from tokenferry.placement.layout import Placement, checked_loads
 from tokenferry.placement.options import KindVerdict, Option, StepKind, Verdict
 from tokenferry.placement.sentences import LEAST_GAIN, by_kind, sentence_of
-from tokenferry.placement.step_model import StepModel
+from tokenferry.placement.step_model import StepModel, most_with_a_row
 
 EVERY_STEP: Final = "every step"
 
@@ -58,11 +58,16 @@ def judge(
         name = f"rearranged + {number} replicas" if number else "rearranged"
         tried.append((name, place(table, num_ranks, num_replicas=number, num_groups=num_groups, num_nodes=num_nodes)))
 
+    given = bool(kinds)  # otherwise nothing is known of how many tokens have these rows
     kinds = kinds or (StepKind(name=EVERY_STEP, num_steps=num_steps, rows=max(1e-300, float(table.sum()))),)
     weights = torch.tensor([kind.num_steps for kind in kinds], dtype=torch.float64, device="cpu")
     mean_rows = max(1e-300, sum(kind.num_steps * kind.rows for kind in kinds) / float(weights.sum()))
     scaled = [rows_LE * (kind.rows / mean_rows) for kind in kinds]
-    times = [[model.step_s(placement, rows, shares_L) for rows in scaled] for _, placement in tried]
+    tokens = [kind.rows if kind.rows and given else None for kind in kinds]
+    times = [
+        [model.step_s(placement, rows, shares_L, num_tokens) for rows, num_tokens in zip(scaled, tokens, strict=True)]
+        for _, placement in tried
+    ]
     times_s = torch.tensor(times, dtype=torch.float64, device="cpu")
     means_s = ((times_s * weights).sum(1) / weights.sum()).tolist()
 
@@ -71,20 +76,29 @@ def judge(
         imbalance = float(placement.imbalance(table).max()) if num_layers else 1.0
         extra_bytes = (placement.num_physical - num_experts) / num_ranks * model.weight_bytes * num_layers
         options.append(Option(name, placement, step_s, _gain(step_s, means_s[0]), imbalance, extra_bytes))
-    best = min(options, key=lambda option: option.step_s)  # of equals the first, which changes least
+    best = options[_fastest(means_s)]
     found = []
-    for kind, rows, column in zip(kinds, scaled, times_s.T.tolist(), strict=True):
-        fastest = min(range(len(column)), key=lambda option: column[option])
+    as_is = tried[0][1]
+    for kind, rows, num_tokens, column in zip(kinds, scaled, tokens, times_s.T.tolist(), strict=True):
+        fastest = _fastest(column)
         gain = _gain(column[fastest], column[0])
-        bound = model.share_bound_by_weights(tried[0][1], rows) if num_layers else 0.0
-        found.append(KindVerdict(kind, tuple(column), tried[fastest][0], gain, gain >= LEAST_GAIN, bound))
+        bound = model.share_bound_by_weights(as_is, rows, num_tokens) if num_layers else 0.0
+        touched = most_with_a_row(as_is, rows, num_tokens) if num_layers else 0.0
+        found.append(KindVerdict(kind, tuple(column), tried[fastest][0], gain, gain >= LEAST_GAIN, bound, touched))
     with_rows = [each for each in found if each.kind.rows]  # a step without rows reads no weights: it would dilute the share
     num_with_rows = sum(each.kind.num_steps for each in with_rows)
     bound = sum(each.kind.num_steps * each.bound_by_weights for each in with_rows) / num_with_rows if with_rows else 0.0
-    sentence = sentence_of(options, best, bound, num_rows=float(table.sum()))
+    touched = sum(each.kind.num_steps * each.touched for each in with_rows) / num_with_rows if with_rows else 0.0
+    sentence = sentence_of(options, best, bound, touched, num_rows=float(table.sum()))
     if len(with_rows) > 1 and num_ranks > 1 and float(table.sum()):
-        sentence = f"{sentence} {by_kind(with_rows)}"
+        sentence = f"{sentence} {by_kind(with_rows, as_is)}"
     return Verdict(tuple(options), best.gain >= LEAST_GAIN, best, sentence, tuple(found))
+
+
+def _fastest(times_s: Sequence[float]) -> int:
+    """Of equals the first, which changes least; sums of floats that mean the same differ by less than this."""
+    least_s = min(times_s) * (1 + 1e-9)
+    return next(number for number, time_s in enumerate(times_s) if time_s <= least_s)
 
 
 def _gain(step_s: float, as_is_s: float) -> float:

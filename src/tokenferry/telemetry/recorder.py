@@ -109,8 +109,14 @@ class Recorder:
         # its own thread in again: a signal handler may close what it has interrupted.
         self._lock = threading.RLock()
         self._step = 0
+        # No lock is taken as a step appends to `_tokens` and `_spans`. So whoever reads takes from them one by one: a deque must
+        # not grow while it is copied, which raises in Python without a global lock.
         self._tokens: deque[tuple[int, int]] = deque(maxlen=NUM_TOKEN_STEPS)
+        self._tokens_read: deque[tuple[int, int]] = deque(maxlen=NUM_TOKEN_STEPS)
+        """Taken from `_tokens` by those who have read, under the lock."""
         self._spans: deque[_Span] = deque(maxlen=4096)
+        self._oldest_span: _Span | None = None
+        """Taken from `_spans`, since it is looked at until it is over, and a full deque drops its oldest as it grows."""
 
     @property
     def nbytes(self) -> int:
@@ -206,12 +212,15 @@ class Recorder:
     def collect_spans(self) -> None:
         """Notes the calls that are over, in the steps that they belong to. Of two ranks the peer is known; of more, they cannot
         be told apart."""
-        if not self._spans:
+        if not self._spans and self._oldest_span is None:
             return
         source = 1 - self.rank if self.size == 2 else self.rank
         with self._lock, self.relaxed():
-            while self._spans and self._spans[0].end.query():
-                span = self._spans.popleft()
+            while (span := self._oldest_span or (self._spans.popleft() if self._spans else None)) is not None:
+                self._oldest_span = span
+                if not span.end.query():
+                    return
+                self._oldest_span = None
                 span_ns = round(span.begin.elapsed_time(span.end) * 1e6)
                 self._note(span.phase, span.layer, source, span.step, span.launched_ns, span_ns)
 
@@ -259,8 +268,17 @@ class Recorder:
             transport=self.transport,
             is_on=self.is_on,
             row_bytes=self._row_bytes,
-            tokens=tuple(self._tokens),
+            tokens=self._last_tokens(),
         )
+
+    def _last_tokens(self) -> tuple[tuple[int, int], ...]:
+        """The oldest first."""
+        with self._lock:
+            for _ in range(NUM_TOKEN_STEPS):  # and not until there are none: steps go on meanwhile
+                if not self._tokens:
+                    break
+                self._tokens_read.append(self._tokens.popleft())
+            return tuple(self._tokens_read)
 
     def _read_loads(self) -> list[list[int]]:
         """Of this rank's experts. Where the gathered numbers are counted, which are all ranks', the others' are left out: a load

@@ -20,7 +20,7 @@ from tokenferry.config import MoEConfig
 from tokenferry.dispatched import SAME, RowFormat
 from tokenferry.errors import ConfigError, PeerError, PeerFailedError, Phase, TransportUnavailableError, UsageError
 from tokenferry.groups import EPGroup
-from tokenferry.lifecycle import logged
+from tokenferry.lifecycle import PROGRESS, logged
 from tokenferry.step import StepTensors
 from tokenferry.transports.base import PROTOCOL_VERSION, Transport, TransportFactory, TransportSettings
 from tokenferry.transports.collective.transport import CollectiveTransport
@@ -139,6 +139,7 @@ def open_together(
             _check_timeouts(timeouts_s)
         # What a failed attempt has left in the store, or in a registry of torch's, must not meet the next one.
         mine = settings if attempt == 0 else replace(settings, name=f"{settings.name}/attempt.{attempt}")
+        logging.getLogger(PROGRESS).info("opening a workspace over %s", factory.name)
         transport, failure = _open_here(factory, mine, step_tensors)
         try:
             reason = _first_reason(factory.name, failure, mine, phase)
@@ -230,6 +231,7 @@ def _offer(settings: TransportSettings, transport: str) -> dict[str, Any]:
         "result_dtype": str(settings.result_dtype),
         "combine_order": settings.combine_order,
         "counts": settings.counts,
+        "telemetry (or TOKENFERRY_TELEMETRY)": settings.recorder is not None,
         "transport": transport,
         "device type": settings.group.device.type,
     }

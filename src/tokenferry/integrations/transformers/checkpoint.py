@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tokenferry.errors import ConfigError
 
@@ -34,6 +35,20 @@ def check_files(folder: Path) -> None:
 def unreadable(path: str | Path, error: Exception) -> ConfigError:
     """What to raise where safetensors could not open `path`: its own texts do not name the file."""
     return ConfigError(_message(Path(path), what_is_wrong(Path(path)) or f"cannot be read: {error}"))
+
+
+def num_bytes_of_dtypes(folder: Path) -> Counter[str]:
+    """How many bytes of each dtype the safetensors files of the checkpoint in `folder` hold, by safetensors' names; none of what
+    is no folder. The files are whole: `check_files` has looked at them."""
+    sizes = Counter[str]()
+    for path in _files(folder) if folder.is_dir() else []:
+        with path.open("rb") as file:
+            header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                sizes[entry["dtype"]] += end - begin
+    return sizes
 
 
 def what_is_wrong(path: Path) -> str | None:

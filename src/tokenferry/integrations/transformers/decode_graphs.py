@@ -199,8 +199,8 @@ class DecodeGraphs:
         if not self._depth:
             facts = model_facts(model)
             if facts != self._model_facts:
-                self.drop()
                 self._compiled = None
+                self.drop()
             self._model_facts = facts
         self._depth += 1
         try:
@@ -212,7 +212,8 @@ class DecodeGraphs:
                 self._drop_dead()
 
     def drop(self) -> None:
-        """Lets go of all graphs and of their memory; they are recorded anew when they are needed."""
+        """Lets go of all graphs and of their memory; they are recorded anew when they are needed. Raises the error of a device
+        that has failed, afterwards."""
         try:
             if self._graphs and self._workspace.device.type == "cuda":
                 torch.cuda.synchronize(self._workspace.device)  # the last replay may still run, on whichever stream it was
@@ -224,10 +225,12 @@ class DecodeGraphs:
     def close(self) -> None:
         """Lets go of graphs, fixed inputs and caches, for good."""
         self.stopped = True
-        self.drop()
-        self._inputs.clear()
-        self.caches.clear()
-        self._compiled = None
+        try:
+            self.drop()
+        finally:
+            self._inputs.clear()
+            self.caches.clear()
+            self._compiled = None
 
     def _fixed_inputs(self, key: Hashable, inputs: Mapping[str, Any]) -> FixedInputs:
         fixed = self._inputs.get(key)

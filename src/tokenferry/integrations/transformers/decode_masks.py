@@ -16,8 +16,24 @@ from torch.nn.functional import pad
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
+from tokenferry.errors import ShapeError
+
 _KINDS: Final = MappingProxyType({"full_attention": StaticLayer, "sliding_attention": StaticSlidingWindowLayer})
 """Names in a configuration's `layer_types`, and the layer of a static cache that belongs to each."""
+
+
+def check_dimensions(attention_mask: object) -> None:
+    """Of the mask that `generate()` was given.
+
+    Raises:
+        ShapeError: it has more than two, to which no column can be added for a new token. transformers finds that out where
+            prompts are numbers, and with `inputs_embeds` after the prompt's forward, which all ranks had taken part in.
+    """
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() > 2:
+        raise ShapeError(
+            f"attention_mask must be [batch, length] in generate(), which adds a column for each new token; got "
+            f"{list(attention_mask.shape)}. The model's own forward takes masks of four dimensions"
+        )
 
 
 def masks_of_windows(

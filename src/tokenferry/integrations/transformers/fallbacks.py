@@ -18,6 +18,7 @@ from tokenferry.integrations.transformers.kernel_experts import NotServed, prepa
 from tokenferry.integrations.transformers.layer import ExpertLayer
 from tokenferry.integrations.transformers.packed_experts import UNPACK
 from tokenferry.integrations.transformers.settings import LayerShape, Options
+from tokenferry.lifecycle import PROGRESS
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Fallbacks:
         kernels = [layer.kernels for layer in layers if layer.kernels is not None and not (layer.packed and on_operators)]
         scratch: ExpertScratch | None = None
         if kernels:
+            logging.getLogger(PROGRESS).info("loading the experts' kernels")
             scratch, failed = prepare_together(kernels, group, options, shape)
             for layer in layers:
                 if layer.kernels in failed:

@@ -72,14 +72,21 @@ class StepGraphs:
         self.left_out = left_out
 
     def drop(self) -> None:
-        """Lets go of all graphs; they are recorded anew when they are needed."""
-        self.decode.drop()
-        self.idle.drop()
+        """Lets go of all graphs; they are recorded anew when they are needed.
+
+        Where the device has failed this raises its error, and they are gone all the same.
+        """
+        try:
+            self.decode.drop()
+        finally:
+            self.idle.drop()
 
     def close(self) -> None:
-        """Lets go of all that is kept, for good."""
-        self.idle.drop()
-        self.decode.close()
+        """Lets go of all that is kept, for good. Raises as `drop`."""
+        try:
+            self.idle.drop()
+        finally:
+            self.decode.close()
 
 
 def make_graphs(

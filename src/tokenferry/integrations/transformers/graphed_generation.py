@@ -105,7 +105,8 @@ class GraphedGeneration:
         if own is not None or graphs is None or embeds is None or embeds.shape[1] != 1 or not graphs.takes(cache):
             return (own or create_masks_for_generate)(*args, **kwargs)
         mask, config = kwargs.get("attention_mask"), self.config.get_text_config()
-        if config._attn_implementation not in _MASKED or not cache.is_initialized:
+        is_whole = mask is not None and mask.dim() != 2  # says itself who sees whom
+        if is_whole or config._attn_implementation not in _MASKED or not cache.is_initialized:
             return create_masks_for_generate(*args, **kwargs)
         if is_plain(cache):
             # As long as the cache, so that it keeps its shape from step to step; what lies ahead is masked by causality.

@@ -16,14 +16,16 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig
 from tokenferry.dispatched import RowFormat
 from tokenferry.errors import ConfigError, StateError
 from tokenferry.groups import EPGroup
+from tokenferry.integrations.transformers.as_stored import AsStored
 from tokenferry.integrations.transformers.checkpoint import check_files
 from tokenferry.integrations.transformers.continuous_batching import adopt, limit
+from tokenferry.integrations.transformers.decode_masks import check_dimensions
 from tokenferry.integrations.transformers.expert_parallel import ExpertParallel
 from tokenferry.integrations.transformers.graph_choice import check_asked_for
 from tokenferry.integrations.transformers.graphed_generation import GraphedGeneration
 from tokenferry.integrations.transformers.layer import LOCAL_EXPERTS, install_layers, register
 from tokenferry.integrations.transformers.loading import open_tensors, own_tensors
-from tokenferry.integrations.transformers.packed_experts import is_packed, stays_packed, unpacking
+from tokenferry.integrations.transformers.packed_experts import is_packed
 from tokenferry.integrations.transformers.packed_loading import LayerPacker, take_packed
 from tokenferry.integrations.transformers.random_init import random_state
 from tokenferry.integrations.transformers.settings import CudaGraphs, Options
@@ -216,20 +218,10 @@ def _first(classes: Any) -> Any:
     return classes[0] if isinstance(classes, (list, tuple)) else classes
 
 
-class ExpertParallelModel(GraphedGeneration):
+class ExpertParallelModel(AsStored, GraphedGeneration):
     """What a model class gains; mixed in before it."""
 
     expert_parallel: ExpertParallel
-
-    @classmethod
-    def from_pretrained(cls, path_or_id: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own. It is told to make bfloat16 of packed experts, which needs no kernels, and then never sees them:
-        see `take_packed`."""
-        stored = getattr(kwargs.get("config"), "quantization_config", None)
-        cls.expert_parallel.keeps_packed = stays_packed(stored, kwargs.get("quantization_config"))
-        if cls.expert_parallel.keeps_packed:
-            kwargs |= unpacking(stored)
-        return super().from_pretrained(path_or_id, *args, **kwargs)  # type: ignore[misc]
 
     @staticmethod
     def _load_pretrained_model(
@@ -282,7 +274,9 @@ class ExpertParallelModel(GraphedGeneration):
 
         Raises:
             StateError: another thread is in the middle of a call on this model (see `serialize`); that one goes on.
+            ShapeError: `attention_mask` has more than two dimensions.
         """
+        check_dimensions(kwargs.get("attention_mask"))
         parallel = self.expert_parallel
         with parallel.thread.inside("generate"), self._call_with_graphs():
             try:

@@ -50,9 +50,15 @@ def stays_packed(stored: Any, given: Any) -> bool:
 
     Args:
         stored: the `quantization_config` of its configuration, or None.
-        given: that of the caller, or None; then the stored one holds. `dequantize` is the wish for bfloat16.
+        given: that of the caller, or None; then the stored one holds. `dequantize` is the wish for bfloat16. Another method's
+            transformers refuses.
     """
-    return is_packed(stored) and not _of(stored if given is None else given, "dequantize")
+    return is_packed(stored) and is_for_packed(given) and not _of(stored if given is None else given, "dequantize")
+
+
+def is_for_packed(given: Any) -> bool:
+    """Whether a caller's `quantization_config`, a dictionary or an object, is one for packed experts; so is None."""
+    return _of(given, "quant_method") in (None, METHOD)
 
 
 def is_packed(stored: Any) -> bool:

@@ -105,14 +105,17 @@ class GlooCommunicator(Communicator):
 
         To let go of the backend is not enough: the call of a thread that is blocked keeps it, and with it the connections, so
         that the thread stayed until the peer acted. gloo's own `abort` and `shutdown` leave it there too (torch 2.13), but gloo
-        closes all connections of a backend when any receive on it times out: so one is posted here that can only time out.
+        closes all connections of a backend when any receive on it times out: so one is posted here that can only time out. One
+        from each peer, since a connection that is gone already says so at once instead, and wakes nobody: of two ranks that gave
+        up one after the other, the second stayed until the late rank came.
         """
         self._stopped.set()
         backend, self._backend = self._backend, _Closed()
         if isinstance(backend, _Closed) or self.size == 1 or os.getpid() != self._pid:
             return
-        with contextlib.suppress(RuntimeError):  # a connection that is gone already says so at once
-            backend.recv([torch.zeros(1, dtype=torch.uint8, device="cpu")], self.peers[0], _NO_TAG).wait(_WAKE)
+        for peer in self.peers:
+            with contextlib.suppress(RuntimeError):
+                backend.recv([torch.zeros(1, dtype=torch.uint8, device="cpu")], peer, _NO_TAG).wait(_WAKE)
 
     def __del__(self) -> None:
         leave_to_parent(getattr(self, "_backend", None), self._pid)
