@@ -1,20 +1,18 @@
 """Which kernels `benchmarks/experts.py` tries: tile sizes for few and for many rows, and whole plans; compiled many at a time."""
 
 import dataclasses
-import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 
+from compiling import compile_all
 from expert_layers import num_local
 from tokenferry.experts import variants
 from tokenferry.experts.plan import Plan, Tiles, plan
 
 
 def few_candidates():
+    """Cuts for experts with few rows, each with its kind."""
     for rows, rows_few, read, depth, warps, stages, per_sm in (
         (64, 16, 32, 128, 4, 4, 16),
         (64, 16, 32, 256, 4, 3, 16),
@@ -35,6 +33,7 @@ def few_candidates():
 
 
 def many_candidates():
+    """Cuts for experts with many rows, each with its kind."""
     for rows, read, depth, warps, stages, per_sm in (
         (128, 256, 64, 8, 3, 1),
         (128, 256, 64, 8, 4, 1),
@@ -51,6 +50,7 @@ def many_candidates():
 
 
 def tiles_of(candidate, gated):
+    """A candidate as the tiles of a product."""
     rows, rows_few, read, depth, warps, stages, per_sm, _ = candidate
     return Tiles(
         rows=rows, rows_few=rows_few or rows, columns=read // (2 if gated else 1), depth=depth, num_warps=warps,
@@ -75,33 +75,21 @@ def variant_of(preset, **changes):
     return dataclasses.replace(known, **changes)
 
 
-WANTED = []
-"""What the processes of `precompile` compile. They are forks, since a kernel cannot be pickled."""
-
-
-def compile_spec(number):
-    spec = WANTED[number]
-    torch.set_num_threads(1)
-    try:
-        triton.compile(spec.source(), target=GPUTarget("cuda", 90, 32), options=spec.options())
-    except Exception as error:  # noqa: BLE001 - a candidate that needs too much memory is reported and left out
-        return f"{type(error).__name__}"
-    return ""
-
-
 def specs_of(variant):
+    """Every kernel of a variant."""
     return variants.specs(variant, torch.device("cpu")).all
 
 
 def precompile(wanted_variants):
+    """Compiles their kernels; a candidate that needs too much memory is counted, and left out where it is asked for."""
     start = time.monotonic()
-    WANTED[:] = dict.fromkeys(spec for variant in wanted_variants for spec in specs_of(variant))
-    with ProcessPoolExecutor(16, mp_context=multiprocessing.get_context("fork")) as pool:
-        failed = sum(bool(text) for text in pool.map(compile_spec, range(len(WANTED))))
-    print(f"{len(WANTED)} kernels compiled in {time.monotonic() - start:.0f} s, {failed} failed", flush=True)
+    wanted = list(dict.fromkeys(spec for variant in wanted_variants for spec in specs_of(variant)))
+    failed = compile_all(wanted, 16)
+    print(f"{len(wanted)} kernels compiled in {time.monotonic() - start:.0f} s, {len(failed)} failed", flush=True)
 
 
 def changed(launches, **changes):
+    """Tiles with other settings."""
     return tuple(dataclasses.replace(tiles, **changes) for tiles in launches)
 
 

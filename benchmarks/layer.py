@@ -22,6 +22,7 @@ LINES = {"total": "k_", "floor": "g_", "collective": "r_", "grouped_mm": "b_"}
 
 
 def plot(source: Path, target: Path) -> None:
+    """Draws each preset's stages, stacked, in parts of the layer's total, with its floor and its rivals."""
     import matplotlib
 
     matplotlib.use("Agg")

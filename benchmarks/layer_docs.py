@@ -18,6 +18,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "layer.md"
 
 
 def run_of(record: dict) -> str:
+    """What was measured on what, in words."""
     return (
         f"{record['world_size']} × {record['gpu']}, torch {record['torch']} (CUDA {record['cuda']}), Triton {record['triton']}, "
         f"{record['date']}, commit {record['commit']}"
@@ -25,10 +26,12 @@ def run_of(record: dict) -> str:
 
 
 def names(presets: list[str]) -> str:
+    """A list in words."""
     return presets[0] if len(presets) == 1 else f"{', '.join(presets[:-1])} and {presets[-1]}" if presets else "none"
 
 
 def misses(records: list[dict], kind: str, tokens: range) -> Iterator[tuple[dict, float, float]]:
+    """The records that miss goals of a kind, with what was found and the most that it should be."""
     for record in records:
         yield from (
             (record, found, most)
@@ -38,19 +41,23 @@ def misses(records: list[dict], kind: str, tokens: range) -> Iterator[tuple[dict
 
 
 def over(excess: float, least: float, form: str, unit: str = "") -> str:
+    """By how much a goal is missed; what the form would round to nothing is said to be less than `least`."""
     return f"{excess:{form}}{unit}" if excess >= least else f"less than {least:{form}}{unit}"
 
 
 def reached(records: list[dict], kind: str, tokens: range) -> str:
+    """How many of the rows reach their goal of a kind."""
     held = [found <= most for r in records if r["tokens"] in tokens for name, found, most in goals(r) if name == kind]
     return f"{sum(held)} of {len(held)} rows"
 
 
 def wrapped(words: str) -> str:
+    """A paragraph, or a point of a list, in lines."""
     return textwrap.fill(words, width=130, subsequent_indent="  " if words.startswith("- ") else "", break_on_hyphens=False)
 
 
 def few_rows(records: list[dict]) -> str:
+    """On the goals of few tokens."""
     few = range(FEW + 1)
     by = [
         f"{r['preset']} at T = {r['tokens']} by {over(found - most, 1, '.0f', ' µs')}"
@@ -85,12 +92,14 @@ def goals_beside_floors(records: list[dict]) -> Iterator[str]:
 
 
 def judged(found: float, most: float | None) -> str:
+    """A goal in microseconds, and whether it is reached."""
     if most is None:
         return "–"
     return f"{most:.1f}: {'reached' if found <= most else over(found - most, 0.1, '+.1f')}"
 
 
 def many_rows(records: list[dict]) -> Iterator[str]:
+    """On the goals of 512 tokens and of the most."""
     for tokens, kind, whose in ((512, "floor", "the layer"), (MANY, "experts", "the experts")):
         at = range(tokens, tokens + 1)
         by = [f"{r['preset']} by {over(found / most - 1, 0.01, '.0%')}" for r, found, most in misses(records, kind, at)]
@@ -99,6 +108,7 @@ def many_rows(records: list[dict]) -> Iterator[str]:
 
 
 def against_rivals(records: list[dict]) -> str:
+    """On the goal that no rival of the run is faster."""
     pairs = [(r, name, r["total_us"] / r[f"{name}_us"]) for r in records for name in RIVALS if r.get(f"{name}_us")]
     by = [f"{r['preset']} at T = {r['tokens']} takes {ratio - 1:.1%} longer than {name}" for r, name, ratio in pairs if ratio > 1]
     if not by:
@@ -124,6 +134,7 @@ FLOAT8_HEAD = wrapped(
 
 
 def float8_tables(records: list[dict], name: str) -> Iterator[str]:
+    """Of one file: where it was measured, and a table for each preset."""
     yield ""
     yield wrapped(f"{run_of(records[0])}, p2p, C = {records[0]['capacity']}, `{name}`, µs:")
     for preset in dict.fromkeys(record["preset"] for record in records):
@@ -164,6 +175,7 @@ def text(layer_path: Path, float8_paths: list[Path]) -> str:
 
 
 def lines_of(path: Path) -> list[dict]:
+    """All records of a file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -40,6 +40,7 @@ EXPERTS_FACTOR = {"mixtral-8x7b": 1.15, "gpt-oss-120b": 1.45, "deepseek-v3": 1.4
 
 
 def read(paths: list[Path]) -> list[dict]:
+    """The points of the files: a record each."""
     lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     return list({(line["preset"], line["tokens"]): line for line in lines if "total_us" in line}.values())
 
@@ -90,20 +91,24 @@ def few_limit(record: dict) -> float:
 
 
 def short(record: dict) -> str:
+    """The goals that a row misses, and by how much."""
     missed = [f"{name} {most:.0f}: +{(found / most - 1):.0%}" for name, found, most in goals(record) if found > most]
     return "; ".join(missed)
 
 
 def cell(record: dict, name: str) -> str:
+    """A figure of the table."""
     value = record.get(f"{name}_us")
     return "–" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def experts(record: dict) -> str:
+    """The experts' microseconds, and in brackets how many times their floor."""
     return f"{cell(record, 'experts')} ({with_shared_us(record) / experts_floor_us(record):.2f})"
 
 
 def table(records: list[dict]) -> Iterator[str]:
+    """The lines of the table."""
     titles = ("preset", "T", "router", "dispatch", "experts (× floor)", "combine", "total", "floor", *RIVALS, "short of")
     yield f"| {' | '.join(titles)} |"
     yield "|---" * len(titles) + "|"

@@ -9,19 +9,17 @@ it is asked for. Where there is a GPU, the routers' choice is compiled there too
 """
 
 import argparse
-import multiprocessing
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 
+from compiling import compile_all
 from expert_plans import variant_of
 from tokenferry import MoEConfig
 from tokenferry.benchmarking.layer_formats import FORMATS, Formats
@@ -37,8 +35,6 @@ from tokenferry.transports.symmetric import layout, loading, tuning
 
 CAPACITY, EP, SMS = 4096, 2, 132
 PLAIN = FORMATS["same"]
-WANTED: list[KernelSpec] = []
-"""What the processes compile. They are forks, since a kernel cannot be pickled."""
 
 
 class Notes:
@@ -136,17 +132,6 @@ def round_trip_specs(hidden_size: int, capacities: list[int]) -> dict[KernelSpec
     return dict.fromkeys(spec for capacity in capacities for spec in exchange_specs(config, PLAIN, capacity))
 
 
-def compile_spec(number: int) -> str:
-    """What went wrong, if anything did: it fails again, and is told, where the kernel is asked for."""
-    spec = WANTED[number]
-    torch.set_num_threads(1)
-    try:
-        triton.compile(spec.source(), target=GPUTarget("cuda", 90, 32), options=spec.options())
-    except Exception as error:  # noqa: BLE001 - compilers raise anything
-        return f"{spec.name}: {type(error).__name__}"
-    return ""
-
-
 def choose(presets: list[Preset]) -> None:
     """One choice of each router, whose kernel Triton compiles for the arguments of a call."""
     for preset in presets:
@@ -154,6 +139,7 @@ def choose(presets: list[Preset]) -> None:
 
 
 def numbers(text: str) -> list[int]:
+    """Those of a list with commas, which may be empty."""
     return [int(number) for number in text.split(",") if number]
 
 
@@ -171,13 +157,8 @@ def main() -> None:
         specs |= layer_specs(preset, float8=preset.name in given.float8.split(","))
     for hidden_size in given.round_trips:
         specs |= round_trip_specs(hidden_size, given.capacities)
-    WANTED[:] = specs
-    with ProcessPoolExecutor(given.processes, mp_context=multiprocessing.get_context("fork")) as pool:
-        results = pool.map(compile_spec, range(len(WANTED)))
-        if torch.cuda.is_available():  # all processes are forked by now: a CUDA context could not be
-            choose(presets)
-        failed = [text for text in results if text]
-    print(f"{len(WANTED)} kernels compiled in {time.monotonic() - start:.0f} s", *failed, sep="\n")
+    failed = compile_all(specs, given.processes, partial(choose, presets) if torch.cuda.is_available() else None)
+    print(f"{len(specs)} kernels compiled in {time.monotonic() - start:.0f} s", *failed, sep="\n")
 
 
 if __name__ == "__main__":

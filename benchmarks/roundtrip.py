@@ -19,6 +19,7 @@ def main() -> int:
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--transports", default="p2p,collective")
     parser.add_argument("--capacity", type=int)
+    parser.add_argument("--rehearse", action="store_true", help="on CPUs, with tiny sizes: every call and check, no figures")
     parser.add_argument("--exact-too", action="store_true", help="with --capacity: p2p in workspaces of C = T too")
     parser.add_argument("--hidden", default="7168,2048")
     parser.add_argument("--tokens", default="1,8,32,128,512,4096")
@@ -41,6 +42,7 @@ def main() -> int:
         formats=given.format.split(","),
         combine_formats=given.combine_format.split(","),
         commit=given.commit,
+        rehearse=given.rehearse,
     )
 
 

@@ -1,19 +1,24 @@
 """The scripts in benchmarks/ need GPUs to measure, but what they import must be there: nothing else would notice a moved name."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
-DRAWS = "plot"  # imports matplotlib as it begins, which tests do not need
 
 
 def test_every_script_finds_what_it_imports() -> None:
-    names = sorted(path.stem for path in SCRIPTS.glob("*.py") if path.stem != DRAWS)
+    names = sorted(path.stem for path in SCRIPTS.glob("*.py"))
     assert {"experts", "layer", "router", "roundtrip"} <= set(names)
     imports = "\n".join(f"import {name}" for name in names)
     done = subprocess.run([sys.executable, "-c", imports], cwd=SCRIPTS, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_list_of_scripts_names_each_of_them() -> None:
+    listed = re.findall(r"`(\w+\.py)`", (SCRIPTS / "README.md").read_text())
+    assert sorted(listed) == sorted(path.name for path in SCRIPTS.glob("*.py"))
 
 
 def test_precompile_knows_the_kernels_of_every_layer_that_is_measured() -> None:

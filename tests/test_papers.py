@@ -36,6 +36,14 @@ def test_files_that_a_paper_names_are_there(paper):
     assert [str(path) for path in sorted(linked | named) if not path.exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_records_that_a_page_names_are_there(page):
+    """A name may be cut at its beginning: "…-26-capacity.jsonl"."""
+    records = [path.name for path in (ROOT / "benchmarks" / "results").glob("*.jsonl")]
+    named = re.findall(r"(?:…|\b\dx(?:H\d00|CPU))-[\w-]+\.jsonl", page.read_text())
+    assert [name for name in named if not any(record.endswith(name.removeprefix("…")) for record in records)] == []
+
+
 def test_the_layout_in_contributing_names_every_module():
     layout = (ROOT / "CONTRIBUTING.md").read_text().split("```")[1]
     parts = {

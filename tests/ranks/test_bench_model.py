@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import tokenferry as tf
+from rank_pool import RankPools
 from tokenferry.benchmarking import MODEL_POINTS, GroupTimer, ModelPoint, ModelRequest, is_right, model_table, run_model
 from tokenferry.benchmarking.model import Run
 from tokenferry.benchmarking.model_checks import common_prefix
@@ -200,3 +201,27 @@ def test_a_forward_that_cannot_be_captured_is_not_run_and_the_next_mode_is(monke
     assert [record["mode"] for record in records if "mode" in record] == ["eager"]
     assert all(is_right(record) for record in records)
     assert "not run graph at 1 x 5: NotCaptured: it asks the host" in model_table(records)
+
+
+class Span:
+    """In the place of a CUDA event."""
+
+    def elapsed_time(self, end: object) -> float:
+        return 2.5
+
+
+def figures_of_replays(group: tf.EPGroup, ranks_that_replayed: list[int]) -> dict[str, float]:
+    replays = Replays(GroupTimer(group), workspace=None)
+    replays._spans = [(Span(), Span())] if group.rank in ranks_that_replayed else []
+    return replays.figures()
+
+
+@pytest.mark.parametrize(
+    ("ranks_that_replayed", "figures"),
+    [([], {}), ([1], {"step_ms": 2.5}), ([0, 1], {"step_ms": 2.5})],
+    ids=["none", "one", "both"],
+)
+def test_a_rank_without_replays_keeps_no_other_waiting(
+    on_ranks: RankPools, ranks_that_replayed: list[int], figures: dict[str, float]
+) -> None:
+    assert on_ranks(figures_of_replays, 2, ranks_that_replayed, timeout_s=30) == [figures] * 2

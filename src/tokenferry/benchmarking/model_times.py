@@ -119,6 +119,10 @@ class Decoder:
         return entered
 
 
+NO_REPLAY_MS: Final = 1e12
+"""Longer than any replay."""
+
+
 class Replays:
     """Within it the GPU's time in each replay of a workspace's graphs is noted; without CUDA, nothing."""
 
@@ -134,11 +138,13 @@ class Replays:
         del self._workspace.replaying  # the class's own is behind it
 
     def figures(self) -> dict[str, float]:
-        """`step_ms`: the median, of the rank where that is smallest, since the others' replays hold their waiting for it too."""
-        if not self._spans:
-            return {}
-        median = statistics.median(start.elapsed_time(end) for start, end in self._spans)
-        return {"step_ms": round(-self._timer.slowest(-median), 3)}
+        """`step_ms`: the median, of the rank where that is smallest, since the others' replays hold their waiting for it too.
+
+        Nothing if no rank has replayed a graph. Collective: the others waited when a rank without replays returned before it.
+        """
+        median = statistics.median(start.elapsed_time(end) for start, end in self._spans) if self._spans else NO_REPLAY_MS
+        smallest = -self._timer.slowest(-median)
+        return {} if smallest == NO_REPLAY_MS else {"step_ms": round(smallest, 3)}
 
     def _timed(
         self, replaying: Callable[..., contextlib.AbstractContextManager[None]]
