@@ -7,6 +7,10 @@ Ways: "off" without telemetry, measured first and last; "waits" with it, the exp
 "numbers" with the gathered numbers counted by a launch of its own, as where experts are somebody else's; "stopped" after stop().
 Each is the median of a graph of round trips in a workspace of C = 4096, results compared with the reference. Both workspaces are
 open at once and are measured in turn. With TRITON_INTERPRET=1, --cpu rehearses it; its times say nothing.
+
+python benchmarks/telemetry.py RECORDS.jsonl --table
+
+prints the tables of docs/telemetry.md.
 """
 
 import argparse
@@ -97,6 +101,35 @@ def worker(group, path, hidden_sizes, tokens, presets, commit):
     return written
 
 
+ROUND_TRIPS = (
+    "| H | T | round trip without | telemetry adds | numbers counted apart, more | stopped |",
+    "|---|---|---|---|---|---|",
+)
+LAYERS = ("| layer | T | without | telemetry adds |", "|---|---|---|---|")
+
+
+def tables(records):
+    """The lines of both tables, in microseconds. A record that was not right in its results is an error."""
+    trips = sorted((each for each in records if "hidden_size" in each), key=lambda each: (-each["hidden_size"], each["tokens"]))
+    wrong = [(each["hidden_size"], each["tokens"]) for each in trips if not each["correct"]]
+    if wrong:
+        raise SystemExit(f"these round trips differed from the reference: {wrong}")
+    yield from ROUND_TRIPS if trips else ()
+    for each in trips:
+        numbers = each["numbers_adds_us"] - each["waits_adds_us"]
+        figures = f"{without(each)} | {each['waits_adds_us']:.2f} | {numbers:.2f} | {each['stopped_adds_us']:.2f}"
+        yield f"| {each['hidden_size']} | {each['tokens']} | {figures} |"
+    whole = [each for each in records if "preset" in each]
+    yield from ("", *LAYERS) if whole else ()
+    for each in whole:
+        yield f"| {each['preset']} | {each['tokens']} | {without(each)} | {each['waits_adds_us']:.2f} |"
+
+
+def without(record):
+    """Both measurements without, the first and the last."""
+    return " / ".join(f"{us:.2f}" for us in record["off_us"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
@@ -106,7 +139,11 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,32,512")
     parser.add_argument("--layers", default="")
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--table", action="store_true", help="print what is in the file, and measure nothing")
     given = parser.parse_args()
+    if given.table:
+        print(*tables([json.loads(line) for line in given.output.read_text().splitlines()]), sep="\n")
+        return
     hidden_sizes, tokens = ([int(size) for size in text.split(",")] for text in (given.hidden, given.tokens))
     arguments = str(given.output), hidden_sizes, tokens, given.layers.split(","), given.commit
     run_ranks(worker, given.ranks, *arguments, backend="gloo" if given.cpu else "nccl", timeout_s=600.0)

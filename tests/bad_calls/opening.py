@@ -88,6 +88,8 @@ OPENING: list[tuple[str, dict[str, Any], str]] = [
       for label, v in {"zero": 0, "NaN": math.nan, "infinite": math.inf, "a-string": "30", "None": None}.items()),
     *((f"open_timeout_s-is-{label}", {"open_timeout_s": v}, f"open_timeout_s {SECONDS}")
       for label, v in {"below-zero": -1, "a-list": [1], "a-bool": True}.items()),
+    *((f"telemetry-is-{label}", {"telemetry": v}, "telemetry must be True, False or None, got")
+      for label, v in {"a-number": 1, "a-string": "0"}.items()),
     *((f"max_ctas-is-{label}", {"max_ctas": v}, "max_ctas must be a positive int or None, got")
       for label, v in {"zero": 0, "a-float": 8.0, "a-string": "8", "a-bool": True}.items()),
     *((f"combine_dtype-is-{label}", {"combine_dtype": v}, "combine_dtype must be one of torch.bfloat16, torch")

@@ -42,6 +42,21 @@ def test_nothing_is_counted_while_it_is_stopped(on_ranks: RankPools, transport: 
     assert on_ranks(work.stops_and_starts, 2, transport, backend="nccl", timeout_s=90) == [[1, 1, 2]] * 2
 
 
+@two_gpus
+@pytest.mark.parametrize("transport", ["p2p", "collective"])
+def test_compiled_code_is_counted(on_ranks: RankPools, transport: str) -> None:
+    work.check_counts_of_compiled_code(on_ranks(work.counts_of_compiled_code, 2, transport, backend="nccl", timeout_s=90))
+
+
+@two_gpus
+@pytest.mark.parametrize("fails", [False, True], ids=["times-out", "fails"])
+@pytest.mark.parametrize("transport", ["p2p", "collective"])
+def test_the_error_of_a_late_rank_says_who_was_late_before(on_ranks: RankPools, transport: str, fails: bool) -> None:
+    _, reading, num_steps = on_ranks(work.error_of_a_late_rank, 2, transport, fails, backend="nccl", timeout_s=90)[0]
+    assert reading.startswith("rank 1 was last to enter in")
+    assert num_steps >= 3
+
+
 def replays(group: tf.EPGroup, num_tokens: int) -> dict[str, Any]:
     """A captured step of two rounds, replayed five times with rank 1 late by 50 ms; a snapshot is read amid the replays, while
     rank 0's kernel waits."""

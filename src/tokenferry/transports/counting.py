@@ -12,6 +12,7 @@ import torch
 from tokenferry import env
 from tokenferry.ambient import plain_torch
 from tokenferry.dispatched import HiddenRows, LoadsToCount, PartialRows
+from tokenferry.errors import ConfigError
 from tokenferry.graph_capture import is_capturing
 from tokenferry.kernels.wait_board import NUM_LAYERS
 from tokenferry.lifecycle import Lease
@@ -26,8 +27,16 @@ like the whole, and a range holds what its call launches, not what runs meanwhil
 
 
 def wants_telemetry(asked: bool | None) -> bool:
-    """Whether a workspace counts. None: as the environment says."""
-    return env.read(env.TelemetrySettings).enabled if asked is None else bool(asked)
+    """Whether a workspace counts. None: as the environment says.
+
+    Raises:
+        ConfigError: it is neither a bool nor None. The string "0" was telemetry.
+    """
+    if asked is None:
+        return env.read(env.TelemetrySettings).enabled
+    if not isinstance(asked, bool):
+        raise ConfigError(f"telemetry must be True, False or None, got {asked!r}")
+    return asked
 
 
 def new_recorder(settings: TransportSettings) -> Recorder:
