@@ -64,6 +64,14 @@ def test_one_run_measures_a_preset_as_it_is_and_in_float8(tmp_path: Path, capsys
     assert capsys.readouterr().out.count("right") == 2
 
 
+def test_packed_weights_do_not_stand_for_those_in_bfloat16(tmp_path: Path) -> None:
+    path = tmp_path / "layer.jsonl"
+    assert layer_command(2, "tiny-mxfp4", "1", 200.0, path, rehearse=True, float8_too=["tiny-mxfp4"]) == 0
+    measured = [record for record in records_of(path) if record["float8"]]
+    assert measured
+    assert all("bfloat16" in record["seconds"] for record in measured)
+
+
 def test_presets_for_float8_must_be_known(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="got 'huge'"):
         layer_command(2, "tiny", "1", 200.0, tmp_path / "layer.jsonl", rehearse=True, float8_too=["huge"])
