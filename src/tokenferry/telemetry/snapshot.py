@@ -35,7 +35,7 @@ class Waits:
 
     Attributes:
         counts_ns: for the rank's count, at the start of a step.
-        dispatch_ns, combine_ns: for the first of its rows or terms, or, where they come in bulk, until they were there.
+        dispatch_ns, combine_ns: for the first packets of its rows or terms, or, where they come in bulk, for their first flag.
         shared_ns: within calls of a library that serves all peers at once, so that nobody can be told apart.
     """
 
