@@ -12,7 +12,7 @@ import pytest
 import tokenferry as tf
 from tokenferry import benchmarking
 from tokenferry.benchmarking import round_trip
-from tokenferry.errors import ConfigError, DeviceError
+from tokenferry.errors import ConfigError, DeviceError, RankFailedError
 from tokenferry.testing import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -34,7 +34,8 @@ def test_public_names_are_sorted_and_there() -> None:
 
 def test_round_trips_are_compared_with_the_reference_and_told_as_they_come(tmp_path: Path) -> None:
     points = benchmarking.round_trip_points((16,), (1, 3), ("collective",), 2)
-    records = benchmarking.run_round_trips(points, 2, device="cpu", progress=partial(append_line, tmp_path / "progress"))
+    told, output = partial(append_line, tmp_path / "progress"), tmp_path / "records.jsonl"
+    records = benchmarking.run_round_trips(points, 2, device="cpu", output=output, commit="abc", progress=told)
     assert [(record["tokens"], record["combine_order"]) for record in records] == [
         ((1, 1), "rank"),
         ((3, 3), "rank"),
@@ -47,6 +48,21 @@ def test_round_trips_are_compared_with_the_reference_and_told_as_they_come(tmp_p
     assert lines[1] == "point 2 of 4: collective, C 3, hidden size 16, tokens 3x3"
     assert len(lines) == len(points)
     assert benchmarking.round_trip_table(records).count("  yes") == len(points)
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert written == [json.loads(json.dumps({**record, "commit": "abc"})) for record in records]
+
+
+def fail_at_the_last(text: str) -> None:
+    if text.startswith("point 4 of 4"):
+        raise RuntimeError("cut off")
+
+
+def test_records_are_written_as_they_come(tmp_path: Path) -> None:
+    """A run that was cut off lost every point."""
+    points, output = benchmarking.round_trip_points((16,), (1, 3), ("collective",), 2), tmp_path / "records.jsonl"
+    with pytest.raises(RankFailedError, match="cut off"):
+        benchmarking.run_round_trips(points, 2, device="cpu", output=output, progress=fail_at_the_last)
+    assert [json.loads(line)["tokens"] for line in output.read_text().splitlines()] == [[1, 1], [3, 3], [1, 1]]
 
 
 def test_a_transport_that_cannot_serve_is_a_record_of_its_own() -> None:

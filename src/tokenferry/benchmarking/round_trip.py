@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from itertools import groupby, product
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from tokenferry import reference
 from tokenferry.benchmarking.host_times import begin_step_and_host_times
 from tokenferry.benchmarking.machine import Device, check_gpus, copy_rate, environment
-from tokenferry.benchmarking.records import Record
+from tokenferry.benchmarking.records import Record, append_record
 from tokenferry.benchmarking.round_trip_data import RoundTripPoint, differences, inputs_of, partial_of, wire_bytes
 from tokenferry.benchmarking.timing import GroupTimer, Progress
 from tokenferry.dispatched import FLOAT8, FORMAT_NAMES, QuantizedRows
@@ -102,6 +103,8 @@ def run_round_trips(
     *,
     device: Device = "cuda",
     timeout_s: float = 600.0,
+    output: Path | None = None,
+    commit: str = "unknown",
     progress: Progress | None = None,
 ) -> list[Record]:
     """Measures the points on `num_ranks` GPUs of this machine, in one process a rank. Call it under `if __name__ == "__main__"`.
@@ -111,37 +114,53 @@ def run_round_trips(
         device: "cpu" makes the same calls and comparisons, a few of each, over gloo, and for p2p by Triton's interpreter; its
             times say nothing.
         timeout_s: deadline of the whole run.
+        output: a file that the records replace, each written as soon as it is there.
+        commit: of the code that is measured, for the file.
         progress: gets a line before each point; see `Progress`.
 
     Returns:
         A record for each point with `round_trip_us`, `spread_us`, `gb_per_s` and `correct`, or `error` where the transport could
-        not serve it; before them on GPUs, if a point is of p2p, one with the host's times.
+        not serve it; before them on GPUs, if a point is of p2p, one with the host's times. `at_s`: seconds from the ranks' start.
 
     Raises:
         DeviceError: there are fewer GPUs than ranks.
         RankFailedError: a rank failed.
     """
     check_gpus(num_ranks, device)
-    start = time.monotonic()
+    if output is not None:
+        output.write_text("")
     backend: Any = "nccl" if device == "cuda" else "gloo"
     env = {"TRITON_INTERPRET": "1"} if device == "cpu" else None
-    records: list[Record] = run_ranks(_measure_all, num_ranks, points, progress, backend=backend, timeout_s=timeout_s, env=env)[0]
-    run_s = round(time.monotonic() - start, 1)
-    return [{**record, "world_size": num_ranks, "run_s": run_s} for record in records]
+    arguments = (points, progress, output, commit)
+    records: list[Record] = run_ranks(_measure_all, num_ranks, *arguments, backend=backend, timeout_s=timeout_s, env=env)[0]
+    return records
 
 
-def _measure_all(group: EPGroup, points: Sequence[RoundTripPoint], progress: Progress | None) -> list[Record]:
-    timer = GroupTimer(group, progress=progress)
-    copy_gb_per_s = copy_rate(timer)
-    records: list[Record] = []
+def _measure_all(
+    group: EPGroup,
+    points: Sequence[RoundTripPoint],
+    progress: Progress | None,
+    output: Path | None = None,
+    commit: str = "unknown",
+) -> list[Record]:
+    started_s, records = time.monotonic(), list[Record]()
+    for found in _measured(GroupTimer(group, progress=progress), points):
+        records.append({**found, "world_size": group.size, "at_s": round(time.monotonic() - started_s, 1)})
+        if group.rank == 0 and output is not None:
+            append_record({**records[-1], "commit": commit}, output)
+    return records
+
+
+def _measured(timer: GroupTimer, points: Sequence[RoundTripPoint]) -> Iterator[Record]:
+    """The records of `run_round_trips`, each as soon as it is there."""
+    group, copy_gb_per_s = timer.group, copy_rate(timer)
     if group.device.type == "cuda" and any(point.transport == "p2p" for point in points):
         point = RoundTripPoint(transport="p2p", hidden_size=7168, tokens=(8,) * group.size, capacity=8)
         times = begin_step_and_host_times(timer, point, CHAIN)
-        records.append({"transport": "p2p", "what": "parts", **times, **environment(group.device)})
+        yield {"transport": "p2p", "what": "parts", **times, **environment(group.device)}
     numbered = enumerate(points, start=1)
     for _, alike in groupby(numbered, key=lambda pair: _workspace_of(pair[1])):
-        records += _measure_in_one(timer, list(alike), len(points), copy_gb_per_s)
-    return records
+        yield from _measure_in_one(timer, list(alike), len(points), copy_gb_per_s)
 
 
 def _workspace_of(point: RoundTripPoint) -> RoundTripPoint:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import torch
 import typer
@@ -51,9 +51,8 @@ def round_trip_command(
         formats=formats,
         combine_formats=combine_formats,
     )
-    records = benchmarking.run_round_trips(points, ranks, device="cpu" if rehearse else "cuda", progress=say)
-    if output is not None:
-        benchmarking.write_records(records, output, commit=commit)
+    device: Literal["cpu", "cuda"] = "cpu" if rehearse else "cuda"
+    records = benchmarking.run_round_trips(points, ranks, device=device, output=output, commit=commit, progress=say)
     typer.echo(benchmarking.round_trip_table(records))
     return int(not all(record.get("correct", True) for record in records))
 
