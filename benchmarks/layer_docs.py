@@ -148,7 +148,11 @@ def float8_tables(records: list[dict], name: str) -> Iterator[str]:
 
 def left_out(records: list[dict]) -> Iterator[str]:
     """What was to be measured in the run and was not."""
-    told = [f"{r['preset']} at T = {', '.join(map(str, r['left_out']))}" for r in records if "left_out" in r]
+    told = [
+        f"{r['preset']}{' in float8' if r.get('float8') else ''} at T = {', '.join(map(str, r['left_out']))}"
+        for r in records
+        if "left_out" in r
+    ]
     if told:
         yield wrapped(f"- **Left out**, since the time on the GPUs ended: {names(told)}.")
 
