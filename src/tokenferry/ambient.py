@@ -14,13 +14,14 @@ _T = TypeVar("_T")
 
 
 def uncompiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Decorator: a compiler does not look inside, and calls the function as it is.
+    """Decorator: `torch.compile` does not trace the function, but calls it as it is, between two graphs. With `fullgraph=True` it
+    raises, as for `torch.compiler.disable`.
 
     `torch.compiler.disable` does that, but imports the whole compiler where it is mentioned: for it `import tokenferry.layer`
-    took 2.3 s after torch's own import, and 0.2 s without (2 cores, torch 2.13, 2026-11-26). Here that waits for a compiler
-    that comes by.
+    took 2.3 s after torch's own import, and 0.2 s without (2 cores, torch 2.13, 2026-11-26). Here `disable` is first called while
+    code is compiled, when the compiler is there anyway.
     """
-    known: list[Callable[_P, _T]] = []  # `functools.cache` would be looked through
+    known: list[Callable[_P, _T]] = []  # not by `functools.cache`, which the compiler ignores: it would trace what is below
 
     @functools.wraps(function)
     def called(*args: _P.args, **kwargs: _P.kwargs) -> _T:
