@@ -9,6 +9,7 @@ from torch import nn
 
 from tokenferry import EPGroup, MoEConfig, Workspace
 from tokenferry.activations import Activation
+from tokenferry.ambient import uncompiled
 from tokenferry.errors import ConfigError, DtypeError
 from tokenferry.experts import Experts, ExpertsConfig
 from tokenferry.fixed_linear import FixedLinear, fixed_linear
@@ -142,3 +143,15 @@ def test_a_compiler_calls_it_as_it_is(part: str) -> None:
             rows = torch.randn(count, LATENT)
             assert torch.equal(compiled(rows), call(rows * 2) + 1)
     assert set(seen) == {"<built-in function mul>", "<built-in function add>"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # as above
+def test_nothing_is_compiled_again_at_the_second_call() -> None:
+    """A step that compiles keeps the other ranks waiting."""
+    torch._dynamo.reset()
+    twice = uncompiled(lambda rows: rows * 2)
+    compiled = torch.compile(lambda rows: twice(rows + 1) + 1, backend="eager")
+    rows = torch.ones(3)
+    first = compiled(rows)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(compiled(rows), first)

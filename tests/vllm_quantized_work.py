@@ -74,6 +74,7 @@ def run_forms_of_scales(group: tf.EPGroup) -> list[str]:
         ([1, 0], 88, [1, 0]),
         ([1, 1], 96, [1, 1]),
         ([3, 1], 96, [1, 1]),
+        ([1, 1], 104, [2, 2]),
         ([2, 3], 80, [1, 1]),
     )
     for sizes, columns, num_scales in forwards:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -14,21 +14,20 @@ _T = TypeVar("_T")
 
 
 def uncompiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Decorator: a compiler does not look inside, and calls the function as it is.
+    """Decorator: `torch.compile` does not trace the function, but calls it as it is, between two graphs. With `fullgraph=True` it
+    raises, as for `torch.compiler.disable`.
 
     `torch.compiler.disable` does that, but imports the whole compiler where it is mentioned: for it `import tokenferry.layer`
-    took 2.3 s after torch's own import, and 0.2 s without (2 cores, torch 2.13, 2026-11-26). Here that waits for a compiler
-    that comes by.
+    took 2.3 s after torch's own import, and 0.2 s without (2 cores, torch 2.13, 2026-11-26). PyTorch marks its own functions with
+    `torch._disable_dynamo`, which imports the compiler at the first call; here that is the first call from compiled code. When a
+    list of our own kept what `disable` had returned, a guard on the list failed at the second call, which was compiled again.
     """
-    known: list[Callable[_P, _T]] = []  # `functools.cache` would be looked through
+    mark: Any = getattr(torch, "_disable_dynamo", torch.compiler.disable)  # not public: a release without it imports at once
+    within_compiled: Callable[_P, _T] = mark(function)
 
     @functools.wraps(function)
     def called(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        if not torch.compiler.is_compiling():
-            return function(*args, **kwargs)
-        if not known:
-            known.append(torch.compiler.disable(function))
-        return known[0](*args, **kwargs)
+        return within_compiled(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
 
     return called
 

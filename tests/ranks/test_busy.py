@@ -14,7 +14,7 @@ def test_a_busy_rank_is_waited_for_as_long_as_it_gives_signs_of_life(on_ranks: R
 
 
 def test_a_reset_with_a_short_limit_of_its_own_does_not_shorten_the_patience_with_busy_ranks(on_ranks: RankPools) -> None:
-    goes_on(on_ranks(waits_after_a_reset, 2, "collective", 3 * TIMEOUT_S))
+    goes_on(on_ranks(waits_after_a_reset, 2, "collective", 5 * TIMEOUT_S))
 
 
 def test_a_workspace_that_was_busy_goes_as_soon_as_it_is_dropped(on_ranks: RankPools) -> None:

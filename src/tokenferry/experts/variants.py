@@ -112,8 +112,8 @@ def fields_of(
     plan: Plan | None,
     quantized_rows: bool,
 ) -> tuple[Any, ...]:
-    """The fields of `variant_of`, in their order: what a call asks for, found in a fifth of the time that a `Variant` takes to be
-    made, hashed and compared. So an eager call looks its kernels up by this."""
+    """The fields of `variant_of`, in their order. An eager call looks its kernels up by them, since a `Variant` takes longer to
+    be made, hashed and compared than the whole of the rest of the search."""
     L, H, I = weights.sizes
     up, down, norm = weights.up_proj, weights.down_proj, weights.norm_scale
     up_bias, down_bias = weights.up_bias, weights.down_bias

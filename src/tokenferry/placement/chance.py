@@ -16,8 +16,8 @@ def chances_of_a_row(rows_LP: torch.Tensor, num_tokens: float | None) -> torch.T
 
     Args:
         rows_LP: that it gets in the mean step.
-        num_tokens: of the step, each of which picks an expert once at most: of one token in two, an expert that both pick has
-            the chance of 1, and one that gets 0.5 rows that of 7/16. None: many, among which the rows come independently.
+        num_tokens: of the step. Each picks an expert once at most, so that an expert which gets 2 rows of 2 tokens is sure to get
+            one. None: many, among which the rows come independently.
 
     Example:
         0.5 rows, of 2 tokens: 1 - (1 - 0.25)^2 = 0.4375; of many: 1 - exp(-0.5) = 0.393.

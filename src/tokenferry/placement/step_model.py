@@ -17,8 +17,9 @@ is chance, and differs from step to step (`chance`): a physical expert with `n` 
 with the probability 1 - (1 - n/N)^N. The slowest rank is the one of whose experts the most have got a row in that very step, so
 that its mean time is longer than any rank's mean, also where all ranks' means are the same: that part no placement evens out. A
 model that took the rank with the longest mean said 1.6 experts where 2.6 were (one token in a step, 8 of 256 experts by Zipf's
-law, 8 ranks), and so a gain of a third for a placement that gains hardly anything. A replica costs nothing where experts get many
-rows; where they get few it takes hardly a row away, and the two copies together get one more often than the expert did.
+law, 8 ranks), and so a gain of a third for a placement that gains 6 % when such steps are drawn. A replica costs nothing where
+experts get many rows; where they get few it takes hardly a row away, and the two copies together get one more often than the
+expert did.
 """
 
 from __future__ import annotations

@@ -23,11 +23,11 @@ _KINDS: Final = MappingProxyType({"full_attention": StaticLayer, "sliding_attent
 
 
 def check_dimensions(attention_mask: object) -> None:
-    """Of the mask that `generate()` was given.
+    """Refuses a mask that `generate()` cannot lengthen.
 
     Raises:
-        ShapeError: it has more than two, to which no column can be added for a new token. transformers finds that out where
-            prompts are numbers, and with `inputs_embeds` after the prompt's forward, which all ranks had taken part in.
+        ShapeError: it has more than two dimensions, so that no column can be added for a new token. transformers finds that out
+            where prompts are numbers, and with `inputs_embeds` after the prompt's forward, which all ranks had taken part in.
     """
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() > 2:
         raise ShapeError(

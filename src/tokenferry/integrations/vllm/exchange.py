@@ -123,7 +123,7 @@ class Exchange:
         if weights.shape[1] > self._num_experts:
             return f"{weights.shape[1]} weights or logits a row, with {self._num_experts} experts"
         if extra_tensors and not self._scale_forms.are_of_rows(hidden, extra_tensors[0], counts):
-            return "scales of quantized rows are one for all rows of a rank"
+            return "not every quantized row has scales of its own"
         if not self._opens:
             kind = rows.kind_of(hidden, weights, extra_tensors[0] if extra_tensors else None, self._dtype)
             if kind not in self._workspaces:

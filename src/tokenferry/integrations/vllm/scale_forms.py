@@ -32,7 +32,7 @@ class ScaleForms:
 
     def are_of_rows(self, hidden: torch.Tensor, scales: torch.Tensor, counts: Sequence[int]) -> bool:
         """Whether each row has scales of its own. Collective where rows of this kind come for the first time; not where every
-        rank brings a single one: then nobody could tell, and a scale for a row is one for all.
+        rank brings a single one: there a scale for the row is one for all rows too, and all ranks see the same shapes.
 
         Args:
             hidden, scales: of this rank, both with two dimensions.
@@ -47,7 +47,7 @@ class ScaleForms:
         found = self._found.get(kind)
         if found is None:
             if all(count == 1 for count in counts):
-                return True
+                return own != _ALL
             told = self._group.channel.exchange(self._group.unique_name("vllm/scales"), own, self._timeout_s)
             found = self._found[kind] = _ALL if _ALL in told else _EACH
         if found == _EACH and own == _ALL:
@@ -62,7 +62,8 @@ def _form_of(num_rows: int, num_scales: int) -> str:
     """What a rank alone can say.
 
     Example:
-        3 rows with 3 scales: "each"; with 1: "all"; 1 row with 1 scale: "either"; no rows with 1 scale: "all".
+        3 rows with 3 scales: "each"; with 1: "all"; 1 row with 1 scale: "either"; no rows with 1 scale: "all". Any other number
+        of scales, as where they are padded, counts as "all".
     """
     if num_rows != num_scales:
         return _ALL
