@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import switch
 import tokenferry as tf
 from faults import CAPACITY, CONFIG, one_step
 from patience import PATIENT_S
@@ -24,7 +25,7 @@ Seen = tuple[dict[str, Any], str]
 
 
 def opened(group: tf.EPGroup, transport: str, **settings: Any) -> tf.Workspace:
-    return tf.Workspace(CONFIG, group, transport=transport, **{"max_tokens_per_rank": CAPACITY, **settings})
+    return tf.Workspace(CONFIG, group, transport=switch.transport(transport), **{"max_tokens_per_rank": CAPACITY, **settings})
 
 
 def delayed(group: tf.EPGroup, transport: str, late: int, within: bool, delay_s: float = DELAY_S) -> Seen:

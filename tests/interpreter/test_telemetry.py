@@ -17,10 +17,11 @@ pytestmark = pytest.mark.interpreter
 
 
 @pytest.mark.alone
+@pytest.mark.parametrize("transport", ["p2p", "nvls"])
 @pytest.mark.parametrize("within", [False, True], ids=["entering", "within"])
-def test_a_delayed_rank_is_found_by_its_waits(within: bool) -> None:
+def test_a_delayed_rank_is_found_by_its_waits(transport: str, within: bool) -> None:
     delay_s = 0.5 if within else 0.2  # what an interpreted rank does before its combine may take 50 ms itself
-    seen = run_ranks(work.delayed, 2, "p2p", 1, within, delay_s, env=INTERPRETER)
+    seen = run_ranks(work.delayed, 2, transport, 1, within, delay_s, env=INTERPRETER)
     work.check_delayed(seen, 1, within, delay_s)
 
 
@@ -29,9 +30,9 @@ def test_of_three_ranks_the_late_one_is_found() -> None:
     work.check_delayed(run_ranks(work.delayed, 3, "p2p", 0, False, 0.2, env=INTERPRETER), 0, within=False, delay_s=0.2)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_loads_and_rows_are_those_counted_by_hand(world_size: int) -> None:
-    for told in run_ranks(work.counts_by_hand, world_size, "p2p", env=INTERPRETER):
+@pytest.mark.parametrize(("transport", "world_size"), [("p2p", 1), ("p2p", 2), ("nvls", 2)])
+def test_loads_and_rows_are_those_counted_by_hand(transport: str, world_size: int) -> None:
+    for told in run_ranks(work.counts_by_hand, world_size, transport, env=INTERPRETER):
         work.check_counts_by_hand(told)
 
 
