@@ -136,9 +136,9 @@ def stops_and_starts(group: tf.EPGroup, transport: str) -> list[int]:
 def is_refused_without(group: tf.EPGroup, transport: str) -> bool:
     with opened(group, transport, telemetry=False) as ws:
         assert not ws.telemetry.is_available
-        for call in (ws.telemetry.start, ws.telemetry.stop, ws.telemetry.snapshot):
-            with pytest.raises(tf.StateError, match="opened without telemetry"):
-                call()
+        for name in ("start", "stop", "snapshot", "reading", "gather"):
+            with pytest.raises(tf.StateError, match=f"telemetry.{name}: this workspace was opened without telemetry"):
+                getattr(ws.telemetry, name)()
         return one_step(ws, [ws.dispatcher()], 0)
 
 

@@ -117,7 +117,8 @@ def test_a_name_that_the_package_lacks_is_an_attribute_error():
         _ = tokenferry.nothing
 
 
-def test_version_is_printed():
-    command = [sys.executable, "-m", "tokenferry.cli", "--version"]
+@pytest.mark.parametrize("module", ["tokenferry", "tokenferry.cli"])
+def test_version_is_printed(module):
+    command = [sys.executable, "-m", module, "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (0, f"tokenferry {tokenferry.__version__}\n")

@@ -66,6 +66,11 @@ def test_a_line_for_each_record_and_the_share_of_equal_tokens_at_its_end(records
     assert lines[-1] == "tiny mixtral in float32: tokens equal"
 
 
+def test_the_table_of_a_rehearsal_has_no_figures(records: list[dict]) -> None:
+    for line in model_table([record for record in records if "mode" in record]).splitlines()[1:]:
+        assert line.split()[5:14] == ["-"] * 9
+
+
 def test_what_the_budget_leaves_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "model.jsonl"
     assert model_command(1, ["mixtral-8x7b:1"], "2", "9", "plain", 1e-3, path, families="", rehearse=True) == 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from tokenferry.benchmarking.machine import NO_GPU
+
 COLUMNS: Final = ("step_ms", "host_ms", "token_ms", "around_ms", "ttft_ms", "first_call_s", "tokens_per_s")
 """What a record may have, beside the two that are divided by the layers."""
 
@@ -13,6 +15,7 @@ def model_table(records: Sequence[Mapping[str, Any]]) -> str:
     """One line for each point, way and mode, in the order of the points; then what failed or was left out.
 
     `step/layer` and `host/layer` are microseconds; the last column is the share of tokens that are the plain model's.
+    Lines of a rehearsal have that share alone, and no figures.
     """
     heading = (
         f"{'configuration':<20}{'batch':>6}{'prompt':>7}  {'way':<13}{'mode':<16}"
@@ -36,8 +39,9 @@ def _point(record: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _line(record: Mapping[str, Any]) -> str:
     named = f"{record['config']:<20}{record['batch']:>6}{record['prompt']:>7}  {record['way']:<13}{record['mode']:<16}"
-    figures = "".join(f"{shown(record.get(name)):>11}" for name in COLUMNS)
-    by_layer = "".join(f"{shown(per_layer_us(record, name)):>12}" for name in ("step_ms", "host_ms"))
+    measured = {} if record.get("gpu") == NO_GPU else record
+    figures = "".join(f"{shown(measured.get(name)):>11}" for name in COLUMNS)
+    by_layer = "".join(f"{shown(per_layer_us(measured, name)):>12}" for name in ("step_ms", "host_ms"))
     return f"{named}{figures}{by_layer}  {record.get('agreement', '-')}"
 
 

@@ -38,7 +38,10 @@ def _round_trip_line(record: Mapping[str, Any]) -> str:
 
 
 def layer_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """The records of `run_layer` in microseconds, one line for each point; the last column names what gave wrong results."""
+    """The records of `run_layer` in microseconds, one line for each point; the last column names what gave wrong results.
+
+    Those of a rehearsal have no figures.
+    """
     float8 = [record for record in records if record.get("float8")]
     plain = [record for record in records if not record.get("float8")]
     heading = f"{'preset':<18}{'T':>5}" + "".join(f"{name:>11}" for name in LAYER_COLUMNS) + "  right"
@@ -57,8 +60,7 @@ def _formats_table(records: Sequence[Mapping[str, Any]]) -> str:
             continue
         for name, is_right in record["correct"].items():
             figures = {"bfloat16_us": record["bfloat16_us"], **record[name]}
-            cells = [figures.get(f"{column}_us") for column in columns]
-            told = "".join(f"{'-' if cell is None else format(cell, '.1f'):>11}" for cell in cells)
+            told = _cells(record, [figures.get(f"{column}_us") for column in columns])
             lines.append(f"{record['preset']:<18}{record['tokens']:>5} {name:<18}{told}  {'yes' if is_right else 'no'}")
     return "\n".join(lines)
 
@@ -66,7 +68,11 @@ def _formats_table(records: Sequence[Mapping[str, Any]]) -> str:
 def _layer_line(record: Mapping[str, Any]) -> str:
     if "tokens" not in record:
         return f"{record['preset']:<18} {record.get('error') or 'left out: T = ' + str(record['left_out'])}"
-    cells = [record.get(f"{name}_us") for name in LAYER_COLUMNS]
+    figures = _cells(record, [record.get(f"{name}_us") for name in LAYER_COLUMNS])
     wrong = [name for name, right in record["correct"].items() if not right]
-    figures = "".join(f"{'-' if cell is None else format(cell, '.1f'):>11}" for cell in cells)
     return f"{record['preset']:<18}{record['tokens']:>5}{figures}  {'no: ' + ', '.join(wrong) if wrong else 'yes'}"
+
+
+def _cells(record: Mapping[str, Any], figures: Sequence[float | None]) -> str:
+    is_rehearsal = record.get("gpu") == NO_GPU
+    return "".join(f"{'-' if is_rehearsal or figure is None else format(figure, '.1f'):>11}" for figure in figures)

@@ -85,7 +85,7 @@ class Telemetry:
         Raises:
             StateError: the workspace was opened without telemetry.
         """
-        return last_to_enter(self.snapshot().steps, self._group().rank)
+        return last_to_enter(self._recorder("reading").snapshot().steps, self._group().rank)
 
     def gather(self, timeout_s: float = GATHER_TIMEOUT_S) -> list[Snapshot]:
         """Every rank's snapshot, in rank order. Collective: every rank calls it.
@@ -94,7 +94,7 @@ class Telemetry:
             StateError: the workspace was opened without telemetry.
             PeerTimeoutError, PeerFailedError: another rank did not come.
         """
-        group, own = self._group(), self.snapshot().to_dict()
+        group, own = self._group(), self._recorder("gather").snapshot().to_dict()
         told = group.channel.exchange(group.unique_name("telemetry"), own, timeout_s)
         return [Snapshot.from_dict(each) for each in told]
 

@@ -69,7 +69,8 @@ def check_dtypes(combine_dtype: object, index_dtype: object, config: MoEConfig) 
         raise ConfigError(f"combine_dtype must be one of {', '.join(map(str, known))}, got {combine_dtype!r}")
     if combine_dtype == FLOAT8 and config.hidden_size % 16:
         raise ConfigError(
-            f"combine_dtype {FLOAT8} needs hidden_size to be a multiple of 16, got {config.hidden_size}; pad it, or use another"
+            f"combine_dtype {FLOAT8} needs hidden_size to be a multiple of 16, got {config.hidden_size}; pad it, or take another "
+            "combine_dtype"
         )
     if index_dtype not in (torch.int32, torch.int64):
         raise ConfigError(f"index_dtype must be torch.int32 or torch.int64, got {index_dtype!r}")
