@@ -18,7 +18,7 @@ BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 demo: $(INSTALLED) ## a real MoE model generates text on 2 ranks that hold different work
 	$(BIN)/tokenferry generate --model demo --ranks 2
 
-test: $(INSTALLED) ## the tests, in 15 minutes on 2 cores
+test: $(INSTALLED) ## the tests, in 19 minutes on 2 cores
 	$(PYTEST) $(BESIDE) -m "not long and not alone"
 	$(PYTEST) -m "alone and not long"
 

@@ -33,8 +33,9 @@ OF_PLACEMENT = (
     Mutant(
         "a-rank-takes-the-longer-of-reading-and-multiplying",
         f"{_FOLDER}/step_model.py",
-        "layers_s = (read_s + compute_s).amax(1) + exchanges_s",
-        "layers_s = torch.maximum(read_s, compute_s).amax(1) + exchanges_s",
+        "expected_slowest(likely, self.weight_bytes / self.memory_bytes_per_s, self._compute_s(placement, rows_LE))",
+        "expected_slowest(likely, self.weight_bytes / self.memory_bytes_per_s, 0 * self._compute_s(placement, rows_LE)).maximum("
+        "self._compute_s(placement, rows_LE).amax(1))",
         (f"{PLACEMENT}test_predicted_times_by_hand",),
     ),
     Mutant(
@@ -47,9 +48,23 @@ OF_PLACEMENT = (
     Mutant(
         "a-layer-counts-once-however-often-it-ran",
         f"{_FOLDER}/verdict.py",
-        "model.step_s(placement, rows, shares_L)",
-        "model.step_s(placement, rows)",
+        "model.step_s(placement, rows, shares_L, num_tokens)",
+        "model.step_s(placement, rows, None, num_tokens)",
         (f"{PLACEMENT}test_a_layer_that_runs_in_every_second_step",),
+    ),
+    Mutant(
+        "the-slowest-rank-is-the-one-with-the-longest-mean",
+        f"{_FOLDER}/chance.py",
+        "all_no_later *= torch.where(number < 0, torch.zeros_like(chance), chance)",
+        "all_no_later = torch.where(number < 0, torch.zeros_like(chance), chance).minimum(all_no_later)",
+        ("tests/test_placement_chance.py::test_the_slowest_of_two_by_hand",),
+    ),
+    Mutant(
+        "each-expert-gets-a-row-by-its-mean-alone",
+        f"{_FOLDER}/chance.py",
+        "    return 1 - left_out ** max(1.0, num_tokens)",
+        "    return rows_LP.clamp(max=1.0)",
+        ("tests/test_placement_chance.py::test_chances_by_hand",),
     ),
     Mutant(
         "replayed-steps-have-all-rows-that-came",
