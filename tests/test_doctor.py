@@ -16,6 +16,7 @@ from tokenferry.cli.main import app
 from tokenferry.cli.selftest import Run, Trial, can_interpret, runs_for, trial_of
 from tokenferry.cli.selftest_rank import compare_and_time, point_for
 from tokenferry.groups import EPGroup
+from tokenferry.testing import run_ranks
 from tokenferry.topology import topology
 from tokenferry.transports.selection import Accepted, Rejected, decide
 
@@ -103,6 +104,17 @@ def test_wrong_bits_are_found_and_named(monkeypatch):
     monkeypatch.setattr(reference, "combine", off_by_a_little)
     wrong = "rank 0, step 0: combined rows differ from the reference"
     assert compare_and_time(group, point, interpreted=False)[0] == wrong
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("debug", ["0", "1"], ids="debug-{}".format)
+def test_right_bits_of_interpreted_kernels_are_right_in_debug_mode_too(debug):
+    """A combine poisons there what was gathered: p2p was called broken."""
+    assert run_ranks(compared_by_the_interpreter, 2, env={"TRITON_INTERPRET": "1", "TOKENFERRY_DEBUG": debug}) == ["", ""]
+
+
+def compared_by_the_interpreter(group):
+    return compare_and_time(group, point_for(group, "p2p", interpreted=True), interpreted=True)[0]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

@@ -16,13 +16,14 @@ from typing import Any, Final
 
 import torch
 
+from tokenferry import env as env_table
 from tokenferry import reference
 from tokenferry.benchmarking.host_times import begin_step_and_host_times
 from tokenferry.benchmarking.machine import Device, check_gpus, copy_rate, environment
 from tokenferry.benchmarking.records import Record, append_record
 from tokenferry.benchmarking.round_trip_data import RoundTripPoint, differences, inputs_of, partial_of, wire_bytes
 from tokenferry.benchmarking.timing import GroupTimer, Progress
-from tokenferry.dispatched import FLOAT8, FORMAT_NAMES, QuantizedRows
+from tokenferry.dispatched import FLOAT8, FORMAT_NAMES, Dispatched, QuantizedRows
 from tokenferry.errors import ConfigError, TokenferryError
 from tokenferry.groups import EPGroup
 from tokenferry.testing import run_ranks
@@ -217,7 +218,9 @@ def _time_chain(timer: GroupTimer, ws: Workspace, point: RoundTripPoint) -> tupl
     partial[:num_valid] = partial_of(point, rank, SEED, device)
     if point.quantized_terms:
         partial = reference.quantize(partial)
-    if is_symmetric and point.in_place and point.quantized_terms == (point.combine_dtype == FLOAT8):
+    # In debug mode a combine poisons its input in the workspace, and what was gathered.
+    is_poisoned = env_table.read(env_table.DebugSettings).enabled
+    if is_symmetric and point.in_place and not is_poisoned and point.quantized_terms == (point.combine_dtype == FLOAT8):
         ws.begin_step(num_tokens)
         dispatcher.dispatch(inputs.hidden, inputs.topk_idx, inputs.topk_weights)
         partial = _filled(dispatcher.combine_input(), partial)
@@ -229,12 +232,17 @@ def _time_chain(timer: GroupTimer, ws: Workspace, point: RoundTripPoint) -> tupl
         ws.begin_step(num_tokens)
         for _ in range(length):
             got = dispatcher.dispatch(inputs.hidden, inputs.topk_idx, inputs.topk_weights)
+            arrived = _copied(got) if is_poisoned else got
             out = dispatcher.combine(partial, got)
-        results[:] = [got, out]
+        results[:] = [arrived, out]
 
     median_us, spread_us = timer.time_graph(chain, length)
     timer.synchronize()
     return median_us, spread_us, *results
+
+
+def _copied(got: Dispatched) -> Dispatched:
+    return replace(got, hidden=got.hidden.clone(), topk_idx=got.topk_idx.clone(), topk_weights=got.topk_weights.clone())
 
 
 def _filled(place: Any, partial: Any) -> Any:

@@ -103,7 +103,8 @@ def compare_bits(ws: Workspace) -> tuple[str, float]:
         start = time.perf_counter()
         ws.begin_step(counts[group.rank])
         got = layer.dispatch(*(each.to(group.device) for each in (mine.hidden, mine.topk_idx, mine.topk_weights)))
-        arrived = [each[:num_valid].cpu() for each in (got.hidden, got.topk_idx, got.topk_weights)]
+        # Copies, since in debug mode a combine poisons what was gathered: on CPUs such a machine was called broken.
+        arrived = [each[:num_valid].to("cpu", copy=True) for each in (got.hidden, got.topk_idx, got.topk_weights)]
         partial = torch.full_like(got.hidden, torch.nan)  # rows behind the valid ones must reach nobody
         partial[:num_valid] = mine.partial.to(group.device)
         out = layer.combine(partial, got).cpu()
