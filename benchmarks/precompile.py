@@ -1,10 +1,10 @@
 """Fills Triton's cache with the kernels of a benchmark, many at a time: a run on a bare machine is mostly compiling.
 
 python benchmarks/precompile.py [--presets qwen3-30b-a3b,deepseek-v3] [--float8 deepseek-v3] [--processes 16]
-python benchmarks/precompile.py --presets "" --round-trips 7168,2048 [--capacities 1,8,4096]
+python benchmarks/precompile.py --presets "" --round-trips 7168,2048 [--capacities 1,8,4096] [--telemetry]
 
 `--presets` are those of `tokenferry bench layer`, `--float8` those whose weights it quantizes; `--round-trips` are hidden sizes
-of `tokenferry bench roundtrip`. It needs no GPU, and compiles for Hopper with 132 SMs: what another GPU needs is compiled when
+of `tokenferry bench roundtrip`, with `--telemetry` those of benchmarks/telemetry.py. It needs no GPU, and compiles for Hopper with 132 SMs: what another GPU needs is compiled when
 it is asked for. Where there is a GPU, the routers' choice is compiled there too, which only a call can do.
 """
 
@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -69,12 +70,15 @@ class Notes:
             yield
 
 
-def exchange_specs(config: MoEConfig, formats: Formats, capacity: int = CAPACITY) -> list[KernelSpec]:
+def exchange_specs(
+    config: MoEConfig, formats: Formats, capacity: int = CAPACITY, *, telemetry: bool = False
+) -> list[KernelSpec]:
     """Every kernel of a workspace, on p2p and on collective."""
     settings: Any = SimpleNamespace(
         config=config, group=SimpleNamespace(device=torch.device("cuda"), size=EP, rank=0), max_tokens_per_rank=capacity,
         combine_dtype=formats.combine_dtype, combine_order="rank", result_dtype=torch.bfloat16, index_dtype=torch.int32,
-        dispatch_format=RowFormat.of(formats.dispatch_format), recorder=None, max_ctas=None,
+        dispatch_format=RowFormat.of(formats.dispatch_format), max_ctas=None,
+        recorder=SimpleNamespace() if telemetry else None,
     )  # fmt: skip
     notes = Notes()
     with notes.taken():
@@ -84,7 +88,7 @@ def exchange_specs(config: MoEConfig, formats: Formats, capacity: int = CAPACITY
         loading.load_row_kernels(settings, chosen, multicast=False)
         if few is not None:
             loading.load_row_kernels(settings, few.tuning, multicast=False, flag_block=chosen.block)
-        notes.prepare(counts.counts_kernel, counts.SIGNATURE, {"LANES": 32, "TELEMETRY": 0, "PDL": 1}, 1, None)
+        notes.prepare(counts.counts_kernel, counts.SIGNATURE, {"LANES": 32, "TELEMETRY": int(telemetry), "PDL": 1}, 1, None)
         notes.prepare(abort.abort_kernel, abort.SIGNATURE, {"PDL": 0}, 1, None)
         notes.prepare(control_words.add_kernel, control_words.SIGNATURE, {"PDL": 0}, 1, None)
         KernelRowWork(settings)
@@ -125,11 +129,12 @@ def layer_specs(preset: Preset, *, float8: bool) -> dict[KernelSpec, None]:
     return dict.fromkeys(found)
 
 
-def round_trip_specs(hidden_size: int, capacities: list[int]) -> dict[KernelSpec, None]:
-    """Every kernel of a benchmark of round trips, in workspaces of these capacities."""
+def round_trip_specs(hidden_size: int, capacities: list[int], *, telemetry: bool) -> dict[KernelSpec, None]:
+    """Every kernel of a benchmark of round trips, in workspaces of these capacities; with telemetry those of such ones too."""
     topk = RoundTripPoint(transport="p2p", hidden_size=hidden_size, tokens=(1,), capacity=1).topk
     config = MoEConfig(hidden_size=hidden_size, num_experts=NUM_EXPERTS, topk=topk)
-    return dict.fromkeys(spec for capacity in capacities for spec in exchange_specs(config, PLAIN, capacity))
+    ways = product(capacities, (False, True) if telemetry else (False,))
+    return dict.fromkeys(spec for capacity, on in ways for spec in exchange_specs(config, PLAIN, capacity, telemetry=on))
 
 
 def choose(presets: list[Preset]) -> None:
@@ -149,6 +154,7 @@ def main() -> None:
     parser.add_argument("--float8", default="", help="presets that are measured with float8 weights too, with commas")
     parser.add_argument("--round-trips", type=numbers, default=[], help="hidden sizes, with commas")
     parser.add_argument("--capacities", type=numbers, default=[1, 8, 32, 128, 512, 4096])
+    parser.add_argument("--telemetry", action="store_true", help="of round trips the kernels with telemetry too")
     parser.add_argument("--processes", type=int, default=16)
     given = parser.parse_args()
     start, specs = time.monotonic(), dict[KernelSpec, None]()
@@ -156,7 +162,7 @@ def main() -> None:
     for preset in presets:
         specs |= layer_specs(preset, float8=preset.name in given.float8.split(","))
     for hidden_size in given.round_trips:
-        specs |= round_trip_specs(hidden_size, given.capacities)
+        specs |= round_trip_specs(hidden_size, given.capacities, telemetry=given.telemetry)
     failed = compile_all(specs, given.processes, partial(choose, presets) if torch.cuda.is_available() else None)
     print(f"{len(specs)} kernels compiled in {time.monotonic() - start:.0f} s", *failed, sep="\n")
 

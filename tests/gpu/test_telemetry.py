@@ -37,6 +37,15 @@ def test_loads_and_rows_are_those_counted_by_hand(on_ranks: RankPools, transport
 
 
 @two_gpus
+@pytest.mark.parametrize("formats", work.BYTES_OF_ROUNDS.values(), ids=work.BYTES_OF_ROUNDS)
+@pytest.mark.parametrize("transport", ["p2p", "collective"])
+def test_bytes_of_rows_and_terms(on_ranks: RankPools, transport: str, formats: tuple[dict[str, Any], int, int]) -> None:
+    settings, *sizes = formats
+    told = on_ranks(work.bytes_of_rounds, 2, transport, work.TOKENS_OF_ROUNDS, settings, backend="nccl", timeout_s=90)
+    work.check_bytes_of_rounds(told, work.TOKENS_OF_ROUNDS, *sizes)
+
+
+@two_gpus
 @pytest.mark.parametrize("transport", ["p2p", "collective"])
 def test_nothing_is_counted_while_it_is_stopped(on_ranks: RankPools, transport: str) -> None:
     assert on_ranks(work.stops_and_starts, 2, transport, backend="nccl", timeout_s=90) == [[1, 1, 2]] * 2
@@ -107,6 +116,38 @@ def test_replayed_graphs_are_counted_and_read_without_waiting_for_them(on_ranks:
     assert first["num_rounds"] == 12
     assert first["loads"][0][0] == 12 * 2 * num_tokens * CONFIG.topk
     assert first["read_s"] < work.DELAY_S
+
+
+WIDE = tf.MoEConfig(hidden_size=7168, num_experts=64, topk=3)
+"""Of whose rows a launch has more packets than threads from some hundred rows on."""
+STEPS = ((512, 512), (3, 1), (32, 32), (1000, 700), (1024, 1), (0, 600), (512, 511))
+"""Rounds in slots of few rows and of many, and bulk rounds, also of a rank with few rows."""
+
+
+@two_gpus
+@pytest.mark.parametrize("settings", [{}, {"combine_dtype": torch.float8_e4m3fn}], ids=["same", "float8-terms"])
+@pytest.mark.parametrize("transport", ["p2p", "collective"])
+def test_numbers_of_somebody_elses_experts_are_counted(on_ranks: RankPools, transport: str, settings: dict[str, Any]) -> None:
+    seen = on_ranks(work.loads_of_random_numbers, 2, transport, STEPS, WIDE, settings, backend="nccl", timeout_s=90)
+    work.check_loads_of_random_numbers(seen)
+
+
+@two_gpus
+def test_numbers_beside_rows_of_bytes_are_counted(on_ranks: RankPools) -> None:
+    """Their dispatch is bulk where the combine is in slots, so that a launch of its own counts them."""
+    settings = {"dispatch_format": "bytes"}
+    seen = on_ranks(work.loads_of_random_numbers, 2, "p2p", ((3, 1), (8, 8)), CONFIG, settings, backend="nccl", timeout_s=90)
+    work.check_loads_of_random_numbers(seen)
+
+
+def virtual_loads(group: tf.EPGroup) -> list[tuple[list[int], list[int]]]:
+    steps = ((2, 3, 1, 0), (600, 0, 5, 513), (700, 600, 800, 520))
+    return run_virtual(work.loads_of_random_numbers, 4, "p2p", steps, CONFIG, {}, device=group.device)
+
+
+@one_gpu
+def test_numbers_of_four_ranks_are_counted(on_ranks: RankPools) -> None:
+    work.check_loads_of_random_numbers(on_ranks(virtual_loads, 1, backend="nccl", timeout_s=90, env=VIRTUAL)[0])
 
 
 def virtual(group: tf.EPGroup) -> list[work.Seen]:

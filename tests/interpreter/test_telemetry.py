@@ -1,16 +1,22 @@
 """Telemetry of interpreted symmetric transports: the kernels' own counters, in slots and in bulk rounds."""
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import switch
 import telemetry_work as work
 import tokenferry as tf
 from tokenferry.kernels import load_counts
 from tokenferry.testing import run_ranks
+from tokenferry.transports.base import StepTensors, Transport, TransportSettings
 
+from .test_few_tokens import FewTokensOnly
+from .test_split_rounds import SplitRounds
 from .test_symmetric import INTERPRETER
 
 pytestmark = pytest.mark.interpreter
@@ -34,6 +40,68 @@ def test_of_three_ranks_the_late_one_is_found() -> None:
 def test_loads_and_rows_are_those_counted_by_hand(transport: str, world_size: int) -> None:
     for told in run_ranks(work.counts_by_hand, world_size, transport, env=INTERPRETER):
         work.check_counts_by_hand(told)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What ranks bring to their steps over a transport: `slot_rows` of 2 and more than two rows make a step's rounds bulk."""
+
+    transport: Any
+    steps: tuple[tuple[int, ...], ...]
+    hidden_size: int = 256
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FewSlotRows:
+    """For `Workspace(transport=...)`: `p2p`, or `nvls` over a stand-in for the switch, with two rows a slot."""
+
+    name: str = "p2p"
+
+    def open(self, settings: TransportSettings, step_tensors: StepTensors) -> Transport:
+        return switch.opened(settings, step_tensors, multicast=self.name == "nvls", slot_rows=2)
+
+
+IN_SLOTS = ((2, 2), (1, 0), (0, 2), (2, 1))
+IN_BULK = ((3, 5), (5, 0), (0, 3), (4, 4), (1, 7))
+FLOAT8_TERMS = {"combine_dtype": torch.float8_e4m3fn}
+LOADS_OF_ROUNDS = {
+    "p2p": Rounds("p2p", ((2, 5), (0, 3), (4, 0), (3, 3))),
+    "p2p-int64-ids": Rounds("p2p", ((2, 5), (0, 3)), settings={"index_dtype": torch.int64}),
+    "p2p-alone-in-bulk": Rounds(FewSlotRows(), ((1,), (7,), (2,), (3,))),
+    "p2p-bulk": Rounds(FewSlotRows(), (*IN_SLOTS, *IN_BULK)),
+    "p2p-three-ranks-bulk": Rounds(FewSlotRows(), ((2, 1, 0), (3, 0, 5), (0, 4, 1))),
+    "p2p-float8-terms": Rounds(FewSlotRows(), (*IN_SLOTS[:2], *IN_BULK), settings=FLOAT8_TERMS),
+    "p2p-several-programs": Rounds(FewTokensOnly(), (*IN_BULK, *IN_SLOTS)),
+    "p2p-float8-terms-several-programs": Rounds(FewTokensOnly(), (*IN_BULK, *IN_SLOTS), settings=FLOAT8_TERMS),
+    "p2p-split": Rounds(SplitRounds(), ((5, 6), (1, 5), (8, 8))),
+    "p2p-split-four-programs": Rounds(SplitRounds(programs=4), ((5, 6), (1, 5), (8, 8))),
+    "p2p-bytes": Rounds(FewSlotRows(), (*IN_SLOTS, *IN_BULK[:2]), settings={"dispatch_format": "bytes"}),
+    "nvls": Rounds("nvls", ((2, 5), (0, 3))),
+    "nvls-bulk": Rounds(FewSlotRows("nvls"), (*IN_SLOTS[:2], *IN_BULK)),
+    "nvls-sum-in-the-switch": Rounds(
+        FewSlotRows("nvls"), (*IN_SLOTS[:2], *IN_BULK), settings={"combine_order": "any", "combine_dtype": torch.float32}
+    ),
+    "collective": Rounds("collective", ((2, 5), (0, 3), (4, 0), (3, 3))),
+    "local": Rounds("local", ((2,), (5,), (0,), (3,))),
+}
+"""Numbers of somebody else's experts: the combine counts them on symmetric transports, in slots and in bulk rounds."""
+
+
+@pytest.mark.parametrize("rounds", LOADS_OF_ROUNDS.values(), ids=LOADS_OF_ROUNDS)
+def test_numbers_of_somebody_elses_experts_are_counted(rounds: Rounds) -> None:
+    config = tf.MoEConfig(hidden_size=rounds.hidden_size, num_experts=8, topk=3)
+    seen = run_ranks(work.loads_of_random_numbers, len(rounds.steps[0]), rounds.transport, rounds.steps, config, rounds.settings,
+                     env=INTERPRETER)  # fmt: skip
+    work.check_loads_of_random_numbers(seen)
+
+
+@pytest.mark.parametrize("formats", work.BYTES_OF_ROUNDS.values(), ids=work.BYTES_OF_ROUNDS)
+@pytest.mark.parametrize("transport", ["p2p", "nvls"])
+def test_bytes_of_rows_and_terms(transport: str, formats: tuple[dict[str, Any], int, int]) -> None:
+    settings, *sizes = formats
+    told = run_ranks(work.bytes_of_rounds, 2, transport, work.TOKENS_OF_ROUNDS, settings, env=INTERPRETER)
+    work.check_bytes_of_rounds(told, work.TOKENS_OF_ROUNDS, *sizes)
 
 
 def test_compiled_code_is_counted() -> None:

@@ -183,6 +183,11 @@ class Transport(ABC):
         self.combine_begin(partial)
         return self.combine_end(out)
 
+    def counts_in_combine(self, loads: LoadsToCount) -> bool:
+        """With telemetry: whether the next combine adds up the expert numbers of the dispatch under way to `loads`, as part of what
+        it launches. If not, whoever asks does. A stopped recorder's are not added up, nor, once it has stopped, a graph's."""
+        return False
+
     def watching_replay(self) -> AbstractContextManager[None]:
         """Around the launch of a graph that was captured with this transport: what was announced is used up by it, and a peer
         that does not come is noticed as in an eager call."""

@@ -16,8 +16,8 @@ from tokenferry.errors import TransportUnavailableError
 from tokenferry.kernels import fp8_rows
 from tokenferry.kernels.abort import SIGNATURE as ABORT_SIGNATURE
 from tokenferry.kernels.abort import abort_kernel
+from tokenferry.kernels.combine import COUNTING_SIGNATURE, NO_LOADS, combine_kernel
 from tokenferry.kernels.combine import SIGNATURE as COMBINE_SIGNATURE
-from tokenferry.kernels.combine import combine_kernel
 from tokenferry.kernels.control_words import SIGNATURE as ADD_SIGNATURE
 from tokenferry.kernels.control_words import add_kernel
 from tokenferry.kernels.counts import SIGNATURE as COUNTS_SIGNATURE
@@ -188,13 +188,16 @@ def load_row_kernels(settings: TransportSettings, tuning: Tuning, *, multicast: 
     alone = dispatches(multicast=False)
     max_registers = max_registers_of(settings, tuning)
     partials = (*FLOAT_DTYPES, FLOAT8) if settings.combine_dtype == FLOAT8 else FLOAT_DTYPES
+    signature, loads = COMBINE_SIGNATURE, NO_LOADS
+    if settings.recorder is not None:
+        signature, loads = COUNTING_SIGNATURE, {"TOPK": settings.config.topk, "IDS": DTYPES[settings.index_dtype]}
     combines = {partial: _combine_constants(settings, partial, multicast) for partial in partials}
     return RowKernels(
         dispatch=dispatches(multicast=True) if multicast else alone,
         dispatch_alone=alone,
         combine={
             partial: prepare(
-                combine_kernel, COMBINE_SIGNATURE, constants | cut, tuning.num_warps, device, max_registers=max_registers
+                combine_kernel, signature, constants | cut | loads, tuning.num_warps, device, max_registers=max_registers
             )
             for partial, constants in combines.items()
         },
