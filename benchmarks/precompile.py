@@ -4,8 +4,9 @@ python benchmarks/precompile.py [--presets qwen3-30b-a3b,deepseek-v3] [--float8 
 python benchmarks/precompile.py --presets "" --round-trips 7168,2048 [--capacities 1,8,4096] [--telemetry]
 
 `--presets` are those of `tokenferry bench layer`, `--float8` those whose weights it quantizes; `--round-trips` are hidden sizes
-of `tokenferry bench roundtrip`, with `--telemetry` those of benchmarks/telemetry.py. It needs no GPU, and compiles for Hopper with 132 SMs: what another GPU needs is compiled when
-it is asked for. Where there is a GPU, the routers' choice is compiled there too, which only a call can do.
+of `tokenferry bench roundtrip`, with `--telemetry` those of benchmarks/telemetry.py. It needs no GPU, and compiles for Hopper
+with 132 SMs: what another GPU needs is compiled when it is asked for. Where there is a GPU, the routers' choice is compiled there
+too, which only a call can do.
 """
 
 import argparse
@@ -70,9 +71,7 @@ class Notes:
             yield
 
 
-def exchange_specs(
-    config: MoEConfig, formats: Formats, capacity: int = CAPACITY, *, telemetry: bool = False
-) -> list[KernelSpec]:
+def exchange_specs(config: MoEConfig, formats: Formats, capacity: int = CAPACITY, *, telemetry: bool = False) -> list[KernelSpec]:
     """Every kernel of a workspace, on p2p and on collective."""
     settings: Any = SimpleNamespace(
         config=config, group=SimpleNamespace(device=torch.device("cuda"), size=EP, rank=0), max_tokens_per_rank=capacity,

@@ -13,6 +13,7 @@ import torch
 import telemetry_work as work
 import tokenferry as tf
 from faults import CONFIG, one_step
+from nvtx_ranges import cupti_path, ranges_of
 from rank_pool import RankPools
 from tokenferry.graph_capture import captured
 from tokenferry.testing.ranks import run_virtual
@@ -224,3 +225,20 @@ def virtual_float8(group: tf.EPGroup) -> list[dict[str, Any]]:
 def test_of_four_ranks_float8_terms_are_waited_for_by_source(on_ranks: RankPools) -> None:
     seen = on_ranks(virtual_float8, 1, backend="nccl", timeout_s=90, env=VIRTUAL)[0]
     work.check_float8_terms_delayed(seen, 2)
+
+
+def ranges_seen(group: tf.EPGroup, path: str) -> list[str]:
+    """Of two steps with two layers."""
+    with work.opened(group, "local", telemetry=True) as ws:
+        dispatchers = [ws.dispatcher(), ws.dispatcher()]
+        return ranges_of(path, lambda: [one_step(ws, dispatchers, step) for step in (1, 2)])
+
+
+@one_gpu
+def test_a_profiler_sees_the_ranges(on_ranks: RankPools) -> None:
+    path = cupti_path()
+    if path is None:
+        pytest.skip("needs CUPTI, which this torch has not loaded")
+    seen = on_ranks(ranges_seen, 1, path, backend="nccl", timeout_s=90, env={"NVTX_INJECTION64_PATH": path})[0]
+    step = ["begin_step", "dispatch[0]", "combine[0]", "dispatch[1]", "combine[1]"]
+    assert [name for name in seen if name.startswith("tokenferry.")] == [f"tokenferry.{name}" for name in step * 2]

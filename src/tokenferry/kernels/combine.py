@@ -287,7 +287,7 @@ def combine_kernel(
             else:
                 wire.await_signal(flag_ptr, epoch, 1, is_awaited, buffer_ptr, blamed_ranks, hint_ptrs)
 
-    if TELEMETRY:
+    if TELEMETRY:  # noqa: SIM102  # this one is decided by the compiler
         if num_counted > 0:
             round_loads.add_ids(loads_ptr, ids, num_experts)
             round_loads.add_share(ids_ptr, loads_ptr, num_experts, 1, counter, summers, num_counted, IDS, BLOCK)

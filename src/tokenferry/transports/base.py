@@ -184,8 +184,8 @@ class Transport(ABC):
         return self.combine_end(out)
 
     def counts_in_combine(self, loads: LoadsToCount) -> bool:
-        """With telemetry: whether the next combine adds up the expert numbers of the dispatch under way to `loads`, as part of what
-        it launches. If not, whoever asks does. A stopped recorder's are not added up, nor, once it has stopped, a graph's."""
+        """With telemetry: whether the next combine adds the expert numbers of the dispatch under way to `loads`, within what it
+        launches anyway. If not, whoever asks must. Nothing is added while the recorder is stopped, by a graph neither."""
         return False
 
     def watching_replay(self) -> AbstractContextManager[None]:

@@ -22,7 +22,7 @@ SUMMED = ("partial_ptr", "num_partial", "is_in_place", "out_ptr", "num_out", "la
 behind these."""
 SCALES = ("scales_ptr", "scale_row")
 LOADS = "loads_ptr"
-"""What a combine that sends is given last of all in a workspace with telemetry."""
+"""What every combine is given last of all in a workspace with telemetry."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,9 @@ def _bind_rows(
         given = {**dispatch_fixed, **fixed}
         return {key: launch.bind(given, varying, grid=kernels.grid) for key, launch in dispatches.items()}
 
-    def combine(varying: tuple[str, ...], *, loads: tuple[str, ...] = (), **fixed: int) -> dict[torch.dtype, BoundLaunch]:
+    loads = (LOADS,) if counts_loads else ()
+
+    def combine(varying: tuple[str, ...], **fixed: int) -> dict[torch.dtype, BoundLaunch]:
         given = {**combine_fixed, **fixed}
         without_scales = {**given, **dict.fromkeys(SCALES, 0)}
         return {
@@ -177,15 +179,12 @@ def _bind_rows(
             for key, launch in kernels.combine.items()
         }
 
-    counting, not_counting = ((LOADS,), {LOADS: 0}) if counts_loads else ((), {})
     nothing_supplied = dict.fromkeys(SUPPLIED[:5], 0)
     return RowLaunches(
         dispatch=dispatch(SUPPLIED, mode=MODE_BOTH),
         dispatch_send=dispatch(SUPPLIED, mode=MODE_SEND),
         dispatch_receive=dispatch(SUPPLIED[5:], **nothing_supplied, mode=MODE_RECEIVE),
-        combine=combine(SUMMED, loads=counting, mode=MODE_BOTH),
-        combine_send=combine(
-            ("partial_ptr", "num_partial", "is_in_place", "layer"), loads=counting, out_ptr=0, num_out=0, mode=MODE_SEND
-        ),
-        combine_receive=combine(SUMMED, **not_counting, mode=MODE_RECEIVE),
+        combine=combine(SUMMED, mode=MODE_BOTH),
+        combine_send=combine(("partial_ptr", "num_partial", "is_in_place", "layer"), out_ptr=0, num_out=0, mode=MODE_SEND),
+        combine_receive=combine(SUMMED, mode=MODE_RECEIVE),
     )

@@ -37,7 +37,8 @@ class RankKernels(Transport):
         self._terms = terms = regions.terms_RH
         first, last = (terms.values, terms.scales) if isinstance(terms, QuantizedRows) else (terms, terms)
         self._terms_address, self._terms_end = first.data_ptr(), last.data_ptr() + _bytes_spanned(last)
-        self._loads: tuple[int, ...] = () if settings.recorder is None else (0,)
+        self._no_loads: tuple[int, ...] = () if settings.recorder is None else (0,)
+        self._loads: tuple[int, ...] = self._no_loads
         """With telemetry: the address at which the next combine counts, 0 if it shall not."""
         self._launches = bind_launches(resources, view)
         self._rows = self._launches.rows
@@ -116,7 +117,7 @@ class RankKernels(Transport):
         return True
 
     def _take_loads(self) -> tuple[int, ...]:
-        loads, self._loads = self._loads, tuple(0 for _ in self._loads)
+        loads, self._loads = self._loads, self._no_loads
         return loads
 
     def combine_input(self) -> PartialRows:
@@ -136,7 +137,7 @@ class RankKernels(Transport):
     def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
         partial = self._partial
         assert partial is not None, "the workspace orders the halves"
-        combined = self._combine(self._rows.combine_receive, partial, out)
+        combined = self._combine(self._rows.combine_receive, partial, out, self._no_loads)
         self._partial = None
         for tensor in (partial.values, partial.scales) if isinstance(partial, QuantizedRows) else (partial,):
             if tensor.is_cuda:  # it may be a copy of our own, made on the stream of `combine_begin`
@@ -148,7 +149,7 @@ class RankKernels(Transport):
         launches: dict[torch.dtype, BoundLaunch],
         partial: PartialRows,
         wanted: torch.Tensor | None,
-        loads: tuple[int, ...] = (),
+        loads: tuple[int, ...],
     ) -> torch.Tensor:
         settings, num_rows, out = self._settings, self._num_supplied, wanted
         if out is None or out.data_ptr() % PACKET_BYTES:
