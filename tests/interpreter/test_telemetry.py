@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import switch
 import telemetry_work as work
 import tokenferry as tf
-from tokenferry.kernels import load_counts
+from tokenferry.kernels import load_counts, round_loads
 from tokenferry.testing import run_ranks
 from tokenferry.transports.base import StepTensors, Transport, TransportSettings
 
@@ -102,6 +104,57 @@ def test_bytes_of_rows_and_terms(transport: str, formats: tuple[dict[str, Any], 
     settings, *sizes = formats
     told = run_ranks(work.bytes_of_rounds, 2, transport, work.TOKENS_OF_ROUNDS, settings, env=INTERPRETER)
     work.check_bytes_of_rounds(told, work.TOKENS_OF_ROUNDS, *sizes)
+
+
+@triton.jit
+def places_of(out, program, programs, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    tl.store(out + lanes, round_loads.places(lanes, program, programs))
+
+
+@triton.jit
+def add_all(ids, loads, num_ids, programs, BLOCK: tl.constexpr):
+    for program in range(programs):
+        round_loads.add_share(ids, loads, 3, 0, program, programs, num_ids, tl.int32, BLOCK)
+
+
+@triton.jit
+def add_of_program(ids, loads, num_experts, step_counts, rank, size, pid, programs, BLOCK: tl.constexpr):
+    round_loads.add_before_flags(ids, loads, num_experts, step_counts, rank, size, pid, programs, 2, tl.int32, 32, BLOCK, 64)
+
+
+def shares_of_programs(group: tf.EPGroup) -> dict[str, Any]:
+    """What the device functions count of given numbers, for one program after another."""
+    places = torch.zeros(64, dtype=torch.int32)
+    places_of[(1,)](places, 2, 3, BLOCK=64)
+    words = torch.zeros(3, dtype=torch.int64)
+    ids = torch.tensor([0, 2, 2, -1], dtype=torch.int32)
+    add_all[(1,)](ids.data_ptr(), words.data_ptr(), 4, 1, BLOCK=32)
+    ids = torch.full((300,), 1, dtype=torch.int32)
+    again = torch.zeros(3, dtype=torch.int64)
+    add_all[(1,)](ids.data_ptr(), again.data_ptr(), 300, 3, BLOCK=64)
+    rows = ROWS_BEFORE_FLAGS
+    step_counts = torch.tensor([sum(rows), max(rows), *rows, 0, rows[0], rows[0] + rows[1]], dtype=torch.int32)
+    owners = torch.repeat_interleave(torch.arange(3), torch.tensor(rows) * 2).to(torch.int32)
+    shares = torch.zeros(4, 3, dtype=torch.int64)
+    for pid, words_of_program in enumerate(shares):
+        add_of_program[(1,)](owners.data_ptr(), words_of_program.data_ptr(), 3, step_counts, 1, 3, pid, 4, BLOCK=32)
+    return {"places": places.tolist(), "words": words.tolist(), "again": again.tolist(), "shares": shares.tolist()}
+
+
+ROWS_BEFORE_FLAGS = (3, 70, 40)
+
+
+def test_programs_share_out_the_numbers() -> None:
+    """The worked examples of `round_loads`. In bulk a program counts numbers of those peers alone that wait for its first flag."""
+    [told] = run_ranks(shares_of_programs, 1, env=INTERPRETER)
+    assert told["places"] == [*range(64, 96), *range(160, 192)]
+    assert told["words"] == [1, 0, 2]
+    assert told["again"] == [0, 300, 0]
+    by_source = list(zip(*told["shares"], strict=True))
+    assert [sum(shares) for shares in by_source] == [2 * rows for rows in ROWS_BEFORE_FLAGS]
+    assert by_source[0][2:] == (0, 0), "three rows have two blocks, so that rank 0 waits for the flags of programs 0 and 1"
+    assert min(by_source[1]) > 0, "anybody may count this rank's own"
 
 
 def test_compiled_code_is_counted() -> None:
