@@ -146,7 +146,7 @@ ROWS_BEFORE_FLAGS = (3, 70, 40)
 
 
 def test_programs_share_out_the_numbers() -> None:
-    """The worked examples of `round_loads`. In bulk a program counts numbers of those peers alone that wait for its first flag."""
+    """The worked examples of `round_loads`. In bulk a program counts numbers of the peers alone that wait for its first flag."""
     [told] = run_ranks(shares_of_programs, 1, env=INTERPRETER)
     assert told["places"] == [*range(64, 96), *range(160, 192)]
     assert told["words"] == [1, 0, 2]
