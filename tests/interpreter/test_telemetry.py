@@ -127,7 +127,7 @@ def add_all(ids, loads, num_ids, programs, BLOCK: tl.constexpr):
 
 @triton.jit
 def add_of_program(ids, loads, num_experts, step_counts, rank, size, pid, programs, BLOCK: tl.constexpr):
-    round_loads.add_before_flags(ids, loads, num_experts, step_counts, rank, size, pid, programs, 2, tl.int32, 32, BLOCK, 64)
+    round_loads.add_before_flags(ids, loads, num_experts, step_counts, rank, size, pid, programs, 2, tl.int32, 1, BLOCK, 64)
 
 
 def shares_of_programs(group: tf.EPGroup) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def shares_of_programs(group: tf.EPGroup) -> dict[str, Any]:
     return {"places": places.tolist(), "words": words.tolist(), "again": again.tolist(), "shares": shares.tolist()}
 
 
-ROWS_BEFORE_FLAGS = (3, 70, 40)
+ROWS_BEFORE_FLAGS = (70, 70, 300)
 
 
 def test_programs_share_out_the_numbers() -> None:
@@ -160,8 +160,8 @@ def test_programs_share_out_the_numbers() -> None:
     assert told["again"] == [0, 300, 0]
     by_source = list(zip(*told["shares"], strict=True))
     assert [sum(shares) for shares in by_source] == [2 * rows for rows in ROWS_BEFORE_FLAGS]
-    assert by_source[0][2:] == (0, 0), "three rows have two blocks, so that rank 0 waits for the flags of programs 0 and 1"
-    assert min(by_source[1]) > 0, "anybody may count this rank's own"
+    assert by_source[0][2:] == (0, 0), "70 rows of a thread have two blocks: rank 0 waits for the flags of programs 0 and 1"
+    assert min(*by_source[1], *by_source[2]) > 0, "this rank's own anybody counts, and those of a rank with rows for all"
 
 
 def test_compiled_code_is_counted() -> None:
