@@ -71,7 +71,7 @@ def of_round_trips(records: list[dict]) -> Iterator[Goal]:
         if (goal := round_trips.GOALS_US.get(size, {}).get(count)) is not None:
             yield Goal(f"round trip, C = {capacity}", point, us, goal)
         if count <= round_trips.FEW and (size, *tokens) in exact:
-            yield Goal("above a workspace of C = T", point, us - exact[size, *tokens], round_trips.MOST_ABOVE_EXACT_US)
+            yield Goal("above a workspace of C = T", point, round(us - exact[size, *tokens], 2), round_trips.MOST_ABOVE_EXACT_US)
         if (size, count) == round_trips.MIDDLE_POINT:
             yield Goal(f"round trip, C = {capacity}, as issued", point, us, round_trips.MIDDLE_GOAL_US)
 
@@ -90,7 +90,7 @@ def of_formats(records: list[dict]) -> Iterator[Goal]:
         if (goal := FORMAT_GOALS_US.get(size, {}).get(count)) is not None:
             yield Goal("round trip, float8 rows", point, us, goal)
         if count <= FEW and (size, *tokens) in plain:
-            yield Goal("float8 rows above bfloat16 ones", point, us - plain[size, *tokens], MOST_ABOVE_BFLOAT16_US)
+            yield Goal("float8 rows above bfloat16 ones", point, round(us - plain[size, *tokens], 2), MOST_ABOVE_BFLOAT16_US)
     for (kind, goal), before in zip(TERMS_GOALS_US.items(), (True, False), strict=True):
         for (size, *tokens), us in ways(ROWS, TERMS, terms_before=before).items():
             if all((size, count) == TERMS_POINT for count in tokens):

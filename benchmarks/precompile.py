@@ -65,7 +65,7 @@ class Notes:
 
         with ExitStack() as stack:
             for module, name, stand_in in (
-                (loading, "prepare", self.prepare), (loading, "has_pdl", has_pdl), (tuning, "_num_sms", lambda settings: SMS),
+                (loading, "has_pdl", has_pdl), (tuning, "_num_sms", lambda settings: SMS),
                 (launch, "load", self.load), (launch, "has_pdl", has_pdl), (variants, "has_pdl", has_pdl),
                 (router_linear, "load", self.load), (router_linear, "has_pdl", has_pdl),
             ):  # fmt: skip
@@ -85,14 +85,14 @@ def exchange_specs(config: MoEConfig, formats: Formats, capacity: int = CAPACITY
         cut = layout.plan(config, EP, capacity, formats.combine_dtype, dispatch_format=settings.dispatch_format)
         chosen = tuning.choose_tuning(settings, cut)
         few = tuning.choose_few_tokens(settings, cut, chosen)
-        loading.load_row_kernels(settings, chosen, multicast=False)
+        specs = [*loading.specify_rows(settings, chosen, multicast=False).all]
         if few is not None:
-            loading.load_row_kernels(settings, few.tuning, multicast=False, flag_block=chosen.block)
+            specs += loading.specify_rows(settings, few.tuning, multicast=False, flag_block=chosen.block).all
         notes.prepare(counts.counts_kernel, counts.SIGNATURE, {"LANES": 32, "TELEMETRY": int(telemetry), "PDL": 1}, 1, None)
         notes.prepare(abort.abort_kernel, abort.SIGNATURE, {"PDL": 0}, 1, None)
         notes.prepare(control_words.add_kernel, control_words.SIGNATURE, {"PDL": 0}, 1, None)
         KernelRowWork(settings)
-    return list(notes.specs)
+    return [*specs, *notes.specs]
 
 
 def expert_specs(preset: Preset, formats: Formats | None = None) -> list[KernelSpec]:

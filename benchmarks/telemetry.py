@@ -4,7 +4,7 @@ python benchmarks/telemetry.py OUTPUT.jsonl [--commit HASH] [--hidden 7168,2048]
     [--ranks 2] [--cpu]
 
 Ways: "off" without telemetry, measured first and last; "waits" with it, the experts' rows counted by the experts, as our own do;
-"numbers" with the gathered numbers counted by a launch of its own, as where experts are somebody else's; "stopped" after stop().
+"numbers" with the gathered numbers counted by the combine, as where experts are somebody else's; "stopped" after stop().
 Each is the median of a graph of round trips in a workspace of C = 4096, results compared with the reference. Both workspaces are
 open at once and are measured in turn. --cpu rehearses it, in Triton's interpreter; its times say nothing.
 

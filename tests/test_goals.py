@@ -46,22 +46,50 @@ def test_round_trips_are_held_against_goals_and_against_workspaces_of_exact_capa
     }
 
 
-def test_float8_rows_and_terms_have_goals_of_their_own(tmp_path: Path) -> None:
-    def way(us: float, count: int, rows: str, terms: str, before: bool = False, quantized: bool = False) -> dict:
-        formats = {"dispatch_format": rows, "quantized": quantized, "combine_format": terms, "quantized_terms": before}
-        return trip(us, 7168, count, count, **formats)
+def way(us: float, count: int, rows: str, terms: str, before: bool = False, quantized: bool = False) -> dict:
+    formats = {"dispatch_format": rows, "quantized": quantized, "combine_format": terms, "quantized_terms": before}
+    return {**trip(us, 7168, count, count, **formats), "correct": True}
 
-    records = [
-        way(5.0, 1, "same", "same"), way(5.4, 1, "fp8_block128", "same"), way(5.1, 1, "fp8_block128", "same", quantized=True),
-        way(350, 4096, "same", "same"), way(265, 4096, "fp8_block128", "same"), way(194, 4096, "same", "fp8_block128", True),
-        way(196, 4096, "fp8_block128", "fp8_block128", True), way(214, 4096, "fp8_block128", "fp8_block128"),
-    ]  # fmt: skip
-    assert table(written(tmp_path / "run-formats.jsonl", *records)) == {
-        "float8 rows above bfloat16 ones": ("0 of 1", "H 7168, T 1: 0.4, goal 0.3"),
+
+FORMATS = [
+    way(5.0, 1, "same", "same"), way(5.4, 1, "fp8_block128", "same"), way(5.1, 1, "fp8_block128", "same", quantized=True),
+    way(4.6, 8, "same", "same"), way(4.9, 8, "fp8_block128", "same"),
+    way(350, 4096, "same", "same"), way(265, 4096, "fp8_block128", "same"), way(194, 4096, "same", "fp8_block128", True),
+    way(196, 4096, "fp8_block128", "fp8_block128", True), way(214, 4096, "fp8_block128", "fp8_block128"),
+]  # fmt: skip
+
+
+def test_float8_rows_and_terms_have_goals_of_their_own(tmp_path: Path) -> None:
+    assert table(written(tmp_path / "run-formats.jsonl", *FORMATS)) == {
+        "float8 rows above bfloat16 ones": ("1 of 2", "H 7168, T 1: 0.4, goal 0.3"),
         "round trip, float8 rows": ("1 of 1", "–"),
         "round trip, float8 terms quantized before": ("0 of 1", "H 7168, T 4096: 196, goal 195"),
         "round trip, float8 terms quantized by the combine": ("1 of 1", "–"),
     }
+
+
+def format_table(path: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "format_table.py"), str(path)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_round_trips_of_formats_stand_side_by_side(tmp_path: Path) -> None:
+    done = format_table(written(tmp_path / "run-formats.jsonl", *FORMATS, {"transport": "p2p", "what": "parts"}))
+    assert done.returncode == 0, done.stderr
+    head, _, *rows = done.stdout.split("\n\n")[0].splitlines()
+    assert head.endswith("| all bfloat16 | rows kernel, bfloat16 terms | rows before, bfloat16 terms | rows kernel, terms before "
+                         "| both kernel | bfloat16 rows, terms before |")  # fmt: skip
+    assert rows == [
+        "| 7168 | 1 | 5.00 | 5.40 | 5.10 | – | – | – |",
+        "| 7168 | 8 | 4.60 | 4.90 | – | – | – | – |",
+        "| 7168 | 4096 | 350 | 265 | – | 196 | 214 | 194 |",
+    ]
+
+
+def test_wrong_round_trips_of_formats_make_no_table(tmp_path: Path) -> None:
+    done = format_table(written(tmp_path / "run-formats.jsonl", {**FORMATS[0], "correct": False}))
+    assert done.returncode == 1
+    assert "differed from the reference: [(7168, [1, 1])]" in done.stderr
 
 
 def test_layers_are_counted_as_their_page_counts_them(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`benchmarks/publish.py` on CPUs: every part makes its record, and one that overruns its time is stopped and says so."""
 
+import datetime
 import json
 import os
 import subprocess
@@ -98,13 +99,10 @@ def test_a_part_that_overruns_its_time_is_stopped_with_all_of_its_processes(tmp_
     ids=["no such part", "a record is there", "no GPUs"],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_runs(options: list[str], said: str, tmp_path: Path) -> None:
-    kept = []
-    for days in (0, 1):  # the test may run over midnight
-        date = subprocess.run(
-            ["date", "-u", "-d", f"{days} day", "+%F"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        kept.append(tmp_path / f"2xCPU-{date}-layer.jsonl")
-        kept[-1].write_text("kept")
+    today = datetime.datetime.now(datetime.UTC).date()
+    kept = [tmp_path / f"2xCPU-{today + datetime.timedelta(days)}-layer.jsonl" for days in (0, 1)]  # it may run over midnight
+    for path in kept:
+        path.write_text("kept")
     done = publish(tmp_path, *options)
     assert done.returncode == 1
     assert said in done.stderr

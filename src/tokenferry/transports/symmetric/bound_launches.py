@@ -21,6 +21,8 @@ SUMMED = ("partial_ptr", "num_partial", "is_in_place", "out_ptr", "num_out", "la
 """What a combine that receives is given at every call, in this order. One of rows that are quantized already is given SCALES
 behind these."""
 SCALES = ("scales_ptr", "scale_row")
+LOADS = "loads_ptr"
+"""What every combine is given last of all in a workspace with telemetry."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class RowLaunches:
     """Of dispatch and combine each mode has a launch of its own, since one that only sends, or only receives, is given less.
 
     `dispatch` and `dispatch_send` take SUPPLIED, `dispatch_receive` the last two of these; `combine` and `combine_receive` take
-    SUMMED, `combine_send` SUMMED without `out_ptr` and `num_out`.
+    SUMMED, `combine_send` SUMMED without `out_ptr` and `num_out`. See SCALES and LOADS too.
     """
 
     dispatch: dict[Given, BoundLaunch]
@@ -138,9 +140,12 @@ def bind_launches(resources: Resources, view: RankView) -> BoundLaunches:
         "terms_offset": layout.terms.offset,
         "term_scales_offset": layout.term_scales.offset,
     }
+    counts_loads = settings.recorder is not None
+    if counts_loads:
+        combine_fixed |= {"ids_offset": layout.topk_idx.offset, "num_experts": settings.config.num_experts}
 
     def bind(rows: RowKernels) -> RowLaunches:
-        return _bind_rows(rows, dispatch_fixed, combine_fixed, alone=view.size == 1)
+        return _bind_rows(rows, dispatch_fixed, combine_fixed, alone=view.size == 1, counts_loads=counts_loads)
 
     rows = bind(kernels.rows)
     return BoundLaunches(
@@ -153,20 +158,24 @@ def bind_launches(resources: Resources, view: RankView) -> BoundLaunches:
     )
 
 
-def _bind_rows(kernels: RowKernels, dispatch_fixed: dict[str, int], combine_fixed: dict[str, int], *, alone: bool) -> RowLaunches:
+def _bind_rows(
+    kernels: RowKernels, dispatch_fixed: dict[str, int], combine_fixed: dict[str, int], *, alone: bool, counts_loads: bool
+) -> RowLaunches:
     dispatches = kernels.dispatch_alone if alone else kernels.dispatch
 
     def dispatch(varying: tuple[str, ...], **fixed: int) -> dict[Given, BoundLaunch]:
         given = {**dispatch_fixed, **fixed}
         return {key: launch.bind(given, varying, grid=kernels.grid) for key, launch in dispatches.items()}
 
+    loads = (LOADS,) if counts_loads else ()
+
     def combine(varying: tuple[str, ...], **fixed: int) -> dict[torch.dtype, BoundLaunch]:
         given = {**combine_fixed, **fixed}
         without_scales = {**given, **dict.fromkeys(SCALES, 0)}
         return {
-            key: launch.bind(given, (*varying, *SCALES), grid=kernels.grid)
+            key: launch.bind(given, (*varying, *SCALES, *loads), grid=kernels.grid)
             if key == FLOAT8
-            else launch.bind(without_scales, varying, grid=kernels.grid)
+            else launch.bind(without_scales, (*varying, *loads), grid=kernels.grid)
             for key, launch in kernels.combine.items()
         }
 
