@@ -29,7 +29,7 @@ from tokenferry.transports.base import TransportSettings
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 from tokenferry.transports.symmetric.layout import MAX_PROGRAMS, Layout
 from tokenferry.transports.symmetric.regions import initialise
-from tokenferry.transports.symmetric.tuning import MAX_REGISTERS, FewTokens, Tuning, choose_grid, max_registers_of
+from tokenferry.transports.symmetric.tuning import MAX_REGISTERS, Cut, FewTokens, Tuning, choose_grid, max_registers_of
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -84,9 +84,9 @@ class LoadedKernels:
 
     Attributes:
         rows: their grid is the same on all ranks.
-        few: for steps to which this rank brings at most `few_tokens` rows. Slots need no agreement, and in bulk rounds its CTAs
-            see to the flags of all CTAs that a launch of `rows` has.
-        fewest: the same kernels in fewer programs, for steps of at most `fewest_tokens` rows.
+        few: for steps to which this rank brings few rows. Slots need no agreement, and in bulk rounds its CTAs see to the flags
+            of all CTAs that a launch of `rows` has.
+        few_dispatch, few_combine: for how many rows, in how many programs; see `FewTokens`.
     """
 
     counts: Launch
@@ -94,9 +94,8 @@ class LoadedKernels:
     add: Launch
     rows: RowKernels
     few: RowKernels | None
-    few_tokens: int
-    fewest: RowKernels | None
-    fewest_tokens: int
+    few_dispatch: tuple[Cut, ...]
+    few_combine: tuple[Cut, ...]
 
 
 @dataclass(frozen=True)
@@ -171,9 +170,8 @@ def _load(
         add=store.load(add),
         rows=rows,
         few=None if few_specs is None else load_row_kernels(store, few_specs),
-        few_tokens=-1 if few is None else few.max_tokens,
-        fewest=None,
-        fewest_tokens=-1 if few is None else few.fewest_tokens,
+        few_dispatch=() if few is None else few.dispatch,
+        few_combine=() if few is None else few.combine,
     )
     grid = choose_grid(settings, layout, tuning, rows.resident, is_virtual=buffer.is_virtual)
     return Loaded(mirror, _with_grid(kernels, grid))
@@ -181,11 +179,13 @@ def _load(
 
 def _with_grid(kernels: LoadedKernels, grid: int) -> LoadedKernels:
     """Launches for few tokens have no more CTAs than there are flags: each of them sets one at least, behind what it has sent."""
-    few = fewest = kernels.few
-    if few is not None:
-        few = replace(few, grid=min(few.grid, grid, few.resident))
-        fewest = replace(few, grid=max(1, few.grid // 2))
-    return replace(kernels, rows=replace(kernels.rows, grid=grid), few=few, fewest=fewest)
+    most = grid if kernels.few is None else min(grid, kernels.few.resident)
+
+    def within(cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
+        return tuple(replace(cut, max_programs=min(cut.max_programs, most)) for cut in cuts)
+
+    few_dispatch, few_combine = within(kernels.few_dispatch), within(kernels.few_combine)
+    return replace(kernels, rows=replace(kernels.rows, grid=grid), few_dispatch=few_dispatch, few_combine=few_combine)
 
 
 def specify_rows(settings: TransportSettings, tuning: Tuning, *, multicast: bool, flag_block: int = 0) -> RowSpecs:

@@ -41,7 +41,7 @@ class RankKernels(Transport):
         self._loads: tuple[int, ...] = self._no_loads
         """With telemetry: the address at which the next combine counts, 0 if it shall not."""
         self._launches = bind_launches(resources, view)
-        self._rows = self._launches.rows
+        self._dispatches, self._combines = self._launches.dispatch, self._launches.combine
 
     @property
     def nbytes(self) -> int:
@@ -66,23 +66,24 @@ class RankKernels(Transport):
             known_real, self._num_real_ptr = request.num_real_tokens, self.view.counters_ptr + NUM_REAL_OFFSET
         else:  # read when the kernels run
             known_real, self._num_real_ptr = 0, request.num_real_tokens.data_ptr()
-        self._rows = self._launches.rows_for(request.num_tokens)
+        self._dispatches = self._launches.dispatch_for(request.num_tokens)
+        self._combines = self._launches.combine_for(request.num_tokens)
         self.launched = True
         self._launches.counts(request.num_tokens, request.flags, known_real)
 
     def dispatch(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
-        self._send_rows(self._rows.dispatch, layer, hidden, topk_idx, topk_weights)
+        self._send_rows(self._dispatches.both, layer, hidden, topk_idx, topk_weights)
         return self._regions.gathered
 
     def dispatch_begin(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         parts = (hidden.values, hidden.scales) if isinstance(hidden, QuantizedRows) else (hidden,)
         self._sending = (*parts, topk_idx, topk_weights)  # kept: another stream may get the memory of what the caller drops
-        self._send_rows(self._rows.dispatch_send, layer, hidden, topk_idx, topk_weights)
+        self._send_rows(self._dispatches.send, layer, hidden, topk_idx, topk_weights)
         self._given = topk_idx.dtype, topk_weights.dtype, len(parts) == 2
 
     def dispatch_end(self) -> Gathered:
         self.launched = True
-        self._rows.dispatch_receive[self._given](self._num_real_ptr, self._layer)
+        self._dispatches.receive[self._given](self._num_real_ptr, self._layer)
         for tensor in self._sending:
             if tensor.is_cuda:  # it may have been made on another stream, which would hand its memory on at once
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
@@ -124,20 +125,20 @@ class RankKernels(Transport):
         return self._regions.terms_RH
 
     def combine(self, partial: PartialRows, out: torch.Tensor | None = None) -> torch.Tensor:
-        return self._combine(self._rows.combine, self._readable(partial), out, self._take_loads())
+        return self._combine(self._combines.both, self._readable(partial), out, self._take_loads())
 
     def combine_begin(self, partial: PartialRows) -> None:
         self._partial = partial = self._readable(partial)
         values, scales = _address_and_scales(partial)
         self.launched = True
-        self._rows.combine_send[partial.dtype](
+        self._combines.send[partial.dtype](
             values, partial.shape[0], self._is_in_place(partial), self._layer, *scales, *self._take_loads()
         )
 
     def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
         partial = self._partial
         assert partial is not None, "the workspace orders the halves"
-        combined = self._combine(self._rows.combine_receive, partial, out, self._no_loads)
+        combined = self._combine(self._combines.receive, partial, out, self._no_loads)
         self._partial = None
         for tensor in (partial.values, partial.scales) if isinstance(partial, QuantizedRows) else (partial,):
             if tensor.is_cuda:  # it may be a copy of our own, made on the stream of `combine_begin`
