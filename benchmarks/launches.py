@@ -93,7 +93,11 @@ def worker(group, path):
             layer = model.layer(ws)
             for count in counts:
                 rows = model.rows(group.rank, count)
-                record = {"preset": name, "tokens": count, "layer_us": round(time_layer(timer, ws, layer, rows)[0], 2)}
+                record = {
+                    "preset": name,
+                    "tokens": count,
+                    "layer_us": round(time_layer(timer, ws, layer, rows, promised=False)[0], 2),
+                }
                 record["round_trip_us"] = round(time_dispatch_and_combine(timer, ws, layer, rows), 2)
                 for number, words in enumerate(LEFT_OUT):
                     us, _ = timer.time_graph(chain_of(ws, model, rows, words.split()), POSITIONS * PASSES)

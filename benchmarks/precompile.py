@@ -30,6 +30,7 @@ from tokenferry.benchmarking.presets import PRESETS, Preset
 from tokenferry.benchmarking.round_trip_data import NUM_EXPERTS, RoundTripPoint
 from tokenferry.dispatched import FLOAT8, RowFormat
 from tokenferry.experts import variants
+from tokenferry.experts.plan import classes_of_rows
 from tokenferry.kernels import abort, control_words, counts, launch, load_counts, router_linear
 from tokenferry.kernels.launch import KernelSpec, specify
 from tokenferry.router import Router, RouterConfig
@@ -101,7 +102,8 @@ def expert_specs(preset: Preset, formats: Formats | None = None) -> list[KernelS
         rows = {"weight_dtype": FLOAT8, "quantized_rows": RowFormat.of(formats.dispatch_format).is_quantized}
         changes = [{**rows, "out_dtype": out} for out in {torch.bfloat16, formats.combine_dtype}]
     with Notes().taken():
-        made = (variant_of(preset, max_rows=CAPACITY * EP, **each) for each in changes)
+        classes = classes_of_rows(CAPACITY * EP, batch_invariant=False)
+        made = [variant_of(preset, max_rows=rows, **each) for each in changes for rows in classes]
         return [spec for variant in made for spec in variants.specs(variant, torch.device("cpu")).all]
 
 

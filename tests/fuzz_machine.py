@@ -69,7 +69,9 @@ class Calls(RuleBasedStateMachine):
     def begin_step(self, num_tokens: int, data: st.DataObject) -> None:
         num_tokens = min(num_tokens, self.capacity)
         real = data.draw(st.none() | st.integers(0, num_tokens))
-        if self.expect(self.stage in ("opened", "ready"), lambda: self.ws.begin_step(num_tokens, real)):
+        promised = data.draw(st.none() | st.integers(num_tokens, self.capacity))
+        may_begin = self.stage in ("opened", "ready")
+        if self.expect(may_begin, lambda: self.ws.begin_step(num_tokens, real, max_tokens=promised)):
             self.steps += 1
             assert self.result.index == self.steps
             assert self.result.tokens_per_rank.tolist() == [num_tokens]

@@ -59,14 +59,17 @@ from tokenferry.benchmarking.layer_model import LayerModel
 from tokenferry.benchmarking.presets import REHEARSAL
 from tokenferry.dispatched import FLOAT8
 from tokenferry.experts import variants
+from tokenferry.experts.plan import classes_of_rows
 
 def asked_for(model, quantized_rows, out_dtype):
-    experts, topk = model.experts, model.preset.topk
-    variant = variants.variant_of(
-        experts.weights, experts.config.activation, topk, torch.bfloat16, torch.int32, out_dtype,
-        max_rows=precompile.CAPACITY * precompile.EP, quantized_rows=quantized_rows,
-    )
-    return set(variants.specs(variant, torch.device("cpu")).all)
+    experts, topk, wanted = model.experts, model.preset.topk, set()
+    for max_rows in classes_of_rows(precompile.CAPACITY * precompile.EP, batch_invariant=False):
+        variant = variants.variant_of(
+            experts.weights, experts.config.activation, topk, torch.bfloat16, torch.int32, out_dtype,
+            max_rows=max_rows, quantized_rows=quantized_rows,
+        )
+        wanted |= set(variants.specs(variant, torch.device("cpu")).all)
+    return wanted
 
 group = SimpleNamespace(device=torch.device("cpu"), rank=0, size=2, expert_range=lambda number: range(number // 2))
 for preset in REHEARSAL:

@@ -71,6 +71,25 @@ def test_local_on_a_backend_that_works_on_copies() -> None:
     assert compiled_as_eager(tf.EPGroup(), "local", "aot_eager") == 3
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_promise_of_the_largest_batch_passes_through(backend: str) -> None:
+    with tf.Workspace(CONFIG, tf.EPGroup(), max_tokens_per_rank=8, transport="local") as ws, torch.no_grad():
+        layer = ws.dispatcher()
+
+        def forward(hidden: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, most: int) -> torch.Tensor:
+            ws.begin_step(hidden.shape[0], max_tokens=most)
+            got = layer.dispatch(hidden, topk_idx, topk_weights)
+            return layer.combine(got.hidden * got.max_expert_rows, got)
+
+        compiled = torch.compile(forward, fullgraph=True, backend=backend)
+        for rows, most in ((ROWS, ROWS), (3, 7), (3, 4)):
+            given = inputs(rows)
+            assert torch.equal(compiled(*given, most), given[0] * most)
+            assert ws.step.max_expert_rows == most
+        with pytest.raises(tf.CapacityError, match="num_tokens, 3, and the workspace's max_tokens_per_rank, 8; got 2"):
+            compiled(*inputs(3), 2)
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("counts", ["equal", "uneven"])
 def test_collective_on_two_ranks(counts: str) -> None:

@@ -1,5 +1,6 @@
 """Experts' kernels compile for Hopper and Blackwell without a GPU, and keep to what was planned for them."""
 
+import dataclasses
 import re
 
 import pytest
@@ -11,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 
 from thinned import crossed
 from tokenferry.experts import ExpertScratch, variants
-from tokenferry.experts.plan import FEW_ROWS, plan
+from tokenferry.experts.plan import FEW_ROWS, class_of_rows, classes_of_rows, plan
 from tokenferry.experts.scratch import RowShape
 from tokenferry.kernels import wire
 
@@ -108,7 +109,11 @@ def test_weights_come_in_the_widest_accesses(name, monkeypatch) -> None:
 
 def test_what_serves_an_expert_depends_on_its_rows_alone() -> None:
     """No setting of the launch or the transport takes part, and each number of rows is served exactly once."""
-    for settings in ({}, {"batch_invariant": True}, {"scaled": True}, {"gated": False}, {"max_rows": 8}, {"max_rows": 10**6}):
+    few = {"max_rows": FEW_ROWS}
+    for settings in (
+        {}, {"batch_invariant": True}, {"scaled": True}, {"gated": False}, {"max_rows": 8}, {"max_rows": 10**6}, few,
+        few | {"scaled": True}, few | {"scaled": True, "in_blocks": True}, {"scaled": True, "in_blocks": True},
+    ):  # fmt: skip
         chosen = plan(torch.bfloat16, 2048, 768, **settings)
         for launches in (chosen.up, chosen.down):
             for rows in (1, FEW_ROWS // 2, FEW_ROWS // 2 + 1, FEW_ROWS, FEW_ROWS + 1, 10**5):
@@ -118,6 +123,27 @@ def test_what_serves_an_expert_depends_on_its_rows_alone() -> None:
 def test_a_small_capacity_needs_no_launch_for_many_rows() -> None:
     assert len(plan(torch.bfloat16, 2048, 768, max_rows=FEW_ROWS).up) == 1
     assert len(plan(torch.bfloat16, 2048, 768, max_rows=FEW_ROWS + 1).up) == 2
+
+
+def test_a_step_that_promises_few_rows_has_kernels_of_its_own() -> None:
+    assert classes_of_rows(8192, False) == (8192, FEW_ROWS)
+    assert classes_of_rows(8192, True) == (8192,)
+    assert classes_of_rows(FEW_ROWS, False) == (FEW_ROWS,)
+    for max_rows, promised, batch_invariant, wanted in (
+        (8192, None, False, 8192), (8192, 0, False, FEW_ROWS), (8192, FEW_ROWS, False, FEW_ROWS),
+        (8192, FEW_ROWS + 1, False, 8192), (8192, FEW_ROWS, True, 8192), (40, 8, False, 40), (None, 8, False, None),
+    ):  # fmt: skip
+        assert class_of_rows(max_rows, promised, batch_invariant) == wanted
+
+
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v3-float8", "gpt-oss-20b-mxfp4"])
+def test_a_second_class_of_rows_compiles_two_kernels_more(name) -> None:
+    device = torch.device("cpu")
+    all_rows, few = (
+        set(variants.specs(dataclasses.replace(VARIANTS[name], max_rows=rows), device).all)
+        for rows in classes_of_rows(8192, False)
+    )
+    assert len(few - all_rows) == 2
 
 
 def test_one_cut_has_one_kind_of_tile() -> None:

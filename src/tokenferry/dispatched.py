@@ -230,6 +230,7 @@ class Dispatched:
             row >= V.
         topk_weights: [R, K] float32, carried unchanged, also where the id is -1. Rows >= V are undefined.
         valid_tokens: [1] int32, V, on the device.
+        max_expert_rows: as `Step.max_expert_rows`: experts of our own make no launches for more. None: not known.
 
     On symmetric transports these are views of the workspace's buffers, valid until the matching `combine_begin`. On `local` (one
     rank, and `solo()` over the collective transport) they may be the very tensors that `dispatch` was given; elsewhere they never
@@ -242,5 +243,6 @@ class Dispatched:
     valid_tokens: torch.Tensor
     handle: object = field(default=None, repr=False)
     """Which dispatch of which workspace this is; private to `Dispatcher`."""
+    max_expert_rows: int | None = None
     loads: LoadsToCount | None = field(default=None, repr=False)
     """With telemetry: where experts of our own add the rows that they get."""

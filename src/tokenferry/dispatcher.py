@@ -35,6 +35,7 @@ class WorkspaceView(Protocol):
     lifecycle: Lifecycle
     operators: Operators
     num_tokens_traced: int
+    max_expert_rows_traced: int | None
 
     @property
     def config(self) -> MoEConfig: ...
@@ -91,8 +92,9 @@ class Dispatcher:
         """
         if torch.compiler.is_compiling():
             self._num_supplied = hidden.shape[0]
-            operators, num_tokens = self._workspace.operators, self._workspace.num_tokens_traced
-            return operators.dispatch(self.layer, hidden, topk_idx, topk_weights, num_tokens)
+            traced = self._workspace
+            step = traced.num_tokens_traced, traced.max_expert_rows_traced
+            return traced.operators.dispatch(self.layer, hidden, topk_idx, topk_weights, *step)
         workspace, layer = self._workspace, self.layer
         lifecycle = workspace.lifecycle
         if lifecycle.try_enter():
@@ -158,6 +160,7 @@ class Dispatcher:
             topk_idx=gathered.topk_idx_RK,
             topk_weights=gathered.topk_weights_RK,
             valid_tokens=workspace.step.valid_tokens,
+            max_expert_rows=workspace.step.max_expert_rows,
             handle=workspace.lifecycle.handle,
             loads=gathered.loads,
         )

@@ -52,7 +52,9 @@ class Callee(Protocol):
     operators: Operators
     attached: dict[str, Any]
 
-    def begin_step(self, num_tokens: int, num_real_tokens: int | torch.Tensor, *, done: bool) -> object: ...
+    def begin_step(
+        self, num_tokens: int, num_real_tokens: int | torch.Tensor, *, done: bool, max_tokens: int | None
+    ) -> object: ...
     def forget_step_writes(self) -> None: ...
     def dispatcher_at(self, layer: int) -> Layer: ...
 
@@ -146,31 +148,32 @@ class Operators:
             empty = torch.empty(0, dtype=torch.uint8, device="cpu")
             self.fixed = (empty, empty, empty)
 
-    def begin_step(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None, done: bool) -> None:
+    def begin_step(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None, done: bool, max_tokens: int | None) -> None:
         """Begins a step."""
         if isinstance(num_real_tokens, torch.Tensor):
-            _BEGIN_STEP(self.order, self.counts, num_real_tokens, self._number, num_tokens, 0, done)
+            _BEGIN_STEP(self.order, self.counts, num_real_tokens, self._number, num_tokens, 0, done, max_tokens)
             return
         real = num_tokens if num_real_tokens is None else num_real_tokens
-        _BEGIN_STEP(self.order, self.counts, None, self._number, num_tokens, real, done)
+        _BEGIN_STEP(self.order, self.counts, None, self._number, num_tokens, real, done, max_tokens)
 
     def dispatch(
-        self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor, num_tokens: int
-    ) -> Dispatched:
-        """Dispatches. `num_tokens`: T of the step."""
+        self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor, num_tokens: int,
+        max_expert_rows: int | None,
+    ) -> Dispatched:  # fmt: skip
+        """Dispatches. `num_tokens`, `max_expert_rows`: T of the step, and as in it."""
         values, scales = (hidden.values, hidden.scales) if isinstance(hidden, QuantizedRows) else (hidden.detach(), None)
         given = values, topk_idx, topk_weights.detach(), scales
-        valid_tokens = self.counts[:1]
+        step: dict[str, Any] = {"valid_tokens": self.counts[:1], "handle": self.handle, "max_expert_rows": max_expert_rows}
         if self.fixed is not None:
             out, idx, weights = self.fixed
             _DISPATCH_FIXED(self.order, out, idx, weights, *given, self._number, layer)
-            return Dispatched(hidden=out, topk_idx=idx, topk_weights=weights, valid_tokens=valid_tokens, handle=self.handle)
+            return Dispatched(hidden=out, topk_idx=idx, topk_weights=weights, **step)
         counted = None if self._rows_per_token is None else num_tokens * self._rows_per_token
         num_rows = counted if self._copied_rows is None else self._copied_rows
         how = self._number, layer, num_rows, self._index_dtype, self._is_quantized
         out, idx, weights, out_scales = _DISPATCH_FRESH(self.order, *given, *how)
         rows = QuantizedRows(out, out_scales) if self._is_quantized else out
-        return Dispatched(hidden=rows, topk_idx=idx, topk_weights=weights, valid_tokens=valid_tokens, handle=self.handle)
+        return Dispatched(hidden=rows, topk_idx=idx, topk_weights=weights, **step)
 
     @property
     def copies(self) -> bool:
@@ -197,6 +200,7 @@ def _begin_step(
     num_tokens: int,
     num_real: int,
     done: bool,
+    max_tokens: int | None,
 ) -> None:
     callee = _WORKSPACES.find(workspace)
     operators = callee.operators
@@ -204,7 +208,7 @@ def _begin_step(
     if is_copy and operators.fixed is not None:
         raise _copied(callee)
     callee.forget_step_writes()  # the operator itself counts as one
-    callee.begin_step(num_tokens, num_real if real is None else real, done=done)
+    callee.begin_step(num_tokens, num_real if real is None else real, done=done, max_tokens=max_tokens)
     callee.forget_step_writes()
     if is_copy:
         counts.copy_(operators.counts)
@@ -366,7 +370,7 @@ def define(schema: str, implementation: Callable[..., Any], shapes: Callable[...
 
 _BEGIN_STEP: Final = define(
     "begin_step(Tensor(a!) order, Tensor(b!) counts, Tensor? real, SymInt workspace, SymInt num_tokens, SymInt num_real, "
-    "bool done) -> ()",
+    "bool done, SymInt? max_tokens) -> ()",
     _begin_step,
     _returns_nothing,
 )

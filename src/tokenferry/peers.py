@@ -9,7 +9,9 @@ import weakref
 from asyncio import CancelledError
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
+
+import torch
 
 from tokenferry.errors import PeerError, PeerFailedError, StateError, TokenferryError, check_kind
 from tokenferry.graph_capture import is_capturing
@@ -20,6 +22,9 @@ from tokenferry.transports.base import Transport, TransportSettings
 from tokenferry.transports.busy import BusyBoard, SignsOfLife
 from tokenferry.transports.settings import check_seconds
 from tokenferry.waiting import Position
+
+COUNTED_IN = "counted in"
+"""Name in `attached` of the tensors that `count_in` was given."""
 
 
 class PeerCalls:
@@ -66,6 +71,11 @@ class PeerCalls:
         """Whether calls now go into a CUDA graph, so that nothing runs and no peer waits: inside `capturing()`, or while the
         current stream is captured."""
         return self._captures or is_capturing(self._settings.group.device)
+
+    def count_in(self, *buffers: torch.Tensor) -> None:
+        """Adds to `nbytes` what the code around the workspace keeps for its rows: buffers at fixed addresses, say, on a transport
+        that has none. They are let go of when the workspace closes or is reset."""
+        self.attached.setdefault(COUNTED_IN, []).extend(buffers)
 
     # --- what moves the rows ----------------------------------------------------------------------------------------
 
@@ -269,6 +279,10 @@ class PeerCalls:
             self.attached.clear()
             with self._telling:
                 self._lease.end()
+
+    def __enter__(self) -> Self:
+        self.lifecycle.require_open("with")
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if error is None:

@@ -28,6 +28,8 @@ class Step:
         max_tokens: [1] the largest T of a rank.
         tokens_per_rank: [EP] every rank's T.
         flags_per_rank: [EP] bit 0: done, bit 1: failed.
+        max_expert_rows: most rows that an expert can get, by the promise given to this rank's `begin_step`: `max_tokens`·EP.
+            None: there is no promise.
     """
 
     index: int
@@ -38,6 +40,7 @@ class Step:
     max_tokens: torch.Tensor
     tokens_per_rank: torch.Tensor
     flags_per_rank: torch.Tensor
+    max_expert_rows: int | None = None
 
     @property
     def summary(self) -> torch.Tensor:
@@ -59,6 +62,8 @@ class StepRequest:
     done: bool = False
     equal: bool = False
     """Every rank promises the same `num_tokens`: nothing need be exchanged."""
+    max_tokens: int | None = None
+    """This rank's host promises that no rank brings more. Not exchanged: ranks need not give the same, or any."""
 
     @property
     def flags(self) -> int:
@@ -141,10 +146,11 @@ class StepTensors:
             max_tokens=max_tokens,
             tokens_per_rank=tokens_per_rank,
             flags_per_rank=flags_per_rank,
+            max_expert_rows=None if request.max_tokens is None else request.max_tokens * self._size,
         )
         return step
 
-    def traced(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None) -> Step:
+    def traced(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None, promised: int | None) -> Step:
         """The same for code that is being compiled: slices made there, and an index of 0, for it is not known when tracing."""
         size = self._size
         real = num_tokens if num_real_tokens is None else num_real_tokens
@@ -158,6 +164,7 @@ class StepTensors:
             max_tokens=max_tokens,
             tokens_per_rank=tokens_per_rank,
             flags_per_rank=flags_per_rank,
+            max_expert_rows=None if promised is None else promised * size,
         )
 
 
@@ -188,6 +195,19 @@ def checked_counts(
     if not 0 <= num_real_tokens <= num_tokens:
         raise CapacityError(f"num_real_tokens must lie between 0 and num_tokens, {num_tokens}; got {num_real_tokens!r}")
     return num_real_tokens
+
+
+def check_promise(max_tokens: int | None, num_tokens: int, max_tokens_per_rank: int) -> None:
+    """Raises UsageError or CapacityError for a `max_tokens` that no rank can promise; the others' counts are not known."""
+    if max_tokens is None:
+        return
+    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool):
+        raise UsageError(f"max_tokens must be an int or None, got {max_tokens!r}")
+    if not num_tokens <= max_tokens <= max_tokens_per_rank:
+        raise CapacityError(
+            f"max_tokens must lie between this rank's num_tokens, {num_tokens}, and the workspace's max_tokens_per_rank, "
+            f"{max_tokens_per_rank}; got {max_tokens}: give the most tokens that any rank brings to this step, or None"
+        )
 
 
 def _check_scalar(num_real_tokens: torch.Tensor, device: torch.device) -> None:

@@ -20,8 +20,8 @@ from tokenferry.groups import EPGroup
 from tokenferry.kernels.control_block import MAX_LAYERS
 from tokenferry.lifecycle import Lease, Lifecycle, Stage, logged
 from tokenferry.operators import Operators, take_number
-from tokenferry.peers import position_of
-from tokenferry.step import Step, StepRequest, StepTensors, checked_counts
+from tokenferry.peers import COUNTED_IN, position_of
+from tokenferry.step import Step, StepRequest, StepTensors, check_promise, checked_counts
 from tokenferry.telemetry.control import Telemetry
 from tokenferry.transports import selection
 from tokenferry.transports.base import CombineOrder, Counts, TransportFactory, TransportSettings
@@ -30,9 +30,6 @@ from tokenferry.transports.opening import open_together, required_bytes
 from tokenferry.transports.settings import check_dtypes, check_kinds, check_positive_ints, check_reset, check_settings
 
 _log = logging.getLogger(__name__)
-
-COUNTED_IN = "counted in"
-"""Name in `attached` of the tensors that `count_in` was given."""
 
 
 class Workspace(GraphCalls):
@@ -123,6 +120,7 @@ class Workspace(GraphCalls):
         self._num_layers = 0
         self._step, self._step_index, self._num_step_writes = None, 0, 0
         self.num_tokens_traced = 0
+        self.max_expert_rows_traced: int | None = None
         self._stand_in = None
         self._open("open")
 
@@ -220,11 +218,6 @@ class Workspace(GraphCalls):
         counted: list[torch.Tensor] = self.attached.get(COUNTED_IN, [])
         return self._transport.nbytes + sum(buffer.nbytes for buffer in counted)
 
-    def count_in(self, *buffers: torch.Tensor) -> None:
-        """Adds to `nbytes` what the code around the workspace keeps for its rows: buffers at fixed addresses, say, on a transport
-        that has none. They are let go of when the workspace closes or is reset."""
-        self.attached.setdefault(COUNTED_IN, []).extend(buffers)
-
     @staticmethod
     def required_bytes(
         config: MoEConfig,
@@ -256,7 +249,10 @@ class Workspace(GraphCalls):
             raise StateError("no step has begun; call begin_step() once per model forward, first")
         return self._step
 
-    def begin_step(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None = None, *, done: bool = False) -> Step:
+    def begin_step(
+        self, num_tokens: int, num_real_tokens: int | torch.Tensor | None = None, *, done: bool = False,
+        max_tokens: int | None = None,
+    ) -> Step:  # fmt: skip
         """Publishes all ranks' counts, once per model forward. Every rank calls it, with 0 tokens too.
 
         Args:
@@ -264,28 +260,35 @@ class Workspace(GraphCalls):
             num_real_tokens: rows that carry real tokens: an int <= T, or an int32[1] tensor on the workspace's device, read when
                 the kernels run. The rows after them get id -1 everywhere. Default: T.
             done: this rank has no work of its own left. `Step.all_done()` tells when every rank says so.
+            max_tokens: a promise of this host: no rank brings more tokens to this step, padding included; T <= max_tokens <= C.
+                An engine that knows the step's largest batch gives it, and our experts make no launches for rows that cannot
+                come. Ranks need not give the same, or any. A captured step's promise is one for all replays. Where it is broken,
+                results are right and slower; with TOKENFERRY_DEBUG=1 the next `begin_step` or `check` raises UsageError.
 
         Raises:
-            CapacityError: T > C, or num_real_tokens > T.
+            CapacityError: T > C, num_real_tokens > T, or max_tokens outside of T to C.
             StateError: a dispatch waits for its combine, or the workspace is closed; with TOKENFERRY_DEBUG=1 also if the last
                 step's tensors were written.
             PeerTimeoutError, PeerFailedError: another rank is the cause.
         """
         if torch.compiler.is_compiling():
-            self.num_tokens_traced = num_tokens
-            self.operators.begin_step(num_tokens, num_real_tokens, done)
-            return self._step_tensors.traced(num_tokens, num_real_tokens)
+            self.operators.begin_step(num_tokens, num_real_tokens, done, max_tokens)
+            traced = self._step_tensors.traced(num_tokens, num_real_tokens, max_tokens)
+            self.num_tokens_traced, self.max_expert_rows_traced = num_tokens, traced.max_expert_rows
+            return traced
         lifecycle = self.lifecycle
         lifecycle.enter("begin_step")
         try:
-            return self._begin_step(num_tokens, num_real_tokens, done)
+            return self._begin_step(num_tokens, num_real_tokens, done, max_tokens)
         except BaseException as error:
             self.settle_failure("begin_step", error)
             raise
         finally:
             lifecycle.leave()
 
-    def _begin_step(self, num_tokens: int, num_real_tokens: int | torch.Tensor | None, done: bool) -> Step:
+    def _begin_step(
+        self, num_tokens: int, num_real_tokens: int | torch.Tensor | None, done: bool, max_tokens: int | None
+    ) -> Step:
         transport, settings, lifecycle = self.active_transport, self._settings, self.lifecycle
         transport.launched = False
         lifecycle.begin_step("begin_step")
@@ -294,7 +297,8 @@ class Workspace(GraphCalls):
         real = checked_counts(num_tokens, num_real_tokens, settings.max_tokens_per_rank, settings.group.device)
         if not isinstance(done, bool):
             raise UsageError(f"done must be a bool, got {done!r}")
-        request = StepRequest(self._step_index + 1, num_tokens, real, done or self._says_done, self._promised_equal)
+        check_promise(max_tokens, num_tokens, settings.max_tokens_per_rank)
+        request = StepRequest(self._step_index + 1, num_tokens, real, done or self._says_done, self._promised_equal, max_tokens)
         had_gradient = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # `torch.no_grad()` takes two microseconds
         lifecycle.stage = Stage.NO_STEP  # if the transport raises, the last step's counts may be half overwritten
@@ -303,10 +307,11 @@ class Workspace(GraphCalls):
         finally:
             torch._C._set_grad_enabled(had_gradient)
         self._step_index = request.index
-        self._step, self.num_tokens_traced = self._step_tensors.view(request), num_tokens
+        self._step = step = self._step_tensors.view(request)
+        self.num_tokens_traced, self.max_expert_rows_traced = num_tokens, step.max_expert_rows
         self._num_step_writes = self._step_tensors.num_writes
         lifecycle.enter_ready()
-        return self._step
+        return step
 
     def dispatcher(self) -> Dispatcher:
         """A dispatcher for the next MoE layer. All ranks ask in the same order; the number names the layer in errors.
@@ -387,10 +392,6 @@ class Workspace(GraphCalls):
         finally:
             with self._telling:
                 self._settings = dataclasses.replace(self._settings, open_timeout_s=old.open_timeout_s)
-
-    def __enter__(self) -> Workspace:
-        self.lifecycle.require_open("with")
-        return self
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         refuse_pickling(self, "it stands on memory and connections of this process: open one in the process of each rank")

@@ -52,6 +52,21 @@ for label, value, error, said in (
     ("on-meta", torch.zeros(1, dtype=torch.int32, device="meta"), DeviceError, "on meta but the workspace is on cpu"),
 ):
     add(f"num_real_tokens-is-{label}", "stepped", error, said, lambda s, v=value: s.ws.begin_step(T, v))
+for label, value, error, said in (
+    ("below-num_tokens", T - 1, CapacityError, "num_tokens, 3, and the workspace's max_tokens_per_rank, 5; got 2"),
+    ("over-capacity", C + 1, CapacityError, "num_tokens, 3, and the workspace's max_tokens_per_rank, 5; got 6"),
+    ("a-bool", True, UsageError, "an int or None, got True"),
+    ("a-float", 3.0, UsageError, "an int or None, got 3.0"),
+    ("a-string", "3", UsageError, "an int or None, got '3'"),
+    ("a-tensor", torch.tensor(3), UsageError, r"an int or None, got tensor\(3\)"),
+):
+    add(
+        f"max_tokens-is-{label}",
+        "opened",
+        error,
+        f"max_tokens must .*{said}",
+        lambda s, v=value: s.ws.begin_step(T, max_tokens=v),
+    )
 add("done-is-a-number", "stepped", UsageError, "done must be a bool, got 1", lambda s: s.ws.begin_step(T, done=1))
 for stage, said in (
     ("dispatching", "between dispatch_begin and dispatch_end in layer 0; call dispatch_end"),

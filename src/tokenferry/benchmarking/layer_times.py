@@ -18,12 +18,15 @@ PASSES: Final = 2
 STAGES: Final = ("shared", "router", "dispatch", "experts", "combine")
 
 
-def time_layer(timer: GroupTimer, ws: Workspace, layer: MoELayer, rows: list[torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
-    """Microseconds of a layer, and what the layers of the last pass gave."""
+def time_layer(
+    timer: GroupTimer, ws: Workspace, layer: MoELayer, rows: list[torch.Tensor], *, promised: bool = True
+) -> tuple[float, list[torch.Tensor]]:
+    """Microseconds of a layer, and what the layers of the last pass gave. `promised`: steps say that no rank brings more rows, as
+    is the case here, and engines know in decode."""
     outputs: list[torch.Tensor] = []
 
     def chain() -> None:
-        ws.begin_step(len(rows[0]))
+        ws.begin_step(len(rows[0]), max_tokens=len(rows[0]) if promised else None)
         outputs[:] = [layer(hidden) for _ in range(PASSES) for hidden in rows]
 
     time_us, _ = timer.time_graph(chain, POSITIONS * PASSES)
@@ -57,7 +60,7 @@ def time_stages(timer: GroupTimer, ws: Workspace, layer: MoELayer, rows: list[to
     marks = [[torch.cuda.Event(enable_timing=True, external=True) for _ in range(len(STAGES) + 1)] for _ in rows]
 
     def chain() -> None:
-        ws.begin_step(len(rows[0]))
+        ws.begin_step(len(rows[0]), max_tokens=len(rows[0]))
         for hidden, mark in zip(rows, marks, strict=True):
             _marked_layer(layer, hidden, mark)
 

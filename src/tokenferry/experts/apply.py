@@ -50,7 +50,9 @@ def apply_experts(
         dtype: with `QuantizedRows`: of the rows between the products, and of a new `out`; of hidden rows otherwise. Default: the
             weights', bfloat16 for float8 weights. float8 weights multiply `QuantizedRows` as they are, others what these stand
             for, rounded to `dtype`.
-        max_rows: with `scratch`: a promise that no expert gets more rows (C·EP, if no row names an expert twice).
+        max_rows: with `scratch`: a promise that no expert gets more rows (C·EP, if no row names an expert twice). Broken, the
+            result is right and slower. `dispatched.max_expert_rows` is not looked at here: `Experts` chooses by it between
+            kernels that it has prepared.
 
     Returns:
         `out`, [R, H].

@@ -14,6 +14,7 @@ from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched, PartialRows
 from tokenferry.errors import ShapeError
 from tokenferry.experts.apply import apply_checked
+from tokenferry.experts.plan import class_of_rows
 from tokenferry.experts.scratch import ExpertScratch
 from tokenferry.experts.weights import ExpertWeights, check_rows, check_weights
 
@@ -108,6 +109,6 @@ class BorrowedExperts:
             out,
             scratch=self.scratch,
             batch_invariant=self.batch_invariant,
-            max_rows=self._max_rows,
+            max_rows=class_of_rows(self._max_rows, dispatched.max_expert_rows, self.batch_invariant),
             dtype=self.dtype,
         )

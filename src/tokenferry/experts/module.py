@@ -19,6 +19,7 @@ from tokenferry.errors import ConfigError, DeviceError, DtypeError, ShapeError, 
 from tokenferry.experts import mxfp4
 from tokenferry.experts.apply import apply_checked
 from tokenferry.experts.float8 import quantize_weights
+from tokenferry.experts.plan import class_of_rows
 from tokenferry.experts.scratch import ExpertScratch
 from tokenferry.experts.weights import ExpertsConfig, ExpertWeights, check_weights
 from tokenferry.precision import KeepsPrecision, refuse_conversion
@@ -331,7 +332,7 @@ class Experts(KeepsPrecision):
             out,
             scratch=self.scratch,
             batch_invariant=self.batch_invariant,
-            max_rows=self._max_rows,
+            max_rows=class_of_rows(self._max_rows, dispatched.max_expert_rows, self.batch_invariant),
             dtype=weights.up_proj.dtype if weights.up_scale is None else self._hidden_dtype,
         )
 

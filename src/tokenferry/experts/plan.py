@@ -62,6 +62,24 @@ FEW_ROWS = 64
 take the same time, within 2 %."""
 
 
+def classes_of_rows(max_rows: int, batch_invariant: bool) -> tuple[int, ...]:
+    """The values of `plan(max_rows=...)` that calls with at most `max_rows` rows an expert ask for. All of them are prepared, so
+    that no step loads a kernel."""
+    return (max_rows,) if batch_invariant or max_rows <= FEW_ROWS else (max_rows, FEW_ROWS)
+
+
+def class_of_rows(max_rows: int | None, max_expert_rows: int | None, batch_invariant: bool) -> int | None:
+    """Which of them serves a step that has promised at most `max_expert_rows` rows an expert. `max_rows`: None if nothing is
+    prepared.
+
+    Example:
+        class_of_rows(8192, 64, False) == 64; class_of_rows(8192, 65, False) == 8192; class_of_rows(8192, 64, True) == 8192
+    """
+    if max_rows is None or max_expert_rows is None or max_expert_rows > FEW_ROWS:
+        return max_rows
+    return classes_of_rows(max_rows, batch_invariant)[-1]
+
+
 def plan(
     dtype: torch.dtype,
     up_depth: int,
@@ -84,14 +102,16 @@ def plan(
         scaled: float8 weights with block scales.
         packed: MXFP4 weights.
         in_blocks: these are laid out for `Tiles.in_blocks`.
-        max_rows: most rows that an expert can get (C·EP), None if unknown.
+        max_rows: most rows that an expert can get (C·EP, or what a step has promised), None if unknown. No plan leaves out an
+            expert that gets more all the same.
     """
     halves = 2 if gated else 1
     if dtype == torch.float32:  # no tensor cores: meant for checks
         tiles = Tiles(rows=32, rows_few=32, columns=64 // halves, depth=32, num_warps=4, num_stages=2, programs_per_sm=4)
         return Plan(up=(tiles,), down=(tiles,))
     if packed:
-        return _packed(halves, batch_invariant, max_rows)
+        packed_plan = _packed(halves, batch_invariant, max_rows)
+        return Plan(up=_without_limit(packed_plan.up), down=_without_limit(packed_plan.down))
     if in_blocks:
         return _plan_in_blocks(batch_invariant, max_rows)
     if batch_invariant:
@@ -144,6 +164,16 @@ def _packed(halves: int, batch_invariant: bool, max_rows: int | None) -> Plan:
         replace(tiles, columns=tiles.columns * halves) for tiles in (by_warp, *(t for t in (few, many, wide) if t in possible))
     ]
     return Plan(up=tuple(up), down=tuple(down))
+
+
+def _without_limit(launches: tuple[Tiles, ...]) -> tuple[Tiles, ...]:
+    """The same launches, of which those for the most rows have no upper limit: where a promise is broken, their tiles come again
+    and again."""
+    of_any_pairs = [tiles for tiles in launches if not tiles.max_pairs]
+    if any(not tiles.max_rows for tiles in of_any_pairs):
+        return launches
+    last = max(tiles.max_rows for tiles in of_any_pairs)
+    return tuple(replace(each, max_rows=0) if each.max_rows == last and not each.max_pairs else each for each in launches)
 
 
 def _plan_in_blocks(batch_invariant: bool, max_rows: int | None) -> Plan:

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tokenferry.activations import Activation
 from tokenferry.dispatched import Dispatched, PartialRows, QuantizedRows
-from tokenferry.experts.plan import Plan, Tiles
+from tokenferry.experts.plan import FEW_ROWS, Plan, Tiles, classes_of_rows
 from tokenferry.experts.scratch import Buffers, ExpertScratch, RowShape
 from tokenferry.experts.variants import (
     Variant,
@@ -122,7 +122,7 @@ def prepare(
     hidden_dtype: torch.dtype | None = None,
     quantized_rows: bool = False,
 ) -> None:
-    """Loads the kernels, and takes the memory, for calls with up to `max_rows` gathered rows.
+    """Loads the kernels, and takes the memory, for calls with up to `max_rows` gathered rows, and for steps that promise few.
 
     Args:
         weights, activation: of the experts.
@@ -135,18 +135,19 @@ def prepare(
         quantized_rows: whether a dispatch gives `QuantizedRows`.
     """
     dtype = hidden_dtype or (torch.bfloat16 if weights.is_packed else weights.up_proj.dtype)
-    variant = variant_of(
-        weights,
-        activation,
-        topk,
-        dtype,
-        index_dtype,
-        out_dtype,
-        batch_invariant=batch_invariant,
-        max_rows=max_rows,
-        quantized_rows=quantized_rows,
-    )
-    load(variant, scratch)
+    for rows in classes_of_rows(max_rows, batch_invariant):
+        variant = variant_of(
+            weights,
+            activation,
+            topk,
+            dtype,
+            index_dtype,
+            out_dtype,
+            batch_invariant=batch_invariant,
+            max_rows=rows,
+            quantized_rows=quantized_rows,
+        )
+        load(variant, scratch)
     scratch.reserve(row_shape(variant), max_rows, variant.num_local_experts, dtype)
 
 
@@ -341,4 +342,5 @@ def _programs(tiles: Tiles, width: int, variant: Variant, num_sms: int) -> int:
         return INTERPRETED_PROGRAMS
     most = tiles.programs_per_sm * num_sms
     blocks = variant.num_local_experts * -(-width // tiles.columns)
-    return most if tiles.max_rows == 0 else min(most, blocks)
+    has_few_rows = tiles.max_rows > 0 or (variant.max_rows is not None and variant.max_rows <= FEW_ROWS)
+    return min(most, blocks) if has_few_rows else most

@@ -53,7 +53,7 @@ class DebugTransport(TransportWrapper):
         self._checks.report()
         self._checks.look()
         super().begin_step(request, layer)
-        self._checks.step_was_published()
+        self._checks.step_was_published(request.max_tokens)
 
     # --- dispatch ---------------------------------------------------------------------------------------------------
 

@@ -14,9 +14,11 @@ from tokenferry.step import StepTensors
 from tokenferry.transports.base import SymmetricMemory, TransportSettings
 
 CANARY: Final = 0xA5
-LOW, HIGH, WRITTEN, OVERRUN, COUNTS, CHANGED, SCALES, TERM_SCALES = range(8)
+LOW, HIGH, WRITTEN, OVERRUN, COUNTS, CHANGED, SCALES, TERM_SCALES, BROUGHT = range(9)
 INPUTS: Final = ("hidden", "topk_idx", "topk_weights", "partial")
 """Of the sending halves, numbered from 1 in what the device found."""
+COUNT_BITS: Final = 24
+"""Of a number of tokens in what the device found of broken promises: rank + 1, then what it brought, then what was promised."""
 
 
 class Checks:
@@ -28,14 +30,16 @@ class Checks:
         self._rank, self._size, self._max_tokens_per_rank = settings.group.rank, settings.group.size, settings.max_tokens_per_rank
         device = settings.group.device
         # 64 bits, as wide as an expert number: in 32 the report of 2**40 named a number that nobody had sent.
-        self._found = torch.zeros(8, dtype=torch.int64, device=device)
+        self._found = torch.zeros(9, dtype=torch.int64, device=device)
         is_cuda = device.type == "cuda"
-        self._mirror = torch.zeros(8, dtype=torch.int64, device="cpu", pin_memory=True) if is_cuda else self._found
+        self._mirror = torch.zeros(9, dtype=torch.int64, device="cpu", pin_memory=True) if is_cuda else self._found
         self._has_step = torch.zeros(1, dtype=torch.bool, device=device)
+        self._rank_bits = torch.arange(1, self._size + 1, dtype=torch.int64, device=device) << 2 * COUNT_BITS
         self._canaries = None if memory is None else Canaries(memory)
 
-    def step_was_published(self) -> None:
-        """Whether what was published are counts of this workspace, and their sum, this rank's offset and the largest agree."""
+    def step_was_published(self, max_tokens: int | None) -> None:
+        """Whether what was published are counts of this workspace, and their sum, this rank's offset and the largest agree; and
+        whether they keep this rank's promise, if it gave one."""
         with torch.no_grad():
             self._published.copy_(self._packed)
             self._has_step.fill_(True)
@@ -43,6 +47,9 @@ class Checks:
             wanted = torch.stack([tokens.sum(), tokens[: self._rank].sum(), tokens.max()])
             wrong = ((tokens < 0) | (tokens > self._max_tokens_per_rank)).any() | (told != wanted).any()
             self._found[COUNTS].copy_(torch.maximum(self._found[COUNTS], wrong))
+            if max_tokens is not None:
+                more = (self._rank_bits + (tokens.long() << COUNT_BITS) + max_tokens) * (tokens > max_tokens)
+                self._found[BROUGHT].copy_(torch.maximum(self._found[BROUGHT], more.max()))
 
     def check_ids(self, topk_idx: torch.Tensor) -> None:
         """Whether all are expert numbers; on CUDA there is no other check of them."""
@@ -87,7 +94,8 @@ class Checks:
         """Raises what was found so far; with `wait`, what the device has found by now. The next report starts anew.
 
         Raises:
-            UsageError: an expert number that there is not, or a scale that there cannot be.
+            UsageError: an expert number that there is not, a scale that there cannot be, or a rank that brought more tokens than
+                this one promised.
             StateError: a step's tensors were written, or memory where no region of the symmetric buffer lies; or a step's counts
                 cannot be; or the inputs of a sending half were changed before the receiving half.
         """
@@ -96,7 +104,7 @@ class Checks:
         found = (self._found if wait else self._mirror).tolist()
         if not any(found):
             return
-        low, high, written, overrun, counts, changed, scales, term_scales = found
+        low, high, written, overrun, counts, changed, scales, term_scales, brought = found
         said = self._canaries.describe(overrun) if overrun and self._canaries is not None else ""
         self._start_anew()
         if low or high:
@@ -112,6 +120,8 @@ class Checks:
                 f"a step published counts that do not fit one another, or exceed {self._max_tokens_per_rank} rows a rank: "
                 "memory of the workspace was overwritten"
             )
+        if brought:
+            raise _promise_broken(brought)
         if changed:
             raise input_changed(INPUTS[changed - 1])
         raise StateError(f"{said}, was written: a kernel stored outside of its tensor")
@@ -164,6 +174,16 @@ def input_changed(name: str) -> StateError:
     return StateError(
         f"{name} was changed between the two halves; it belongs to the call until its _end has returned: write to another "
         "tensor, or call the whole operation"
+    )
+
+
+def _promise_broken(brought: int) -> UsageError:
+    rest, promised = divmod(brought, 1 << COUNT_BITS)
+    number, count = divmod(rest, 1 << COUNT_BITS)
+    return UsageError(
+        f"rank {number - 1} brought {count} tokens to a step for which this rank had promised max_tokens={promised}; give "
+        "begin_step the most that any rank brings, padding included, or no max_tokens: without debug mode the results are right, "
+        "and slower"
     )
 
 
