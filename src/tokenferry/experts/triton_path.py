@@ -339,5 +339,6 @@ def _programs(tiles: Tiles, width: int, variant: Variant, num_sms: int) -> int:
     if wire.INTERPRETED:
         return INTERPRETED_PROGRAMS
     most = tiles.programs_per_sm * num_sms
-    blocks = variant.num_local_experts * -(-width // tiles.columns)
+    columns = tiles.columns if tiles.by_warp is None else min(tiles.columns, tiles.by_warp.columns)
+    blocks = variant.num_local_experts * -(-width // columns)
     return most if tiles.max_rows == 0 else min(most, blocks)

@@ -173,7 +173,7 @@ def product_of_few(
     position, pair, source, a = rows_of_tile(given, kind, begin, num, BM, BD)
     x = rows_of_steps(given, kind, a, source, 0, BD, UNROLL)
     total = tl.zeros([N, BM], tl.float32)
-    for step in range(UNROLL, DEPTH_BLOCKS + UNROLL, UNROLL):
+    for step in tl.range(UNROLL, DEPTH_BLOCKS + UNROLL, UNROLL, num_stages=1):  # what is loaded ahead stands in registers
         ahead = tl.minimum(step, DEPTH_BLOCKS - UNROLL)
         next_word, next_scale = weights_of_steps(words, factors, ahead, UNROLL)
         next_x = rows_of_steps(given, kind, a, source, ahead, BD, UNROLL)
@@ -187,25 +187,3 @@ def product_of_few(
         scale = next_scale
         x = next_x
     store_sums(given, kind, total, position, pair, num, expert, first_column, BM, BN)
-
-
-@triton.jit
-def product(
-    given,
-    kind,
-    expert,
-    begin,
-    num,
-    first_column,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    UNROLL: tl.constexpr,
-    WAITS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """The tile by the one or the other of the two above."""
-    if UNROLL > 0:
-        product_of_few(given, kind, expert, begin, num, first_column, BM, BN, BD, UNROLL, WAITS, PDL)
-    else:
-        unpacked_product(given, kind, expert, begin, num, first_column, BM, BN, BD)
