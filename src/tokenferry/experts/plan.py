@@ -36,8 +36,8 @@ class Tiles:
         min_rows, max_rows: it serves experts with min_rows <= rows <= max_rows; max_rows 0 means no upper limit.
         rows_few: where at most so many rows of an expert are left, the tile has so many.
         rows_wide: of packed weights: tiles of so many rows, more than `rows`, as long as they are full; 0: none.
-        after: of packed weights: it serves what another launch, of tiles of so many rows, leaves of an expert: at most `max_rows`.
-            `min_rows` and `max_rows` are of what is left there. 0: of all rows of an expert.
+        after: of packed weights: it serves what another launch, of tiles of so many rows, leaves of an expert, which is at most
+            `max_rows`; the other one has `min_rows` rows at least in its last tile. 0: it leaves no row that it could serve.
         rows, columns, depth: of a tile; `columns` are of the output, so a gated product reads twice as many.
         num_warps, num_stages: of a program, and of its pipeline.
         programs_per_sm: the launch has at most so many programs for each SM, which take tiles in turn.

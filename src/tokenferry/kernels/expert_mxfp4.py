@@ -67,7 +67,7 @@ def share_of_tiles(
     WAITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """This program's share of the tiles of BM rows that hold the rows begin .. end - 1 of each expert: number `number`, and further
+    """This program's share of the tiles of BM rows that hold the rows begin .. end - 1 of each expert: tile `number`, and further
     ones in steps of all programs. By `product_of_few` with UNROLL steps, or with 0 by `unpacked_product`.
 
     Returns:
@@ -177,8 +177,8 @@ def expert_mxfp4_kernel(
         weights, scales: [L, blocks of columns, blocks of depth, 512] and [.., 32].
         out_scales: not used.
         GATHERED: the gathered rows came as float8 with `row_scales`; they become numbers of the dtype of `out`.
-        LARGE_ROWS, MAX_REST, IS_REST: one launch serves the rows of an expert in steps of LARGE_ROWS, as long as more than MAX_REST
-            are left; another one, with IS_REST, what is then left. LARGE_ROWS 0: this launch serves all rows.
+        LARGE_ROWS, MAX_REST, IS_REST: one launch serves an expert in steps of LARGE_ROWS rows as long as more than MAX_REST are
+            left; another one, with IS_REST, serves what is left then. LARGE_ROWS 0: this launch serves all rows.
         BM_FEW, BM, BM_WIDE: rows of tiles, equal ones being one kind: of BM_WIDE as long as they are full, then of BM as long as
             more than BM_FEW are left, then of BM_FEW.
         WARP_PAIRS: where all experts together have at most so many rows, `product_of_few` computes all tiles, of WARP_BM rows and
