@@ -238,6 +238,6 @@ def test_each_row_is_served_by_one_launch_of_each_product(max_rows: int | None) 
 
 def test_few_rows_are_left_to_the_launch_of_small_tiles() -> None:
     """At 130 rows an expert has one tile of 128 and one of 16, not two of 128."""
-    large, few = plan(torch.bfloat16, 2880, 2880, packed=True).up
+    few, large = plan(torch.bfloat16, 2880, 2880, packed=True).up
     found = {count: (len(rows_served(large, count)), len(rows_served(few, count))) for count in (1, 64, 65, 130, 193, 600)}
     assert found == {1: (0, 1), 64: (0, 64), 65: (65, 0), 130: (128, 2), 193: (193, 0), 600: (600, 0)}

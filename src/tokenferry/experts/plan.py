@@ -133,19 +133,18 @@ pairs, the same time at 30, 112 instead of 93 at 127."""
 def _packed(halves: int, batch_invariant: bool, max_rows: int | None) -> Plan:
     """Of MXFP4 weights, whose columns are what tensor cores take as rows: 64 at a time for each four warps, or 16 for a warp."""
     few = Tiles(
-        rows=32, rows_few=16, columns=128, depth=64, num_warps=4, num_stages=4, programs_per_sm=3, max_rows=FEW_ROWS, after=128,
+        rows=32, rows_few=16, columns=128, depth=64, num_warps=4, num_stages=4, programs_per_sm=8, max_rows=FEW_ROWS, after=128,
         by_warp=WarpTiles(max_pairs=BY_WARP_PAIRS, columns=64, steps=5),
     )  # fmt: skip
     many = Tiles(
-        rows=128, rows_few=128, rows_wide=256, columns=128, depth=64, num_warps=8, num_stages=3, programs_per_sm=1,
-        min_rows=FEW_ROWS + 1,
+        rows=128, rows_few=128, columns=128, depth=64, num_warps=4, num_stages=4, programs_per_sm=2, min_rows=FEW_ROWS + 1,
     )  # fmt: skip
     if batch_invariant:
-        few = replace(few, rows=64, rows_few=64, programs_per_sm=8, max_rows=0, after=0, by_warp=None)
+        few = replace(few, rows=64, rows_few=64, max_rows=0, after=0, by_warp=None)
     if batch_invariant or (max_rows is not None and max_rows <= FEW_ROWS):
         few = replace(few, after=0)
         return Plan(up=(_halved(few, halves),), down=(few,))
-    return Plan(up=(_halved(many, halves), _halved(few, halves)), down=(few, many))
+    return Plan(up=(_halved(few, halves), _halved(many, halves)), down=(few, many))
 
 
 def _halved(tiles: Tiles, halves: int) -> Tiles:

@@ -79,7 +79,7 @@ def share_of_tiles(
     ends = tl.cumsum(tiles, 0)
     total = wire_warp.same_for_all(tl.sum(tiles))
     programs = tl.num_programs(0)
-    for tile in range(number, total, programs):
+    for tile in tl.range(number, total, programs, num_stages=1):  # else rows may be loaded before the launch has waited for them
         expert = tl.sum((ends <= tile).to(tl.int32))
         first = tl.sum(tl.where(lanes == expert, offset + begin, 0))
         num = wire_warp.same_for_all(tl.sum(tl.where(lanes == expert, end - begin, 0)))
