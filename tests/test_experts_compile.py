@@ -108,17 +108,9 @@ def test_three_programs_for_few_packed_rows_fit_on_an_sm(product, tmp_path) -> N
 @pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 @pytest.mark.parametrize("size", [96, 160, 2880])
 def test_packed_products_read_no_activated_row_before_they_wait_for_it(size) -> None:
-    """Weights alone are asked for before. Where all steps along the depth are written out, no loop is left around them but that over
-    tiles, whose loads the compiler would bring forward."""
-    small = variant(
-        size,
-        size,
-        4,
-        3,
-        weight_dtype=torch.int32,
-        up_strides=(4 * 45 * 512, 512, 512, 1),
-        down_strides=(4 * 45 * 512, 512, 512, 1),
-    )
+    """Weights alone are asked for before. Where all steps along the depth are written out, no loop is left around them but that
+    over tiles, whose loads the compiler would bring forward."""
+    small = variant(size, size, 4, 3, weight_dtype=torch.int32)
     spec, *_ = variants.specs(small, torch.device("cpu")).down
     assert dict(spec.constants)["WARP_PAIRS"] > 0
     ptx = triton.compile(spec.source(), target=GPUTarget("cuda", 90, 32), options=spec.options()).asm["ptx"]
