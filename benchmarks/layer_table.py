@@ -79,6 +79,13 @@ def goals(record: dict) -> Iterator[tuple[str, float, float]]:
             yield rival, total, record[f"{rival}_us"]
 
 
+def kind_of(name: str, record: dict) -> str:
+    """What kind of goal `goals` gives by this name, in words."""
+    if name == "floor":
+        return "floor at T <= 32" if record["tokens"] <= FEW else "floor at T = 512"
+    return name if name in ("total", "experts") else "no slower than " + name
+
+
 def moved_total(record: dict) -> float | None:
     """The goal in microseconds, moved by what this run's floor is above or below the one that it was set by."""
     at = record["preset"], record["tokens"]
@@ -123,9 +130,7 @@ def summary(records: list[dict]) -> Iterator[str]:
     counted: dict[str, list[bool]] = {}
     for record in records:
         for name, found, most in goals(record):
-            kind = name if name in ("total", "floor", "experts") else "no slower than " + name
-            at = "" if name != "floor" else " at T <= 32" if record["tokens"] <= FEW else " at T = 512"
-            counted.setdefault(kind + at, []).append(found <= most)
+            counted.setdefault(kind_of(name, record), []).append(found <= most)
     for kind, reached in counted.items():
         yield f"- {kind}: {sum(reached)} of {len(reached)}"
 

@@ -4,9 +4,9 @@ python benchmarks/telemetry.py OUTPUT.jsonl [--commit HASH] [--hidden 7168,2048]
     [--ranks 2] [--cpu]
 
 Ways: "off" without telemetry, measured first and last; "waits" with it, the experts' rows counted by the experts, as our own do;
-"numbers" with the gathered numbers counted by a launch of its own, as where experts are somebody else's; "stopped" after stop().
+"numbers" with the gathered numbers counted by the combine, as where experts are somebody else's; "stopped" after stop().
 Each is the median of a graph of round trips in a workspace of C = 4096, results compared with the reference. Both workspaces are
-open at once and are measured in turn. With TRITON_INTERPRET=1, --cpu rehearses it; its times say nothing.
+open at once and are measured in turn. --cpu rehearses it, in Triton's interpreter; its times say nothing.
 
 python benchmarks/telemetry.py RECORDS.jsonl --table
 
@@ -146,7 +146,8 @@ def main() -> None:
         return
     hidden_sizes, tokens = ([int(size) for size in text.split(",")] for text in (given.hidden, given.tokens))
     arguments = str(given.output), hidden_sizes, tokens, given.layers.split(","), given.commit
-    run_ranks(worker, given.ranks, *arguments, backend="gloo" if given.cpu else "nccl", timeout_s=600.0)
+    backend, env = ("gloo", {"TRITON_INTERPRET": "1"}) if given.cpu else ("nccl", None)
+    run_ranks(worker, given.ranks, *arguments, backend=backend, timeout_s=600.0, env=env)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """A stand-in for the NVLink switch, for interpreted ranks."""
 
+from typing import Any
+
 from tokenferry.transports.base import StepTensors, Transport, TransportSettings
 from tokenferry.transports.symmetric import transport as symmetric
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
@@ -24,8 +26,15 @@ class Nvls:
     name = "nvls"
 
     def open(self, settings: TransportSettings, step_tensors: StepTensors) -> Transport:
-        before, symmetric.SymmetricBuffer = symmetric.SymmetricBuffer, WithSwitch
-        try:
-            return symmetric.SymmetricTransport(settings, step_tensors, multicast=True)
-        finally:
-            symmetric.SymmetricBuffer = before
+        return opened(settings, step_tensors, multicast=True)
+
+
+def opened(settings: TransportSettings, step_tensors: StepTensors, *, multicast: bool, **cut: Any) -> Transport:
+    """A symmetric transport, with such a switch if it multicasts."""
+    if not multicast:
+        return symmetric.SymmetricTransport(settings, step_tensors, **cut)
+    before, symmetric.SymmetricBuffer = symmetric.SymmetricBuffer, WithSwitch
+    try:
+        return symmetric.SymmetricTransport(settings, step_tensors, multicast=True, **cut)
+    finally:
+        symmetric.SymmetricBuffer = before

@@ -15,6 +15,7 @@ from patience import PATIENT_S
 from tokenferry.experts import Experts, ExpertsConfig
 from tokenferry.graph_capture import captured
 from tokenferry.telemetry import Snapshot, loads_of
+from tokenferry.testing.data import RankInputs, make_inputs
 
 DELAY_S = 0.05
 NUM_STEPS = 6
@@ -81,6 +82,42 @@ def counts_by_hand(group: tf.EPGroup, transport: str) -> dict[str, Any]:
         return ws.telemetry.snapshot().to_dict()
 
 
+def bytes_of_rounds(group: tf.EPGroup, transport: str, tokens: list[list[int]], formats: dict[str, Any]) -> dict[str, Any]:
+    """A round for each rank's rows."""
+    with opened(group, transport, telemetry=True, **formats) as ws:
+        dispatcher = ws.dispatcher()
+        for of_ranks in tokens:
+            num_tokens = of_ranks[group.rank]
+            hidden = torch.ones(num_tokens, CONFIG.hidden_size, dtype=CONFIG.dtype, device=ws.device)
+            ids = torch.zeros(num_tokens, CONFIG.topk, dtype=torch.int32, device=ws.device)
+            ws.begin_step(num_tokens)
+            got = dispatcher.dispatch(hidden, ids, torch.ones(num_tokens, CONFIG.topk, device=ws.device))
+            rows = got.topk_idx.shape[0], CONFIG.hidden_size
+            dispatcher.combine(torch.ones(rows, dtype=CONFIG.dtype, device=ws.device), got)
+        ws.check()
+        settle(ws)
+        return ws.telemetry.snapshot().to_dict()
+
+
+def check_bytes_of_rounds(told: list[dict[str, Any]], tokens: list[list[int]], row_bytes: int, term_bytes: int) -> None:
+    """Each rank gets everybody's rows, and from each rank the terms of its own."""
+    by_rank = [sum(each) for each in zip(*tokens, strict=True)]
+    for rank, each in enumerate(told):
+        assert list(each["rows"]) == by_rank
+        assert list(each["num_bytes"]) == [number * row_bytes for number in by_rank]
+        assert list(each["num_term_bytes"]) == [by_rank[rank] * term_bytes] * len(told)
+
+
+TOKENS_OF_ROUNDS = [[3, 1], [0, 2], [5, 4]]
+BYTES_OF_ROUNDS = {
+    "same": ({}, 2 * CONFIG.hidden_size, 2 * CONFIG.hidden_size),
+    "fp8-rows": ({"dispatch_format": "fp8_block128"}, CONFIG.hidden_size + 16, 2 * CONFIG.hidden_size),
+    "fp8-terms": ({"combine_dtype": torch.float8_e4m3fn}, 2 * CONFIG.hidden_size, CONFIG.hidden_size + 16),
+    "fp32-terms": ({"combine_dtype": torch.float32}, 2 * CONFIG.hidden_size, 4 * CONFIG.hidden_size),
+}
+"""Settings, and the bytes of a row and of a term; a row of float8 has one scale here, rounded up to 16 bytes."""
+
+
 def check_counts_by_hand(told: dict[str, Any]) -> None:
     rank, size, rounds = told["rank"], told["size"], (4, 2)
     own = range(rank * CONFIG.num_experts // size, (rank + 1) * CONFIG.num_experts // size)
@@ -91,6 +128,63 @@ def check_counts_by_hand(told: dict[str, Any]) -> None:
     assert told["num_rounds"] == 6
     assert list(told["rows"]) == [TOKENS * 6] * size
     assert list(told["num_bytes"]) == [TOKENS * 6 * CONFIG.hidden_size * CONFIG.dtype.itemsize] * size
+    assert list(told["num_term_bytes"]) == list(told["num_bytes"])  # of terms in the same format, from each rank
+
+
+def loads_of_random_numbers(
+    group: tf.EPGroup, transport: Any, steps: tuple[tuple[int, ...], ...], config: tf.MoEConfig, settings: dict[str, Any]
+) -> tuple[list[int], list[int]]:
+    """A round a step, to which each rank brings so many rows; some pass their terms on where they lie, and some call both halves.
+    What was counted for each expert, and what should have been. Nothing is while it is stopped, nor in `solo`."""
+    sizes = {"max_tokens_per_rank": max(max(tokens) for tokens in steps), "telemetry": True, **settings}
+    wanted, own = torch.zeros(config.num_experts, dtype=torch.int64), group.expert_range(config.num_experts)
+    with tf.Workspace(config, group, transport=switch.transport(transport), **sizes) as ws:
+        dispatcher, rank = ws.dispatcher(), group.rank
+
+        def round_of(step: int, inputs: list[RankInputs]) -> None:
+            ids = inputs[rank].topk_idx.to(ws.device)
+            hidden = inputs[rank].hidden.to(ws.device)
+            if ws.dispatch_format.name == "bytes":
+                hidden = hidden.view(torch.uint8)
+            got = dispatcher.dispatch(hidden, ids, inputs[rank].topk_weights.to(ws.device))
+            partial = dispatcher.combine_input()
+            if step % 2:
+                partial = torch.ones(got.topk_idx.shape[0], config.hidden_size, dtype=config.dtype, device=ws.device)
+            if step % 3:
+                dispatcher.combine(partial, got)
+            else:
+                dispatcher.combine_begin(partial, got)
+                dispatcher.combine_end()
+
+        for step, tokens in enumerate(steps):
+            inputs = make_inputs(config, tokens, seed=step)
+            ws.begin_step(tokens[rank])
+            round_of(step, inputs)
+            round_of(step + 1, inputs)
+            for each in inputs:
+                named = each.topk_idx.flatten().to(torch.int64)
+                wanted += 2 * torch.bincount(named[named >= 0], minlength=config.num_experts)
+        settle(ws)
+        ws.telemetry.stop()
+        ws.begin_step(tokens[rank])
+        round_of(0, inputs)
+        round_of(1, inputs)
+        settle(ws)
+        ws.telemetry.start()
+        with ws.solo():
+            ws.begin_step(tokens[rank])
+            round_of(1, inputs)
+        ws.check()
+        settle(ws)
+        told = ws.telemetry.snapshot().loads
+    assert len(told) == 1
+    return list(told[0]), [int(count) * (expert in own) for expert, count in enumerate(wanted)]
+
+
+def check_loads_of_random_numbers(seen: list[tuple[list[int], list[int]]]) -> None:
+    for told, wanted in seen:
+        assert told == wanted
+        assert sum(wanted) > 0
 
 
 def counts_of_compiled_code(group: tf.EPGroup, transport: str) -> tuple[int, int, list[int]]:

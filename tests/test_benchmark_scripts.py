@@ -17,7 +17,7 @@ def test_every_script_finds_what_it_imports() -> None:
 
 
 def test_the_list_of_scripts_names_each_of_them() -> None:
-    listed = re.findall(r"`(\w+\.py)`", (SCRIPTS / "README.md").read_text())
+    listed = re.findall(r"^\| `(\w+\.py)` \|", (SCRIPTS / "README.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(path.name for path in SCRIPTS.glob("*.py"))
 
 
@@ -28,6 +28,26 @@ def test_precompile_knows_the_kernels_of_every_layer_that_is_measured() -> None:
         [sys.executable, "-c", ASKED_FOR], cwd=SCRIPTS, capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_precompile_knows_round_trips_with_float8_terms_and_with_telemetry() -> None:
+    """The kernels of each, beside those of plain round trips."""
+    done = subprocess.run([sys.executable, "-c", MORE], cwd=SCRIPTS, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "formats combine_kernel dispatch_kernel",
+        "telemetry combine_kernel counts_kernel dispatch_kernel expert_table_kernel load_counts_kernel",
+    ]
+
+
+MORE = """
+import precompile
+
+plain = set(precompile.round_trip_specs(2048, [precompile.CAPACITY]))
+for setting in ("formats", "telemetry"):
+    more = set(precompile.round_trip_specs(2048, [precompile.CAPACITY], **{setting: True})) - plain
+    print(setting, *sorted({spec.name for spec in more}))
+"""
 
 
 ASKED_FOR = """

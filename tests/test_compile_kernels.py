@@ -45,8 +45,10 @@ DISPATCH = {
 }  # fmt: skip
 COMBINE = {
     "H": 7168, "PARTIAL": tl.bfloat16, "WIRE": tl.bfloat16, "OUT": tl.bfloat16, "WORDS": 4, "BLOCK": 256,
-    "SWITCH_SUM": 0, "MAX_PROGRAMS": 512, "FLAG_BLOCK": 0, "SPLIT": 0, "TELEMETRY": 0, "PDL": 1,
+    "SWITCH_SUM": 0, "MAX_PROGRAMS": 512, "FLAG_BLOCK": 0, "SPLIT": 0, "PDL": 1, **combine.NO_LOADS,
 }  # fmt: skip
+COUNTING = {name: value for name, value in COMBINE.items() if name not in combine.NO_LOADS}
+COUNTING |= {"TELEMETRY": 1, "TOPK": 8, "IDS": tl.int32}
 TABLE = {**expert_table.SIGNATURE, "topk_idx": "*i32"}
 TABLE_SIZES = {"K": 8, "FEW": 1024, "MIDDLE": 4096, "MANY": 8192, "PDL": 1}
 VARIANTS = {
@@ -80,17 +82,23 @@ VARIANTS = {
         {**DISPATCH, "TELEMETRY": 1, "FLAG_BLOCK": 512},
         8,
     ),
-    "combine-telemetry": (combine.combine_kernel, combine.SIGNATURE, {**COMBINE, "TELEMETRY": 1}, 8),
+    "combine-telemetry": (combine.combine_kernel, combine.COUNTING_SIGNATURE, COUNTING, 8),
     "combine-telemetry-few-tokens": (
         combine.combine_kernel,
-        combine.SIGNATURE,
-        {**COMBINE, "TELEMETRY": 1, "FLAG_BLOCK": 512},
+        combine.COUNTING_SIGNATURE,
+        {**COUNTING, "FLAG_BLOCK": 512, "IDS": tl.int64},
         8,
+    ),
+    "combine-telemetry-split": (
+        combine.combine_kernel,
+        combine.COUNTING_SIGNATURE,
+        {**COUNTING, "SPLIT": 2, "BLOCK": 512},
+        16,
     ),
     "combine-fp8-telemetry": (
         combine.combine_kernel,
-        combine.SIGNATURE,
-        {**COMBINE, "WIRE": tl.float8e4nv, "TELEMETRY": 1},
+        combine.COUNTING_SIGNATURE,
+        {**COUNTING, "WIRE": tl.float8e4nv},
         8,
     ),
     "table": (expert_table.expert_table_kernel, TABLE, {**expert_table.NO_LOADS, **TABLE_SIZES}, 8),

@@ -44,7 +44,7 @@ def snapshots() -> list[Snapshot]:
     gathered numbers, of which each tells its own experts'."""
     taken = []
     for rank in range(2):
-        recorder = Recorder(rank, 2, 4, 32, torch.device("cpu"), experts=range(2 * rank, 2 * rank + 2))
+        recorder = Recorder(rank, 2, 4, 32, 32, torch.device("cpu"), experts=range(2 * rank, 2 * rank + 2))
         for step in range(1, 11):
             recorder.step_began(step)
             recorder.is_in_step(step, 5 if step > 2 else 500)
@@ -77,7 +77,7 @@ def test_the_figures_are_those_of_the_snapshots() -> None:
 def test_a_rank_that_was_read_earlier_has_fewer_layers(layers_of_ranks: tuple[int, int], loads: tuple) -> None:
     taken = []
     for rank, num_layers in enumerate(layers_of_ranks):
-        recorder = Recorder(rank, 2, 4, 32, torch.device("cpu"))
+        recorder = Recorder(rank, 2, 4, 32, 32, torch.device("cpu"))
         recorder.step_began(1)
         recorder.is_in_step(1, 5)
         for layer in range(num_layers):
@@ -89,7 +89,7 @@ def test_a_rank_that_was_read_earlier_has_fewer_layers(layers_of_ranks: tuple[in
 
 
 def test_layers_that_share_a_place_are_one_layer_that_runs_often() -> None:
-    recorder = Recorder(0, 1, 4, 32, torch.device("cpu"))
+    recorder = Recorder(0, 1, 4, 32, 32, torch.device("cpu"))
     for step in range(1, 4):
         recorder.step_began(step)
         recorder.is_in_step(step, 10)
@@ -115,7 +115,7 @@ def test_kinds_of_steps_by_hand() -> None:
 def test_replayed_steps_are_a_kind_with_the_rows_that_are_left() -> None:
     taken = []
     for rank in range(2):
-        recorder = Recorder(rank, 2, 4, 32, torch.device("cpu"))
+        recorder = Recorder(rank, 2, 4, 32, 32, torch.device("cpu"))
         for step in range(1, 12):
             recorder.step_began(step)
             if step == 1:
@@ -135,7 +135,7 @@ def test_where_nothing_is_known_of_the_rows_there_are_no_kinds() -> None:
 
 
 def with_tokens(rank: int, tokens: dict[int, int], num_steps: int | None = None) -> Snapshot:
-    recorder = Recorder(rank, 2, 4, 32, torch.device("cpu"))
+    recorder = Recorder(rank, 2, 4, 32, 32, torch.device("cpu"))
     for step in range(1, (num_steps or len(tokens)) + 1):
         recorder.step_began(step)
         if step in tokens:
@@ -192,7 +192,7 @@ def test_a_snapshot_survives_json() -> None:
 
 @pytest.mark.parametrize("num_ranks", [0, 1, 2])
 def test_nothing_counted_is_said(num_ranks: int) -> None:
-    taken = [Recorder(rank, num_ranks, 4, 32, torch.device("cpu")).snapshot() for rank in range(num_ranks)]
+    taken = [Recorder(rank, num_ranks, 4, 32, 32, torch.device("cpu")).snapshot() for rank in range(num_ranks)]
     with pytest.raises(ConfigError, match="nothing was counted"):
         findings_of(taken, MODEL)
 

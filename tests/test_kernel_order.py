@@ -21,7 +21,8 @@ COMBINES = tuple(name for name in VARIANTS if name.startswith("combine"))
 
 TO_A_PEER = re.compile(r"\b(st\.(relaxed|release)\.sys|multimem\.st|red\.\S*\.sys|atom\.\S*\.sys)")
 """Stores and atomics that other GPUs see."""
-TICKET = re.compile(r"\batom\.\S*gpu\S*\.add\.u64")
+TICKET = re.compile(rf"\batom\.\S*gpu\S*\.add\.u64 [^;]*\+ {ROUND_OFFSET}\]")
+"""Telemetry adds to other words."""
 
 
 def instructions(name: str, capability: int) -> list[str]:

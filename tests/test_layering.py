@@ -33,6 +33,7 @@ ALLOWED_BETWEEN_KERNELS = {
     "wire_observer",
     "wire_clock_interpreter",
     "wait_board",
+    "round_loads",
     "waits",
     "launch",
     "driver_launch",

@@ -19,6 +19,15 @@ def test_the_readme_has_fewer_than_150_lines():
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
 
+def test_every_record_is_named_where_its_figures_stand():
+    """In a page or a comment, whole or by how it ends: `2xH100-2026-11-22-tune.jsonl` also as `…-tune.jsonl`."""
+    sources = [*PAGES, *(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    text = "\n".join(path.read_text() for path in sources)
+    names = [path.name for path in (ROOT / "benchmarks" / "results").glob("*.jsonl")]
+    ends = {name: [name] + [name[dash.start() :] for dash in re.finditer("-", name)] for name in names}
+    assert [name for name in names if not any(re.search(rf"(?<![\w-]){re.escape(end)}", text) for end in ends[name])] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_lines_of_text_can_be_read_in_a_terminal(page):
     """Rows of tables cannot be broken."""

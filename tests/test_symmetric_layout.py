@@ -1,11 +1,13 @@
 """Where things lie in symmetric memory, and how much there is of it."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import tokenferry as tf
+from tokenferry.dispatched import LoadsToCount, RowFormat
 from tokenferry.kernels.control_block import CONTROL_BYTES, SPARE_BYTES
 from tokenferry.transports.symmetric import layout as symmetric_layout
 from tokenferry.transports.symmetric.layout import CANARY_BYTES, Region, plan
@@ -83,3 +85,16 @@ def test_rows_of_a_fraction_of_a_packet_are_refused_with_the_remedy() -> None:
         plan(tf.MoEConfig(hidden_size=7, num_experts=8, topk=2), 2, 8, torch.bfloat16)
     with pytest.raises(tf.ConfigError, match="more than 2"):
         plan(CONFIG, 72, 65536, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("dispatch_format", "counts"), [("same", True), ("fp8_block128", True), ("bytes", False)])
+def test_a_combine_counts_numbers_unless_the_dispatch_alone_is_bulk(dispatch_format: str, counts: bool) -> None:
+    """A peer's next dispatch may store numbers as soon as the peer has its terms, and nothing says that they were read."""
+    pytest.importorskip("triton")
+    from tokenferry.transports.symmetric.rank_kernels import RankKernels
+
+    config = tf.MoEConfig(hidden_size=256, num_experts=8, topk=2)
+    layout = plan(config, 2, 64, torch.bfloat16, dispatch_format=RowFormat.of(dispatch_format).resolved(config))
+    kernels = SimpleNamespace(_layout=layout)
+    loads = LoadsToCount(torch.zeros(9, dtype=torch.int64), 1)
+    assert RankKernels.counts_in_combine(kernels, loads) is counts

@@ -1,6 +1,7 @@
 """How dispatch and combine are cut into programs: from tables that were measured, the same on all ranks."""
 
 import types
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -8,11 +9,13 @@ import torch
 
 import tokenferry as tf
 from tokenferry.dispatched import SAME, RowFormat
+from tokenferry.transports.symmetric import loading
 from tokenferry.transports.symmetric.bound_launches import BoundLaunches
 from tokenferry.transports.symmetric.layout import MAX_PROGRAMS, Layout, plan
 from tokenferry.transports.symmetric.tuning import (
     H100_X2,
     INTERPRETED,
+    Cut,
     FewTokens,
     Tuning,
     choose_few_tokens,
@@ -24,6 +27,7 @@ from tokenferry.transports.symmetric.tuning import (
 )
 
 SMS = 132
+ROWS = loading.RowKernels(dispatch={}, dispatch_alone={}, combine={}, grid=264)
 
 
 def settings(
@@ -52,35 +56,65 @@ def test_the_smallest_wave_that_has_a_thread_for_each_packet(num_packets: int, n
     assert tuning_for(num_packets, SMS) == Tuning(num_warps=num_warps, max_programs=max_programs)
 
 
-@pytest.mark.parametrize(
-    ("max_tokens_per_rank", "ep_size", "max_tokens", "fewest_tokens"),
-    [
-        pytest.param(4096, 2, 37, 9, id="33792-threads-for-901-packets-a-row"),
-        pytest.param(4096, 8, 5, 1, id="shared-by-seven-peers"),
-        pytest.param(75, 2, 37, 9, id="where-every-step-goes-in-slots"),
-    ],
-)
-def test_few_tokens_have_a_thread_for_each_packet(
-    max_tokens_per_rank: int, ep_size: int, max_tokens: int, fewest_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    few = few_tokens_of(settings(max_tokens_per_rank, ep_size=ep_size), monkeypatch)
-    assert few == FewTokens(tuning=Tuning(num_warps=8, max_programs=132), max_tokens=max_tokens, fewest_tokens=fewest_tokens)
+@dataclass(frozen=True)
+class FewCase:
+    """How a workspace's launches for few tokens are cut: (most rows, programs) of dispatch and combine."""
+
+    name: str
+    dispatch: tuple[tuple[int, int], ...]
+    combine: tuple[tuple[int, int], ...]
+    max_tokens_per_rank: int = 4096
+    ep_size: int = 2
+    dispatch_format: str = "same"
+    combine_dtype: torch.dtype = torch.bfloat16
+
+
+PLAIN = ((9, 66), (37, 132), (75, 264))
+QUANTIZED = ((18, 66), (73, 132), (146, 264))
+FEW = [
+    FewCase("896-packets-a-row-each-way", PLAIN, PLAIN),
+    FewCase("462-packets-a-row-to-the-experts", QUANTIZED, PLAIN, dispatch_format="fp8_block128"),
+    FewCase("448-threads-a-row-back", PLAIN, ((18, 66), (75, 132), (150, 264)), combine_dtype=torch.float8_e4m3fn),
+    FewCase("shared-by-seven-peers", ((1, 66), (5, 132), (10, 264)), ((1, 66), (5, 132), (10, 264)), ep_size=8),
+    FewCase("where-the-largest-step-takes-264-such-programs", PLAIN[:2], PLAIN[:2], max_tokens_per_rank=75),
+]
+
+
+@pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
+def test_few_tokens_have_a_thread_for_each_packet_of_either_operation(case: FewCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = settings(case.max_tokens_per_rank, ep_size=case.ep_size)
+    of.dispatch_format, of.combine_dtype = RowFormat.of(case.dispatch_format), case.combine_dtype
+    few = few_tokens_of(of, monkeypatch)
+    assert few is not None and few.tuning == Tuning(num_warps=8, max_programs=264)
+    for cuts, expected in ((few.dispatch, case.dispatch), (few.combine, case.combine)):
+        assert tuple((cut.max_tokens, cut.max_programs) for cut in cuts) == expected
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "expected"),
-    [(0, "fewest"), (9, "fewest"), (10, "few"), (37, "few"), (38, "rows")],
-    ids=lambda value: f"T{value}" if isinstance(value, int) else value,
+    ("num_tokens", "dispatch", "combine"),
+    [(0, 66, 66), (9, 66, 66), (10, 66, 132), (18, 66, 132), (19, 132, 132), (38, 132, 264), (76, 264, 512), (147, 512, 512)],
+    ids=lambda value: f"{value}",
 )
-def test_a_rank_launches_by_its_own_tokens(num_tokens: int, expected: str) -> None:
-    launches: Any = {"counts": None, "rows": "rows", "few": "few", "few_tokens": 37, "fewest": "fewest", "fewest_tokens": 9}
-    assert BoundLaunches(**launches).rows_for(num_tokens) == expected
+def test_a_rank_launches_by_its_own_tokens(num_tokens: int, dispatch: int, combine: int) -> None:
+    launches: Any = {"counts": None, "dispatch": 512, "combine": 512, "few_dispatch": QUANTIZED, "few_combine": PLAIN}
+    bound = BoundLaunches(**launches)
+    assert (bound.dispatch_for(num_tokens), bound.combine_for(num_tokens)) == (dispatch, combine)
+
+
+def test_launches_for_few_tokens_have_no_more_programs_than_there_are_flags() -> None:
+    cuts = tuple(Cut(max_tokens=rows, max_programs=programs) for rows, programs in PLAIN)
+    few: Any = types.SimpleNamespace(resident=264)
+    loaded: Any = {"counts": None, "abort": None, "add": None, "rows": ROWS, "few": few}
+    kernels = loading._with_grid(loading.LoadedKernels(**loaded, few_dispatch=cuts, few_combine=cuts[:1]), 100)
+    assert kernels.rows.grid == 100
+    assert [cut.max_programs for cut in kernels.few_dispatch] == [66, 100, 100]
+    assert [cut.max_programs for cut in kernels.few_combine] == [66]
 
 
 def test_few_tokens_go_in_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = settings(4096, hidden_size=64)
     few = few_tokens_of(narrow, monkeypatch)
-    assert few is not None and few.max_tokens == layout_of(narrow).slot_rows < 33792 // 13
+    assert few is not None and few.dispatch[-1].max_tokens == layout_of(narrow).slot_rows < 67584 // 8
 
 
 @pytest.mark.parametrize(
@@ -119,7 +153,7 @@ def test_the_interpreter_runs_one_program() -> None:
     [
         ("same", torch.bfloat16, 896 + 5),
         ("fp8_block128", torch.bfloat16, 896 + 5),
-        ("fp8_block128", torch.float8_e4m3fn, 448 + 5),
+        ("fp8_block128", torch.float8_e4m3fn, 462 + 5),
         ("same", torch.float8_e4m3fn, 896 + 5),
         ("same", torch.float32, 1792 + 5),
     ],

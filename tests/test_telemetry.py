@@ -27,7 +27,7 @@ has_prometheus = importlib.util.find_spec("prometheus_client") is not None
 
 
 def counted(rank: int = 0) -> Snapshot:
-    recorder = Recorder(rank, 2, 3, 8, torch.device("cpu"))
+    recorder = Recorder(rank, 2, 3, 8, 4, torch.device("cpu"))
     recorder.step_began(1)
     recorder.waited(COUNTS, -1, 1 - rank, 1_500_000_000)
     recorder.waited(DISPATCH, 4, 1 - rank, 200)
@@ -53,6 +53,7 @@ def test_what_is_noted_is_what_is_read() -> None:
     assert taken.waits.shared_ns == 70
     assert taken.rows == (2, 3)
     assert taken.num_bytes == (16, 24)
+    assert taken.num_term_bytes == (8, 8)  # a term of 4 bytes from each rank for each of this one's two rows
     assert taken.loads == ((0, 0, 0),) * 4 + ((1, 0, 4),)
     [layer] = taken.layers
     assert (layer.layer, layer.num_rounds, layer.dispatch_ns) == (4, 1, (0, 300))
@@ -66,7 +67,7 @@ def test_what_is_noted_is_what_is_read() -> None:
 
 def test_a_round_begins_with_its_first_wait() -> None:
     """Whichever source that was for: the next one is waited for once that has come."""
-    recorder = Recorder(0, 3, 3, 8, torch.device("cpu"))
+    recorder = Recorder(0, 3, 3, 8, 4, torch.device("cpu"))
     recorder.step_began(1)
     before_ns = time.time_ns()
     recorder.waited(DISPATCH, 0, 2, 0)
@@ -78,7 +79,7 @@ def test_a_round_begins_with_its_first_wait() -> None:
 
 
 def test_only_the_last_steps_are_kept() -> None:
-    recorder = Recorder(0, 2, 3, 8, torch.device("cpu"))
+    recorder = Recorder(0, 2, 3, 8, 4, torch.device("cpu"))
     for step in range(1, 301):
         recorder.step_began(step)
         recorder.waited(COUNTS, -1, 1, step)
@@ -125,7 +126,7 @@ def steps_meanwhile(recorder: Recorder) -> int:
 @pytest.mark.parametrize("has_board", [True, False], ids=["kernels-count", "the-host-counts"])
 def test_other_threads_read_amid_steps(has_board: bool) -> None:
     """Without Python's global lock (3.13t and later) a deque raised, as it grew under a reader's copy."""
-    recorder = Recorder(0, 1, 3, 8, torch.device("cpu"))
+    recorder = Recorder(0, 1, 3, 8, 4, torch.device("cpu"))
     if has_board:
         recorder.make_board(torch.device("cpu"))
     num_steps = steps_meanwhile(recorder)
@@ -135,7 +136,7 @@ def test_other_threads_read_amid_steps(has_board: bool) -> None:
 
 def test_a_full_queue_drops_its_oldest_call_while_another_thread_looks_at_it() -> None:
     """The one that was looked at is the one that is noted: the next had not passed, and asking it for its time raised."""
-    recorder = Recorder(0, 2, 3, 8, torch.device("cpu"))
+    recorder = Recorder(0, 2, 3, 8, 4, torch.device("cpu"))
     recorder.step_began(1)
     recorder.came(0, (1, 1))
     waiting = FakeEvent(9.0, is_over=False)
@@ -151,7 +152,7 @@ def test_a_full_queue_drops_its_oldest_call_while_another_thread_looks_at_it() -
 
 
 def test_layers_beyond_the_last_share_its_place() -> None:
-    recorder = Recorder(0, 2, 3, 8, torch.device("cpu"))
+    recorder = Recorder(0, 2, 3, 8, 4, torch.device("cpu"))
     recorder.step_began(1)
     for layer in (127, 128, 500):
         recorder.waited(DISPATCH, layer, 1, 10)
@@ -198,7 +199,7 @@ class FakeEvent:
     ("size", "found"), [(2, ((2_000_000, None), None)), (3, ((None, None, None), 2_000_000))], ids=["EP2", "EP3"]
 )
 def test_a_library_call_is_the_peers_or_nobodys_in_the_step_that_launched_it(size: int, found: tuple) -> None:
-    recorder = Recorder(1, size, 3, 8, torch.device("cpu"))
+    recorder = Recorder(1, size, 3, 8, 4, torch.device("cpu"))
     end = FakeEvent(7.0, is_over=False)
     recorder.step_began(1)
     recorder.span_on_stream(COMBINE, 0, FakeEvent(5.0), end)
@@ -214,7 +215,7 @@ def test_a_library_call_is_the_peers_or_nobodys_in_the_step_that_launched_it(siz
 
 
 def test_shared_waits_have_a_track_in_the_trace() -> None:
-    recorder = Recorder(0, 3, 3, 8, torch.device("cpu"))
+    recorder = Recorder(0, 3, 3, 8, 4, torch.device("cpu"))
     recorder.step_began(1)
     recorder.waited(DISPATCH, 0, 0, 500)
     events = trace_events([recorder.snapshot()])["traceEvents"]
@@ -297,6 +298,13 @@ def test_a_line_of_json() -> None:
         assert lines[0]["transport"] == "local"
 
 
+def test_what_was_written_before_bytes_of_terms_were_known_is_read() -> None:
+    told = counted().to_dict()
+    del told["num_term_bytes"]
+    assert Snapshot.from_dict(told).num_term_bytes is None
+    assert Snapshot.from_dict(json.loads(json.dumps(Snapshot.from_dict(told).to_dict()))) == Snapshot.from_dict(told)
+
+
 def test_a_reset_counts_anew() -> None:
     config = tf.MoEConfig(hidden_size=8, num_experts=2, topk=1)
     with tf.Workspace(config, tf.EPGroup.alone("cpu"), max_tokens_per_rank=2, transport="local", telemetry=True) as ws:
@@ -315,6 +323,8 @@ def test_prometheus_reads_the_figures_of_the_moment() -> None:
     text = generate_latest(register(counted)).decode()
     assert 'tokenferry_wait_seconds_total{phase="counts",rank="0",source="1"} 1.5' in text
     assert 'tokenferry_rows_total{rank="0",source="1"} 3.0' in text
+    assert 'tokenferry_row_bytes_total{rank="0",source="1"} 24.0' in text
+    assert 'tokenferry_term_bytes_total{rank="0",source="1"} 8.0' in text
     assert 'tokenferry_expert_rows_total{expert="2",layer="4",rank="0"} 4.0' in text
     assert 'tokenferry_rounds_total{layer="4",rank="0"} 1.0' in text
 

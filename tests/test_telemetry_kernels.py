@@ -37,12 +37,13 @@ def without_telemetry(text: str) -> str:
             lines[number - 1] = ""
         for number in range(kept, (node.end_lineno if node.orelse else kept - 1) + 1):
             lines[number - 1] = lines[number - 1].removeprefix("    ")
-    arguments = r'"(TELEMETRY|loads|first_load)": "constexpr",|TELEMETRY: tl\.constexpr,|(loads|first_load),'
+    names = "TELEMETRY|TOPK|IDS|loads|first_load|loads_ptr|ids_offset|num_experts"
+    arguments = rf'"({names})": "constexpr",|({names})(: tl\.constexpr)?,'
     gone = re.compile(rf" *({arguments}|(COUNTING_SIGNATURE|NO_LOADS) = .*|board = tl.zeros.*)")
     stripped = "\n".join("" if gone.fullmatch(line) else line for line in lines)
-    code = re.sub(r"^ +(TELEMETRY: whether|loads, first_load: with TELEMETRY).*$", "", stripped, flags=re.MULTILINE)
+    code = re.sub(r"^ +(TELEMETRY: whether|loads.*: with TELEMETRY).*$", "", stripped, flags=re.MULTILINE)
     assert "TELEMETRY" not in code
-    assert "waits." not in code
+    assert "waits." not in code and "round_loads." not in code
     return code
 
 
@@ -106,7 +107,9 @@ def test_when_on_the_clock_is_read(name: str, reads: int) -> None:
     assert text.count("%clock64") >= reads
 
 
-def test_when_on_the_table_adds() -> None:
+@pytest.mark.parametrize(("name", "more"), [("table", 1), ("combine", 6), ("combine-fp8", 6)])
+def test_when_on_rows_are_added_up(name: str, more: int) -> None:
+    """By the combine: waits and numbers in slots and in bulk, the numbers in three places."""
     adds = re.compile(r"(atom|red)\.\S*add\.u64")
-    assert len(adds.findall(ptx(*VARIANTS["table-telemetry"]))) == 1
-    assert not adds.search(ptx(*VARIANTS["table"]))
+    without, counting = (len(adds.findall(ptx(*VARIANTS[variant]))) for variant in (name, f"{name}-telemetry"))
+    assert (without, counting - without) == (int(name != "table"), more)

@@ -32,6 +32,13 @@ OF_FORMATS = (
         (f"{FORMATS}test_named_formats_give_the_bits_of_the_reference[2]",),
     ),
     Mutant(
+        "narrow-numbers-are-multiplied-by-a-rounded-reciprocal",
+        f"{_KERNELS}/wire_float8.py",
+        "return tl.fma(x, below, x * rest)",
+        "return x * (below + rest)",
+        ("tests/test_float8_division.py::test_every_quotient_of_narrow_numbers_is_the_float8_of_ieee_s[bfloat16-0]",),
+    ),
+    Mutant(
         "scales-that-are-sent-are-those-of-a-warps-first-block",
         f"{_KERNELS}/fp8_rows.py",
         "tl.gather(scale, tl.arange(0, BLOCK) * 8 % BLOCK, 0)",

@@ -172,8 +172,8 @@ OF_KERNELS = (
     Mutant(
         "solo-multicasts",
         f"{_TRANSPORTS}/symmetric/bound_launches.py",
-        "kernels.dispatch_alone if alone else kernels.dispatch\n",
-        "kernels.dispatch\n",
+        "rows.dispatch_alone if view.size == 1 else rows.dispatch,",
+        "rows.dispatch,",
         ("tests/interpreter/test_solo.py::test_solo_gives_its_own_rows_and_writes_to_no_peer[nvls-rank0of2-T3]",),
     ),
 )

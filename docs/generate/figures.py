@@ -63,7 +63,7 @@ def cell(us: float | None, digits: int) -> str:
 def above_exact() -> str:
     """What a workspace as engines open it costs, beside one of C = T."""
     above = [
-        us - curves[trips.EXACT][count]
+        round(us - curves[trips.EXACT][count], 2)
         for curves in map(trips.curves, trips.hidden_sizes())
         for count, us in curves[trips.P2P].items()
         if count <= trips.FEW and count in curves.get(trips.EXACT, {})

@@ -13,6 +13,7 @@ import torch
 import telemetry_work as work
 import tokenferry as tf
 from faults import CONFIG, one_step
+from nvtx_ranges import cupti_path, ranges_of
 from rank_pool import RankPools
 from tokenferry.graph_capture import captured
 from tokenferry.testing.ranks import run_virtual
@@ -34,6 +35,15 @@ def test_a_delayed_rank_is_found_by_its_waits(on_ranks: RankPools, transport: st
 def test_loads_and_rows_are_those_counted_by_hand(on_ranks: RankPools, transport: str) -> None:
     for told in on_ranks(work.counts_by_hand, 2, transport, backend="nccl", timeout_s=90):
         work.check_counts_by_hand(told)
+
+
+@two_gpus
+@pytest.mark.parametrize("formats", work.BYTES_OF_ROUNDS.values(), ids=work.BYTES_OF_ROUNDS)
+@pytest.mark.parametrize("transport", ["p2p", "collective"])
+def test_bytes_of_rows_and_terms(on_ranks: RankPools, transport: str, formats: tuple[dict[str, Any], int, int]) -> None:
+    settings, *sizes = formats
+    told = on_ranks(work.bytes_of_rounds, 2, transport, work.TOKENS_OF_ROUNDS, settings, backend="nccl", timeout_s=90)
+    work.check_bytes_of_rounds(told, work.TOKENS_OF_ROUNDS, *sizes)
 
 
 @two_gpus
@@ -107,6 +117,38 @@ def test_replayed_graphs_are_counted_and_read_without_waiting_for_them(on_ranks:
     assert first["num_rounds"] == 12
     assert first["loads"][0][0] == 12 * 2 * num_tokens * CONFIG.topk
     assert first["read_s"] < work.DELAY_S
+
+
+WIDE = tf.MoEConfig(hidden_size=7168, num_experts=64, topk=3)
+"""Of whose rows a launch has more packets than threads from some hundred rows on."""
+STEPS = ((512, 512), (3, 1), (32, 32), (1000, 700), (1024, 1), (0, 600), (512, 511))
+"""Rounds in slots of few rows and of many, and bulk rounds, also of a rank with few rows."""
+
+
+@two_gpus
+@pytest.mark.parametrize("settings", [{}, {"combine_dtype": torch.float8_e4m3fn}], ids=["same", "float8-terms"])
+@pytest.mark.parametrize("transport", ["p2p", "collective"])
+def test_numbers_of_somebody_elses_experts_are_counted(on_ranks: RankPools, transport: str, settings: dict[str, Any]) -> None:
+    seen = on_ranks(work.loads_of_random_numbers, 2, transport, STEPS, WIDE, settings, backend="nccl", timeout_s=90)
+    work.check_loads_of_random_numbers(seen)
+
+
+@two_gpus
+def test_numbers_beside_rows_of_bytes_are_counted(on_ranks: RankPools) -> None:
+    """Their dispatch is bulk where the combine is in slots, so that a launch of its own counts them."""
+    settings = {"dispatch_format": "bytes"}
+    seen = on_ranks(work.loads_of_random_numbers, 2, "p2p", ((3, 1), (8, 8)), CONFIG, settings, backend="nccl", timeout_s=90)
+    work.check_loads_of_random_numbers(seen)
+
+
+def virtual_loads(group: tf.EPGroup) -> list[tuple[list[int], list[int]]]:
+    steps = ((2, 3, 1, 0), (600, 0, 5, 513), (700, 600, 800, 520))
+    return run_virtual(work.loads_of_random_numbers, 4, "p2p", steps, CONFIG, {}, device=group.device)
+
+
+@one_gpu
+def test_numbers_of_four_ranks_are_counted(on_ranks: RankPools) -> None:
+    work.check_loads_of_random_numbers(on_ranks(virtual_loads, 1, backend="nccl", timeout_s=90, env=VIRTUAL)[0])
 
 
 def virtual(group: tf.EPGroup) -> list[work.Seen]:
@@ -183,3 +225,20 @@ def virtual_float8(group: tf.EPGroup) -> list[dict[str, Any]]:
 def test_of_four_ranks_float8_terms_are_waited_for_by_source(on_ranks: RankPools) -> None:
     seen = on_ranks(virtual_float8, 1, backend="nccl", timeout_s=90, env=VIRTUAL)[0]
     work.check_float8_terms_delayed(seen, 2)
+
+
+def ranges_seen(group: tf.EPGroup, path: str) -> list[str]:
+    """Of two steps with two layers."""
+    with work.opened(group, "local", telemetry=True) as ws:
+        dispatchers = [ws.dispatcher(), ws.dispatcher()]
+        return ranges_of(path, lambda: [one_step(ws, dispatchers, step) for step in (1, 2)])
+
+
+@one_gpu
+def test_a_profiler_sees_the_ranges(on_ranks: RankPools) -> None:
+    path = cupti_path()
+    if path is None:
+        pytest.skip("needs CUPTI, which this torch has not loaded")
+    seen = on_ranks(ranges_seen, 1, path, backend="nccl", timeout_s=90, env={"NVTX_INJECTION64_PATH": path})[0]
+    step = ["begin_step", "dispatch[0]", "combine[0]", "dispatch[1]", "combine[1]"]
+    assert [name for name in seen if name.startswith("tokenferry.")] == [f"tokenferry.{name}" for name in step * 2]

@@ -32,9 +32,10 @@ class FewTokensOnly:
 
     def open(self, settings: TransportSettings, step_tensors: StepTensors) -> Transport:
         from tokenferry.transports.symmetric.transport import SymmetricTransport
-        from tokenferry.transports.symmetric.tuning import FewTokens, Tuning
+        from tokenferry.transports.symmetric.tuning import Cut, FewTokens, Tuning
 
-        few = FewTokens(tuning=Tuning(num_warps=1, max_programs=1), max_tokens=settings.max_tokens_per_rank)
+        cuts = (Cut(max_tokens=settings.max_tokens_per_rank, max_programs=1),)
+        few = FewTokens(tuning=Tuning(num_warps=1, max_programs=1), dispatch=cuts, combine=cuts)
         return SymmetricTransport(
             settings, step_tensors, slot_rows=2, tuning=Tuning(num_warps=2, max_programs=NUM_FLAGS), few=few
         )

@@ -215,3 +215,8 @@ def test_a_rehearsal_makes_every_call_and_check_and_tells_no_figures(options: tu
     assert all(record["correct"] for record in records)
     assert len(lines) == 1 + len(records)
     assert all(line.split()[-5:] == ["-", "-", "-", "-", "yes"] for line in lines[1:])
+
+
+def test_the_line_of_parts_has_times_of_parts_alone() -> None:
+    record = {"transport": "p2p", "what": "parts", "opened_s": 0.65, "begin_step_us": 1.97, "gpu": "NVIDIA H100", "at_s": 3.2}
+    assert benchmarking.round_trip_table([record]).splitlines()[1:] == ["opened_s 0.65, begin_step_us 1.97"]

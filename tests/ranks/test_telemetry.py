@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,16 @@ def test_a_delayed_rank_is_found_by_its_waits(on_ranks: RankPools, late: int, wi
 def test_loads_and_rows_are_those_counted_by_hand(on_ranks: RankPools, transport: str, world_size: int) -> None:
     for told in on_ranks(work.counts_by_hand, world_size, transport):
         work.check_counts_by_hand(told)
+
+
+@pytest.mark.parametrize("formats", work.BYTES_OF_ROUNDS.values(), ids=work.BYTES_OF_ROUNDS)
+@pytest.mark.parametrize(("transport", "world_size"), [("local", 1), ("collective", 2)])
+def test_bytes_of_rows_and_terms(
+    on_ranks: RankPools, transport: str, world_size: int, formats: tuple[dict[str, Any], int, int]
+) -> None:
+    settings, *sizes = formats
+    tokens = [of_ranks[:world_size] for of_ranks in work.TOKENS_OF_ROUNDS]
+    work.check_bytes_of_rounds(on_ranks(work.bytes_of_rounds, world_size, transport, tokens, settings), tokens, *sizes)
 
 
 def test_compiled_code_is_counted(on_ranks: RankPools) -> None:

@@ -22,7 +22,8 @@ def round_trip_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _round_trip_line(record: Mapping[str, Any]) -> str:
     if "what" in record:
-        return ", ".join(f"{name} {value}" for name, value in record.items() if name.endswith(("_us", "_s")))
+        told = (name for name in record if name.endswith(("_us", "_s")) and name != "at_s")
+        return ", ".join(f"{name} {record[name]}" for name in told)
     tokens = "x".join(map(str, record["tokens"]))
     given = record["dispatch_format"] + "-quantized" * record["quantized"]
     terms = record["combine_format"] + "-quantized" * record["quantized_terms"]

@@ -290,6 +290,7 @@ def _asked_for(fields: tuple[Any, ...], scratch: ExpertScratch) -> LoadedExperts
 def _load(variant: Variant, scratch: ExpertScratch) -> LoadedExperts:
     wanted, chosen = specs(variant, scratch.device), chosen_plan(variant, scratch.device)
     store, num_sms = kernels_of(scratch).store, _num_sms(scratch.device)
+    store.load_all(wanted.all)
 
     def bind(spec: KernelSpec, arguments: tuple[str, ...], programs: int) -> BoundLaunch:
         return store.load(spec).bind({}, arguments, grid=programs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import fp8_bulk, fp8_terms, shares, waits, wire, wire_clock
+from tokenferry.kernels import fp8_bulk, fp8_terms, round_loads, shares, waits, wire, wire_clock
 from tokenferry.kernels.term_rows import copy_terms, load_term, store_sum
 
 SIGNATURE = {
@@ -34,6 +34,9 @@ SIGNATURE = {
     "num_out": "i32",
     "layer": "i32",
     "mode": "i32",
+    "loads_ptr": "constexpr",
+    "ids_offset": "constexpr",
+    "num_experts": "constexpr",
     "H": "constexpr",
     "PARTIAL": "constexpr",
     "WIRE": "constexpr",
@@ -45,8 +48,13 @@ SIGNATURE = {
     "FLAG_BLOCK": "constexpr",
     "SPLIT": "constexpr",
     "TELEMETRY": "constexpr",
+    "TOPK": "constexpr",
+    "IDS": "constexpr",
     "PDL": "constexpr",
 }
+COUNTING_SIGNATURE = {**SIGNATURE, "loads_ptr": "i64", "ids_offset": "i64", "num_experts": "i32"}
+"""With telemetry. Without, `NO_LOADS` are among the constants."""
+NO_LOADS = {"loads_ptr": 0, "ids_offset": 0, "num_experts": 0, "TELEMETRY": 0, "TOPK": 0, "IDS": 0}
 
 
 @triton.jit
@@ -76,6 +84,9 @@ def combine_kernel(
     num_out,
     layer,
     mode,
+    loads_ptr,
+    ids_offset,
+    num_experts,
     H: tl.constexpr,
     PARTIAL: tl.constexpr,
     WIRE: tl.constexpr,
@@ -87,6 +98,8 @@ def combine_kernel(
     FLAG_BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
     TELEMETRY: tl.constexpr,
+    TOPK: tl.constexpr,
+    IDS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Sends each owner this rank's terms for its rows, and sums the terms of this rank's own rows, from rank 0's to the last.
@@ -107,6 +120,9 @@ def combine_kernel(
         num_flags, FLAG_BLOCK: see `dispatch_kernel`. A flag stands for the terms of each block of FLAG_BLOCK packets whose number
             is the flag's, modulo `num_flags`.
         SPLIT: see `dispatch_kernel`; programs that receive sum what they receive.
+        loads_ptr, ids_offset, num_experts, TOPK, IDS: with TELEMETRY, the gathered numbers of the dispatch before are counted at
+            `loads_ptr`, the word of expert 0, unless that is 0: see `round_loads`. They are TOPK of IDS a row, of the region at
+            `ids_offset`.
 
     Example:
         Two ranks with one row each, bfloat16: partials [[1], [2]] on rank 0 and [[10], [20]] on rank 1 give [[11]] and [[22]].
@@ -153,6 +169,9 @@ def combine_kernel(
         record = tl.where(record == 0, mine, record)
     size = tl.where(is_short, 1, size)  # then nothing is read, sent or awaited
     num_tokens = tl.where(is_short, 0, num_tokens)
+    if TELEMETRY:
+        ids_ptr = buffer_ptr + ids_offset
+        counts_here = (loads_ptr != 0) & (board != 0) & (is_short == 0)
     in_slots = largest <= slot_rows
     is_bulk = (largest > slot_rows) & (size > 1)
     is_counted = (largest > counted_rows) & (size > 1)
@@ -168,6 +187,10 @@ def combine_kernel(
     )
     if SPLIT > 0:
         num_own_packets = tl.where(sums, num_own_packets, 0)
+    if TELEMETRY:  # asked for here, and counted once all is sent: by the last programs first, which have the fewest rows
+        counter = summers - 1 - summer
+        num_counted = tl.where(counts_here & sums & (is_bulk == 0), num_valid * TOPK, 0)
+        ids = round_loads.load_ids(ids_ptr, round_loads.places(lanes, counter, summers), num_counted, IDS)
     packet = summer * BLOCK + lanes
     if IS_FP8:
         own_ptr = partial_ptr + first_own_element * (PARTIAL.primitive_bitwidth // 8)
@@ -210,9 +233,15 @@ def combine_kernel(
         epoch = round_number + 1
         terms_ptr = buffer_ptr + terms_offset
         term_scales_ptr = buffer_ptr + term_scales_offset
+        is_told_at_once = is_in_place != 0
+        if TELEMETRY:  # who counts numbers, tells for itself that it has read them
+            is_told_at_once = is_told_at_once & (loads_ptr == 0)
+            if counts_here:
+                round_loads.add_before_flags(ids_ptr, loads_ptr, num_experts, step_counts, rank, size, pid, programs, TOPK, IDS,
+                                             PER_ROW, BLOCK, BLOCK if FLAG_BLOCK == 0 else FLAG_BLOCK)  # fmt: skip
         if mode == wire.MODE_RECEIVE:
             pass
-        elif is_in_place != 0:  # nothing to copy: one CTA sets all of this rank's flags at a peer at once
+        elif is_told_at_once:  # nothing to copy: one CTA sets all of this rank's flags at a peer at once
             for peer in range(pid, size, programs):
                 if peer != rank:
                     flags_ptr = tl.load(peer_table + peer) + ready_offset + (rank * MAX_PROGRAMS) * wire.FLAG_BYTES
@@ -220,7 +249,9 @@ def combine_kernel(
                         flag_ptr = flags_ptr + (first + lanes) * wire.FLAG_BYTES
                         wire.signal(flag_ptr, epoch, 1, first + lanes < num_flags, buffer_ptr)
         elif FLAG_BLOCK == 0:
-            if IS_FP8:
+            if is_in_place != 0:
+                pass
+            elif IS_FP8:
                 fp8_bulk.copy_terms(pid, programs, terms_ptr, term_scales_ptr, step_counts, rank, size, partial_ptr, scales_ptr,
                                     scale_row, H, PARTIAL, BLOCK, BLOCK)  # fmt: skip
             else:
@@ -230,7 +261,7 @@ def combine_kernel(
             buffers = tl.load(peer_table + lanes, mask=is_peer, other=0)
             wire.signal(buffers + ready_offset + (rank * MAX_PROGRAMS + pid) * wire.FLAG_BYTES, epoch, 1, is_peer, buffer_ptr)
         else:
-            for flag in range(pid, num_flags, programs):
+            for flag in range(pid, tl.where(is_in_place != 0, 0, num_flags), programs):
                 if IS_FP8:
                     fp8_bulk.copy_terms(flag, num_flags, terms_ptr, term_scales_ptr, step_counts, rank, size,
                                         partial_ptr, scales_ptr, scale_row, H, PARTIAL, BLOCK, FLAG_BLOCK)  # fmt: skip
@@ -255,6 +286,11 @@ def combine_kernel(
                 waits.note_sources(board, size, layer, step, lanes, since, clocks, is_noted, waits.COMBINE)
             else:
                 wire.await_signal(flag_ptr, epoch, 1, is_awaited, buffer_ptr, blamed_ranks, hint_ptrs)
+
+    if TELEMETRY:  # noqa: SIM102  # this one is decided by the compiler
+        if num_counted > 0:
+            round_loads.add_ids(loads_ptr, ids, num_experts)
+            round_loads.add_share(ids_ptr, loads_ptr, num_experts, 1, counter, summers, num_counted, IDS, BLOCK)
 
     # The abort record was asked for first and is looked at here: what goes to a group that has given up does no harm.
     if record != 0:

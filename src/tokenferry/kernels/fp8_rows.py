@@ -92,21 +92,22 @@ def larger(largest, x, y):
 
 
 @triton.jit
-def packed(w0, w1, scale, reciprocal, HIDDEN: tl.constexpr):
-    """The word with the float8 values of the four numbers in two words of 16-bit numbers."""
+def packed(w0, w1, scale, below, rest, HIDDEN: tl.constexpr):
+    """The word with the float8 values of the four numbers in two words of 16-bit numbers. `below` and `rest`: the scale's
+    `wire_float8.reciprocal_parts`."""
     x0, x1 = wire.unpack(w0, HIDDEN)
     x2, x3 = wire.unpack(w1, HIDDEN)
     return wire_float8.pack_float8(
-        wire_float8.divide(x0, scale, reciprocal),
-        wire_float8.divide(x1, scale, reciprocal),
-        wire_float8.divide(x2, scale, reciprocal),
-        wire_float8.divide(x3, scale, reciprocal),
+        wire_float8.divide_narrow(x0, scale, below, rest),
+        wire_float8.divide_narrow(x1, scale, below, rest),
+        wire_float8.divide_narrow(x2, scale, below, rest),
+        wire_float8.divide_narrow(x3, scale, below, rest),
     )
 
 
 @triton.jit
 def packed_wide(w0, w1, w2, w3, scale, reciprocal):
-    """`packed` of four words of float32."""
+    """`packed` of four words of float32, whose quotients may lie closer to where rounding goes the other way."""
     return wire_float8.pack_float8(
         wire_float8.divide(w0.to(tl.float32, bitcast=True), scale, reciprocal),
         wire_float8.divide(w1.to(tl.float32, bitcast=True), scale, reciprocal),
@@ -123,6 +124,12 @@ def largest_of(w0, w1, w2, w3, HIDDEN: tl.constexpr):
     x4, x5 = wire.unpack(w2, HIDDEN)
     x6, x7 = wire.unpack(w3, HIDDEN)
     return larger(larger(larger(larger(tl.zeros(w0.shape, tl.uint32), x0, x1), x2, x3), x4, x5), x6, x7)
+
+
+@triton.jit
+def shared_by_eight(number, BLOCK: tl.constexpr):
+    """For each thread what its eight have in common, from one number for each eight: [BLOCK / 32, 4]."""
+    return tl.reshape(tl.broadcast_to(number[:, :, None], [BLOCK // 32, 4, 8]), [BLOCK])
 
 
 @triton.jit
@@ -157,19 +164,21 @@ def quantize_columns(
         largest = tl.maximum(largest, tl.maximum(largest_of(c0, c1, c2, c3, HIDDEN), largest_of(d0, d1, d2, d3, HIDDEN)))
     of_block = tl.max(tl.reshape(largest, [BLOCK // 32, 4, 8]), 2)
     scales = expert_math.block_scale(of_block, POWER_OF_TWO)
-    reciprocals = tl.div_rn(tl.full([BLOCK // 32, 4], 1.0, tl.float32), scales)
-    scale = tl.reshape(tl.broadcast_to(scales[:, :, None], [BLOCK // 32, 4, 8]), [BLOCK])
-    reciprocal = tl.reshape(tl.broadcast_to(reciprocals[:, :, None], [BLOCK // 32, 4, 8]), [BLOCK])
+    scale = shared_by_eight(scales, BLOCK)
     if tl.float32 == HIDDEN:
+        reciprocal = shared_by_eight(tl.div_rn(tl.full(scales.shape, 1.0, tl.float32), scales), BLOCK)
         v0 = packed_wide(a0, a1, a2, a3, scale, reciprocal)
         v1 = packed_wide(b0, b1, b2, b3, scale, reciprocal)
         v2 = packed_wide(c0, c1, c2, c3, scale, reciprocal)
         v3 = packed_wide(d0, d1, d2, d3, scale, reciprocal)
     else:
-        v0 = packed(a0, a1, scale, reciprocal, HIDDEN)
-        v1 = packed(a2, a3, scale, reciprocal, HIDDEN)
-        v2 = packed(b0, b1, scale, reciprocal, HIDDEN)
-        v3 = packed(b2, b3, scale, reciprocal, HIDDEN)
+        below_of, rest_of = wire_float8.reciprocal_parts(scales)
+        below = shared_by_eight(below_of, BLOCK)
+        rest = shared_by_eight(rest_of, BLOCK)
+        v0 = packed(a0, a1, scale, below, rest, HIDDEN)
+        v1 = packed(a2, a3, scale, below, rest, HIDDEN)
+        v2 = packed(b0, b1, scale, below, rest, HIDDEN)
+        v3 = packed(b2, b3, scale, below, rest, HIDDEN)
     return v0, v1, v2, v3, scale.to(tl.uint32, bitcast=True)
 
 

@@ -13,7 +13,7 @@ Example:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -355,6 +355,33 @@ class KernelStore:
         if launch is None:
             launch = self._loaded[spec] = load(spec, self._device)
         return launch
+
+    def load_all(self, specs: Iterable[KernelSpec]) -> None:
+        """Loads these kernels, in an order that differs between the GPUs of a host.
+
+        Their ranks want the same kernels at the same time and share Triton's cache. Were each to begin with the first one, all
+        would compile everything. So each begins with its own part, and finds what the others have compiled when it gets there.
+        """
+        for spec in in_order_of(list(dict.fromkeys(specs)), *_place_on_host(self._device)):
+            self.load(spec)
+
+
+def in_order_of(specs: Sequence[KernelSpec], place: int, num_places: int) -> list[KernelSpec]:
+    """The specs in a circle, begun where the part of this one of `num_places` begins.
+
+    Example:
+        The third of four that share eight kernels compiles 4, 5, 6, 7 and then 0, 1, 2, 3.
+    """
+    begin = len(specs) * place // num_places
+    return [*specs[begin:], *specs[:begin]]
+
+
+def _place_on_host(device: torch.device) -> tuple[int, int]:
+    """Which of the host's GPUs this is, and how many this process sees: the first of one, if each rank sees its own alone."""
+    if device.type != "cuda":
+        return 0, 1
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, torch.cuda.device_count()
 
 
 def check_addresses(addresses: Sequence[int]) -> None:

@@ -108,6 +108,7 @@ def note_sources(board, size, layer, step, sources, since, clocks, is_noted, PHA
     if board != 0:
         totals, kept = places(board, size, layer, step, PHASE)
         spans = clocks - since
+        is_noted = is_noted != 0  # a block and what holds for a whole program make an int32 in the interpreter
         tl.atomic_add(totals.to(tl.pointer_type(tl.int64)) + sources, spans, mask=is_noted, sem="relaxed")
         tl.store(kept.to(tl.pointer_type(tl.int64)) + 1 + sources, spans | stamp_of(step), mask=is_noted)
 

@@ -9,6 +9,7 @@ from tokenferry.kernels import wire, wire_ptx
 
 _PACK_FLOAT8: tl.constexpr = tl.constexpr(wire_ptx.PACK_FLOAT8)
 _UNPACK_FLOAT8: tl.constexpr = tl.constexpr(wire_ptx.UNPACK_FLOAT8)
+_RECIPROCAL: tl.constexpr = tl.constexpr(wire_ptx.RECIPROCAL)
 _SEND1: tl.constexpr = tl.constexpr(wire_ptx.send(1))
 _MULTICAST1: tl.constexpr = tl.constexpr(wire_ptx.multicast(1))
 _LOAD_PEER1: tl.constexpr = tl.constexpr(wire_ptx.load_peer(1))
@@ -39,6 +40,26 @@ if not wire.INTERPRETED:
         quotient = tl.fma(remainder, reciprocal, first)
         quotient = tl.fma(tl.fma(-quotient, scale, x), reciprocal, quotient)
         return tl.where(remainder == 0, first, quotient)
+
+    @triton.jit
+    def reciprocal_parts(scale):
+        """1 / scale as the sum of two float32, for `divide_narrow`: the first a few units in its last place too small, so that
+        the second is above 0, and together within 2**-40 of it. Where scales are above 2**103 the second may be subnormal, and
+        both together are within 2**-30. The hardware's reciprocal may be off by a unit."""
+        near = tl.inline_asm_elementwise(_RECIPROCAL, "=f,f", [scale], dtype=tl.float32, is_pure=True, pack=1)
+        below = (near.to(tl.uint32, bitcast=True) - 4).to(tl.float32, bitcast=True)
+        return below, tl.fma(below, -scale, 1.0) * near
+
+    @triton.jit
+    def divide_narrow(x, scale, below, rest):
+        """x / scale, rounded to float32, wherever it becomes another float8 than a neighbour of it would; x has the bits of a
+        bfloat16 or float16, the scale is that of a block of such numbers, and `below` and `rest` are its `reciprocal_parts`.
+
+        The product is off by far less than the quotient of two such numbers can lie from where float32 rounds the other way
+        beside the middle of two float8 numbers: tests try all. Both parts are above 0, so that a -0.0 stays one.
+        `divide` takes nine instructions, with the two that Triton makes of its signs, and this takes two.
+        """
+        return tl.fma(x, below, x * rest)
 
     @triton.jit
     def pack_float8(a, b, c, d):
@@ -101,10 +122,12 @@ if not wire.INTERPRETED:
 else:
     from tokenferry.kernels.wire_float8_interpreter import (  # noqa: F401  # the names that are defined above
         divide,
+        divide_narrow,
         load_peer_word,
         multicast_word,
         pack_float8,
         poll_and_clear_both,
+        reciprocal_parts,
         send_word,
         to_float8,
         unpack_float8,

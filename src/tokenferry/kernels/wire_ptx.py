@@ -179,6 +179,7 @@ MULTICAST_SUM = (
     "@%p0 multimem.ld_reduce.relaxed.sys.global.add.v4.f32 {$0, $1, $2, $3}, [$4]; }"
 )
 
+RECIPROCAL = "rcp.approx.ftz.f32 $0, $1;"
 PACK_BFLOAT16 = "cvt.rn.bf16x2.f32 $0, $1, $2;"
 PACK_FLOAT16 = "cvt.rn.f16x2.f32 $0, $1, $2;"
 PACK_FLOAT8 = (

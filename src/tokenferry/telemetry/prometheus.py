@@ -49,7 +49,10 @@ def _families(core: Any, taken: Snapshot) -> Iterator[Any]:
     for name, what, values in (
         ("tokenferry_rows", "Rows that dispatches brought.", taken.rows),
         ("tokenferry_row_bytes", "Bytes of hidden rows that dispatches brought.", taken.num_bytes),
+        ("tokenferry_term_bytes", "Bytes of terms that combines brought.", taken.num_term_bytes),
     ):
+        if values is None:  # an older version's, read back
+            continue
         family = counter(name, what, labels=["rank", "source"])
         for source, value in zip(sources, values, strict=True):
             family.add_metric([rank, source], value)

@@ -65,7 +65,7 @@ class Recorder:
     A transport whose kernels write to a board of their own takes `make_board`; the others call `step_began`, `waited` and `came`.
 
     Args:
-        row_bytes: of a hidden row on its way.
+        row_bytes, term_bytes: of a hidden row, and of a partial row, on its way.
         device: where the expert numbers are counted.
         experts: those of this rank, whose rows alone are told. Default: all.
     """
@@ -76,10 +76,11 @@ class Recorder:
         size: int,
         num_experts: int,
         row_bytes: int,
+        term_bytes: int,
         device: torch.device,
         experts: range | None = None,
     ) -> None:
-        self.rank, self.size, self._row_bytes = rank, size, row_bytes
+        self.rank, self.size, self._row_bytes, self._term_bytes = rank, size, row_bytes, term_bytes
         self._experts = range(num_experts) if experts is None else experts
         self.transport = ""
         """The name of what moves the rows."""
@@ -90,8 +91,8 @@ class Recorder:
         self.loads = self.load_words[1:].view(NUM_LAYERS, num_experts)
         """[NUM_LAYERS, E] rows that came for each expert. Layers beyond share the last row."""
         self.counts_ids = True
-        """Whether expert numbers are counted where experts do not count themselves, by one small kernel a round on GPUs. If not,
-        a graph that is captured then has no such kernel."""
+        """Whether expert numbers are counted where experts do not count themselves: by the combine of a symmetric transport, by a
+        small kernel a round on other GPUs. If not, a graph that is captured then does not count them either."""
         self.is_on = True
         self.read: Callable[[torch.Tensor], list[Any]] = read_here
         """Copies a tensor of the device to the host beside whatever runs there."""
@@ -268,6 +269,7 @@ class Recorder:
             transport=self.transport,
             is_on=self.is_on,
             row_bytes=self._row_bytes,
+            term_bytes=self._term_bytes,
             tokens=self._last_tokens(),
         )
 

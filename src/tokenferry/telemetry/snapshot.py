@@ -107,6 +107,8 @@ class Snapshot:
         is_on: whether it counted when this was taken.
         num_steps, num_rounds: that were begun; a round is a dispatch and its combine.
         rows, num_bytes: that dispatches brought from each source rank, this one's own rows included; bytes of hidden rows.
+        num_term_bytes: that combines bring from each source rank: a term for each row of this rank, its own terms included. Where
+            they are added up on the way (`combine_order="any"`), fewer arrive. None in what was written before this was known.
         waits: see `Waits`.
         layers: of those that had a round.
         loads: `[layer][expert]` rows that came for each of this rank's experts, 0 for the others'; without padding and ids of -1.
@@ -129,6 +131,7 @@ class Snapshot:
     loads: tuple[tuple[int, ...], ...]
     steps: tuple[StepRecord, ...]
     tokens: tuple[tuple[int, int], ...]
+    num_term_bytes: tuple[int, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold; `from_dict` takes it back."""
@@ -136,7 +139,7 @@ class Snapshot:
 
     @staticmethod
     def from_dict(told: dict[str, Any]) -> Snapshot:
-        """The inverse of `to_dict`, also of what came through JSON."""
+        """The inverse of `to_dict`, also of what came through JSON, and of what an older version has written."""
         told = {name: value for name, value in told.items() if name != "format"}
         steps = [
             StepRecord(
@@ -153,13 +156,14 @@ class Snapshot:
         ]
         spans = told.pop("waits")
         waits = Waits(tuple(spans["counts_ns"]), tuple(spans["dispatch_ns"]), tuple(spans["combine_ns"]), int(spans["shared_ns"]))
-        rows, num_bytes = tuple(told.pop("rows")), tuple(told.pop("num_bytes"))
+        rows, num_bytes, of_terms = tuple(told.pop("rows")), tuple(told.pop("num_bytes")), told.pop("num_term_bytes", None)
         loads = tuple(tuple(row) for row in told.pop("loads"))
         tokens = tuple((step, number) for step, number in told.pop("tokens"))
         return Snapshot(
             **told,
             rows=rows,
             num_bytes=num_bytes,
+            num_term_bytes=None if of_terms is None else tuple(of_terms),
             waits=waits,
             layers=tuple(layers),
             loads=loads,
@@ -177,9 +181,11 @@ def snapshot_of(
     transport: str,
     is_on: bool,
     row_bytes: int,
+    term_bytes: int,
     tokens: tuple[tuple[int, int], ...] = (),
 ) -> Snapshot:
-    """Reads a board. `loads` has a row for every layer that the board could have."""
+    """Reads a board. `loads` has a row for every layer that the board could have. Terms have no counter of their own: each source
+    sends one for every row that this rank has brought, in each round."""
     board = _Board(words, size, rank)
     layers = [layer for layer in (board.layer(number) for number in range(NUM_LAYERS)) if layer is not None]
     num_layers = max((layer.layer + 1 for layer in layers), default=0)
@@ -199,6 +205,7 @@ def snapshot_of(
         num_rounds=sum(layer.num_rounds for layer in layers),
         rows=rows,
         num_bytes=tuple(number * row_bytes for number in rows),
+        num_term_bytes=(rows[rank] * term_bytes,) * size,
         waits=Waits(counts, totals["dispatch_ns"], totals["combine_ns"], shared),
         layers=tuple(layers),
         loads=tuple(tuple(row) for row in loads[:num_layers]),

@@ -183,6 +183,11 @@ class Transport(ABC):
         self.combine_begin(partial)
         return self.combine_end(out)
 
+    def counts_in_combine(self, loads: LoadsToCount) -> bool:
+        """With telemetry: whether the next combine adds the expert numbers of the dispatch under way to `loads`, within what it
+        launches anyway. If not, whoever asks must. Nothing is added while the recorder is stopped, by a graph neither."""
+        return False
+
     def watching_replay(self) -> AbstractContextManager[None]:
         """Around the launch of a graph that was captured with this transport: what was announced is used up by it, and a peer
         that does not come is noticed as in an eager call."""

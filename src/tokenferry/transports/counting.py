@@ -11,7 +11,7 @@ import torch
 
 from tokenferry import env
 from tokenferry.ambient import plain_torch
-from tokenferry.dispatched import HiddenRows, LoadsToCount, PartialRows
+from tokenferry.dispatched import HiddenRows, LoadsToCount, PartialRows, term_bytes
 from tokenferry.errors import ConfigError
 from tokenferry.graph_capture import is_capturing
 from tokenferry.kernels.wait_board import NUM_LAYERS
@@ -44,8 +44,9 @@ def new_recorder(settings: TransportSettings) -> Recorder:
     group, config = settings.group, settings.config
     with plain_torch(group.device):
         row_bytes = settings.dispatch_format.wire_bytes(config)
+        of_term = term_bytes(config.hidden_size, settings.combine_dtype)
         experts = group.expert_range(config.num_experts)
-        return Recorder(group.rank, group.size, config.num_experts, row_bytes, group.device, experts)
+        return Recorder(group.rank, group.size, config.num_experts, row_bytes, of_term, group.device, experts)
 
 
 class CountingTransport(TransportWrapper):
@@ -147,15 +148,19 @@ class CountingTransport(TransportWrapper):
 
     def _count_ids(self) -> None:
         """Counts the expert numbers of the dispatch under way, unless experts of our own have: their table has the numbers, which
-        costs no launch. In the stream's order it is before the combine, behind which peers write over the numbers."""
+        costs no launch. Nor does it cost one where the combine can. Another launch is before the combine in the stream's order,
+        behind which peers write over the numbers."""
         uncounted, self._uncounted = self._uncounted, None
         if uncounted is None or uncounted[1].taken or not self._recorder.counts_ids:
             return
-        ids, layer = uncounted[0], min(self._layer, NUM_LAYERS - 1)
+        if not (self._recorder.is_on or is_capturing(self._device)):  # a graph may be replayed when it is on: kernels look
+            return
+        (ids, loads), layer = uncounted, min(self._layer, NUM_LAYERS - 1)
+        if self.inner.counts_in_combine(loads):
+            return
         if self._count is None:
-            if self._recorder.is_on:
-                self._count_here(layer, ids)
-        elif self._recorder.is_on or is_capturing(self._device):  # a graph may be replayed when it is on: the kernel looks
+            self._count_here(layer, ids)
+        else:
             num_rows = ids.shape[0]
             programs = max(1, min(self._max_programs, -(-num_rows * ids.shape[1] // self._block)))
             self._count(programs, ids, num_rows, layer)

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from tokenferry.dispatched import HiddenRows, PartialRows
+from tokenferry.dispatched import HiddenRows, LoadsToCount, PartialRows
 from tokenferry.step import Announced, StepRequest
 from tokenferry.transports.base import Gathered, SymmetricMemory, Transport
 
@@ -83,6 +83,9 @@ class TransportWrapper(Transport):
 
     def combine(self, partial: PartialRows, out: torch.Tensor | None = None) -> torch.Tensor:
         return self.inner.combine(partial, out)
+
+    def counts_in_combine(self, loads: LoadsToCount) -> bool:
+        return self.inner.counts_in_combine(loads)
 
     def watching_replay(self) -> AbstractContextManager[None]:
         return self.inner.watching_replay()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 
 from tokenferry.dispatched import FLOAT8
 from tokenferry.kernels.control_block import MODE_BOTH, MODE_RECEIVE, MODE_SEND
-from tokenferry.kernels.launch import BoundLaunch
+from tokenferry.kernels.launch import BoundLaunch, Launch
 from tokenferry.step import StepTensors
 from tokenferry.transports.base import TransportSettings
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 from tokenferry.transports.symmetric.layout import Layout
 from tokenferry.transports.symmetric.loading import Given, LoadedKernels, RowKernels
+from tokenferry.transports.symmetric.tuning import Cut
+
+Launches = TypeVar("Launches")
 
 SUPPLIED = ("hidden_ptr", "scales_ptr", "topk_idx_ptr", "topk_weights_ptr", "num_supplied", "num_real_ptr", "layer")
 """What a dispatch that sends is given at every call, in this order."""
@@ -21,6 +27,8 @@ SUMMED = ("partial_ptr", "num_partial", "is_in_place", "out_ptr", "num_out", "la
 """What a combine that receives is given at every call, in this order. One of rows that are quantized already is given SCALES
 behind these."""
 SCALES = ("scales_ptr", "scale_row")
+LOADS = "loads_ptr"
+"""What every combine is given last of all in a workspace with telemetry."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +64,27 @@ class Resources:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowLaunches:
-    """Of dispatch and combine each mode has a launch of its own, since one that only sends, or only receives, is given less.
+class DispatchLaunches:
+    """Each mode has a launch of its own, since one that only sends, or only receives, is given less: `both` and `send` take
+    SUPPLIED, `receive` the last two of these. `grid`: programs of each."""
 
-    `dispatch` and `dispatch_send` take SUPPLIED, `dispatch_receive` the last two of these; `combine` and `combine_receive` take
-    SUMMED, `combine_send` SUMMED without `out_ptr` and `num_out`.
+    both: dict[Given, BoundLaunch]
+    send: dict[Given, BoundLaunch]
+    receive: dict[Given, BoundLaunch]
+    grid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombineLaunches:
+    """The same of a combine: `both` and `receive` take SUMMED, `send` SUMMED without `out_ptr` and `num_out`.
+
+    See SCALES and LOADS too.
     """
 
-    dispatch: dict[Given, BoundLaunch]
-    dispatch_send: dict[Given, BoundLaunch]
-    dispatch_receive: dict[Given, BoundLaunch]
-    combine: dict[torch.dtype, BoundLaunch]
-    combine_send: dict[torch.dtype, BoundLaunch]
-    combine_receive: dict[torch.dtype, BoundLaunch]
+    both: dict[torch.dtype, BoundLaunch]
+    send: dict[torch.dtype, BoundLaunch]
+    receive: dict[torch.dtype, BoundLaunch]
+    grid: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,21 +93,23 @@ class BoundLaunches:
 
     Attributes:
         counts: takes num_tokens, flags and num_real.
-        few, fewest: for steps to which this rank brings at most `few_tokens`, or at most `fewest_tokens` rows.
+        dispatch, combine: for every step.
+        few_dispatch, few_combine: for steps to which this rank brings at most so many rows, the smallest number first.
     """
 
     counts: BoundLaunch
-    rows: RowLaunches
-    few: RowLaunches
-    few_tokens: int
-    fewest: RowLaunches
-    fewest_tokens: int
+    dispatch: DispatchLaunches
+    combine: CombineLaunches
+    few_dispatch: tuple[tuple[int, DispatchLaunches], ...] = ()
+    few_combine: tuple[tuple[int, CombineLaunches], ...] = ()
 
-    def rows_for(self, num_tokens: int) -> RowLaunches:
+    def dispatch_for(self, num_tokens: int) -> DispatchLaunches:
         """Those for a step to which this rank brings so many rows."""
-        if num_tokens <= self.fewest_tokens:
-            return self.fewest
-        return self.few if num_tokens <= self.few_tokens else self.rows
+        return next((launches for most, launches in self.few_dispatch if num_tokens <= most), self.dispatch)
+
+    def combine_for(self, num_tokens: int) -> CombineLaunches:
+        """See `dispatch_for`. The two need not be cut alike."""
+        return next((launches for most, launches in self.few_combine if num_tokens <= most), self.combine)
 
 
 def bind_launches(resources: Resources, view: RankView) -> BoundLaunches:
@@ -138,44 +156,59 @@ def bind_launches(resources: Resources, view: RankView) -> BoundLaunches:
         "terms_offset": layout.terms.offset,
         "term_scales_offset": layout.term_scales.offset,
     }
+    counts_loads = settings.recorder is not None
+    if counts_loads:
+        combine_fixed |= {"ids_offset": layout.topk_idx.offset, "num_experts": settings.config.num_experts}
 
-    def bind(rows: RowKernels) -> RowLaunches:
-        return _bind_rows(rows, dispatch_fixed, combine_fixed, alone=view.size == 1)
+    def dispatch(rows: RowKernels, grid: int) -> DispatchLaunches:
+        return _bind_dispatch(rows.dispatch_alone if view.size == 1 else rows.dispatch, dispatch_fixed, grid)
 
-    rows = bind(kernels.rows)
+    def combine(rows: RowKernels, grid: int) -> CombineLaunches:
+        return _bind_combine(rows.combine, combine_fixed, grid, counts_loads=counts_loads)
+
+    rows, few = kernels.rows, kernels.few
     return BoundLaunches(
         counts=kernels.counts.bind({**common, **published}, ("num_tokens", "flags", "num_real"), grid=1),
-        rows=rows,
-        few=rows if kernels.few is None else bind(kernels.few),
-        few_tokens=kernels.few_tokens,
-        fewest=rows if kernels.fewest is None else bind(kernels.fewest),
-        fewest_tokens=kernels.fewest_tokens,
+        dispatch=dispatch(rows, rows.grid),
+        combine=combine(rows, rows.grid),
+        few_dispatch=() if few is None else _by_tokens(kernels.few_dispatch, partial(dispatch, few)),
+        few_combine=() if few is None else _by_tokens(kernels.few_combine, partial(combine, few)),
     )
 
 
-def _bind_rows(kernels: RowKernels, dispatch_fixed: dict[str, int], combine_fixed: dict[str, int], *, alone: bool) -> RowLaunches:
-    dispatches = kernels.dispatch_alone if alone else kernels.dispatch
+def _by_tokens(cuts: tuple[Cut, ...], bind: Callable[[int], Launches]) -> tuple[tuple[int, Launches], ...]:
+    return tuple((cut.max_tokens, bind(cut.max_programs)) for cut in cuts)
 
-    def dispatch(varying: tuple[str, ...], **fixed: int) -> dict[Given, BoundLaunch]:
-        given = {**dispatch_fixed, **fixed}
-        return {key: launch.bind(given, varying, grid=kernels.grid) for key, launch in dispatches.items()}
 
-    def combine(varying: tuple[str, ...], **fixed: int) -> dict[torch.dtype, BoundLaunch]:
-        given = {**combine_fixed, **fixed}
-        without_scales = {**given, **dict.fromkeys(SCALES, 0)}
-        return {
-            key: launch.bind(given, (*varying, *SCALES), grid=kernels.grid)
-            if key == FLOAT8
-            else launch.bind(without_scales, varying, grid=kernels.grid)
-            for key, launch in kernels.combine.items()
-        }
+def _bind_dispatch(kernels: dict[Given, Launch], fixed: dict[str, int], grid: int) -> DispatchLaunches:
+    def bind(varying: tuple[str, ...], **more: int) -> dict[Given, BoundLaunch]:
+        return {key: launch.bind({**fixed, **more}, varying, grid=grid) for key, launch in kernels.items()}
 
     nothing_supplied = dict.fromkeys(SUPPLIED[:5], 0)
-    return RowLaunches(
-        dispatch=dispatch(SUPPLIED, mode=MODE_BOTH),
-        dispatch_send=dispatch(SUPPLIED, mode=MODE_SEND),
-        dispatch_receive=dispatch(SUPPLIED[5:], **nothing_supplied, mode=MODE_RECEIVE),
-        combine=combine(SUMMED, mode=MODE_BOTH),
-        combine_send=combine(("partial_ptr", "num_partial", "is_in_place", "layer"), out_ptr=0, num_out=0, mode=MODE_SEND),
-        combine_receive=combine(SUMMED, mode=MODE_RECEIVE),
+    return DispatchLaunches(
+        both=bind(SUPPLIED, mode=MODE_BOTH),
+        send=bind(SUPPLIED, mode=MODE_SEND),
+        receive=bind(SUPPLIED[5:], **nothing_supplied, mode=MODE_RECEIVE),
+        grid=grid,
+    )
+
+
+def _bind_combine(kernels: dict[torch.dtype, Launch], fixed: dict[str, int], grid: int, *, counts_loads: bool) -> CombineLaunches:
+    loads = (LOADS,) if counts_loads else ()
+
+    def bind(varying: tuple[str, ...], **more: int) -> dict[torch.dtype, BoundLaunch]:
+        given = {**fixed, **more}
+        without_scales = {**given, **dict.fromkeys(SCALES, 0)}
+        return {
+            key: launch.bind(given, (*varying, *SCALES, *loads), grid=grid)
+            if key == FLOAT8
+            else launch.bind(without_scales, (*varying, *loads), grid=grid)
+            for key, launch in kernels.items()
+        }
+
+    return CombineLaunches(
+        both=bind(SUMMED, mode=MODE_BOTH),
+        send=bind(("partial_ptr", "num_partial", "is_in_place", "layer"), out_ptr=0, num_out=0, mode=MODE_SEND),
+        receive=bind(SUMMED, mode=MODE_RECEIVE),
+        grid=grid,
     )

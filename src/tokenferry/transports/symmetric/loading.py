@@ -16,20 +16,20 @@ from tokenferry.errors import TransportUnavailableError
 from tokenferry.kernels import fp8_rows
 from tokenferry.kernels.abort import SIGNATURE as ABORT_SIGNATURE
 from tokenferry.kernels.abort import abort_kernel
+from tokenferry.kernels.combine import COUNTING_SIGNATURE, NO_LOADS, combine_kernel
 from tokenferry.kernels.combine import SIGNATURE as COMBINE_SIGNATURE
-from tokenferry.kernels.combine import combine_kernel
 from tokenferry.kernels.control_words import SIGNATURE as ADD_SIGNATURE
 from tokenferry.kernels.control_words import add_kernel
 from tokenferry.kernels.counts import SIGNATURE as COUNTS_SIGNATURE
 from tokenferry.kernels.counts import counts_kernel
 from tokenferry.kernels.dispatch import SIGNATURE as DISPATCH_SIGNATURE
 from tokenferry.kernels.dispatch import dispatch_kernel
-from tokenferry.kernels.launch import DTYPES, Launch, has_pdl, prepare
+from tokenferry.kernels.launch import DTYPES, KernelSpec, KernelStore, Launch, has_pdl, specify
 from tokenferry.transports.base import TransportSettings
 from tokenferry.transports.symmetric.buffer import SymmetricBuffer
 from tokenferry.transports.symmetric.layout import MAX_PROGRAMS, Layout
 from tokenferry.transports.symmetric.regions import initialise
-from tokenferry.transports.symmetric.tuning import MAX_REGISTERS, FewTokens, Tuning, choose_grid, max_registers_of
+from tokenferry.transports.symmetric.tuning import MAX_REGISTERS, Cut, FewTokens, Tuning, choose_grid, max_registers_of
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,6 +37,21 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 Given = tuple[torch.dtype, torch.dtype, bool]
 """What a dispatch is given: the dtypes of topk_idx and of topk_weights, and whether its rows are quantized already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSpecs:
+    """What `RowKernels` are compiled for. `grid`: programs of a launch."""
+
+    dispatch: dict[Given, KernelSpec]
+    dispatch_alone: dict[Given, KernelSpec]
+    combine: dict[torch.dtype, KernelSpec]
+    grid: int
+
+    @property
+    def all(self) -> tuple[KernelSpec, ...]:
+        """Each kernel, some of them twice."""
+        return (*self.dispatch.values(), *self.dispatch_alone.values(), *self.combine.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +84,9 @@ class LoadedKernels:
 
     Attributes:
         rows: their grid is the same on all ranks.
-        few: for steps to which this rank brings at most `few_tokens` rows. Slots need no agreement, and in bulk rounds its CTAs
-            see to the flags of all CTAs that a launch of `rows` has.
-        fewest: the same kernels in fewer programs, for steps of at most `fewest_tokens` rows.
+        few: for steps to which this rank brings few rows. Slots need no agreement, and in bulk rounds its CTAs see to the flags
+            of all CTAs that a launch of `rows` has.
+        few_dispatch, few_combine: for how many rows, in how many programs; see `FewTokens`.
     """
 
     counts: Launch
@@ -79,9 +94,8 @@ class LoadedKernels:
     add: Launch
     rows: RowKernels
     few: RowKernels | None
-    few_tokens: int
-    fewest: RowKernels | None
-    fewest_tokens: int
+    few_dispatch: tuple[Cut, ...]
+    few_combine: tuple[Cut, ...]
 
 
 @dataclass(frozen=True)
@@ -142,16 +156,22 @@ def _load(
     pdl = int(has_pdl(device))
     telemetry = int(settings.recorder is not None)
     lanes = max(32, 1 << (settings.group.size - 1).bit_length())
-    rows = load_row_kernels(settings, tuning, multicast=multicast)
+    counts = specify(counts_kernel, COUNTS_SIGNATURE, {"LANES": lanes, "TELEMETRY": telemetry, "PDL": pdl}, num_warps=1)
+    abort = specify(abort_kernel, ABORT_SIGNATURE, {"PDL": 0}, num_warps=1)
+    add = specify(add_kernel, ADD_SIGNATURE, {"PDL": 0}, num_warps=1)
+    row_specs = specify_rows(settings, tuning, multicast=multicast)
+    few_specs = None if few is None else specify_rows(settings, few.tuning, multicast=multicast, flag_block=tuning.block)
+    store = KernelStore(device)
+    store.load_all([counts, abort, add, *row_specs.all, *(() if few_specs is None else few_specs.all)])
+    rows = load_row_kernels(store, row_specs)
     kernels = LoadedKernels(
-        counts=prepare(counts_kernel, COUNTS_SIGNATURE, {"LANES": lanes, "TELEMETRY": telemetry, "PDL": pdl}, 1, device),
-        abort=prepare(abort_kernel, ABORT_SIGNATURE, {"PDL": 0}, 1, device),
-        add=prepare(add_kernel, ADD_SIGNATURE, {"PDL": 0}, 1, device),
+        counts=store.load(counts),
+        abort=store.load(abort),
+        add=store.load(add),
         rows=rows,
-        few=None if few is None else load_row_kernels(settings, few.tuning, multicast=multicast, flag_block=tuning.block),
-        few_tokens=-1 if few is None else few.max_tokens,
-        fewest=None,
-        fewest_tokens=-1 if few is None else few.fewest_tokens,
+        few=None if few_specs is None else load_row_kernels(store, few_specs),
+        few_dispatch=() if few is None else few.dispatch,
+        few_combine=() if few is None else few.combine,
     )
     grid = choose_grid(settings, layout, tuning, rows.resident, is_virtual=buffer.is_virtual)
     return Loaded(mirror, _with_grid(kernels, grid))
@@ -159,46 +179,62 @@ def _load(
 
 def _with_grid(kernels: LoadedKernels, grid: int) -> LoadedKernels:
     """Launches for few tokens have no more CTAs than there are flags: each of them sets one at least, behind what it has sent."""
-    few = fewest = kernels.few
-    if few is not None:
-        few = replace(few, grid=min(few.grid, grid, few.resident))
-        fewest = replace(few, grid=max(1, few.grid // 2))
-    return replace(kernels, rows=replace(kernels.rows, grid=grid), few=few, fewest=fewest)
+    most = grid if kernels.few is None else min(grid, kernels.few.resident)
+
+    def within(cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
+        return tuple(replace(cut, max_programs=min(cut.max_programs, most)) for cut in cuts)
+
+    few_dispatch, few_combine = within(kernels.few_dispatch), within(kernels.few_combine)
+    return replace(kernels, rows=replace(kernels.rows, grid=grid), few_dispatch=few_dispatch, few_combine=few_combine)
 
 
-def load_row_kernels(settings: TransportSettings, tuning: Tuning, *, multicast: bool, flag_block: int = 0) -> RowKernels:
-    """Compiles and loads every variant that the arguments of this workspace can ask for. `flag_block`: see `dispatch_kernel`."""
-    device = settings.group.device
-    pdl = int(has_pdl(device))
-    cut = {"BLOCK": tuning.block, "MAX_PROGRAMS": MAX_PROGRAMS, "FLAG_BLOCK": flag_block, "PDL": pdl}
-    cut["SPLIT"] = 0 if flag_block else tuning.split
+def specify_rows(settings: TransportSettings, tuning: Tuning, *, multicast: bool, flag_block: int = 0) -> RowSpecs:
+    """Every variant that the arguments of this workspace can ask for. `flag_block`: see `dispatch_kernel`."""
+    cut: dict[str, object] = {"BLOCK": tuning.block, "MAX_PROGRAMS": MAX_PROGRAMS, "FLAG_BLOCK": flag_block}
+    cut |= {"PDL": int(has_pdl(settings.group.device)), "SPLIT": 0 if flag_block else tuning.split}
     cut["TELEMETRY"] = int(settings.recorder is not None)
 
-    def dispatches(multicast: bool) -> dict[Given, Launch]:
+    def dispatches(multicast: bool) -> dict[Given, KernelSpec]:
         quantized = (False, True) if settings.dispatch_format.is_quantized else (False,)
-        given = product(INDEX_DTYPES, FLOAT_DTYPES, quantized)
-        variants = {kinds: _dispatch_constants(settings, *kinds, multicast) for kinds in given}
         return {
-            kinds: prepare(
-                dispatch_kernel, DISPATCH_SIGNATURE, constants | cut, tuning.num_warps, device, max_registers=MAX_REGISTERS
+            given: specify(
+                dispatch_kernel,
+                DISPATCH_SIGNATURE,
+                _dispatch_constants(settings, *given, multicast) | cut,
+                num_warps=tuning.num_warps,
+                max_registers=MAX_REGISTERS,
             )
-            for kinds, constants in variants.items()
+            for given in product(INDEX_DTYPES, FLOAT_DTYPES, quantized)
         }
 
-    alone = dispatches(multicast=False)
-    max_registers = max_registers_of(settings, tuning)
     partials = (*FLOAT_DTYPES, FLOAT8) if settings.combine_dtype == FLOAT8 else FLOAT_DTYPES
-    combines = {partial: _combine_constants(settings, partial, multicast) for partial in partials}
-    return RowKernels(
-        dispatch=dispatches(multicast=True) if multicast else alone,
-        dispatch_alone=alone,
+    signature, loads = COMBINE_SIGNATURE, NO_LOADS
+    if settings.recorder is not None:
+        signature, loads = COUNTING_SIGNATURE, {"TOPK": settings.config.topk, "IDS": DTYPES[settings.index_dtype]}
+    return RowSpecs(
+        dispatch=dispatches(multicast),
+        dispatch_alone=dispatches(multicast=False),
         combine={
-            partial: prepare(
-                combine_kernel, COMBINE_SIGNATURE, constants | cut, tuning.num_warps, device, max_registers=max_registers
+            partial: specify(
+                combine_kernel,
+                signature,
+                _combine_constants(settings, partial, multicast) | cut | loads,
+                num_warps=tuning.num_warps,
+                max_registers=max_registers_of(settings, tuning),
             )
-            for partial, constants in combines.items()
+            for partial in partials
         },
         grid=tuning.max_programs,
+    )
+
+
+def load_row_kernels(store: KernelStore, specs: RowSpecs) -> RowKernels:
+    """Compiles and loads what is not in the store yet."""
+    return RowKernels(
+        dispatch={given: store.load(spec) for given, spec in specs.dispatch.items()},
+        dispatch_alone={given: store.load(spec) for given, spec in specs.dispatch_alone.items()},
+        combine={partial: store.load(spec) for partial, spec in specs.combine.items()},
+        grid=specs.grid,
     )
 
 

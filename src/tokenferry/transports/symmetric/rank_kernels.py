@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tokenferry.dispatched import HiddenRows, PartialRows, QuantizedRows, empty_terms
+from tokenferry.dispatched import HiddenRows, LoadsToCount, PartialRows, QuantizedRows, empty_terms
 from tokenferry.kernels.control_block import NUM_REAL_OFFSET
 from tokenferry.kernels.launch import BoundLaunch
 from tokenferry.step import StepRequest
@@ -37,8 +37,11 @@ class RankKernels(Transport):
         self._terms = terms = regions.terms_RH
         first, last = (terms.values, terms.scales) if isinstance(terms, QuantizedRows) else (terms, terms)
         self._terms_address, self._terms_end = first.data_ptr(), last.data_ptr() + _bytes_spanned(last)
+        self._no_loads: tuple[int, ...] = () if settings.recorder is None else (0,)
+        self._loads: tuple[int, ...] = self._no_loads
+        """With telemetry: the address at which the next combine counts, 0 if it shall not."""
         self._launches = bind_launches(resources, view)
-        self._rows = self._launches.rows
+        self._dispatches, self._combines = self._launches.dispatch, self._launches.combine
 
     @property
     def nbytes(self) -> int:
@@ -63,23 +66,24 @@ class RankKernels(Transport):
             known_real, self._num_real_ptr = request.num_real_tokens, self.view.counters_ptr + NUM_REAL_OFFSET
         else:  # read when the kernels run
             known_real, self._num_real_ptr = 0, request.num_real_tokens.data_ptr()
-        self._rows = self._launches.rows_for(request.num_tokens)
+        self._dispatches = self._launches.dispatch_for(request.num_tokens)
+        self._combines = self._launches.combine_for(request.num_tokens)
         self.launched = True
         self._launches.counts(request.num_tokens, request.flags, known_real)
 
     def dispatch(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Gathered:
-        self._send_rows(self._rows.dispatch, layer, hidden, topk_idx, topk_weights)
+        self._send_rows(self._dispatches.both, layer, hidden, topk_idx, topk_weights)
         return self._regions.gathered
 
     def dispatch_begin(self, layer: int, hidden: HiddenRows, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         parts = (hidden.values, hidden.scales) if isinstance(hidden, QuantizedRows) else (hidden,)
         self._sending = (*parts, topk_idx, topk_weights)  # kept: another stream may get the memory of what the caller drops
-        self._send_rows(self._rows.dispatch_send, layer, hidden, topk_idx, topk_weights)
+        self._send_rows(self._dispatches.send, layer, hidden, topk_idx, topk_weights)
         self._given = topk_idx.dtype, topk_weights.dtype, len(parts) == 2
 
     def dispatch_end(self) -> Gathered:
         self.launched = True
-        self._rows.dispatch_receive[self._given](self._num_real_ptr, self._layer)
+        self._dispatches.receive[self._given](self._num_real_ptr, self._layer)
         for tensor in self._sending:
             if tensor.is_cuda:  # it may have been made on another stream, which would hand its memory on at once
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
@@ -107,22 +111,34 @@ class RankKernels(Transport):
             address, scales_ptr, topk_idx.data_ptr(), topk_weights.data_ptr(), self._num_supplied, self._num_real_ptr, layer
         )
 
+    def counts_in_combine(self, loads: LoadsToCount) -> bool:
+        if self._layout.dispatch_slot_rows < self._layout.slot_rows:
+            return False  # of a dispatch in bulk and a combine in slots, peers may overwrite numbers as soon as they have terms
+        self._loads = (loads.words.data_ptr() + loads.first * loads.words.element_size(),)
+        return True
+
+    def _take_loads(self) -> tuple[int, ...]:
+        loads, self._loads = self._loads, self._no_loads
+        return loads
+
     def combine_input(self) -> PartialRows:
         return self._regions.terms_RH
 
     def combine(self, partial: PartialRows, out: torch.Tensor | None = None) -> torch.Tensor:
-        return self._combine(self._rows.combine, self._readable(partial), out)
+        return self._combine(self._combines.both, self._readable(partial), out, self._take_loads())
 
     def combine_begin(self, partial: PartialRows) -> None:
         self._partial = partial = self._readable(partial)
         values, scales = _address_and_scales(partial)
         self.launched = True
-        self._rows.combine_send[partial.dtype](values, partial.shape[0], self._is_in_place(partial), self._layer, *scales)
+        self._combines.send[partial.dtype](
+            values, partial.shape[0], self._is_in_place(partial), self._layer, *scales, *self._take_loads()
+        )
 
     def combine_end(self, out: torch.Tensor | None = None) -> torch.Tensor:
         partial = self._partial
         assert partial is not None, "the workspace orders the halves"
-        combined = self._combine(self._rows.combine_receive, partial, out)
+        combined = self._combine(self._combines.receive, partial, out, self._no_loads)
         self._partial = None
         for tensor in (partial.values, partial.scales) if isinstance(partial, QuantizedRows) else (partial,):
             if tensor.is_cuda:  # it may be a copy of our own, made on the stream of `combine_begin`
@@ -130,7 +146,11 @@ class RankKernels(Transport):
         return combined
 
     def _combine(
-        self, launches: dict[torch.dtype, BoundLaunch], partial: PartialRows, wanted: torch.Tensor | None
+        self,
+        launches: dict[torch.dtype, BoundLaunch],
+        partial: PartialRows,
+        wanted: torch.Tensor | None,
+        loads: tuple[int, ...],
     ) -> torch.Tensor:
         settings, num_rows, out = self._settings, self._num_supplied, wanted
         if out is None or out.data_ptr() % PACKET_BYTES:
@@ -139,7 +159,7 @@ class RankKernels(Transport):
         in_place = self._is_in_place(partial)
         values, scales = _address_and_scales(partial)
         self.launched = True
-        launches[partial.dtype](values, partial.shape[0], in_place, out.data_ptr(), num_rows, self._layer, *scales)
+        launches[partial.dtype](values, partial.shape[0], in_place, out.data_ptr(), num_rows, self._layer, *scales, *loads)
         return out if wanted is None or wanted is out else wanted.copy_(out)
 
     def _readable(self, partial: PartialRows) -> PartialRows:

@@ -67,7 +67,7 @@ class TuningTable:
             largest step is taken.
         largest: for larger steps, and for workspaces whose steps may be bulk.
         few_tokens: for a rank that brings no more packets than this wave has threads, in a workspace that takes a larger one.
-        fewest_share: one part in so many of that wave's threads, for whose packets half of its programs are better.
+        few_shares: (p, q), for the fewest packets first: up to one for p threads of that wave, one program in q is better.
         split: see `Tuning`.
     """
 
@@ -77,7 +77,7 @@ class TuningTable:
     waves: tuple[Wave, ...]
     largest: Wave
     few_tokens: Wave
-    fewest_share: int
+    few_shares: tuple[tuple[int, int], ...]
     split: int
 
 
@@ -91,8 +91,8 @@ H100_X2 = TuningTable(
         Wave(num_warps=8, programs_per_sm=2),
     ),
     largest=Wave(num_warps=16, programs_per_sm=2),
-    few_tokens=Wave(num_warps=8, programs_per_sm=1),
-    fewest_share=4,
+    few_tokens=Wave(num_warps=8, programs_per_sm=2),
+    few_shares=((8, 4), (2, 2), (1, 1)),
     split=2,
 )
 """Small programs begin sooner, and large ones keep more packets under way. More than two programs on an SM did not help at any
@@ -131,13 +131,26 @@ def choose_tuning(settings: TransportSettings, layout: Layout, table: TuningTabl
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Most programs of a launch for steps to which this rank brings at most `max_tokens` rows."""
+
+    max_tokens: int
+    max_programs: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class FewTokens:
-    """How launches are cut of a rank that brings at most `max_tokens` rows to a step, in a workspace for larger steps. Up to
-    `fewest_tokens` rows half of the programs do."""
+    """How launches are cut of a rank that brings few rows to a step, in a workspace for larger steps.
+
+    Attributes:
+        tuning: of the kernels, and of their largest launch.
+        dispatch, combine: their launches, those for the fewest rows first. What brings more than the last one takes is launched
+            as in a step of the workspace's largest size. The two differ, since a row has other packets on each way.
+    """
 
     tuning: Tuning
-    max_tokens: int
-    fewest_tokens: int = -1
+    dispatch: tuple[Cut, ...]
+    combine: tuple[Cut, ...]
 
 
 def choose_few_tokens(
@@ -145,28 +158,48 @@ def choose_few_tokens(
 ) -> FewTokens | None:
     """The second tuning of a workspace, next to `tuning`. None where that is as small, and in the interpreter.
 
-    A rank chooses between the two by its own T. It gets the rows of all its peers too, so that with more ranks it has to have
-    fewer. More rows than a slot has make the round a bulk one, which is better cut as `tuning` says.
+    A rank chooses by its own T. It gets the rows of all its peers too, so that with more ranks it has to have fewer. More rows
+    than a slot has make the round a bulk one, which is better cut as `tuning` says.
+
+    Example:
+        On 132 SMs the wave has 67584 threads in 264 programs. 2 ranks with H 7168: rows of fp8_block128 have 462 packets each, so
+        that up to 18, 73 and 146 of them are dispatched by 66, 132 and 264 programs; bfloat16 terms have 896, and up to 9, 37 and
+        75 of them are combined so.
     """
     if settings.group.device.type == "cpu":
         return None
     few = _as_tuning(table.few_tokens, _num_sms(settings))
-    if few.num_threads >= tuning.num_threads:
+    if 2 * tuning.num_threads <= few.num_threads:
         return None
     num_peers = max(1, settings.group.size - 1)
-    packets = packets_per_row(settings) * num_peers
-    most, fewest = few.num_threads // packets, few.num_threads // table.fewest_share // packets
-    return FewTokens(tuning=few, max_tokens=min(most, layout.slot_rows), fewest_tokens=min(fewest, layout.slot_rows))
+    cuts = [(p, few.max_programs // q) for p, q in table.few_shares if few.num_threads // q < tuning.num_threads]
+
+    def cut(packets: int) -> tuple[Cut, ...]:
+        return tuple(
+            Cut(max_tokens=min(few.num_threads // p // (packets * num_peers), layout.slot_rows), max_programs=programs)
+            for p, programs in cuts
+        )
+
+    return FewTokens(tuning=few, dispatch=cut(dispatched_packets(settings)), combine=cut(combined_packets(settings)))
 
 
 def packets_per_row(settings: TransportSettings) -> int:
-    """Threads that send a row, or take its sums, each a packet; and packets of its routing."""
-    config, row_format = settings.config, settings.dispatch_format
-    quantized = -(-config.hidden_size // 512) * THREADS_PER_WARP
-    plain_bytes = row_format.columns(config) * row_format.dtype(config).itemsize
-    dispatched = quantized if row_format.is_quantized else -(-plain_bytes // 16)
-    combined = quantized if settings.combine_dtype == FLOAT8 else -(-config.hidden_size * settings.combine_dtype.itemsize // 16)
-    return max(dispatched, combined) + config.topk * 2 // 4 + 1
+    """The most threads that a row takes in either operation, with those for its routing."""
+    routing = settings.config.topk * 2 // 4 + 1
+    return max(dispatched_packets(settings), combined_packets(settings)) + routing
+
+
+def dispatched_packets(settings: TransportSettings) -> int:
+    """Packets that a row has in a slot, each taken by a thread; those that send it are no more. Without its routing."""
+    return -(-settings.dispatch_format.wire_bytes(settings.config) // 16)
+
+
+def combined_packets(settings: TransportSettings) -> int:
+    """Threads that send a row of terms, or take its sums."""
+    hidden_size = settings.config.hidden_size
+    if settings.combine_dtype == FLOAT8:
+        return -(-hidden_size // 512) * THREADS_PER_WARP
+    return -(-hidden_size * settings.combine_dtype.itemsize // 16)
 
 
 def max_registers_of(settings: TransportSettings, tuning: Tuning) -> int:
