@@ -16,8 +16,8 @@ CASES = {
     "no-gate": Case(Activation("relu"), True, BFLOAT16, 160, 32),
 }
 """No size but one is a multiple of the 64 rows and columns that are packed together."""
-LIMITS = (16, 17, 64, 65, 256, 257)
-"""Rows of one expert, on both sides of each number at which another launch takes over."""
+LIMITS = (16, 17, 64, 65, 128, 129, 192, 193, 257)
+"""Rows of one expert, on both sides of each number at which other tiles or the other launch take over."""
 
 
 def checkpoint(num_experts: int, rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

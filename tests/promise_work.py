@@ -61,7 +61,7 @@ KINDS = {
     "float32": Kind((2, 2), dtype=torch.float32),
     "float8": Kind((6, 2), "float8", intermediate_size=96),
     "float8-in-blocks": Kind((5, 3), "float8"),
-    "mxfp4": Kind((6, 4), "mxfp4"),
+    "mxfp4": Kind((4, 2), "mxfp4"),
     "mxfp4-batch-invariant": Kind((2, 2), "mxfp4", batch_invariant=True),
 }
 

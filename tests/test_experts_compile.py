@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tokenferry.experts import ExpertScratch, variants
 from tokenferry.experts.plan import FEW_ROWS, class_of_rows, classes_of_rows, plan
 from tokenferry.experts.scratch import RowShape
 from tokenferry.kernels import wire
+from tokenferry.kernels.launch import REGISTERS_PER_SM
 
 SHARED_MEMORY_BYTES = {90: 232_448, 100: 232_448}
 """What one program may have, by capability (CUDA's programming guide)."""
@@ -80,6 +83,40 @@ def test_the_second_launch_of_a_product_waits_after_its_tiles(product) -> None:
         assert ptx.count("griddepcontrol.wait") == ptx.count("griddepcontrol.launch_dependents") == 1
         assert (ptx.index("griddepcontrol.wait") < ptx.index("mma")) == waits_first
         assert (ptx.index("griddepcontrol.wait") > last_product) != waits_first
+
+
+def registers_of(cubin: bytes, path: Path) -> int:
+    """Of a thread, as the assembler gave them out."""
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    told = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+) STACK:\d+", told)[1])
+
+
+@pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+@pytest.mark.parametrize("product", ["up", "down"])
+def test_three_programs_for_few_packed_rows_fit_on_an_sm(product, tmp_path) -> None:
+    """Few rows are bound by reading weights, and each program on an SM asks for more of them."""
+    name, sm90 = "gpt-oss-20b-mxfp4", GPUTarget("cuda", 90, 32)
+    planned = getattr(variants.chosen_plan(VARIANTS[name], torch.device("cpu")), product)
+    compiled = getattr(variants.specs(VARIANTS[name], torch.device("cpu")), product)
+    (tiles, spec), *others = [pair for pair in zip(planned, compiled, strict=True) if pair[0].by_warp]
+    kernel = triton.compile(spec.source(), target=sm90, options=spec.options())
+    registers = -(-registers_of(kernel.asm["cubin"], tmp_path / "cubin") // 8) * 8 * tiles.num_warps * 32
+    assert not others and REGISTERS_PER_SM // registers >= 3 and SHARED_MEMORY_BYTES[90] // kernel.metadata.shared >= 3
+
+
+@pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+@pytest.mark.parametrize("size", [96, 160, 2880])
+def test_packed_products_read_no_activated_row_before_they_wait_for_it(size) -> None:
+    """Weights alone are asked for before. Where all steps along the depth are written out, no loop is left around them but that
+    over tiles, whose loads the compiler would bring forward."""
+    small = variant(size, size, 4, 3, weight_dtype=torch.int32)
+    spec, *_ = variants.specs(small, torch.device("cpu")).down
+    assert dict(spec.constants)["WARP_PAIRS"] > 0
+    ptx = triton.compile(spec.source(), target=GPUTarget("cuda", 90, 32), options=spec.options()).asm["ptx"]
+    assert "cp.async" in ptx and ptx.index("griddepcontrol.wait") < ptx.index("cp.async")
+    assert "mma.sync" in ptx, "a warp multiplies by itself"
 
 
 @pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")

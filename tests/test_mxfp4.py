@@ -13,7 +13,7 @@ from test_experts import LOCAL, NUM_EXPERTS
 from tokenferry.activations import Activation
 from tokenferry.dispatched import QuantizedRows
 from tokenferry.experts import Experts, ExpertsConfig, ExpertWeights, apply_experts, mxfp4
-from tokenferry.experts.plan import plan
+from tokenferry.experts.plan import Tiles, plan
 from tokenferry.layer import MoELayer
 from tokenferry.router import Router, RouterConfig
 from tokenferry.testing.numeric import first_difference, same_bits
@@ -216,16 +216,28 @@ def test_a_layer_of_packed_experts_over_symmetric_memory(on_ranks: RankPools, di
     assert on_ranks(layers, 2, "p2p", dispatch_format, env={"TRITON_INTERPRET": "1"}, timeout_s=120) == ["", ""]
 
 
+def rows_served(tiles: Tiles, count: int) -> range:
+    """Which of an expert's rows a launch computes, by the words of `Tiles`."""
+    step = tiles.after or (tiles.rows if tiles.min_rows > 1 else 0)
+    if not step:
+        return range(count)
+    rest = count % step
+    large = count - rest if rest < (tiles.max_rows + 1 if tiles.after else tiles.min_rows) else count
+    return range(large, count) if tiles.after else range(large)
+
+
 @pytest.mark.parametrize("max_rows", [None, 1, 16, 17, 64, 65, 256, 257, 8192], ids="C·EP {}".format)
-def test_one_launch_of_each_product_serves_an_expert(max_rows: int | None) -> None:
+def test_each_row_is_served_by_one_launch_of_each_product(max_rows: int | None) -> None:
     chosen = plan(torch.bfloat16, 2880, 2880, packed=True, max_rows=max_rows)
+    assert len(chosen.up) == len(chosen.down) == (1 if max_rows is not None and max_rows <= 64 else 2)
     for launches in (chosen.up, chosen.down):
         for count in range(1, 601):  # more than max_rows too: a promise may be broken
-            for pairs in {count, max(count, 16), max(count, 17), 4 * count}:
-                serving = [
-                    tiles
-                    for tiles in launches
-                    if tiles.min_rows <= count <= (tiles.max_rows or count)
-                    and tiles.min_pairs <= pairs <= (tiles.max_pairs or pairs)
-                ]
-                assert len(serving) == 1, (count, pairs)
+            served = [row for tiles in launches for row in rows_served(tiles, count)]
+            assert sorted(served) == list(range(count)), count
+
+
+def test_few_rows_are_left_to_the_launch_of_small_tiles() -> None:
+    """At 130 rows an expert has one tile of 128 and one of 16, not two of 128."""
+    few, large = plan(torch.bfloat16, 2880, 2880, packed=True).up
+    found = {count: (len(rows_served(large, count)), len(rows_served(few, count))) for count in (1, 64, 65, 130, 193, 600)}
+    assert found == {1: (0, 1), 64: (0, 64), 65: (65, 0), 130: (128, 2), 193: (193, 0), 600: (600, 0)}

@@ -12,7 +12,7 @@ from mxfp4_experts import CASES, LIMITS, moved, of_one_expert, pair
 from test_experts import LOCAL
 from thinned import crossed
 from tokenferry.experts import ExpertScratch, mxfp4, triton_path
-from tokenferry.experts.plan import Plan, Tiles
+from tokenferry.experts.plan import Plan, Tiles, WarpTiles
 from tokenferry.kernels import expert_mxfp4, expert_mxfp4_tiles
 from tokenferry.testing import run_ranks
 from tokenferry.testing.numeric import first_difference, same_bits
@@ -59,19 +59,19 @@ def tiles(**changes) -> Tiles:
     return Tiles(**{**common, **changes})
 
 
-def by_warps(**changes) -> Tiles:
-    return tiles(**{"rows": 8, "rows_few": 4, "columns": 32, "num_warps": 1, "num_stages": 2, "by_warp": True, **changes})
+def with_warps(max_pairs: int = 10**6, columns: int = 32, **changes) -> Tiles:
+    return tiles(by_warp=WarpTiles(max_pairs=max_pairs, columns=columns, steps=2), **changes)
 
 
+LARGE = tiles(min_rows=7)
+REST = tiles(max_rows=6, after=16)
 PLANS = {
     "default": None,
-    "two cuts": Plan(up=(tiles(min_rows=7), tiles(max_rows=6)), down=(tiles(max_rows=6), tiles(min_rows=7))),
-    "by warps": Plan(up=(by_warps(columns=16),), down=(by_warps(columns=32),)),
+    "large tiles, and what they leave": Plan(up=(LARGE, REST), down=(REST, LARGE)),
+    "wide tiles first": Plan(up=(tiles(rows=8, rows_wide=32),), down=(tiles(rows_wide=32),)),
+    "by warps": Plan(up=(with_warps(columns=16),), down=(with_warps(columns=32),)),
     "by warps, second of a product": Plan(
-        up=(tiles(min_rows=7), by_warps(max_rows=6)), down=(tiles(min_rows=7), by_warps(max_rows=6))
-    ),
-    "by all rows together": Plan(
-        up=(by_warps(max_pairs=20), tiles(min_pairs=21)), down=(by_warps(max_pairs=99, columns=64), tiles(min_pairs=100))
+        up=(LARGE, with_warps(20, max_rows=6, after=16)), down=(LARGE, with_warps(99, columns=64, max_rows=6, after=16))
     ),
     "wide and deep": Plan(up=(tiles(columns=128, depth=128),), down=(tiles(columns=128, depth=128),)),
 }
@@ -162,8 +162,8 @@ def gemm_example(group: tf.EPGroup) -> list[list[float]]:
         expert_mxfp4.expert_mxfp4_kernel[(1,)](
             source, counts, 0, words, factors, counts, out, counts, counts, offsets, pairs, 0, 0.0, 0.0, L=2, K=1, DEPTH=2,
             WIDTH=2, IS_FIRST_PRODUCT=first, GATED=False, INTERLEAVED=False, ACTIVATION="none", BIAS=False, GATHERED=False,
-            MIN_ROWS=1, MAX_ROWS=0, MIN_PAIRS=1, MAX_PAIRS=0, BM_FEW=16, BM=16, BN=64, BD=64, UNROLL=0, LANES=2, UPCAST=True,
-            OVERLAPS=False, PDL=0,
+            LARGE_ROWS=0, MAX_REST=0, IS_REST=False, BM_FEW=16, BM=16, BM_WIDE=16, BN=64, BD=64, WARP_PAIRS=0, WARP_BM=0,
+            WARP_BN=0, UNROLL=0, LANES=2, UPCAST=True, OVERLAPS=False, PDL=0,
         )  # fmt: skip
         results.append(out.tolist())
         source = out

@@ -9,6 +9,22 @@ import torch
 
 
 @dataclass(frozen=True, kw_only=True)
+class WarpTiles:
+    """Tiles of packed weights of which each warp has columns for itself: see `product_of_few`.
+
+    Attributes:
+        max_pairs: a launch takes these where all experts that it serves together have at most so many rows.
+        rows, columns: of a tile.
+        steps: of 64 depths, as many as are written out, and asked for ahead; fewer where they do not divide the depth.
+    """
+
+    max_pairs: int
+    columns: int
+    rows: int = 8
+    steps: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tiles:
     """One launch of the grouped product.
 
@@ -18,14 +34,14 @@ class Tiles:
         in_blocks: rows and weights are float8, and the first product quantizes what it writes: see `kernels/expert_scaled.py`.
         swapped: then, weights take the place of rows in the tensor core, which wants 64 of these: for few rows.
         min_rows, max_rows: it serves experts with min_rows <= rows <= max_rows; max_rows 0 means no upper limit.
-        min_pairs, max_pairs: of packed weights, and only where all experts of this rank together have so many rows; max_pairs 0
-            means no upper limit.
         rows_few: where at most so many rows of an expert are left, the tile has so many.
+        rows_wide: of packed weights: tiles of so many rows, more than `rows`, as long as they are full; 0: none.
+        after: of packed weights: it serves what another launch, of tiles of so many rows, leaves of an expert, which is at most
+            `max_rows`; the other one has `min_rows` rows at least in its last tile. 0: it leaves no row that it could serve.
         rows, columns, depth: of a tile; `columns` are of the output, so a gated product reads twice as many.
         num_warps, num_stages: of a program, and of its pipeline.
         programs_per_sm: the launch has at most so many programs for each SM, which take tiles in turn.
-        by_warp: of packed weights for few rows: each warp has columns for itself, and `num_stages` steps of 64 depths are written
-            out in place of a pipeline. See `kernels/expert_mxfp4.py`.
+        by_warp: of packed weights: other tiles for very few rows.
         max_registers: of a thread, so that more programs fit on an SM at once; None: as the assembler likes.
     """
 
@@ -42,9 +58,9 @@ class Tiles:
     swapped: bool = False
     min_rows: int = 1
     max_rows: int = 0
-    min_pairs: int = 1
-    max_pairs: int = 0
-    by_warp: bool = False
+    rows_wide: int = 0
+    after: int = 0
+    by_warp: WarpTiles | None = None
     max_registers: int | None = None
 
 
@@ -110,8 +126,7 @@ def plan(
         tiles = Tiles(rows=32, rows_few=32, columns=64 // halves, depth=32, num_warps=4, num_stages=2, programs_per_sm=4)
         return Plan(up=(tiles,), down=(tiles,))
     if packed:
-        packed_plan = _packed(halves, batch_invariant, max_rows)
-        return Plan(up=_without_limit(packed_plan.up), down=_without_limit(packed_plan.down))
+        return _packed(halves, batch_invariant, max_rows)
     if in_blocks:
         return _plan_in_blocks(batch_invariant, max_rows)
     if batch_invariant:
@@ -132,48 +147,29 @@ BY_WARP_PAIRS = 16
 """Where packed experts have at most so many rows together, warps multiply that have columns for themselves. gpt-oss-20b,
 one H100 80GB HBM3, 2026-11-26 (benchmarks/results/1xH100-2026-11-26-mxfp4-plans.jsonl): 42 instead of 51 microseconds at 5
 pairs, the same time at 30, 112 instead of 93 at 127."""
-WIDE_ROWS = 256
-"""Packed experts with more rows have tiles of so many: 1,525 instead of 1,700 microseconds at 1,022 rows each; same run."""
 
 
 def _packed(halves: int, batch_invariant: bool, max_rows: int | None) -> Plan:
     """Of MXFP4 weights, whose columns are what tensor cores take as rows: 64 at a time for each four warps, or 16 for a warp."""
     few = Tiles(
-        rows=32, rows_few=16, columns=128 // halves, depth=64, num_warps=4, num_stages=4, programs_per_sm=8, max_rows=FEW_ROWS,
-        min_pairs=BY_WARP_PAIRS + 1,
-    )  # fmt: skip
-    if batch_invariant:
-        one = replace(few, rows=64, rows_few=64, max_rows=0, min_pairs=1)
-        return Plan(up=(one,), down=(replace(one, columns=128),))
-    by_warp = Tiles(
-        rows=8, rows_few=8, columns=32 // halves, depth=64, num_warps=2, num_stages=3, programs_per_sm=8,
-        max_pairs=BY_WARP_PAIRS, by_warp=True,
+        rows=32, rows_few=16, columns=128, depth=64, num_warps=4, num_stages=4, programs_per_sm=8, max_rows=FEW_ROWS, after=128,
+        by_warp=WarpTiles(max_pairs=BY_WARP_PAIRS, columns=64, steps=5),
     )  # fmt: skip
     many = Tiles(
-        rows=128, rows_few=64, columns=128 // halves, depth=128, num_warps=8, num_stages=3, programs_per_sm=1,
-        min_rows=FEW_ROWS + 1, max_rows=WIDE_ROWS,
+        rows=128, rows_few=128, columns=128, depth=64, num_warps=4, num_stages=4, programs_per_sm=2, min_rows=FEW_ROWS + 1,
     )  # fmt: skip
-    wide = Tiles(
-        rows=256, rows_few=64, columns=128 // halves, depth=64, num_warps=8, num_stages=3, programs_per_sm=1,
-        min_rows=WIDE_ROWS + 1,
-    )  # fmt: skip
-    possible = [tiles for tiles in (many, wide, few) if max_rows is None or max_rows >= tiles.min_rows]
-    # The two launches by warps stand side by side, so that at T = 1 none that finds no expert lies between the products.
-    up = [*possible, by_warp]
-    down = [
-        replace(tiles, columns=tiles.columns * halves) for tiles in (by_warp, *(t for t in (few, many, wide) if t in possible))
-    ]
-    return Plan(up=tuple(up), down=tuple(down))
+    if batch_invariant:
+        few = replace(few, rows=64, rows_few=64, by_warp=None)
+    if batch_invariant or (max_rows is not None and max_rows <= FEW_ROWS):
+        few = replace(few, max_rows=0, after=0)
+        return Plan(up=(_halved(few, halves),), down=(few,))
+    return Plan(up=(_halved(few, halves), _halved(many, halves)), down=(few, many))
 
 
-def _without_limit(launches: tuple[Tiles, ...]) -> tuple[Tiles, ...]:
-    """The same launches, of which those for the most rows have no upper limit: where a promise is broken, their tiles come again
-    and again."""
-    of_any_pairs = [tiles for tiles in launches if not tiles.max_pairs]
-    if any(not tiles.max_rows for tiles in of_any_pairs):
-        return launches
-    last = max(tiles.max_rows for tiles in of_any_pairs)
-    return tuple(replace(each, max_rows=0) if each.max_rows == last and not each.max_pairs else each for each in launches)
+def _halved(tiles: Tiles, halves: int) -> Tiles:
+    """The same for a product of which each output takes `halves` columns."""
+    by_warp = tiles.by_warp and replace(tiles.by_warp, columns=tiles.by_warp.columns // halves)
+    return replace(tiles, columns=tiles.columns // halves, by_warp=by_warp)
 
 
 def _plan_in_blocks(batch_invariant: bool, max_rows: int | None) -> Plan:

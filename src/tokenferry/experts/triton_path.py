@@ -341,6 +341,7 @@ def _programs(tiles: Tiles, width: int, variant: Variant, num_sms: int) -> int:
     if wire.INTERPRETED:
         return INTERPRETED_PROGRAMS
     most = tiles.programs_per_sm * num_sms
-    blocks = variant.num_local_experts * -(-width // tiles.columns)
+    columns = tiles.columns if tiles.by_warp is None else min(tiles.columns, tiles.by_warp.columns)
+    blocks = variant.num_local_experts * -(-width // columns)
     has_few_rows = tiles.max_rows > 0 or (variant.max_rows is not None and variant.max_rows <= FEW_ROWS)
     return min(most, blocks) if has_few_rows else most

@@ -14,7 +14,7 @@ import triton
 from tokenferry.activations import Activation
 from tokenferry.dispatched import FLOAT8, SCALE_BLOCK
 from tokenferry.experts import mxfp4
-from tokenferry.experts.plan import Plan, Tiles, plan
+from tokenferry.experts.plan import Plan, Tiles, WarpTiles, plan
 from tokenferry.experts.scratch import RowShape
 from tokenferry.experts.weights import ExpertWeights
 from tokenferry.kernels import wire
@@ -311,15 +311,15 @@ def _packed_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: in
         "ACTIVATION": variant.activation if is_first_product else "none",
         "BIAS": variant.up_bias if is_first_product else variant.down_bias,
         "GATHERED": gathered,
-        "MIN_ROWS": tiles.min_rows,
-        "MAX_ROWS": tiles.max_rows,
-        "MIN_PAIRS": tiles.min_pairs,
-        "MAX_PAIRS": tiles.max_pairs,
+        "LARGE_ROWS": tiles.after or (tiles.rows if tiles.min_rows > 1 else 0),
+        "MAX_REST": tiles.max_rows if tiles.after else tiles.min_rows - 1,
+        "IS_REST": tiles.after > 0,
         "BM_FEW": tiles.rows_few,
         "BM": tiles.rows,
+        "BM_WIDE": tiles.rows_wide or tiles.rows,
         "BN": tiles.columns,
         "BD": tiles.depth,
-        "UNROLL": _steps_written_out(tiles, depth) if tiles.by_warp else 0,
+        **_by_warp(tiles.by_warp, depth),
         "LANES": triton.next_power_of_2(variant.num_local_experts),
         "UPCAST": wire.INTERPRETED,
         "OVERLAPS": overlaps,
@@ -330,17 +330,20 @@ def _packed_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: in
         MXFP4_SIGNATURE,
         constants,
         num_warps=tiles.num_warps,
-        num_stages=1 if tiles.by_warp else tiles.num_stages,
+        num_stages=tiles.num_stages,
         dtypes={"DTYPE": variant.dtype, "ROWS": torch.float8_e4m3fn if gathered else variant.dtype},
         aligned=variant.aligned,
         max_registers=tiles.max_registers,
     )
 
 
-def _steps_written_out(tiles: Tiles, depth: int) -> int:
-    """Of a product by warps: they divide the blocks of depth."""
+def _by_warp(tiles: WarpTiles | None, depth: int) -> dict[str, int]:
+    """Constants of the tiles by warps. The steps that are written out divide the blocks of depth."""
+    if tiles is None:
+        return {"WARP_PAIRS": 0, "WARP_BM": 0, "WARP_BN": 0, "UNROLL": 0}
     blocks = -(-depth // mxfp4.BLOCK)
-    return next(steps for steps in range(tiles.num_stages, 0, -1) if blocks % steps == 0)
+    steps = next(steps for steps in range(tiles.steps, 0, -1) if blocks % steps == 0)
+    return {"WARP_PAIRS": tiles.max_pairs, "WARP_BM": tiles.rows, "WARP_BN": tiles.columns, "UNROLL": steps}
 
 
 def _gemm_spec(variant: Variant, tiles: Tiles, is_first_product: bool, pdl: int, *, overlaps: bool) -> KernelSpec:

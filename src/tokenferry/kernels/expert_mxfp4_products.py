@@ -172,8 +172,8 @@ def product_of_few(
         wire.let_next_kernel_start(PDL)
     position, pair, source, a = rows_of_tile(given, kind, begin, num, BM, BD)
     x = rows_of_steps(given, kind, a, source, 0, BD, UNROLL)
-    total = tl.zeros([N, BM], tl.float32)
-    for step in range(UNROLL, DEPTH_BLOCKS + UNROLL, UNROLL):
+    total = tl.zeros([N // PART, PART, BM], tl.float32)  # by warp: four would be asked together for one product
+    for step in tl.range(UNROLL, DEPTH_BLOCKS + UNROLL, UNROLL, num_stages=1):  # what is loaded ahead stands in registers
         ahead = tl.minimum(step, DEPTH_BLOCKS - UNROLL)
         next_word, next_scale = weights_of_steps(words, factors, ahead, UNROLL)
         next_x = rows_of_steps(given, kind, a, source, ahead, BD, UNROLL)
@@ -182,30 +182,9 @@ def product_of_few(
             in_order = in_order_of_part(x[i], BM)
             if kind.UPCAST:
                 in_order = in_order.to(tl.float32)
-            total = tl.dot(w, tl.trans(in_order), total, input_precision="ieee")
+            in_order = tl.broadcast_to(tl.trans(in_order)[None, :, :], [N // PART, BLOCK, BM])
+            total = tl.dot(tl.reshape(w, [N // PART, PART, BLOCK]), in_order, total, input_precision="ieee")
         word = next_word
         scale = next_scale
         x = next_x
-    store_sums(given, kind, total, position, pair, num, expert, first_column, BM, BN)
-
-
-@triton.jit
-def product(
-    given,
-    kind,
-    expert,
-    begin,
-    num,
-    first_column,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    UNROLL: tl.constexpr,
-    WAITS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """The tile by the one or the other of the two above."""
-    if UNROLL > 0:
-        product_of_few(given, kind, expert, begin, num, first_column, BM, BN, BD, UNROLL, WAITS, PDL)
-    else:
-        unpacked_product(given, kind, expert, begin, num, first_column, BM, BN, BD)
+    store_sums(given, kind, tl.reshape(total, [N, BM]), position, pair, num, expert, first_column, BM, BN)
