@@ -142,6 +142,7 @@ NARROW = [
     Narrow("bfloat16-subnormal-rest", 8, 112),
     Narrow("bfloat16-powers-of-two", 8, 0, power_of_two=True),
     Narrow("float16", 11, 0),
+    Narrow("float16-smallest-scales", 11, -14),
     Narrow("float16-powers-of-two", 11, 0, power_of_two=True),
 ]
 BELOW_THE_LARGEST = (0, 1, 8, 14, 15, 16, 17, 18, 19, 20)

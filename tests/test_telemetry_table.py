@@ -1,9 +1,13 @@
-"""The tables that `benchmarks/telemetry.py --table` makes of its records, for docs/telemetry.md."""
+"""The tables that scripts make of records: those of docs/telemetry.md and docs/formats.md."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 TRIP = {
@@ -31,3 +35,15 @@ def test_results_that_were_wrong_make_no_table(tmp_path: Path) -> None:
     done = table(tmp_path / "records.jsonl", {**TRIP, "correct": False})
     assert done.returncode == 1
     assert "differed from the reference: [(2048, 32)]" in done.stderr
+
+
+@pytest.mark.parametrize("page", ["telemetry", "formats"])
+def test_a_page_has_the_tables_of_the_record_that_it_names(page: str) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    [command] = re.findall(r"<!-- python (benchmarks/(?:telemetry|format_table)\.py .*) -->", text)
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)], cwd=ROOT, capture_output=True, text=True, timeout=100, check=True
+    )
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(rows) > 8
+    assert [row for row in rows if row not in text.splitlines()] == []

@@ -15,6 +15,7 @@ import tokenferry as tf
 from faults import CONFIG, one_step
 from nvtx_ranges import cupti_path, ranges_of
 from rank_pool import RankPools
+from telemetry_loads import check_loads_of_random_numbers, loads_of_random_numbers
 from tokenferry.graph_capture import captured
 from tokenferry.testing.ranks import run_virtual
 
@@ -129,26 +130,26 @@ STEPS = ((512, 512), (3, 1), (32, 32), (1000, 700), (1024, 1), (0, 600), (512, 5
 @pytest.mark.parametrize("settings", [{}, {"combine_dtype": torch.float8_e4m3fn}], ids=["same", "float8-terms"])
 @pytest.mark.parametrize("transport", ["p2p", "collective"])
 def test_numbers_of_somebody_elses_experts_are_counted(on_ranks: RankPools, transport: str, settings: dict[str, Any]) -> None:
-    seen = on_ranks(work.loads_of_random_numbers, 2, transport, STEPS, WIDE, settings, backend="nccl", timeout_s=90)
-    work.check_loads_of_random_numbers(seen)
+    seen = on_ranks(loads_of_random_numbers, 2, transport, STEPS, WIDE, settings, backend="nccl", timeout_s=90)
+    check_loads_of_random_numbers(seen)
 
 
 @two_gpus
 def test_numbers_beside_rows_of_bytes_are_counted(on_ranks: RankPools) -> None:
     """Their dispatch is bulk where the combine is in slots, so that a launch of its own counts them."""
     settings = {"dispatch_format": "bytes"}
-    seen = on_ranks(work.loads_of_random_numbers, 2, "p2p", ((3, 1), (8, 8)), CONFIG, settings, backend="nccl", timeout_s=90)
-    work.check_loads_of_random_numbers(seen)
+    seen = on_ranks(loads_of_random_numbers, 2, "p2p", ((3, 1), (8, 8)), CONFIG, settings, backend="nccl", timeout_s=90)
+    check_loads_of_random_numbers(seen)
 
 
 def virtual_loads(group: tf.EPGroup) -> list[tuple[list[int], list[int]]]:
     steps = ((2, 3, 1, 0), (600, 0, 5, 513), (700, 600, 800, 520))
-    return run_virtual(work.loads_of_random_numbers, 4, "p2p", steps, CONFIG, {}, device=group.device)
+    return run_virtual(loads_of_random_numbers, 4, "p2p", steps, CONFIG, {}, device=group.device)
 
 
 @one_gpu
 def test_numbers_of_four_ranks_are_counted(on_ranks: RankPools) -> None:
-    work.check_loads_of_random_numbers(on_ranks(virtual_loads, 1, backend="nccl", timeout_s=90, env=VIRTUAL)[0])
+    check_loads_of_random_numbers(on_ranks(virtual_loads, 1, backend="nccl", timeout_s=90, env=VIRTUAL)[0])
 
 
 def virtual(group: tf.EPGroup) -> list[work.Seen]:

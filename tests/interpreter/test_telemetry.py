@@ -14,6 +14,7 @@ import switch
 import telemetry_work as work
 import tokenferry as tf
 from rank_pool import RankPools
+from telemetry_loads import check_loads_of_random_numbers, loads_of_random_numbers
 from tokenferry.kernels import load_counts, round_loads
 from tokenferry.testing import run_ranks
 from tokenferry.transports.base import StepTensors, Transport, TransportSettings
@@ -95,8 +96,8 @@ MORE_LOADS = {
 def test_numbers_of_somebody_elses_experts_are_counted(on_ranks: RankPools, rounds: Rounds) -> None:
     config = tf.MoEConfig(hidden_size=rounds.hidden_size, num_experts=8, topk=3)
     arguments = rounds.transport, rounds.steps, config, rounds.settings
-    seen = on_ranks(work.loads_of_random_numbers, len(rounds.steps[0]), *arguments, env=INTERPRETER)
-    work.check_loads_of_random_numbers(seen)
+    seen = on_ranks(loads_of_random_numbers, len(rounds.steps[0]), *arguments, env=INTERPRETER)
+    check_loads_of_random_numbers(seen)
 
 
 @pytest.mark.long

@@ -98,9 +98,12 @@ H100_X2 = TuningTable(
 """Small programs begin sooner, and large ones keep more packets under way. More than two programs on an SM did not help at any
 T from 128 to 4096. At T = 1 the largest wave takes 1.9 microseconds a round trip more than the one for few tokens; at T = 128 and
 H = 7168 that one takes 1.7 more than the largest (2xH200-2026-11-26-tune-few-tokens.jsonl). Half of its programs take 0.2 less
-at H = 2048 up to T = 32, and 1.1 more at H = 7168 and T = 32 (2xH200-2026-11-26-no-tickets.jsonl). A split
-round takes 48.9 instead of 51.8 microseconds at H = 7168 and T = 512, 49.2 if one program in three sends, and 50.0 if the combine
-alone is split; at T = 256 all take the same (2 x H100, 2xH100-2026-11-26-split-rounds.jsonl)."""
+at H = 2048 up to T = 32, and 1.1 more at H = 7168 and T = 32 (2xH200-2026-11-26-no-tickets.jsonl). Up to a thread
+for each packet small programs are better: rows of fp8_block128 at H = 7168 and T = 64 took 9.0 instead of 10.1, shorter quotients
+among the reasons. 100 rows beside 4096 of the other rank, with float8 terms that the combine quantizes, took 5.2 more
+(2xH200-2026-11-27-fp8-cuts.jsonl). A split round takes 48.9 instead of 51.8 microseconds at H = 7168 and T = 512, 49.2 if one
+program in three sends, and 50.0 if the combine alone is split; at T = 256 all take the same (2 x H100,
+2xH100-2026-11-26-split-rounds.jsonl)."""
 
 INTERPRETED = Tuning(num_warps=8, max_programs=1)
 """In the interpreter programs run one after another: the first of two would wait for ever."""
