@@ -117,7 +117,7 @@ def of_telemetry(records: list[dict]) -> Iterator[Goal]:
         if "hidden_size" in record:
             point = named(record["hidden_size"], record["tokens"])
             yield Goal("telemetry adds", point, record["waits_adds_us"], TELEMETRY_ADDS_US)
-            yield Goal("telemetry adds, experts of somebody else's", point, record["numbers_adds_us"], TELEMETRY_ADDS_US)
+            yield Goal("telemetry adds, somebody else's experts", point, record["numbers_adds_us"], TELEMETRY_ADDS_US)
 
 
 GOALS = {"round-trips": of_round_trips, "formats": of_formats, "layer": of_layers, "telemetry": of_telemetry}

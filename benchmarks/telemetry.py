@@ -102,7 +102,7 @@ def worker(group, path, hidden_sizes, tokens, presets, commit):
 
 
 ROUND_TRIPS = (
-    "| H | T | round trip without | telemetry adds | experts of somebody else's, more | stopped |",
+    "| H | T | round trip without | telemetry adds | somebody else's experts, more | stopped |",
     "|---|---|---|---|---|---|",
 )
 LAYERS = ("| layer | T | without | telemetry adds |", "|---|---|---|---|")

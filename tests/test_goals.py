@@ -112,4 +112,4 @@ def test_the_worst_misses_are_named_and_the_others_counted(tmp_path: Path) -> No
     found = table(written(tmp_path / "run-telemetry.jsonl", *records, {"preset": "qwen3-30b-a3b", "waits_adds_us": 9.0}))
     worst = "; ".join(f"H 2048, T {count}: {count / 10}, goal 0.3" for count in (7, 6, 5))
     assert found["telemetry adds"] == ("1 of 5", f"{worst}; 1 more")
-    assert found["telemetry adds, experts of somebody else's"] == ("5 of 5", "–")
+    assert found["telemetry adds, somebody else's experts"] == ("5 of 5", "–")
