@@ -120,6 +120,16 @@ def test_packed_products_read_no_activated_row_before_they_wait_for_it(size) -> 
 
 
 @pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+@pytest.mark.parametrize("invariant", [False, True], ids=["", "batch-invariant"])
+def test_no_packed_product_goes_on_while_the_next_weights_are_unpacked(invariant) -> None:
+    """They are unpacked to the registers that tensor cores read, so that each step waits for all of its products."""
+    asked = dataclasses.replace(VARIANTS["gpt-oss-20b-mxfp4"], batch_invariant=invariant)
+    for spec in (specs := variants.specs(asked, torch.device("cpu"))).up + specs.down:
+        ttgir = triton.compile(spec.source(), target=GPUTarget("cuda", 90, 32), options=spec.options()).asm["ttgir"]
+        assert set(re.findall(r"warp_group_dot_wait .*pendings = (\d+)", ttgir)) == {"0"}, spec
+
+
+@pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 def test_rows_are_quantized_by_rounded_divisions() -> None:
     """bfloat16 rows often lie exactly between two float8 numbers, where a division that misses goes the other way."""
     specs = variants.specs(VARIANTS["deepseek-v3-float8"], torch.device("cpu")).quantize

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import expert_tiles, wire
+from tokenferry.kernels import expert_tiles, wire, wire_warp
 from tokenferry.kernels.expert_mxfp4_tiles import (
     BLOCK,
     PART,
@@ -102,7 +102,7 @@ def unpacked_product(given, kind, expert, begin, num, first_column, BM: tl.const
         w = unpacked_tile(words, factors, d, DEPTH_BLOCKS, N, BD)
         if kind.UPCAST:
             x = x.to(tl.float32)
-        total = tl.dot(w, tl.trans(x), total, input_precision="ieee")
+        total = wire_warp.finished(tl.dot(w, tl.trans(x), total, input_precision="ieee"))
     store_sums(given, kind, total, position, pair, num, expert, first_column, BM, BN)
 
 

@@ -202,3 +202,5 @@ UNPACK_MXFP4 = """{ .reg .b32 %s, %t, %u, %a, %b, %c, %d, %z; mov.b32 %z, 0x8000
       mov.b32 {$0, $1}, %a; mov.b32 {$2, $3}, %b; mov.b32 {$4, $5}, %c; mov.b32 {$6, $7}, %d; }"""
 
 SAME_FOR_ALL = "redux.sync.or.b32 $0, $1, 0xFFFFFFFF;"
+
+UNCHANGED = "mov.b32 $0, $1;"
