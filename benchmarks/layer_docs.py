@@ -7,6 +7,7 @@ python benchmarks/layer_docs.py benchmarks/results/RUN-layer.jsonl [RUN-layer-fl
 
 import argparse
 import json
+import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +19,13 @@ DOCS = Path(__file__).parents[1] / "docs" / "layer.md"
 
 
 def run_of(record: dict) -> str:
-    """What was measured on what, in words."""
+    """What was measured on what, in words; a commit as git shortens it."""
+    commit = record["commit"]
+    if re.fullmatch("[0-9a-f]{40}", commit):
+        commit = commit[:7]
     return (
         f"{record['world_size']} × {record['gpu']}, torch {record['torch']} (CUDA {record['cuda']}), Triton {record['triton']}, "
-        f"{record['date']}, commit {record['commit']}"
+        f"{record['date']}, commit {commit}"
     )
 
 
@@ -146,6 +150,23 @@ def float8_tables(records: list[dict], name: str) -> Iterator[str]:
             yield f"| {title} | {' | '.join(f'{value:.1f}' for value in values)} |"
 
 
+def float8_goals(records: list[dict]) -> Iterator[str]:
+    """On the goals that float8 weights are faster than bfloat16 ones, and from FEW tokens on float8 rows than bfloat16 ones."""
+    weights = {f"{r['preset']} at T = {r['tokens']}": r["same"]["total_us"] / r["bfloat16_us"] for r in records}
+    rows = {
+        f"{r['preset']} at T = {r['tokens']}": r["fp8_block128"]["total_us"] / r["same"]["total_us"]
+        for r in records
+        if r["tokens"] >= FEW
+    }
+    for which, ratios in (
+        ("Float8 weights are faster than bfloat16 ones", weights),
+        (f"From T = {FEW} on rows that travel in float8 are faster than rows that the experts quantize", rows),
+    ):
+        slower = [f"{point} takes {ratio - 1:.1%} longer" for point, ratio in ratios.items() if ratio > 1]
+        told = f": {names(slower)}" if slower else ""
+        yield wrapped(f"- {which} in {len(ratios) - len(slower)} of {len(ratios)} columns{told}.")
+
+
 def left_out(records: list[dict]) -> Iterator[str]:
     """What was to be measured in the run and was not."""
     told = [
@@ -175,6 +196,7 @@ def text(layer_path: Path, float8_paths: list[Path]) -> str:
     if any(found.values()):
         lines += ["", "### Float8 weights", "", FLOAT8_HEAD]
         lines += [line for path, quantized in found.items() if quantized for line in float8_tables(quantized, path.name)]
+        lines += ["", *float8_goals([r for quantized in found.values() for r in quantized])]
     return "\n".join(lines)
 
 

@@ -57,7 +57,9 @@ def worker(group, path, seconds, rehearse):
                     break
                 found = measured(timer, ws, model, layer, count)
                 records.append(
-                    {"what": "promise", "preset": preset.name, "capacity": CAPACITY} | found | environment(group.device)
+                    {"what": "promise", "preset": preset.name, "capacity": ws.max_tokens_per_rank}
+                    | found
+                    | environment(group.device)
                 )
                 if group.rank == 0:
                     Path(path).write_text("".join(json.dumps(each) + "\n" for each in records))

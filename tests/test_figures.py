@@ -32,7 +32,7 @@ def engine_run(tmp_path: Path) -> Path:
     path = tmp_path / "2xH200-made-up.jsonl"
     points = round_trip_points((7168, 2048), TOKENS, ("p2p", "collective"), 2, capacity=CAPACITY, exact_too=True)
     common = {"copy_gb_per_s": 380.0, "gpu": "NVIDIA H200", "torch": "2.11", "triton": "3.6", "world_size": 2}
-    common |= {"date": "2000-01-01", "commit": "abcdef0"}
+    common |= {"date": "2000-01-01", "commit": "abcdef0" + "1" * 33}
     path.write_text("".join(json.dumps(asdict(point) | common | {"round_trip_us": made_up(point)}) + "\n" for point in points))
     return path
 
@@ -90,6 +90,7 @@ def test_one_command_publishes_another_run(engine_run: Path, tmp_path: Path) -> 
     subprocess.run([sys.executable, tree / "docs" / "generate" / "figures.py", *given], check=True, timeout=120)
     assert f"2000-01-01, commit abcdef0: `benchmarks/results/{engine_run.name}`." in (tree / "README.md").read_text()
     assert "| 7168 | 1 | 4.83 | 4.58 | 34.8 | 4.7 | missed by 3 % |" in (tree / "docs" / "symmetric.md").read_text()
+    assert "A plain copy to the peer ran at 380 GB/s." in " ".join((tree / "docs" / "symmetric.md").read_text().split())
     assert "2 × H200, C = 4096, hidden size 7168" in (tree / "docs" / "which-transport.md").read_text()
     assert "C = 4096" in (tree / "docs" / "pictures" / "round-trips.svg").read_text()
     assert f'ROUND_TRIPS = "{engine_run.name}"' in (tree / "docs" / "generate" / "published.py").read_text()

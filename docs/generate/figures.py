@@ -17,7 +17,7 @@ from pathlib import Path
 import draw
 import published
 import round_trips as trips
-from result_files import RESULTS, first_of, machine, records, rounded, source, table
+from result_files import RESULTS, first_of, machine, records, rounded, short, source, table
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- measured: round trips, by docs/generate/figures.py -->", "<!-- measured: end -->"
@@ -88,11 +88,12 @@ def symmetric_page(page: str) -> str:
     _, end, after = rest.partition(END)
     if not end:
         raise SystemExit(f"docs/symmetric.md must have a line {BEGIN!r}, and after it a line {END!r}")
-    copied = sorted({record["copy_gb_per_s"] for record in trips.all_points()})
+    copied = sorted({f"{record['copy_gb_per_s']:.0f}" for record in trips.all_points()}, key=int)
+    rate = copied[0] if len(copied) == 1 else f"{copied[0]} to {copied[-1]}"
     exact = ["p2p, C = T, µs"] if trips.capacity() else []
     head = ["H", "T", f"p2p, {trips.in_workspaces()}, µs", *exact, "NCCL, µs", "goal", "result"]
     parts = [
-        wrapped(f"{source(published.ROUND_TRIPS)} A plain copy to the peer ran at {copied[0]:.0f} to {copied[-1]:.0f} GB/s."),
+        wrapped(f"{source(published.ROUND_TRIPS)} A plain copy to the peer ran at {rate} GB/s."),
         table(head, round_trip_rows()),
         *([wrapped(above_exact())] if trips.capacity() else []),
         "![round trips](pictures/round-trips.svg)",
@@ -131,7 +132,8 @@ def readme_lines() -> dict[str, str]:
 
 def footnote(mark: str, name: str, how: str) -> str:
     first = first_of(name)
-    return f"{mark} {machine(name)}, {how}, slower rank, {first['date']}, commit {first['commit']}: `benchmarks/results/{name}`."
+    commit = short(first["commit"])
+    return f"{mark} {machine(name)}, {how}, slower rank, {first['date']}, commit {commit}: `benchmarks/results/{name}`."
 
 
 def readme(page: str) -> str:

@@ -1,6 +1,7 @@
 """Reading benchmarks/results, and Markdown of it."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,17 @@ def first_of(name: str) -> Record:
     return next(record for record in records(name) if "gpu" in record)
 
 
+def short(commit: str) -> str:
+    """As git shortens it, where a record has it whole."""
+    return commit[:7] if re.fullmatch("[0-9a-f]{40}", commit) else commit
+
+
 def source(name: str) -> str:
     """Where the figures come from, for a line under the table."""
     first = first_of(name)
     return (
         f"`benchmarks/results/{name}`: {first['world_size']} × {first['gpu']}, torch {first['torch']}, Triton {first['triton']}, "
-        f"{first['date']}, commit {first['commit']}."
+        f"{first['date']}, commit {short(first['commit'])}."
     )
 
 
