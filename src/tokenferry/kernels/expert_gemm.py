@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.kernels import expert_math, expert_scaled, expert_tiles, wire
+from tokenferry.kernels import expert_math, expert_scaled, expert_tiles, wire, wire_warp
 from tokenferry.kernels.expert_math import SCALE_BLOCK
 
 SIGNATURE = {
@@ -52,6 +52,15 @@ SIGNATURE = {
     "OVERLAPS": "constexpr",
     "PDL": "constexpr",
 }
+
+
+@triton.jit
+def product_added(x, w, total, IN_REGISTERS: tl.constexpr):
+    """total + x @ w. IN_REGISTERS: x was made there, of float8 rows; see `wire_warp.finished`."""
+    total = tl.dot(x, w, total, input_precision="ieee")
+    if IN_REGISTERS:
+        total = wire_warp.finished(total)
+    return total
 
 
 @triton.jit
@@ -145,7 +154,7 @@ def product_tile(
             if UPCAST:
                 x = x.to(tl.float32)
                 w = w.to(tl.float32)
-            total = tl.dot(x, w, total, input_precision="ieee")
+            total = product_added(x, w, total, DEQUANTIZE)
     elif TENSOR_MAP:
         # One thread requests a whole tile. Gates and ups are two tiles and two products: one product would need a copy of both.
         total = tl.zeros([BM, BN], tl.float32)
@@ -155,10 +164,10 @@ def product_tile(
             if UPCAST:
                 x = x.to(tl.float32)
             w = expert_tiles.mapped_tile(weights, expert, 0, first_column, d, STRIDE_D, BN, BD, UPCAST)
-            total = tl.dot(x, w, total, input_precision="ieee")
+            total = product_added(x, w, total, DEQUANTIZE)
             if GATED:
                 w = expert_tiles.mapped_tile(weights, expert, 1, first_column, d, STRIDE_D, BN, BD, UPCAST)
-                second = tl.dot(x, w, second, input_precision="ieee")
+                second = product_added(x, w, second, DEQUANTIZE)
     elif SCALED:
         total = tl.zeros([BM, BB], tl.float32)
         tl.static_assert(BD == SCALE_BLOCK, "a step along the depth is one block of scales")
@@ -188,7 +197,7 @@ def product_tile(
             if UPCAST:  # Triton's interpreter multiplies bfloat16 as if it were integers
                 x = x.to(tl.float32)
                 w = w.to(tl.float32)
-            total = tl.dot(x, w, total, input_precision="ieee")
+            total = product_added(x, w, total, DEQUANTIZE)
     own_column = first_column + tl.arange(0, BN)
     if GATED:
         if PAIRED:
