@@ -130,8 +130,8 @@ OPERANDS_IN_REGISTERS = [
 @pytest.mark.skipif(wire.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 @pytest.mark.parametrize(("name", "quantized_rows", "invariant"), OPERANDS_IN_REGISTERS)
 def test_no_product_goes_on_while_its_registers_take_the_next_operand(name, quantized_rows, invariant) -> None:
-    """Packed weights are unpacked, and float8 rows become bfloat16, in registers that tensor cores read: there each step waits for
-    all of its products. Where both operands are in shared memory, products may go on."""
+    """Packed weights are unpacked, and float8 rows become bfloat16, in registers that tensor cores read: there each step waits
+    for all of its products. Where both operands are in shared memory, products may go on."""
     asked = dataclasses.replace(VARIANTS[name], batch_invariant=invariant, quantized_rows=quantized_rows)
     for spec in (specs := variants.specs(asked, torch.device("cpu"))).up + specs.down:
         ttgir = triton.compile(spec.source(), target=GPUTarget("cuda", 90, 32), options=spec.options()).asm["ttgir"]
