@@ -18,7 +18,7 @@ from tokenferry.benchmarking.layer_times import PASSES, time_dispatch_and_combin
 from tokenferry.benchmarking.machine import environment
 from tokenferry.benchmarking.presets import PRESETS
 from tokenferry.benchmarking.timing import GroupTimer
-from tokenferry.experts import triton_path
+from tokenferry.experts import triton_path, variants
 from tokenferry.testing import run_ranks
 
 CAPACITY = 4096
@@ -35,6 +35,9 @@ def chain_of(ws, model, rows, left_out):
         weights, activation, model.preset.topk, torch.bfloat16, torch.int32, torch.bfloat16, max_rows=CAPACITY * ws.group.size
     )
     loaded = triton_path.load(variant, experts.scratch)
+    plan = variants.chosen_plan(variant, experts.scratch.device)
+    launches = zip((*plan.up, *plan.down), (*loaded.up, *loaded.down), strict=True)
+    for_many = [product for tiles, product in launches if tiles.min_rows > 1]
     buffers = experts.scratch.reserve(
         triton_path.row_shape(variant), CAPACITY * ws.group.size, variant.num_local_experts, torch.bfloat16
     )
@@ -48,7 +51,7 @@ def chain_of(ws, model, rows, left_out):
         products = [(product, weights.up_proj, activation, weights.up_bias) for product in loaded.up]
         products += [(product, weights.down_proj, None, weights.down_bias) for product in loaded.down]
         for product, matrices, between, bias in products:
-            if "many" in left_out and product in (*loaded.up[:-1], *loaded.down[1:]):
+            if "many" in left_out and product in for_many:
                 continue
             source, target = (buffers.activated_PI, buffers.outputs_PH) if between is None else (got.hidden, buffers.activated_PI)
             argument = triton_path.weights_argument(matrices, between, product)
