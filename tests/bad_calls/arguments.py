@@ -52,9 +52,9 @@ for label, value, error, said in (
     ("on-meta", torch.zeros(1, dtype=torch.int32, device="meta"), DeviceError, "on meta but the workspace is on cpu"),
 ):
     add(f"num_real_tokens-is-{label}", "stepped", error, said, lambda s, v=value: s.ws.begin_step(T, v))
-for label, value, error, said in (
-    ("below-num_tokens", T - 1, CapacityError, "num_tokens, 3, and the workspace's max_tokens_per_rank, 5; got 2"),
-    ("over-capacity", C + 1, CapacityError, "num_tokens, 3, and the workspace's max_tokens_per_rank, 5; got 6"),
+for label, value, error, said in (  # a workspace of p2p has T rows, 3, here and any other one C, 5
+    ("below-num_tokens", T - 1, CapacityError, "num_tokens, 3, and the workspace's max_tokens_per_rank, [35]; got 2"),
+    ("over-capacity", C + 1, CapacityError, "num_tokens, 3, and the workspace's max_tokens_per_rank, [35]; got 6"),
     ("a-bool", True, UsageError, "an int or None, got True"),
     ("a-float", 3.0, UsageError, "an int or None, got 3.0"),
     ("a-string", "3", UsageError, "an int or None, got '3'"),
